@@ -1,0 +1,64 @@
+# `make help` lists the commands. Each sets up what it needs in .venv, from nothing but make and Python >= 3.10.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+DEMO_FLAGS ?=
+BENCH_FLAGS ?=
+BENCHES ?= $(patsubst bench/%.py,bench.%,$(sort $(wildcard bench/bench_*.py)))
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PEERS := $(VENV)/peers
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --constraint constraints.txt $(PIP_FLAGS)
+# Two makes at once must not build one .venv together.
+LOCK := $(if $(shell command -v flock),flock $(VENV).lock)
+# With somebody else's Python: this checkout first, then the peers, whose folder holds a nitrous_ema 0.0.1 as well.
+WITH_PYTHON := PYTHONPATH="$(CURDIR):$(CURDIR)/$(PEERS):$$PYTHONPATH" $(PYTHON)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check bench test-cuda bench-cuda clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: venv  ## train, snapshot, synthesize and choose an EMA length on real digits (DEMO_FLAGS=...)
+	@$(BIN)/python -m nitrous_ema demo $(DEMO_FLAGS)
+
+test: venv  ## all tests this machine can run (PYTEST_FLAGS="-k words -x")
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+check: venv  ## format, lint, types and import direction
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_import_direction.py
+
+bench: venv  ## side by side with ema-pytorch and nitrous-ema 0.0.1 (BENCHES=bench.bench_one BENCH_FLAGS=...)
+	@set -e; for bench in $(BENCHES); do $(BIN)/python -m $$bench $(BENCH_FLAGS); done
+
+test-cuda:  ## the CUDA tests, with the torch that PYTHON=... has; installs nothing
+	@$(WITH_PYTHON) -m pytest -m cuda --require-cuda $(PYTEST_FLAGS)
+
+bench-cuda:  ## the benches on the accelerator, with the torch that PYTHON=... has; installs nothing
+	@set -e; for bench in $(BENCHES); do $(WITH_PYTHON) -m $$bench --device cuda $(BENCH_FLAGS); done
+
+venv:  ## only set up .venv (PYTHON=..., PIP_FLAGS=...)
+	@$(LOCK) $(MAKE) --silent --no-print-directory $(READY)
+
+# .ready says that the environment is whole. Without it whatever is there is a set-up that was cut short, and goes.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "make PYTHON=...: Python 3.10 or newer is needed, this is " + sys.version)'
+	@echo "Setting up $(VENV); the first time this takes a minute or more: torch is large."
+	@test -f $(READY) || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); } \
+		|| { echo "make: '$(PYTHON) -m venv' failed; on Debian it needs the package python3-venv." >&2; exit 1; }
+	@rm -f $(READY)
+	@$(INSTALL) hatchling editables setuptools
+	@$(INSTALL) --no-build-isolation --editable '.[demo,plot,bench,test,dev]'
+	@$(INSTALL) --no-deps --upgrade --target $(PEERS) ema-pytorch nitrous-ema==0.0.1
+	@touch $(READY)
+
+clean:  ## remove .venv and every cache
+	rm -rf $(VENV) $(VENV).lock build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,50 @@
+"""Post-hoc EMA: keep a few averages of the weights while training, choose the EMA length afterwards.
+
+The names below are looked up when they are first used, so that importing the package, or one of its modules that works
+without torch, does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "1.0.0"
+
+__all__ = [
+    "AsyncPostHocEMA",
+    "KarrasEMA",
+    "NitrousError",
+    "NitrousWarning",
+    "PostHocEMA",
+    "SnapshotStore",
+    "__version__",
+    "load_average",
+]
+
+if TYPE_CHECKING:
+    from nitrous_ema.async_.service import AsyncPostHocEMA
+    from nitrous_ema.ema import KarrasEMA, PostHocEMA
+    from nitrous_ema.errors import NitrousError, NitrousWarning
+    from nitrous_ema.loading import load_average
+    from nitrous_ema.snapshots.store import SnapshotStore
+else:  # hidden from type checkers, to which a module's __getattr__ would make every misspelled name an Any
+    _HOMES = {
+        "AsyncPostHocEMA": "nitrous_ema.async_.service",
+        "KarrasEMA": "nitrous_ema.ema",
+        "NitrousError": "nitrous_ema.errors",
+        "NitrousWarning": "nitrous_ema.errors",
+        "PostHocEMA": "nitrous_ema.ema",
+        "SnapshotStore": "nitrous_ema.snapshots.store",
+        "load_average": "nitrous_ema.loading",
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value  # so that this is asked once per name
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,0 +1,36 @@
+"""What holds for every test: most of it is in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile(
+    "house",
+    deadline=None,  # a busy machine is no bug
+    derandomize="CI" in os.environ,  # the same commit gives the same verdict; at home every run tries new examples
+    print_blob=True,
+)
+hypothesis.settings.load_profile("house")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-cuda", action="store_true", help="fail, rather than skip, where there is no CUDA device"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    needy = [item for item in items if item.get_closest_marker("cuda")]
+    if not needy:
+        return
+    import torch  # over a second: only for those who ask for a device
+
+    if torch.cuda.is_available():
+        return
+    if config.getoption("--require-cuda"):
+        raise pytest.UsageError(f"no CUDA device, or torch {torch.__version__} was built without CUDA")
+    for item in needy:
+        item.add_marker(pytest.mark.skip(reason="needs a CUDA device (make test-cuda PYTHON=...)"))
