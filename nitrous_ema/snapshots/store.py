@@ -1,0 +1,650 @@
+"""The folder of snapshots: what is in it, which of it belongs together, and how something new gets in.
+
+A snapshot's life on disk, per rank; no step waits for another rank:
+
+step of ``write``                                  after a crash here, a reader finds
+make the snapshot's folder                         an empty folder: incomplete
+create a name that starts with a dot (O_EXCL)      the same; nobody looks at such names
+preallocate, write chunks, write header            the same, whatever part of it reached the disk
+fsync the file, once, and close it                 the same
+rename to the final name                           nothing yet, or a whole file: its bytes are durable already
+fsync the snapshot's folder, then ROOT             a whole file
+return                                             a whole file: this is the promise
+
+S1  Nothing has its final name before its bytes are durable.     test_file_is_durable_before_it_has_its_name
+S2  Nothing is acknowledged before its name is durable.          test_write_returns_after_both_folders_are_durable
+S3  A descriptor is never fsynced twice, and nothing of a failed test_failed_call_is_answered_by_one_whole_new_file
+    file is used: after a failed fsync the system may have dropped
+    the bytes and call them clean. The file is written again, once,
+    under a new temporary name.
+S4  A final name is never overwritten, not by a race either: the test_name_taken_during_the_write_is_not_overwritten
+    rename itself refuses (``renameat2``). Where a file system lacks
+    that, the name is looked up just before the rename; run ids are
+    random, so only a copy of the same process could step between.
+    A hard link would refuse as well, but fewer file systems have
+    them, and a crash between link and unlink leaves a second name.
+S5  Readers only read: no call of theirs creates or changes a name.  test_reading_changes_nothing_on_disk
+
+Longer than the house's 300 lines because what a reader counts as a snapshot and what a writer leaves behind in each of
+these moments are two sides of one rule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import stat
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from nitrous_ema.errors import (
+    SnapshotDamaged,
+    SnapshotError,
+    SnapshotMismatch,
+    SnapshotNotFound,
+    SnapshotWriteError,
+)
+from nitrous_ema.snapshots.files import FileSystem, read_fully, write_fully
+from nitrous_ema.snapshots.format import (
+    Header,
+    Layout,
+    Lineage,
+    Span,
+    Stamp,
+    damaged,
+    decode_header,
+    encode_header,
+    folder_name,
+    header_bytes,
+    header_end,
+    parse_folder_name,
+    parse_rank_file_name,
+    rank_file_name,
+)
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+_log = logging.getLogger(__name__)
+
+_Filled = TypeVar("_Filled")
+
+_READ_BYTES = 4 * 2**20
+_NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT))
+_UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
+_NO_FAULT_OF_THE_FILE = frozenset((errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A committed snapshot: enough to read any part of it at its position."""
+
+    paths: tuple[Path, ...]
+    """One file per rank. A snapshot that ``write`` returned has only the file of the writing rank."""
+    headers: tuple[Header, ...]
+    """What each of these files says about itself."""
+
+    @property
+    def stamp(self) -> Stamp:
+        """Step, time, run and lineage; those of the first file."""
+        return self.headers[0].stamp
+
+    @property
+    def layout(self) -> Layout:
+        """Tensors and profiles, and where they lie."""
+        return self.headers[0].layout
+
+    @property
+    def step(self) -> int:
+        """Number of update() calls before it."""
+        return self.stamp.step
+
+    @property
+    def t(self) -> int | float:
+        """Training time of the last update before it."""
+        return self.stamp.t
+
+    @property
+    def run(self) -> str:
+        """Run that wrote it."""
+        return self.stamp.run
+
+    @property
+    def data_begin(self) -> int:
+        """Position in the first file of its layout's position 0."""
+        return self.headers[0].data_begin
+
+    @property
+    def bytes(self) -> int:
+        """Size of all its files."""
+        return sum(header.file_bytes for header in self.headers)
+
+
+@dataclass(frozen=True, slots=True)
+class Incomplete:
+    """A snapshot's folder without a snapshot: still being written, or never finished."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What ``verify`` found wrong with one file."""
+
+    path: Path
+    step: int
+    chunk: int | None
+    """Index of the chunk with the wrong checksum; None where something else is wrong."""
+    message: str
+
+
+class SnapshotStore:
+    """A folder of snapshots. Making one of these touches nothing; only a writer's calls change the folder.
+
+    Args:
+        root: The folder.
+        files: The file system; tests put a recording or a failing one here.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, files: FileSystem | None = None) -> None:
+        self.root = Path(root).absolute()  # stays the same folder when the process changes its own
+        self.files = files or FileSystem()
+
+    # Reading
+
+    def runs(self) -> list[str]:
+        """Runs that own a committed snapshot, oldest first; damaged ones count, since they were committed."""
+        folders = self._folders()
+        return [run for run in sorted(folders) if self._owned(folders[run]) is not None]
+
+    def snapshots(self, run: str | None = None, *, exclude: Collection[int] = ()) -> list[Snapshot]:
+        """Committed snapshots of one training history, ascending by step.
+
+        That is: those of ``run``, and those of its ancestors up to the step at which each was left. Abandoned
+        futures and unrelated runs are left out, incomplete snapshots are passed over.
+
+        Args:
+            run: The last run of the history; by default the newest run that owns a snapshot.
+            exclude: Steps to leave out, damaged or not.
+
+        Returns:
+            The snapshots; an empty list if the folder has none.
+
+        Raises:
+            SnapshotNotFound: No such folder, or ``run`` owns no snapshot.
+            SnapshotDamaged: One of them has a wrong size or header. Its data is not read here.
+            SnapshotMismatch: One of them tells another history.
+        """
+        folders = self._folders()
+        lineage = self._lineage(run, folders, exclude)
+        found: dict[int, Snapshot] = {}
+        for step, folder in _members(lineage, folders):
+            if step not in found and step not in exclude and (snapshot := self._committed(folder, lineage)):
+                found[step] = snapshot
+        return [found[step] for step in sorted(found)]
+
+    def get(self, step: int | None = None, run: str | None = None, *, exclude: Collection[int] = ()) -> Snapshot:
+        """One committed snapshot of a training history, as ``snapshots`` defines it.
+
+        Args:
+            step: Its step; by default the last one.
+            run: The last run of the history; by default the newest run that owns a snapshot.
+            exclude: Steps to leave out.
+
+        Raises:
+            SnapshotNotFound: No such folder, run or step; names the runs or the nearest steps that are there.
+            SnapshotDamaged: This snapshot has a wrong size or header. Its data is not read here.
+            SnapshotMismatch: It tells another history.
+        """
+        folders = self._folders()
+        lineage = self._lineage(run, folders, exclude)
+        members = [member for member in _members(lineage, folders) if member[0] not in exclude]
+        # Stable: of several snapshots of one step the youngest run's comes first.
+        for _, folder in sorted((m for m in members if step in (None, m[0])), key=lambda member: -member[0]):
+            if snapshot := self._committed(folder, lineage):
+                return snapshot
+        nearest = self._nearest(step, members)
+        if step is None:
+            what = "holds no snapshot to read"
+        else:
+            elsewhere = [other for other in sorted(folders) if step in folders[other] and other not in dict(lineage)]
+            there = f"; run {', '.join(elsewhere)} has that step (choose with run=)" if elsewhere else ""
+            steps = " and ".join(map(str, nearest)) if nearest else "none"
+            of_run = f" of run {lineage[-1][0]}" if lineage else ""
+            what = f"has no snapshot of step {step}{of_run}; nearest steps there: {steps}{there}"
+        left_out = f". Left out by exclude: {sorted(exclude)}" if exclude else ""
+        raise SnapshotNotFound(f"{self.root} {what}{left_out}.", path=self.root, nearest=nearest)
+
+    def unrelated_runs(self, run: str | None = None) -> list[str]:
+        """Runs that own a snapshot but have no part in the history of ``run`` (default: the newest), oldest first."""
+        related = dict(self._lineage(run, self._folders(), ()))
+        return [other for other in self.runs() if other not in related]
+
+    def incomplete(self) -> list[Incomplete]:
+        """Folders of all runs that hold no snapshot (yet), by step, with the reason."""
+        found = []
+        for folder in self._every_folder():
+            examined = self._examine(folder)
+            if isinstance(examined, Incomplete):
+                found.append(examined)
+        return found
+
+    def verify(self) -> list[Problem]:
+        """Read every byte under a final name, also of runs and snapshots that a listing leaves out.
+
+        Returns:
+            What is wrong: one problem for a file that cannot be read or whose header is wrong, else one for each chunk
+            whose checksum is wrong. Empty if all is well.
+
+        Raises:
+            SnapshotNotFound: No such folder.
+        """
+        problems: list[Problem] = []
+        for folder in self._every_folder():
+            for name in sorted(self._names(folder)):
+                if parse_rank_file_name(name):
+                    problems += self._verify_file(folder / name)
+        return problems
+
+    # Writing
+
+    def prepare(self) -> None:
+        """Create the folder with its parents, durably, and prove that files can be written there.
+
+        Raises:
+            SnapshotError: It cannot be done; says why, and what to do.
+        """
+        try:
+            for folder in [f for f in (*reversed(self.root.parents), self.root) if not self.files.exists(f)]:
+                self._make_folder(folder)
+                self._sync_folder(folder.parent)
+            probe = self.root / f".probe-{os.getpid()}-{secrets.token_hex(8)}"
+            descriptor = self.files.open_exclusive(probe)
+            try:
+                self._finish(descriptor, lambda: write_fully(self.files, descriptor, b"probe", 0))
+            finally:
+                self.files.unlink(probe)
+        except OSError as error:
+            raise SnapshotError(
+                f"Snapshots cannot be written to {self.root}: {error}. {_remedy(error)}", path=self.root
+            ) from error
+
+    def write(self, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]) -> Snapshot:
+        """Write one rank's file and return when it is durable under its final name. Blocks; safe from any thread.
+
+        Args:
+            layout: Where everything lies in the data.
+            stamp: What is particular to this snapshot.
+            chunks: Called to get the data: C-contiguous buffers, one for each of ``layout.chunks``, in order and of
+                its size. Called a second time, for the same data, if the first attempt fails.
+
+        Returns:
+            The snapshot, with the file of this rank only.
+
+        Raises:
+            SnapshotWriteError: Two attempts failed, or the name is taken; the cause is chained. No file was left under
+                a temporary name, as far as the disk allowed.
+            RuntimeError: ``chunks`` does not give what the layout says (our bug).
+        """
+        final = self.root / folder_name(stamp.step, stamp.run) / rank_file_name(stamp.rank, stamp.world_size)
+        try:
+            self._make_folder(final.parent)
+            if self.files.exists(final):
+                raise _taken(final, stamp.step)
+            header = self._write_file(final, layout, stamp, chunks)
+        except OSError as error:
+            raise _write_error(final, stamp.step, f"was not written: {error}", error) from error
+        try:
+            self._sync_folder(final.parent)
+            self._sync_folder(self.root)
+        except OSError as error:
+            what = f"is whole, but its name may be lost if the machine stops: {error}"
+            raise _write_error(final, stamp.step, what, error) from error
+        return Snapshot(paths=(final,), headers=(header,))
+
+    def close_run(self, run: str) -> None:
+        """Note durably that this run writes no more snapshots. Doing it again changes nothing.
+
+        Raises:
+            SnapshotError: The note could not be written.
+        """
+        note = self.root / f"closed-{run}"
+        try:
+            with contextlib.suppress(FileExistsError):
+                descriptor = self.files.open_exclusive(note)
+                self._finish(descriptor, lambda: None)
+            self._sync_folder(self.root)
+        except OSError as error:
+            raise SnapshotError(f"{note} could not be written: {error}. {_remedy(error)}", path=note) from error
+
+    def _write_file(
+        self, final: Path, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]
+    ) -> Header:
+        try:
+            return self._attempt(final, layout, stamp, chunks)
+        except OSError as error:
+            _log.warning("%s could not be written (%s); writing it once more, as a new file", final, error)
+            first = error
+        try:
+            return self._attempt(final, layout, stamp, chunks)
+        except OSError as error:
+            what = f"was not written: {error}; nor the first time: {first}"
+            raise _write_error(final, stamp.step, what, error) from error
+
+    def _attempt(
+        self, final: Path, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]
+    ) -> Header:
+        temporary = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(8)}")
+        descriptor = self.files.open_exclusive(temporary)
+        try:
+            header = self._finish(descriptor, lambda: self._fill(descriptor, layout, stamp, chunks))
+            self._publish(temporary, final, stamp.step)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.files.unlink(temporary)
+            raise
+        return header
+
+    def _finish(self, descriptor: int, fill: Callable[[], _Filled]) -> _Filled:
+        """Fill, fsync and close a file, in this order; it is closed in any case, and both may report its failure."""
+        try:
+            filled = fill()
+            self.files.fsync(descriptor)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.files.close(descriptor)
+            raise
+        self.files.close(descriptor)
+        return filled
+
+    def _fill(
+        self, descriptor: int, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]
+    ) -> Header:
+        data_begin = header_bytes(layout, stamp)
+        file_bytes = data_begin + layout.data_bytes
+        try:
+            self.files.preallocate(descriptor, file_bytes)
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                raise
+        crc32 = []
+        for span, view in _matched(layout, chunks()):
+            crc32.append(zlib.crc32(view))
+            write_fully(self.files, descriptor, view, data_begin + span.begin)
+        write_fully(self.files, descriptor, encode_header(layout, stamp, crc32), 0)
+        return Header(layout=layout, stamp=stamp, crc32=tuple(crc32), data_begin=data_begin, file_bytes=file_bytes)
+
+    def _publish(self, temporary: Path, final: Path, step: int) -> None:
+        try:
+            self.files.rename_new(temporary, final)
+        except FileExistsError as error:
+            raise _taken(final, step) from error
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            if self.files.exists(final):
+                raise _taken(final, step) from error
+            self.files.rename(temporary, final)
+
+    def _make_folder(self, folder: Path) -> None:
+        with contextlib.suppress(FileExistsError):
+            self.files.make_folder(folder)
+
+    def _sync_folder(self, folder: Path) -> None:
+        try:
+            self.files.fsync_folder(folder)
+        except OSError as error:
+            # Some network file systems have no such operation: their names are durable when the call that makes them
+            # returns, or never; either way nothing more can be done.
+            if error.errno not in _UNSUPPORTED:
+                raise
+
+    # Looking at folders
+
+    def _folders(self) -> dict[str, dict[int, Path]]:
+        """Folders with a snapshot's name, by run and step."""
+        folders: dict[str, dict[int, Path]] = {}
+        try:
+            names = self.files.list(self.root)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            message = f"{self.root} is not a folder of snapshots: {error.strerror}. Check the path."
+            raise SnapshotNotFound(message, path=self.root, nearest=()) from error
+        except OSError as error:
+            raise SnapshotError(f"{self.root} cannot be listed: {error}", path=self.root) from error
+        for name in names:
+            if parsed := parse_folder_name(name):
+                step, run = parsed
+                folders.setdefault(run, {})[step] = self.root / name
+        return folders
+
+    def _every_folder(self) -> list[Path]:
+        return sorted(folder for steps in self._folders().values() for folder in steps.values())
+
+    def _names(self, folder: Path) -> list[str]:
+        try:
+            return self.files.list(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return []  # removed since its name was read, or never a folder
+        except OSError as error:
+            raise SnapshotError(f"{folder} cannot be listed: {error}", path=folder) from error
+
+    def _examine(self, folder: Path) -> Snapshot | Incomplete | SnapshotDamaged:
+        """What a folder holds. A snapshot that is being removed meanwhile is looked for once more."""
+        for _ in range(2):
+            ranks: dict[int, set[int]] = {}
+            for rank, world_size in filter(None, map(parse_rank_file_name, self._names(folder))):
+                ranks.setdefault(world_size, set()).add(rank)
+            complete = [world_size for world_size in sorted(ranks) if len(ranks[world_size]) == world_size]
+            if not complete:
+                return Incomplete(folder, _what_is_missing(ranks))
+            paths = tuple(folder / rank_file_name(rank, complete[0]) for rank in range(complete[0]))
+            try:
+                headers = tuple(map(self._read_header, paths))
+            except FileNotFoundError:
+                continue
+            except SnapshotDamaged as error:
+                return error
+            disagreement = _disagreement(headers)
+            return Incomplete(folder, disagreement) if disagreement else Snapshot(paths=paths, headers=headers)
+        return Incomplete(folder, "its files were removed while it was read")
+
+    def _committed(self, folder: Path, lineage: Lineage) -> Snapshot | None:
+        examined = self._examine(folder)
+        if isinstance(examined, SnapshotDamaged):
+            raise examined
+        if isinstance(examined, Incomplete):
+            return None
+        runs = [run for run, _ in lineage]
+        if examined.stamp.lineage[:-1] != lineage[: runs.index(examined.run)]:
+            raise SnapshotMismatch(
+                f"{folder} has the lineage {examined.stamp.lineage}, but run {runs[-1]} has {lineage}. "
+                f"Leave it out with exclude=[{examined.step}].",
+                path=folder,
+            )
+        return examined
+
+    def _owned(self, steps: dict[int, Path]) -> Snapshot | SnapshotDamaged | None:
+        """The last committed snapshot of one run; a damaged one if it has no other."""
+        damage = None
+        for step in sorted(steps, reverse=True):
+            examined = self._examine(steps[step])
+            if isinstance(examined, Snapshot):
+                return examined
+            if isinstance(examined, SnapshotDamaged):
+                damage = damage or examined
+        return damage
+
+    def _lineage(self, run: str | None, folders: dict[str, dict[int, Path]], exclude: Collection[int]) -> Lineage:
+        """History of a run as its snapshots tell it; empty if ``run`` is None and the folder has no snapshot."""
+        for candidate in sorted(folders, reverse=True) if run is None else [run]:
+            owned = self._owned(folders.get(candidate, {}))
+            if isinstance(owned, Snapshot):
+                return owned.stamp.lineage
+            if owned is not None and owned.step in exclude:
+                raise SnapshotNotFound(
+                    f"{self.root}: run {candidate} has damaged snapshots only, so its history is not known. "
+                    f"Choose another run with run=: {', '.join(sorted(folders))}.",
+                    path=self.root,
+                    nearest=(),
+                ) from owned
+            if owned is not None:
+                raise owned
+        if run is None:
+            return ()
+        there = ", ".join(self.runs()) or "none"
+        raise SnapshotNotFound(
+            f"{self.root} has no snapshot of run {run}; runs there: {there}.", path=self.root, nearest=()
+        )
+
+    def _nearest(self, step: int | None, members: list[tuple[int, Path]]) -> tuple[int, ...]:
+        """Committed steps next to ``step``: one before and one after, where there are any."""
+        if step is None:
+            return ()
+        before = sorted((member for member in members if member[0] < step), reverse=True)
+        after = sorted(member for member in members if member[0] > step)
+        nearest = (
+            next((near for near in side if isinstance(self._examine(near[1]), Snapshot)), None)
+            for side in (before, after)
+        )
+        return tuple(near[0] for near in nearest if near)
+
+    # Reading files
+
+    @contextlib.contextmanager
+    def _reading(self, path: Path) -> Iterator[tuple[int, int]]:
+        """Descriptor and size of a file. ``FileNotFoundError`` passes, all else is told as the file's damage."""
+        try:
+            descriptor = self.files.open_read(path)
+        except FileNotFoundError:
+            if self.files.exists(path):
+                raise damaged(path, "it is a link to nothing") from None
+            raise
+        except OSError as error:
+            if error.errno in _NO_FAULT_OF_THE_FILE:
+                raise SnapshotError(f"{path} cannot be opened: {error}", path=path) from error
+            raise damaged(path, f"it cannot be opened: {error}") from error
+        try:
+            status = self.files.stat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise damaged(path, "it is not a regular file")
+            yield descriptor, status.st_size
+        except OSError as error:
+            raise damaged(path, f"it cannot be read: {error}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                self.files.close(descriptor)
+
+    def _read_header(self, path: Path) -> Header:
+        with self._reading(path) as (descriptor, file_bytes):
+            prefix = bytes(read_fully(self.files, descriptor, bytearray(8), 0))
+            end = header_end(prefix, path=path, file_bytes=file_bytes)
+            blob = bytes(read_fully(self.files, descriptor, bytearray(end), 0))
+        header = decode_header(blob, path=path, file_bytes=file_bytes)
+        stamp = header.stamp
+        own = (folder_name(stamp.step, stamp.run), rank_file_name(stamp.rank, stamp.world_size))
+        if own != (path.parent.name, path.name):
+            raise damaged(path, f"it was written as {'/'.join(own)}")
+        return header
+
+    def _verify_file(self, path: Path) -> Iterator[Problem]:
+        known = parse_folder_name(path.parent.name)
+        step = known[0] if known else 0
+        try:
+            header = self._read_header(path)
+            with self._reading(path) as (descriptor, _):
+                for chunk, (span, expected) in enumerate(zip(header.layout.chunks, header.crc32, strict=True)):
+                    found = self._crc32(descriptor, header.data_begin + span.begin, span.end - span.begin)
+                    if found != expected:
+                        message = f"its checksum is {found:08x}, expected {expected:08x}"
+                        yield Problem(path, step, chunk, str(damaged(path, message, chunk=chunk)))
+        except FileNotFoundError:
+            return  # removed meanwhile
+        except SnapshotError as error:
+            yield Problem(path, step, None, str(error))
+
+    def _crc32(self, descriptor: int, offset: int, size_bytes: int) -> int:
+        crc32, buffer = 0, bytearray(min(size_bytes, _READ_BYTES))
+        for begin in range(0, size_bytes, _READ_BYTES):
+            piece = memoryview(buffer)[: size_bytes - begin]
+            crc32 = zlib.crc32(read_fully(self.files, descriptor, piece, offset + begin), crc32)
+        return crc32
+
+
+def _matched(layout: Layout, buffers: Iterable[ReadableBuffer]) -> Iterator[tuple[Span, memoryview]]:
+    """The layout's chunks with their bytes, checked."""
+    count = 0
+    for count, buffer in enumerate(buffers, start=1):
+        view = memoryview(buffer)
+        span = layout.chunks[count - 1] if count <= len(layout.chunks) else Span(0, 0)
+        if not view.c_contiguous or view.nbytes != span.end - span.begin:
+            raise RuntimeError(
+                f"Buffer {count - 1} of {len(layout.chunks)} has {view.nbytes} bytes, {view.c_contiguous=}; "
+                f"expected {span.end - span.begin} contiguous bytes. This is a bug in nitrous_ema, please report it."
+            )
+        yield span, view.cast("B")
+    if count != len(layout.chunks):
+        raise RuntimeError(
+            f"{count} buffers for {len(layout.chunks)} chunks. This is a bug in nitrous_ema, please report it."
+        )
+
+
+def _members(lineage: Lineage, folders: dict[str, dict[int, Path]]) -> list[tuple[int, Path]]:
+    """Steps and folders of a history, the youngest run first."""
+    return [
+        (step, folder)
+        for run, left_at in reversed(lineage)
+        for step, folder in sorted(folders.get(run, {}).items())
+        if left_at is None or step <= left_at
+    ]
+
+
+def _what_is_missing(ranks: dict[int, set[int]]) -> str:
+    if not ranks:
+        return "it holds no finished file"
+    world_size = max(ranks, key=lambda size: len(ranks[size]))
+    first = next(rank for rank in range(world_size) if rank not in ranks[world_size])
+    return f"it holds {len(ranks[world_size])} of {world_size} files; {rank_file_name(first, world_size)} is missing"
+
+
+def _disagreement(headers: tuple[Header, ...]) -> str | None:
+    """Why the files of several ranks are no snapshot together. Step, run and number of ranks are in their names."""
+    first = headers[0]
+    for rank, other in enumerate(headers):
+        facts = [("layout", other.layout.sha256, first.layout.sha256)]
+        facts += [
+            (name, getattr(other.stamp, name), getattr(first.stamp, name)) for name in ("t", "t_first", "lineage")
+        ]
+        for name, found, expected in facts:
+            if found != expected:
+                return f"ranks 0 and {rank} disagree on {name}: {expected} and {found}"
+    return None
+
+
+def _write_error(final: Path, step: int, what: str, cause: OSError) -> SnapshotWriteError:
+    return SnapshotWriteError(f"{final} {what}. {_remedy(cause)}", path=final, step=step)
+
+
+def _taken(final: Path, step: int) -> SnapshotWriteError:
+    return SnapshotWriteError(
+        f"{final} exists already, and a snapshot is never overwritten. Every run has names of its own: "
+        "two objects seem to write with one run id.",
+        path=final,
+        step=step,
+    )
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in _NO_SPACE:
+        return "Free some space there, or choose another folder."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Allow this user to write there, or choose another folder."
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return "Something that is not a folder has this name: choose another folder."
+    return "Check the disk and the folder, or choose another folder."
