@@ -27,6 +27,7 @@ LAZY = ("", "async_")
 LAYERS = (
     "errors",
     "profile",
+    "intervals",
     "posthoc",
     "snapshots.format",
     "snapshots.files",
@@ -74,7 +75,7 @@ LAYERS = (
 )
 MAY_IMPORT_ASYNC = ("cli", "__main__")
 USE_THE_LIBRARY = ("demo", "integrations.lightning", "integrations.transformers", "cli", "__main__")
-WITHOUT_TORCH = ("errors", "profile", "posthoc", "snapshots.format", "snapshots.files")
+WITHOUT_TORCH = ("errors", "profile", "intervals", "posthoc", "snapshots.format", "snapshots.files")
 WORKER = "async_.synthesize_worker"
 NOT_IN_THE_WORKER = ("ema", "async_.lane")
 
