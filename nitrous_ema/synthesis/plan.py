@@ -1,0 +1,301 @@
+"""What to read, and with which weights, for the averages that are wanted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nitrous_ema.errors import SnapshotError, SnapshotMismatch
+from nitrous_ema.posthoc import SynthesisReport, solve_weights, synthesis_report
+from nitrous_ema.profile import gamma_to_sigma_rel, sigma_rel_to_gamma
+from nitrous_ema.snapshots.format import Layout, Lineage, TensorRecord
+from nitrous_ema.snapshots.store import Snapshot, SnapshotStore
+from nitrous_ema.synthesis.sources import FileSource, Moment, Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Column:
+    """One profile of one snapshot, that is read."""
+
+    step: int
+    """Its snapshot's step."""
+    t: float
+    """Its snapshot's training time."""
+    gamma: float
+    """Exponent of its profile."""
+    source: Source
+    """Its numbers on disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Plan:
+    """Averages to synthesize at one step, and the columns that give them."""
+
+    target: Moment
+    """The snapshot at whose step the averages end; it gives the copied tensors."""
+    sigma_rels: tuple[float, ...]
+    """The averages' lengths, as fractions of the training time."""
+    gammas: tuple[float, ...]
+    """The same lengths as exponents."""
+    columns: tuple[Column, ...]
+    """What is read, ascending in time; columns that no output needs are left out."""
+    weights: NDArray[np.float64]
+    """Shape [columns, outputs]."""
+    report: SynthesisReport
+    """How close the averages come to what was asked."""
+    excluded: tuple[int, ...] = ()
+    """Steps left out on request."""
+    trainer: Mapping[str, str | int | float] = field(default_factory=dict)
+    """The process that wrote the newest snapshot: ``host``, ``pid``, ``started`` (seconds since 1970)."""
+
+    @property
+    def elements(self) -> int:
+        """Numbers in one average."""
+        return self.target.average_spans[-1][1]
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of all columns and of the target's copied tensors."""
+        copied = self.target.copied
+        return sum(column.source.num_bytes for column in self.columns) + (copied.num_bytes if copied else 0)
+
+
+def plan_synthesis(
+    snapshots: Sequence[Moment],
+    *,
+    target: Moment,
+    gammas: Sequence[float] | None = None,
+    sigma_rels: Sequence[float] | None = None,
+    excluded: Collection[int] = (),
+) -> Plan:
+    """Choose the columns and solve for the weights of averages that end at the target's step.
+
+    All averages of snapshots up to the target's training time are candidates, with weights that sum to 1; those
+    that get weight 0 in every output (all but one, where the length wanted is itself tracked) are not read.
+
+    Args:
+        snapshots: Committed snapshots of one lineage, ascending in time; the target among them.
+        target: The snapshot at whose step the averages end.
+        gammas: Exponents of the averages wanted, or
+        sigma_rels: their lengths as fractions of the training time, in (0, 12 ** -0.5). Exactly one of the two.
+        excluded: Steps that were left out of ``snapshots`` on request, to be told with the result.
+
+    Raises:
+        ValueError: Both or neither of gammas and sigma_rels, or one outside its domain.
+        SnapshotMismatch: Two of the snapshots, that are needed together, hold different tensors.
+
+    Source:
+        Karras et al. 2023, arXiv:2312.02696, Algorithm 3.
+    """
+    lengths = _lengths(gammas, sigma_rels)
+    candidates = [
+        (moment, profile) for moment in snapshots if moment.t <= target.t for profile in range(len(moment.gammas))
+    ]
+    t_i = np.array([moment.t for moment, _ in candidates], dtype=np.float64)
+    gamma_i = np.array([moment.gammas[profile] for moment, profile in candidates], dtype=np.float64)
+    gamma_r = np.array([gamma for _, gamma in lengths], dtype=np.float64)
+    t_r = np.full(len(lengths), target.t, dtype=np.float64)
+    weights = solve_weights(t_i, gamma_i, t_r, gamma_r)
+    needed = np.flatnonzero(np.any(weights != 0.0, axis=1))
+    chosen = [candidates[index] for index in needed]
+    _check_same_tensors(target, [moment for moment, _ in chosen])
+    report = synthesis_report(
+        t_i,
+        gamma_i,
+        t_r,
+        gamma_r,
+        weights=weights,
+        checkpoint_dtype=_coarsest(chosen),
+        t_first=target.t_first,
+    )
+    return Plan(
+        target=target,
+        sigma_rels=tuple(sigma_rel for sigma_rel, _ in lengths),
+        gammas=tuple(gamma for _, gamma in lengths),
+        columns=tuple(_column(moment, profile) for moment, profile in chosen),
+        weights=weights[needed],
+        report=report,
+        excluded=tuple(sorted(excluded)),
+    )
+
+
+def plan_from_store(
+    store: SnapshotStore | str | os.PathLike[str],
+    *,
+    gammas: Sequence[float] | None = None,
+    sigma_rels: Sequence[float] | None = None,
+    step: int | None = None,
+    run: str | None = None,
+    exclude: Collection[int] = (),
+) -> Plan:
+    """Plan the averages that end at a committed snapshot of a snapshot folder.
+
+    Args:
+        store: The folder, or a store opened on it.
+        gammas: Exponents of the averages wanted, or
+        sigma_rels: their lengths, as in plan_synthesis().
+        step: The target: a step with a committed snapshot; by default the newest one.
+        run: The run whose lineage is read; by default the newest.
+        exclude: Steps to leave out, damaged ones for example.
+
+    Raises:
+        ValueError: As plan_synthesis(); also where the target step is excluded.
+        SnapshotNotFound: There is no such snapshot or run; names the nearest steps.
+        SnapshotDamaged: A snapshot that is not excluded has a wrong size or header.
+        SnapshotMismatch: As plan_synthesis().
+    """
+    if step is not None and step in exclude:
+        raise ValueError(f"step {step} is the target and is excluded; ask for another step, or do not exclude it.")
+    _lengths(gammas, sigma_rels)  # a wrong length is told before a folder of thousands of snapshots is listed
+    if not isinstance(store, SnapshotStore):
+        store = SnapshotStore(store)
+    snapshots = store.snapshots(run, exclude=exclude)
+    target = next((each for each in reversed(snapshots) if step in (None, each.step)), None)
+    if target is None:
+        target = store.get(step, run, exclude=exclude)  # raises, naming what there is
+    moments = [stored_moment(snapshot) for snapshot in snapshots if snapshot.t <= target.t]
+    plan = plan_synthesis(moments, target=stored_moment(target), gammas=gammas, sigma_rels=sigma_rels, excluded=exclude)
+    return replace(plan, trainer=snapshots[-1].stamp.trainer)
+
+
+def _lengths(gammas: Sequence[float] | None, sigma_rels: Sequence[float] | None) -> list[tuple[float, float]]:
+    """(sigma_rel, gamma) of each output; the given one of the two is kept to the bit."""
+    lengths: list[tuple[float, float]] = []
+    if (gammas is None) == (sigma_rels is None):
+        raise ValueError("gammas and sigma_rels: exactly one of them says which averages are wanted.")
+    if gammas is not None:
+        lengths = [(float(gamma_to_sigma_rel(gamma)), float(gamma)) for gamma in gammas]
+    elif sigma_rels is not None:
+        lengths = [(float(sigma_rel), float(sigma_rel_to_gamma(sigma_rel))) for sigma_rel in sigma_rels]
+    if not lengths:
+        raise ValueError("no length is asked for; give at least one sigma_rel or gamma.")
+    return lengths
+
+
+def _column(moment: Moment, profile: int) -> Column:
+    return Column(step=moment.step, t=moment.t, gamma=moment.gammas[profile], source=moment.averages[profile])
+
+
+def _coarsest(chosen: Sequence[tuple[Moment, int]]) -> str:
+    """The stored type with the largest rounding error among the chosen columns."""
+    found = {moment.averages[profile].dtype for moment, profile in chosen}
+    return next(code for code in ("BF16", "F16", "F32", "F64") if code in found)
+
+
+def _check_same_tensors(target: Moment, moments: Sequence[Moment]) -> None:
+    expected = _tensors(target)
+    checked: set[int] = {id(target.records)}
+    for moment in moments:
+        if id(moment.records) in checked:
+            continue
+        checked.add(id(moment.records))
+        found = _tensors(moment)
+        if found != expected:
+            raise SnapshotMismatch(
+                f"{moment.path} and {target.path} hold different tensors: {_first_difference(found, expected)}. "
+                f"Leave step {moment.step} out (exclude), or take a target of the same architecture.",
+                path=moment.path,
+            )
+
+
+def _tensors(moment: Moment) -> list[tuple[str, tuple[int, ...], bool]]:
+    """What must agree for averages to be added up: names and shapes in file order, and which are complex."""
+    averaged = [record for record in moment.records if record.role == "averaged"]
+    return [(record.name, record.shape, record.dtype == "C64") for record in averaged]
+
+
+def _first_difference(
+    found: list[tuple[str, tuple[int, ...], bool]], expected: list[tuple[str, tuple[int, ...], bool]]
+) -> str:
+    shapes = {name: shape for name, shape, _ in expected}
+    for name, shape, _ in found:
+        if name not in shapes:
+            return f"{name!r} is averaged in the first only"
+        if shapes[name] != shape:
+            return f"{name!r} is {shape} in the first and {shapes[name]} in the second"
+    missing = [name for name in shapes if name not in {name for name, _, _ in found}]
+    return f"{missing[0]!r} is averaged in the second only" if missing else "their order or types differ"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StoredMoment:
+    """A committed snapshot of our own format, as synthesis sees it."""
+
+    step: int
+    t: float
+    t_first: float | None
+    run: str
+    lineage: Lineage
+    path: Path
+    records: Sequence[TensorRecord]
+    average_spans: Sequence[tuple[int, int]]
+    gammas: Sequence[float]
+    averages: Sequence[Source]
+    copied: Source | None
+    copied_spans: Mapping[str, tuple[int, int]]
+
+
+def stored_moment(snapshot: Snapshot) -> StoredMoment:
+    """Describe a committed snapshot to the planner.
+
+    Raises:
+        SnapshotError: It was written by several ranks, each its own part; that cannot be read yet.
+    """
+    if snapshot.stamp.world_size != 1:
+        raise SnapshotError(
+            f"{snapshot.paths[0].parent}: written by {snapshot.stamp.world_size} ranks, each its part of the model; "
+            "this version synthesizes snapshots written by one rank only.",
+            path=snapshot.paths[0].parent,
+        )
+    layout = snapshot.layout
+    sources = _sources(snapshot)
+    profiles = len(layout.gammas)
+    return StoredMoment(
+        step=snapshot.step,
+        t=snapshot.t,
+        t_first=snapshot.stamp.t_first,
+        run=snapshot.run,
+        lineage=snapshot.stamp.lineage,
+        path=snapshot.paths[0],
+        records=layout.records,
+        average_spans=layout.average_spans,
+        gammas=layout.gammas,
+        averages=sources[:profiles],
+        copied=sources[profiles] if len(sources) > profiles else None,
+        copied_spans=_copied_spans(layout),
+    )
+
+
+def _sources(snapshot: Snapshot) -> list[Source]:
+    """One per section of the file: the profiles, then the copied tensors if there are any."""
+    layout, checksums = snapshot.layout, snapshot.headers[0].crc32
+    sources: list[Source] = []
+    first_chunk = 0
+    for section, (begin, end) in enumerate(layout.sections):
+        num_chunks = -(-(end - begin) // layout.chunk_bytes)
+        source = FileSource(
+            path=snapshot.paths[0],
+            begin=snapshot.data_begin + begin,
+            num_bytes=end - begin,
+            dtype=layout.checkpoint_dtype if section < len(layout.gammas) else "U8",
+            chunk_bytes=layout.chunk_bytes,
+            crc32=tuple(checksums[first_chunk : first_chunk + num_chunks]),
+            first_chunk=first_chunk,
+        )
+        sources.append(source)
+        first_chunk += num_chunks
+    return sources
+
+
+def _copied_spans(layout: Layout) -> dict[str, tuple[int, int]]:
+    """Per copied tensor its bytes, counted from the start of their section."""
+    section_begin = layout.sections[-1].begin
+    return {
+        record.name: (begin - section_begin, end - section_begin)
+        for record, (begin, end) in zip(layout.copied, layout.copied_spans, strict=True)
+    }
