@@ -1,0 +1,268 @@
+"""The averages: a few flat buffers in file order, and named views on them.
+
+A *profile's flat space* is all averaged tensors of the model back to back, in the model's order, in elements; it is the
+same for every profile and is what a snapshot file's section holds. It is cut into *groups*: maximal runs of tensors
+that share a device and an accumulation type (float64 where the tensor is float64, float32 otherwise). Each group has
+one flat buffer per profile, so that writing a snapshot copies buffers, not tensors.
+
+A tensor lies in its buffer in its parameter's own memory order (channels_last, transposed), so that averaging runs over
+both as flat memory; files are row-major, and ``pieces`` permutes where the two differ. A parameter that is expanded or
+has holes is averaged in row-major order. complex64 counts as pairs of float32.
+
+Copied tensors lie in one byte buffer per device, in the order of the file's last section.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nitrous_ema.snapshots.format import Layout
+from nitrous_ema.tracked import TrackedTensor, dtype_code
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """A run of averaged tensors with one device and accumulation type."""
+
+    device: torch.device
+    dtype: torch.dtype
+    first: int
+    """Index of its first tensor among the averaged ones."""
+    begin: int
+    """Where it begins in a profile's flat space, in elements."""
+    tensors: list[AveragedTensor]
+    flats: list[Tensor]
+    """One buffer per profile, 1-d; its last tensor's end is its size."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of one buffer."""
+        return self.tensors[-1].end if self.tensors else 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AveragedTensor:
+    """Where one tensor lies in its group's buffers."""
+
+    tracked: TrackedTensor
+    begin: int
+    """First element, relative to the group."""
+    end: int
+    shape: tuple[int, ...]
+    """Real shape: complex64 has a trailing axis of 2."""
+    strides: tuple[int, ...]
+    is_row_major: bool
+
+
+@dataclass(slots=True, eq=False)
+class CopyGroup:
+    """Copied tensors on one device, back to back."""
+
+    device: torch.device
+    begin: int
+    """Where it begins among all copied tensors, in bytes."""
+    tensors: list[tuple[TrackedTensor, int, int]]
+    """Each with its first and last byte, relative to the group."""
+    flat: Tensor  # uint8
+
+    def values(self) -> list[Tensor]:
+        """Views with the model's types and shapes."""
+        return [self.flat[begin:end].view(tracked.dtype).view(tracked.shape) for tracked, begin, end in self.tensors]
+
+
+class Arena:
+    """Averages of every profile, and the copied tensors.
+
+    Args:
+        tracked: The model's tensors, in its order.
+        layout: Order of the tensors in snapshot files, which is the order here.
+        device: Where the averages live; by default each with its parameter.
+    """
+
+    def __init__(self, tracked: Sequence[TrackedTensor], layout: Layout, device: torch.device | None = None) -> None:
+        by_name = {tensor.name: tensor for tensor in tracked}
+        self.tracked = tuple(tracked)
+        self.averaged = tuple(by_name[record.name] for record in layout.averaged)
+        self.copied = tuple(by_name[record.name] for record in layout.copied)
+        self.layout = layout
+        self.groups = self._make_groups(device)
+        self.copy_groups = self._make_copy_groups(device)
+        self._places = {tensor.tracked.name: (group, tensor) for group in self.groups for tensor in group.tensors}
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """The devices that hold averages or copies, each once."""
+        averaged = [group.device for group in self.groups]
+        return tuple(dict.fromkeys([*averaged, *(group.device for group in self.copy_groups)]))
+
+    def average(self, profile: int, name: str) -> Tensor:
+        """The average of one tensor, a view with the parameter's shape and memory order."""
+        group, tensor = self._places[name]
+        view = group.flats[profile][tensor.begin : tensor.end].as_strided(tensor.shape, tensor.strides)
+        return torch.view_as_complex(view) if tensor.tracked.dtype.is_complex else view
+
+    def averages(self, profile: int) -> Iterator[tuple[TrackedTensor, Tensor]]:
+        """Every averaged tensor with its average."""
+        for tracked in self.averaged:
+            yield tracked, self.average(profile, tracked.name)
+
+    def copies(self) -> Iterator[tuple[TrackedTensor, Tensor]]:
+        """Every copied tensor with the value that was kept."""
+        for group in self.copy_groups:
+            yield from zip((tracked for tracked, _, _ in group.tensors), group.values(), strict=True)
+
+    def pieces(
+        self, profile: int, begin: int, end: int, device: torch.device | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Elements ``[begin, end)`` of a profile's flat space as the file has them, in pieces; of one device if given.
+
+        Yields:
+            (first element relative to ``begin``, 1-d row-major tensor of the accumulation type). Neighbours that are
+            row-major come as one view; a tensor in another order comes as a temporary.
+        """
+        for group in self.groups:
+            if device is not None and group.device != device:
+                continue
+            low, high = max(begin, group.begin), min(end, group.begin + group.numel)
+            for first, last, tensor in _row_major_runs(group, low - group.begin, high - group.begin):
+                flat = group.flats[profile]
+                if tensor is not None:
+                    view = flat[tensor.begin : tensor.end].as_strided(tensor.shape, tensor.strides)
+                    yield group.begin + first - begin, view.reshape(-1)[first - tensor.begin : last - tensor.begin]
+                else:
+                    yield group.begin + first - begin, flat[first:last]
+
+    def copied_pieces(self, begin: int, end: int, device: torch.device | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Bytes ``[begin, end)`` of the copied tensors: (first byte relative to ``begin``, 1-d uint8 view)."""
+        for group in self.copy_groups:
+            if device is not None and group.device != device:
+                continue
+            low, high = max(begin, group.begin), min(end, group.begin + group.flat.numel())
+            if low < high:
+                yield low - begin, group.flat[low - group.begin : high - group.begin]
+
+    def fill(self, profile: int, begin: int, values: Tensor) -> None:
+        """Write row-major elements from ``begin`` on into a profile: the reverse of ``pieces``."""
+        end = begin + values.numel()
+        for group in self.groups:
+            low, high = max(begin, group.begin), min(end, group.begin + group.numel)
+            for first, last, tensor in _row_major_runs(group, low - group.begin, high - group.begin):
+                part = values[group.begin + first - begin : group.begin + last - begin]
+                flat = group.flats[profile]
+                if tensor is None:
+                    flat[first:last].copy_(part)
+                else:
+                    indices = _memory_order(tensor)[first - tensor.begin : last - tensor.begin]
+                    flat[tensor.begin : tensor.end][indices.to(flat.device)] = part.to(flat)
+
+    def fill_copied(self, begin: int, values: Tensor) -> None:
+        """Write bytes from ``begin`` on of the file's section of copied tensors; its padding is passed over."""
+        first = begin - self.layout.padding_bytes
+        for group in self.copy_groups:
+            low, high = max(first, group.begin, 0), min(first + values.numel(), group.begin + group.flat.numel())
+            if low < high:
+                group.flat[low - group.begin : high - group.begin].copy_(values[low - first : high - first])
+
+    def to(self, device: torch.device) -> None:
+        """Move every buffer. Views taken before keep the old ones."""
+        for group in self.groups:
+            group.device, group.flats = device, [flat.to(device) for flat in group.flats]
+        for copies in self.copy_groups:
+            copies.device, copies.flat = device, copies.flat.to(device)
+
+    def _make_groups(self, device: torch.device | None) -> list[Group]:
+        groups: list[Group] = []
+        for index, tracked in enumerate(self.averaged):
+            place = device or tracked.live().device
+            dtype = accumulation_dtype(tracked.dtype)
+            if not groups or (groups[-1].device, groups[-1].dtype) != (place, dtype):
+                begin = groups[-1].begin + groups[-1].numel if groups else 0
+                groups.append(Group(place, dtype, index, begin, [], []))
+            groups[-1].tensors.append(_placed(tracked, groups[-1].numel))
+        for group in groups:
+            group.flats = [torch.zeros(group.numel, dtype=group.dtype, device=group.device) for _ in self.layout.gammas]
+        return groups
+
+    def _make_copy_groups(self, device: torch.device | None) -> list[CopyGroup]:
+        groups: list[CopyGroup] = []
+        for tracked in self.copied:
+            place = device or tracked.live().device
+            end = groups[-1].tensors[-1][2] if groups else 0
+            if not groups or groups[-1].device != place:
+                groups.append(CopyGroup(place, (groups[-1].begin + end) if groups else 0, [], torch.empty(0)))
+                end = 0
+            nbytes = math.prod(tracked.shape) * tracked.dtype.itemsize
+            groups[-1].tensors.append((tracked, end, end + nbytes))
+        for group in groups:
+            group.flat = torch.zeros(group.tensors[-1][2], dtype=torch.uint8, device=group.device)
+        return groups
+
+
+def snapshot_layout(
+    tracked: Sequence[TrackedTensor], gammas: Sequence[float], sigma_rels: Sequence[float], dtype: torch.dtype
+) -> Layout:
+    """What all snapshots of these tensors and profiles have in common; averages are stored as ``dtype``."""
+    return Layout(
+        records=tuple(tensor.record for tensor in tracked),
+        gammas=tuple(gammas),
+        sigma_rels=tuple(sigma_rels),
+        checkpoint_dtype=dtype_code(dtype),
+    )
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays; everything else is averaged in float32, whatever the parameters are."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def memory_order(tensor: Tensor, like: AveragedTensor) -> Tensor:
+    """A live tensor as flat memory in the order of its average: a view where it is dense that way, else a copy."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    if real.stride() != like.strides:
+        real = torch.empty_strided(like.shape, like.strides, dtype=real.dtype, device=real.device).copy_(real)
+    return real.as_strided((like.end - like.begin,), (1,))
+
+
+def _placed(tracked: TrackedTensor, begin: int) -> AveragedTensor:
+    live = tracked.live().detach()
+    real = torch.view_as_real(live) if live.is_complex() else live
+    strides = real.stride() if _is_dense(real) else torch.empty(real.shape, device="meta").stride()
+    shape = tuple(real.shape)
+    row_major = torch.empty_strided(shape, strides, device="meta").is_contiguous()
+    return AveragedTensor(tracked, begin, begin + real.numel(), shape, tuple(strides), row_major)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory exactly, in some order of the axes."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return expected > 0
+
+
+def _row_major_runs(group: Group, begin: int, end: int) -> Iterator[tuple[int, int, AveragedTensor | None]]:
+    """Cut ``[begin, end)`` of a group into (first, last, tensor to permute or None for a run that is row-major)."""
+    run = begin
+    for tensor in group.tensors:
+        low, high = max(begin, tensor.begin), min(end, tensor.end)
+        if tensor.is_row_major or low >= high:
+            continue
+        if run < low:
+            yield run, low, None
+        yield low, high, tensor
+        run = high
+    if run < end:
+        yield run, end, None
+
+
+def _memory_order(tensor: AveragedTensor) -> Tensor:
+    """For each element in row-major order, its place in memory relative to the tensor's begin."""
+    places = torch.arange(tensor.end - tensor.begin, device="cpu").as_strided(tensor.shape, tensor.strides)
+    return places.reshape(-1)

@@ -1,0 +1,145 @@
+"""``AsyncPostHocEMA``: post-hoc EMA that training does not wait for."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+import torch
+from torch.nn import Module
+
+from nitrous_ema.async_.lane import AcceleratorLane, ThreadLane
+from nitrous_ema.async_.launch import launch
+from nitrous_ema.async_.writer import BackgroundSink, WritePolicy
+from nitrous_ema.averager import Averager
+from nitrous_ema.ema import PostHocEMA, Template
+from nitrous_ema.errors import NitrousWarning
+from nitrous_ema.guard import ReadMode
+from nitrous_ema.loading import load_tensors
+from nitrous_ema.pipeline import InlineLane, Lane
+from nitrous_ema.schedule import StepSizeCorrection
+from nitrous_ema.settings import Settings
+from nitrous_ema.snapshots.format import Layout
+from nitrous_ema.snapshots.store import Snapshot, SnapshotStore
+from nitrous_ema.tracked import NameFilter
+
+
+class AsyncPostHocEMA(PostHocEMA):
+    """Post-hoc EMA in the background: ``update()`` queues the averaging and returns.
+
+    On an accelerator the averaging runs on a side stream, ordered by events; on the CPU in a worker thread. Snapshots
+    go through host memory to disk by threads of their own. For the same training run the averages have the same bits as
+    those of ``PostHocEMA`` with the same settings.
+
+    Args:
+        model, sigma_rels, gammas, ...: As in ``PostHocEMA``, but ``update_every`` is 1.
+        read: How parameters are read in the background. ``"guarded"``: live, and writing them without an optimizer step
+            or ``fence()`` in between is an error; ``"copied"``: copied at update(), for models that change their
+            weights elsewhere (one more copy of the parameters in their own type); ``"auto"``: guarded until that goes
+            wrong, then, with one warning, copied.
+        max_pending: Snapshots on their way to disk at once; each costs host memory of a snapshot's size.
+        on_full: What happens when that many are: ``"wait"``, ``"skip"`` the snapshot, or ``"raise"``.
+        wait_timeout: Seconds to wait at most, there and when the interpreter ends.
+        on_error: A failed write raises at the next call (``"raise"``), or warns (``"warn"``) and training goes on.
+        num_writers: Threads that write snapshots.
+
+    Raises:
+        ValueError: An argument is outside its range; a filter matches nothing.
+        UntrackableModelError: A tensor cannot be averaged, or there is none.
+        SnapshotError: Snapshots cannot be written to the folder.
+        NitrousError: There is no host memory for the slots.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        sigma_rels: Sequence[float] | None = None,
+        gammas: Sequence[float] | None = None,
+        checkpoint_every_num_steps: float | Literal["manual"] = 1000,
+        checkpoint_folder: str | os.PathLike[str] = "./ema-checkpoints",
+        checkpoint_dtype: torch.dtype = torch.float32,
+        *,
+        ema_model: Template | None = None,
+        update_every: int = 1,
+        frozen: bool = False,
+        param_or_buffer_names_no_ema: NameFilter = (),
+        ignore_names: NameFilter = (),
+        ignore_startswith_names: Collection[str] = (),
+        allow_different_devices: bool = False,
+        move_ema_to_online_device: bool = False,
+        step_size_correction: StepSizeCorrection = "exact",
+        read: ReadMode = "auto",
+        max_pending: int = 2,
+        on_full: Literal["wait", "skip", "raise"] = "wait",
+        wait_timeout: float = 600.0,
+        on_error: Literal["raise", "warn"] = "raise",
+        num_writers: int = 2,
+    ) -> None:
+        settings = Settings(
+            sigma_rels=sigma_rels,
+            gammas=gammas,
+            checkpoint_every_num_steps=checkpoint_every_num_steps,
+            checkpoint_folder=checkpoint_folder,
+            checkpoint_dtype=checkpoint_dtype,
+            update_every=update_every,
+            frozen=frozen,
+            param_or_buffer_names_no_ema=param_or_buffer_names_no_ema,
+            ignore_names=ignore_names,
+            ignore_startswith_names=ignore_startswith_names,
+            allow_different_devices=allow_different_devices,
+            move_ema_to_online_device=move_ema_to_online_device,
+            step_size_correction=step_size_correction,
+        )
+        writing = WritePolicy(
+            max_pending=max_pending,
+            on_full=on_full,
+            wait_timeout=wait_timeout,
+            on_error=on_error,
+            num_writers=num_writers,
+        )
+        pin = any(parameter.device.type != "cpu" for parameter in model.parameters())
+
+        def make_sink(store: SnapshotStore, layout: Layout) -> BackgroundSink:
+            return BackgroundSink(store, layout, writing, pin)
+
+        self._start(model, settings, ema_model, make_sink, read=read, make_lane=make_lane)
+
+    def _synthesize(self, averager: Averager, gamma: float, target: Snapshot) -> None:
+        """Have the worker do it, in a process of its own, and load what it wrote."""
+        arena = averager.arena
+        tensors = {
+            key: value
+            for tracked, value in [*arena.averages(0), *arena.copies()]
+            for key in (tracked.keys if tracked.persistent else ())
+        }
+        exact = any(group.dtype == torch.float64 for group in arena.groups)
+        with tempfile.TemporaryDirectory(prefix="nitrous-ema-") as folder:
+            job = launch(
+                self.snapshots.root,
+                out=folder,
+                gammas=[gamma],
+                step=target.step,
+                run=target.run,
+                dtype="float64" if exact else "float32",
+            )
+            (output,) = job.result()
+            load_tensors(tensors, output.path)
+        averager.schedule.load({"step": target.step, "now": target.t, "t": target.t, "updates": 1})
+
+
+def make_lane(device: torch.device) -> Lane:
+    """The lane for averages on a device: a side stream where there are streams, else a thread (CPU)."""
+    if device.type == "cpu":
+        return ThreadLane()
+    try:
+        return AcceleratorLane(device)
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        warnings.warn(
+            f"{device} has no streams and events for background work ({error}); averaging runs inside update().",
+            NitrousWarning,
+            stacklevel=2,
+        )
+        return InlineLane()

@@ -1,0 +1,258 @@
+"""Snapshots in the background: staged into host slots on the lanes, written to the store by threads of our own.
+
+An executor will not do: it refuses work once the main thread has ended, just when the last snapshot must be written.
+The threads do only long calls that release the interpreter's lock (event waits, checksums, writes), so they cost the
+training thread nothing; they are daemons, drained by whoever closes the EMA, drops it or ends the interpreter.
+
+W1  A failed write is told once, on the caller's thread,         test_failed_write_is_raised_once_at_the_next_call
+    with its path and cause.
+W2  The training thread waits for nothing but a free slot, and   test_full_queue_waits_no_longer_than_asked
+    no longer than ``wait_timeout``.
+W3  Whatever happens to a snapshot, its slot comes back.         test_failed_write_gives_its_slot_back
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+
+from nitrous_ema.arena import Arena
+from nitrous_ema.async_.staging import Slot, SlotPool, deadline_after, order_writes
+from nitrous_ema.errors import NitrousError, NitrousWarning, SnapshotWriteError
+from nitrous_ema.pipeline import Lane, Pending, stage_chunk
+from nitrous_ema.snapshots.format import Layout
+from nitrous_ema.snapshots.store import SnapshotStore
+from nitrous_ema.stats import Ledger, Stats
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WritePolicy:
+    """How snapshots are written in the background."""
+
+    max_pending: int = 2
+    """Snapshots on their way at once; each costs host memory of a snapshot's size."""
+    on_full: Literal["wait", "skip", "raise"] = "wait"
+    """What checkpoint() does when that many are on their way."""
+    wait_timeout: float = 600.0
+    """Seconds that it waits at most; also how long the interpreter's exit is held up."""
+    on_error: Literal["raise", "warn"] = "raise"
+    """How a failed write is told."""
+    num_writers: int = 2
+    """Threads that write."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_pending", 1), ("num_writers", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}.")
+        if not self.wait_timeout > 0:
+            raise ValueError(f"wait_timeout is {self.wait_timeout!r}; expected a positive number of seconds.")
+        for name, expected in (("on_full", ("wait", "skip", "raise")), ("on_error", ("raise", "warn"))):
+            if getattr(self, name) not in expected:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, expected))}."
+                )
+
+
+class BackgroundSink:
+    """Takes snapshots into slots and writes them with threads of its own.
+
+    Args:
+        store: Where to.
+        layout: Of the files.
+        policy: How.
+        pin: Use pinned host memory; falls back to pageable memory, and says so, where that fails.
+    """
+
+    def __init__(self, store: SnapshotStore, layout: Layout, policy: WritePolicy, pin: bool) -> None:
+        self._policy = policy
+        self._layout = layout
+        self._pool = _make_pool(layout, policy.max_pending, pin)
+        self._ledger = Ledger()
+        self._failures: queue.SimpleQueue[SnapshotWriteError] = queue.SimpleQueue()
+        self._sealed: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
+        work = partial(_write_all, self._sealed, self._pool, store, self._ledger, self._failures)
+        self._threads = [
+            threading.Thread(target=work, name=f"nitrous-ema-writer-{index}", daemon=True)
+            for index in range(policy.num_writers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def take(self, pending: Pending, lane: Callable[[torch.device], Lane]) -> bool:
+        """Queue the copies of a snapshot; False if it is skipped.
+
+        Raises:
+            NitrousError: All slots are busy and the policy is to raise.
+            TimeoutError: None became free in time. The averages are untouched.
+        """
+        slot = self._claim(pending.stamp.step)
+        if slot is None:
+            return False
+        lanes = {device: lane(device) for device in pending.arena.devices}
+        marks = {device: [lanes[device].mark() for _ in slot.pages] for device in lanes}
+        self._pool.expect(slot, pending, marks)
+        abandon = partial(self._pool.abandon, slot)
+        for device in lanes:
+            lanes[device].copy_out(partial(_fill, slot, pending.arena, device, self._pool, self._sealed), abandon)
+        return True
+
+    def writes_order(self, device: torch.device) -> Callable[[int, int], None] | None:
+        """What orders writes of averages after the copies in flight; None where the lane's own order does."""
+        if device.type == "cpu":
+            return None
+        marks = [slot.marks[device] for slot in self._pool.reading(device)]
+        return order_writes(self._layout, marks) if marks else None
+
+    def raise_failures(self) -> None:
+        """Tell every write that failed since the last call: raise, or warn, as the policy says."""
+        failures = []
+        while not self._failures.empty():
+            failures.append(self._failures.get())
+        if not failures:
+            return
+        if self._policy.on_error == "raise":
+            for other in failures[1:]:
+                failures[0].args = (f"{failures[0]} Also: {other}",)
+            raise failures[0]
+        for failure in failures:
+            warnings.warn(f"{failure} Training goes on without this snapshot.", NitrousWarning, stacklevel=4)
+
+    def stats(self) -> Stats:
+        """Counts of now, without those of updates."""
+        return self._ledger.read()
+
+    def num_pending(self) -> int:
+        """Snapshots on their way."""
+        return self._pool.num_busy()
+
+    def flush(self, timeout_seconds: float | None = None) -> None:
+        """Block until nothing is on its way. Raises TimeoutError, which names the steps that are."""
+        left = self._pool.wait_idle(timeout_seconds)
+        if left:
+            raise TimeoutError(f"snapshots of steps {left} are still being written; call flush() or close() again.")
+
+    def close(self, timeout_seconds: float | None = None) -> None:
+        """Flush within the policy's time, then end the threads. What was not written by then is logged as an error."""
+        left_seconds = deadline_after(self._policy.wait_timeout if timeout_seconds is None else timeout_seconds)
+        left = self._pool.wait_idle(left_seconds())
+        if left:
+            _log.error("gave up waiting: snapshots of steps %s are not on disk", left)
+        for _ in self._threads:
+            self._sealed.put(None)
+        for thread in self._threads:
+            thread.join(left_seconds())
+        while not self._failures.empty():
+            _log.error("nobody asked for this failure any more: %s", self._failures.get())
+
+    def _claim(self, step: int) -> Slot | None:
+        policy = self._policy
+        slot = self._pool.claim(0)
+        if slot is not None:
+            return slot
+        what = f"snapshot of step {step}: all {policy.max_pending} slots (max_pending) are still being written"
+        if policy.on_full == "skip":
+            _log.warning("%s; it is skipped", what)
+            self._ledger.add(skipped=1)
+            return None
+        if policy.on_full == "raise":
+            raise NitrousError(f"{what}. Take snapshots less often, or raise max_pending.")
+        started = time.monotonic()
+        slot = self._pool.claim(policy.wait_timeout)
+        self._ledger.add(seconds_waited=time.monotonic() - started)
+        if slot is None:
+            raise TimeoutError(
+                f"{what}, after {policy.wait_timeout} seconds (wait_timeout). The disk is slow or hangs; averages and "
+                "training are untouched. on_full='skip' goes on without the snapshot."
+            )
+        return slot
+
+
+def _make_pool(layout: Layout, num_slots: int, pin: bool) -> SlotPool:
+    needed = f"{num_slots} snapshots (max_pending) of {layout.data_bytes / 2**20:.1f} MiB each"
+    if pin:
+        try:
+            return SlotPool(layout, num_slots, pin=True)
+        except (RuntimeError, MemoryError) as error:
+            warnings.warn(
+                f"No pinned host memory for {needed} ({error}); using pageable memory, from which copies block.",
+                NitrousWarning,
+                stacklevel=5,
+            )
+    try:
+        return SlotPool(layout, num_slots, pin=False)
+    except (RuntimeError, MemoryError) as error:
+        raise NitrousError(
+            f"No host memory for {needed}: {error}. Lower max_pending, or store averages in half the bytes "
+            "(checkpoint_dtype=torch.float16)."
+        ) from error
+
+
+def _fill(
+    slot: Slot, arena: Arena, device: torch.device, pool: SlotPool, sealed: queue.SimpleQueue[Slot | None]
+) -> None:
+    """Queue the copies of what is on one device. Runs on its lane."""
+    for index, (page, mark) in enumerate(zip(slot.pages, slot.marks[device], strict=True)):
+        stage_chunk(arena, index, page, non_blocking=page.is_pinned(), device=device)
+        mark.record()
+    if pool.filled(slot):
+        sealed.put(slot)
+
+
+def _write_all(
+    sealed: queue.SimpleQueue[Slot | None],
+    pool: SlotPool,
+    store: SnapshotStore,
+    ledger: Ledger,
+    failures: queue.SimpleQueue[SnapshotWriteError],
+) -> None:
+    """What a writer thread does, until it gets None."""
+    while (slot := sealed.get()) is not None:
+        try:
+            _write(slot, store, ledger)
+        except SnapshotWriteError as failure:
+            ledger.add(failed=1, last_error=str(failure))
+            failures.put(failure)
+        except BaseException as error:
+            ledger.add(failed=1, last_error=str(error))
+            failures.put(_unforeseen(slot, store, error))
+        finally:
+            pool.release(slot)
+            del slot
+
+
+def _write(slot: Slot, store: SnapshotStore, ledger: Ledger) -> None:
+    pending = slot.pending
+    if pending is None:
+        raise RuntimeError("a sealed slot carries nothing: this is a bug in nitrous_ema.")
+    started = time.monotonic()
+    snapshot = store.write(pending.arena.layout, pending.stamp, partial(_chunks, slot))
+    ledger.add(snapshots=1, bytes_written=snapshot.bytes, seconds_writing=time.monotonic() - started)
+    _log.info("snapshot of step %d is on disk: %s", pending.stamp.step, snapshot.paths[0])
+
+
+def _chunks(slot: Slot) -> Iterator[memoryview]:
+    """The pages in order, each after its copies have finished."""
+    for index, page in enumerate(slot.pages):
+        for marks in slot.marks.values():
+            marks[index].wait()
+        yield page.numpy().data
+    slot.is_copied = True
+
+
+def _unforeseen(slot: Slot, store: SnapshotStore, error: BaseException) -> SnapshotWriteError:
+    step = slot.pending.stamp.step if slot.pending is not None else 0
+    failure = SnapshotWriteError(f"snapshot of step {step} was not written: {error!r}.", path=store.root, step=step)
+    failure.__cause__ = error
+    return failure

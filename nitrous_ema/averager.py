@@ -1,0 +1,416 @@
+"""The machine behind every EMA class: when to average what on which lane, and when to take a snapshot.
+
+It owns no thread and no stream. The lanes (``pipeline.Lane``) decide where work runs, the sink where snapshots go,
+the guard whether parameters may be read live; ``PostHocEMA`` gives it lanes that run everything at once,
+``AsyncPostHocEMA`` lanes in the background. The sequence of work is the same, and so is every bit of the averages.
+
+A1  Parameters are resolved and arguments checked before      test_failed_update_counts_nothing
+    anything counts: an update() that refuses has changed
+    nothing.
+A2  Buffers change in forward, so a background lane never     test_batch_norm_statistics_are_those_of_the_step
+    reads them live: they are copied where the caller is.
+A3  The caller's copies are written again only after the      test_copies_are_not_overwritten_while_they_are_read
+    lane has read them.
+A4  After a lane has failed the averages are refused until a  test_averages_are_refused_after_a_failure
+    state is loaded.
+A5  Queued work holds no reference to this object, so that    test_dropped_ema_leaves_no_thread_or_hook_behind
+    dropping the EMA ends it, on the thread that dropped it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from nitrous_ema.arena import Arena, CopyGroup, Group, snapshot_layout
+from nitrous_ema.copies import CallerCopies
+from nitrous_ema.errors import ClosedError, NitrousError
+from nitrous_ema.guard import Guard, ReadMode, install_hooks
+from nitrous_ema.history import History
+from nitrous_ema.pipeline import InlineLane, Lane, Pending, Sink, neutral_modes
+from nitrous_ema.schedule import Schedule, StepSizeCorrection, Time
+from nitrous_ema.snapshots.format import Layout, Span
+from nitrous_ema.step import GroupStep
+from nitrous_ema.tracked import TORCH_DTYPES, TrackedTensor, TrackingPolicy, track, unwrap
+
+BeforeWrite = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AveragingPolicy:
+    """How averages are kept."""
+
+    gammas: tuple[float, ...]
+    """Exponents of the tracked profiles."""
+    sigma_rels: tuple[float, ...]
+    """Relative widths of the same profiles."""
+    update_every: int
+    """Calls of update() from one applied update to the next."""
+    correction: StepSizeCorrection
+    """See ``schedule``."""
+    frozen: bool = False
+    """Count steps, but leave the averages as they are after the first update."""
+    checkpoint_dtype: torch.dtype = torch.float32
+    """Type of the averages in snapshot files."""
+    checkpoint_every_steps: float | None = None
+    """Calls of update() between snapshots; None takes them only when asked to."""
+    device: torch.device | None = None
+    """Where the averages live; None: each with its parameter."""
+    allow_different_devices: bool = False
+    """Averages may live on another device than their parameters, which are then copied over at each update."""
+    move_to_online_device: bool = False
+    """Averages follow parameters that are found on another device."""
+
+
+class Viewer(Protocol):
+    """Somebody who holds views of the averages."""
+
+    def rebind(self) -> None:
+        """The averages have moved to other buffers."""
+
+
+class Averager:
+    """Averages of one model; at first, and until the first update, they are the model's weights.
+
+    Args:
+        model: The online model, wrapped or not. Held for as long as this object lives.
+        tracking: Which tensors are averaged, copied or skipped.
+        policy: How.
+        read: How a background lane reads parameters; None if lanes run inline and there is nothing to guard.
+        make_lane: Makes the lane of a device.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        tracking: TrackingPolicy,
+        policy: AveragingPolicy,
+        *,
+        read: ReadMode | None = None,
+        make_lane: Callable[[torch.device], Lane] = lambda device: InlineLane(),
+    ) -> None:
+        self.schedule = Schedule(policy.gammas, policy.update_every, policy.correction, policy.frozen)
+        self.model, self.tracking, self.policy, self.history = model, tracking, policy, History()
+        tracked = track(model, tracking)
+        layout = snapshot_layout(tracked, policy.gammas, policy.sigma_rels, policy.checkpoint_dtype)
+        with neutral_modes():
+            self.arena = Arena(tracked, layout, policy.device)
+        self._make_lane = make_lane
+        self._lanes: dict[torch.device, Lane] = {}
+        self._sinks: list[Sink] = []  # none or one; shared with the finalizer
+        order_caller = partial(_order_caller, self._lanes)
+        self.guard = Guard(read, order_caller) if read is not None else None
+        self._copies = CallerCopies(order_caller)
+        self._parameters = [tensor for tensor in tracked if tensor.is_parameter and tensor.role != "skipped"]
+        self._refusal: NitrousError | None = None  # why nothing may be updated or read for now
+        self._failure: BaseException | None = None  # what a lane failed with
+        self._process = os.getpid()
+        self.viewers: weakref.WeakSet[Viewer] = weakref.WeakSet()
+        self._place()
+        self.copy_from_model()
+        remove_hooks = install_hooks(self.guard, unwrap(model)) if self.guard is not None else _nothing
+        self._finalizer = weakref.finalize(self, _shut_down, self._lanes, self._sinks, remove_hooks, self._process)
+
+    def attach(self, sink: Sink) -> None:
+        """Give it somewhere to put snapshots; without, none are taken."""
+        self._sinks.append(sink)
+
+    @property
+    def _sink(self) -> Sink | None:
+        return self._sinks[0] if self._sinks else None
+
+    def frozen_copy(
+        self, gammas: tuple[float, ...], sigma_rels: tuple[float, ...], device: torch.device | None
+    ) -> Averager:
+        """Room for other averages of the same tensors, that no update changes."""
+        policy = replace(
+            self.policy,
+            gammas=gammas,
+            sigma_rels=sigma_rels,
+            update_every=1,
+            frozen=True,
+            device=device,
+            allow_different_devices=True,
+        )
+        return Averager(self.model, self.tracking, policy)
+
+    # ---- during training
+
+    def update(self, t_delta: Time = 1) -> None:
+        """Count one step; average if an update is due, take a snapshot if one is."""
+        if not self.is_usable("update()"):
+            return
+        self.schedule.check(t_delta)
+        live = None
+        if self.schedule.is_due:
+            if self.guard is not None:
+                self.guard.before_update()
+            live = self._live()
+        weights = self.schedule.advance(t_delta)
+        if live is not None and weights is not None:
+            self._average(live, weights)
+        every = self.policy.checkpoint_every_steps
+        if every is not None and self.schedule.step % every == 0:
+            self.checkpoint()
+
+    def checkpoint(self) -> bool:
+        """Take a snapshot of the averages as they are now; False if the sink skipped it."""
+        if not self.is_usable("checkpoint()"):
+            return False
+        if self._sink is None:
+            raise NitrousError("checkpoint(): this EMA keeps no snapshots. Use PostHocEMA or AsyncPostHocEMA.")
+        if not self.schedule.updates:
+            raise NitrousError("checkpoint() before the first update(): there is no average yet. Call update() first.")
+        if self.schedule.step in self.history.written:
+            return True
+        if self.schedule.is_behind:
+            live = self._live()
+            weights = self.schedule.catch_up()
+            if weights is not None:
+                self._average(live, weights)
+        taken = self._sink.take(Pending(self.arena, self.history.stamp(self.schedule)), self.lane)
+        if taken:
+            self.history.written.add(self.schedule.step)
+        return taken
+
+    def fence(self) -> None:
+        """What the caller does next with the weights comes after every read of them so far."""
+        if self.guard is not None and self._process == os.getpid():
+            self.guard.fence()
+
+    # ---- reading the averages, and ending
+
+    def order_readers(self, what: str) -> None:
+        """The caller's reads of the averages come after all updates so far. Raises what ``is_usable`` raises."""
+        if self.is_usable(what):
+            _order_caller(self._lanes)
+
+    def flush(self, timeout_seconds: float | None = None) -> None:
+        """Block until every update is done and every snapshot is on disk or told failed. Raises TimeoutError."""
+        if self.is_usable("flush()"):
+            _drain(self._lanes, self._sink, timeout_seconds)
+            self._raise_failures("flush()")
+
+    def close(self, timeout_seconds: float | None = None) -> bool:
+        """Drain, write what is pending, end threads and remove hooks; updates are refused from then on.
+
+        Returns:
+            False if it was closed before.
+
+        Raises:
+            TimeoutError: Something is still pending; close() may be called again.
+        """
+        if self._process != os.getpid() or not self._finalizer.alive:
+            return False
+        self.refuse(ClosedError("the EMA was closed. Construct another one."))
+        _drain(self._lanes, self._sink, timeout_seconds)
+        self._finalizer()
+        self._raise_failures("close()")
+        return True
+
+    def refuse(self, reason: NitrousError | None) -> None:
+        """Refuse everything that changes or reads the averages from now on; None ends that."""
+        self._refusal = reason
+
+    def is_usable(self, what: str) -> bool:
+        """Whether ``what`` may go on: False, always, in a forked child, where this object does nothing.
+
+        Raises:
+            NitrousError: The EMA is closed or its averages are swapped into the model; a lane failed.
+            SnapshotWriteError: A background write failed since the last call (told once).
+        """
+        if self._process != os.getpid():
+            return False
+        if self._refusal is not None:
+            raise type(self._refusal)(f"{what}: {self._refusal}")
+        self._raise_failures(what)
+        return True
+
+    def move(self, device: torch.device) -> None:
+        """Move every average and copy to a device."""
+        self.order_readers("to()")
+        _drain(self._lanes, self._sink, None)
+        with neutral_modes():
+            self.arena.to(device)
+            self._place()
+            for viewer in self.viewers:
+                viewer.rebind()
+
+    def copy_from_model(self) -> None:
+        """Set every average to the model's present weights."""
+        if self.is_usable("copy_params_from_model_to_ema()"):
+            self._run(self._live(), (1.0,) * len(self.policy.gammas))
+            _order_caller(self._lanes)  # whoever writes the weights next need not know that they were read
+
+    def copy_to_model(self, profile: int) -> None:
+        """Set the model's weights to an average."""
+        self.order_readers("copy_params_from_ema_to_model()")
+        self.fence()
+        with neutral_modes():
+            for tracked, average in self.arena.averages(profile):
+                tracked.live().copy_(average)
+
+    def prepare_loading(self) -> None:
+        """The averages are about to be set from outside: whatever is queued or failed does not matter any more."""
+        if self._refusal is not None:
+            raise type(self._refusal)(f"load_state_dict(): {self._refusal}")
+        _drain(self._lanes, None, None)
+        for lane in self._lanes.values():
+            lane.take_error()
+
+    def loaded(self) -> None:
+        """They have been set."""
+        self._failure = None
+
+    def lane(self, device: torch.device) -> Lane:
+        """The lane of a device."""
+        if device not in self._lanes:
+            self._lanes[device] = self._make_lane(device)
+        return self._lanes[device]
+
+    # ---- inside
+
+    def _place(self) -> None:
+        """Take note of where the arena's buffers are."""
+        self._steps = [GroupStep(group) for group in self.arena.groups]
+        self._devices = {
+            tensor.tracked.name: group.device for group in self.arena.groups for tensor in group.tensors
+        } | {tracked.name: group.device for group in self.arena.copy_groups for tracked, _, _ in group.tensors}
+
+    def _live(self) -> dict[str, Tensor]:
+        """Every tensor that is averaged or copied, as the model holds it now."""
+        live = {tensor.name: tensor.live() for tensor in self.arena.tracked if tensor.role != "skipped"}
+        if self.policy.allow_different_devices:
+            return live
+        for name, tensor in live.items():
+            if tensor.device != self._devices[name]:
+                if self.policy.move_to_online_device:
+                    self.move(tensor.device)
+                    break
+                raise NitrousError(
+                    f"{name!r} is on {tensor.device} but its average is on {self._devices[name]}. Move the EMA as well "
+                    f"(ema.to({str(tensor.device)!r})) or construct it with move_ema_to_online_device=True; "
+                    "allow_different_devices=True copies the parameters over at each update."
+                )
+        return live
+
+    def _average(self, live: Mapping[str, Tensor], weights: Sequence[float]) -> None:
+        self._run(live, weights)
+        if self.guard is not None:
+            names = [tensor.name for tensor in self._parameters]
+            self.guard.after_update(names, [live[name] for name in names])
+
+    def _run(self, live: Mapping[str, Tensor], weights: Sequence[float]) -> None:
+        try:
+            with neutral_modes():
+                self._queue(live, weights)
+        except Exception as error:
+            self._failure = error
+            self._raise_failures("update()")
+
+    def _queue(self, live: Mapping[str, Tensor], weights: Sequence[float]) -> None:
+        to_copy = {tensor.name: live[tensor.name] for tensor in self.arena.tracked if self._must_copy(tensor, live)}
+        read = {**live, **self._copies.take(to_copy, self._devices)}
+        layout = self.arena.layout
+        for group, step in zip(self.arena.groups, self._steps, strict=True):
+            sources = step.sources([read[tensor.tracked.name] for tensor in group.tensors])
+            before_write = self._before_write(group.device, _average_ranges(layout, group))
+            self.lane(group.device).run(partial(step.run, sources, weights, before_write))
+        for copies in self.arena.copy_groups:
+            values = [read[tracked.name] for tracked, _, _ in copies.tensors]
+            before_write = self._before_write(copies.device, _copied_ranges(layout, copies))
+            self.lane(copies.device).run(partial(_keep, copies, values, before_write))
+
+    def _must_copy(self, tensor: TrackedTensor, live: Mapping[str, Tensor]) -> bool:
+        if tensor.role == "skipped":
+            return False
+        if self.guard is not None and (self.guard.copies or not tensor.is_parameter):
+            return True
+        return live[tensor.name].device != self._devices[tensor.name]
+
+    def _before_write(self, device: torch.device, ranges: Callable[[int, int], Iterator[Span]]) -> BeforeWrite | None:
+        """What orders the lane's writes after snapshot copies that are still reading there; None if there are none."""
+        order = self._sink.writes_order(device) if self._sink is not None else None
+        return None if order is None else partial(_order_ranges, order, ranges)
+
+    def _raise_failures(self, what: str) -> None:
+        for lane in self._lanes.values():
+            self._failure = lane.take_error() or self._failure
+        if self._failure is not None:
+            raise NitrousError(
+                f"{what}: averaging failed ({self._failure}); the averages are not what the training made of them. "
+                "Load a state that was saved before (load_state_dict), or restore() a snapshot."
+            ) from self._failure
+        if self._sink is not None:
+            self._sink.raise_failures()
+
+
+def _average_ranges(layout: Layout, group: Group) -> Callable[[int, int], Iterator[Span]]:
+    """Where elements of a group lie in the file's data, in every profile."""
+    item_bytes = TORCH_DTYPES[layout.checkpoint_dtype].itemsize
+
+    def ranges(begin: int, end: int) -> Iterator[Span]:
+        for section, _ in zip(layout.sections, layout.gammas, strict=False):
+            first = section.begin + group.begin * item_bytes
+            yield Span(first + begin * item_bytes, first + end * item_bytes)
+
+    return ranges
+
+
+def _copied_ranges(layout: Layout, copies: CopyGroup) -> Callable[[int, int], Iterator[Span]]:
+    """Where bytes of a group of copied tensors lie in the file's data."""
+    first = layout.sections[-1].begin + layout.padding_bytes + copies.begin
+
+    def ranges(begin: int, end: int) -> Iterator[Span]:
+        yield Span(first + begin, first + end)
+
+    return ranges
+
+
+def _order_ranges(order: BeforeWrite, ranges: Callable[[int, int], Iterator[Span]], begin: int, end: int) -> None:
+    for span in ranges(begin, end):
+        order(span.begin, span.end)
+
+
+def _keep(copies: CopyGroup, values: Sequence[Tensor], before_write: BeforeWrite | None) -> None:
+    """Take over the copied tensors' present values."""
+    if before_write is not None:
+        before_write(0, copies.flat.numel())
+    torch._foreach_copy_(copies.values(), list(values))
+
+
+def _order_caller(lanes: Mapping[torch.device, Lane]) -> None:
+    for lane in lanes.values():
+        lane.order_caller()
+
+
+def _drain(lanes: Mapping[torch.device, Lane], sink: Sink | None, timeout_seconds: float | None) -> None:
+    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+    for waiting in [*(lane.drain for lane in lanes.values()), *([sink.flush] if sink is not None else [])]:
+        waiting(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+
+
+def _shut_down(
+    lanes: Mapping[torch.device, Lane], sinks: Sequence[Sink], remove_hooks: Callable[[], None], process: int
+) -> None:
+    """End everything that an averager had started; runs when it is closed, dropped, or the interpreter exits."""
+    if process != os.getpid():
+        return  # a forked child has none of the threads
+    remove_hooks()
+    for lane in lanes.values():
+        lane.close()
+    for sink in sinks:
+        sink.close()
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,45 @@
+"""Copies of live tensors, made where the caller is, for a lane that will read them later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+class CallerCopies:
+    """One copy per tensor, allocated once and written again at each update.
+
+    Args:
+        order_caller: Orders what the caller does next after every read by a lane so far.
+    """
+
+    def __init__(self, order_caller: Callable[[], None]) -> None:
+        self._order_caller = order_caller
+        self._copies: dict[str, Tensor] = {}
+
+    def take(self, live: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -> Mapping[str, Tensor]:
+        """Copy tensors.
+
+        Args:
+            live: What to copy.
+            devices: Where each copy is to be.
+
+        Returns:
+            The copies, in the type and memory order of the originals; valid until the next call.
+        """
+        if not live:
+            self._copies = {}
+            return {}
+        if self._copies:
+            self._order_caller()  # the lane may still be reading the last ones
+        self._copies = {name: self._place(name, tensor, devices[name]) for name, tensor in live.items()}
+        torch._foreach_copy_([self._copies[name] for name in live], list(live.values()))
+        return self._copies
+
+    def _place(self, name: str, tensor: Tensor, device: torch.device) -> Tensor:
+        kept = self._copies.get(name)
+        if kept is not None and (kept.device, kept.shape, kept.dtype) == (device, tensor.shape, tensor.dtype):
+            return kept
+        return torch.empty_like(tensor, device=device, requires_grad=False)

@@ -1,0 +1,327 @@
+"""The synchronous service: ``PostHocEMA``, and ``KarrasEMA`` for one average.
+
+Drop-in for nitrous-ema 0.0.1, whose arguments and methods these are. Everything happens before ``update()`` returns;
+``AsyncPostHocEMA`` is the same machine with its work in the background.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch.nn import Module
+
+from nitrous_ema.averaged_model import AveragedModel
+from nitrous_ema.averager import Averager, AveragingPolicy
+from nitrous_ema.averages import Averages
+from nitrous_ema.guard import ReadMode
+from nitrous_ema.pipeline import InlineLane, InlineSink, Lane, Sink, neutral_modes
+from nitrous_ema.schedule import StepSizeCorrection
+from nitrous_ema.settings import Settings, profiles
+from nitrous_ema.snapshots.format import Layout
+from nitrous_ema.snapshots.store import Snapshot, SnapshotStore
+from nitrous_ema.synthesis import plan_from_store, stream, stream_copied
+from nitrous_ema.tracked import NameFilter, TrackingPolicy
+
+Template = Module | Callable[[], Module]
+
+
+class KarrasEMA(Averages):
+    """One average of a model's weights, with a power-function profile (Karras et al. 2023, section 3.1).
+
+    Args:
+        model: The online model, wrapped or not.
+        sigma_rel: Width of the profile relative to the training time, in (0, 12 ** -0.5); or
+        gamma: its exponent, greater than 0.
+        ema_model: The module that shows the average, or a function that builds it; by default a copy of the model's
+            structure. For models that cannot be copied.
+        update_every: Calls of update() from one applied update to the next.
+        frozen: Count steps, but leave the average as it is after the first update.
+        param_or_buffer_names_no_ema: Names, or a function of a name: copied instead of averaged.
+        ignore_names: Names, or a function of a name: left out entirely.
+        ignore_startswith_names: Left out entirely if the name starts with one of these.
+        allow_different_devices: The average may live on another device; parameters are then copied over.
+        move_ema_to_online_device: The average follows parameters that are found on another device.
+        step_size_correction: ``"exact"``, or True or False for the numbers of nitrous-ema 0.0.1 (see ``schedule``).
+
+    Raises:
+        ValueError: Both or neither of sigma_rel and gamma, one outside its domain, a filter that matches nothing.
+        UntrackableModelError: A tensor cannot be averaged, or there is none.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        sigma_rel: float | None = None,
+        gamma: float | None = None,
+        ema_model: Template | None = None,
+        update_every: int = 100,
+        frozen: bool = False,
+        param_or_buffer_names_no_ema: NameFilter = (),
+        ignore_names: NameFilter = (),
+        ignore_startswith_names: Collection[str] = (),
+        allow_different_devices: bool = False,
+        move_ema_to_online_device: bool = False,
+        step_size_correction: StepSizeCorrection = "exact",
+    ) -> None:
+        if (sigma_rel is None) == (gamma is None):
+            raise ValueError("Give either sigma_rel or gamma: the width of the profile, or its exponent.")
+        gammas, sigma_rels = profiles(None if sigma_rel is None else (sigma_rel,), None if gamma is None else (gamma,))
+        averager = Averager(
+            model,
+            TrackingPolicy(
+                copied=param_or_buffer_names_no_ema, skipped=ignore_names, skipped_prefixes=ignore_startswith_names
+            ),
+            AveragingPolicy(
+                gammas=gammas,
+                sigma_rels=sigma_rels,
+                update_every=update_every,
+                correction=step_size_correction,
+                frozen=frozen,
+                allow_different_devices=allow_different_devices,
+                move_to_online_device=move_ema_to_online_device,
+            ),
+        )
+        self._show(averager, 0, ema_model)
+
+    @classmethod
+    def _view(cls, averager: Averager, index: int, template: Template | None) -> KarrasEMA:
+        """One of several profiles that are averaged together."""
+        view = cls.__new__(cls)
+        view._show(averager, index, template)
+        return view
+
+    def _show(self, averager: Averager, index: int, template: Template | None) -> None:
+        super().__init__(averager)
+        self._profile = index
+        self._template = (template,)  # in a tuple, as a module must not become a submodule
+        self._shown = AveragedModel(averager, index, template)
+
+    @property
+    def gamma(self) -> float:
+        """Exponent of the profile."""
+        return self._averager.policy.gammas[self._profile]
+
+    @property
+    def sigma_rel(self) -> float:
+        """Width of the profile relative to the training time."""
+        return self._averager.policy.sigma_rels[self._profile]
+
+    @property
+    def ema_model(self) -> Module:
+        """A module with the average as its weights, in eval mode; built when first asked for.
+
+        Raises:
+            UncopyableModelError: The model cannot be copied; pass ``ema_model`` at construction.
+        """
+        return self._shown.module()
+
+    def eval(self) -> Any:
+        """The module with the average (as in nitrous-ema 0.0.1); it always is in eval mode."""
+        return self.ema_model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Output of the module with the average."""
+        return self.ema_model(*args, **kwargs)
+
+    def _prefixes(self) -> Mapping[int, str]:
+        return {self._profile: ""}
+
+
+class PostHocEMA(Averages):
+    """Averages of a model with several profiles, and snapshots of them from which any EMA length can be synthesized.
+
+    Args:
+        model: The online model, wrapped or not.
+        sigma_rels: Widths of the tracked profiles relative to the training time, each in (0, 12 ** -0.5); default
+            (0.05, 0.10). Or
+        gammas: their exponents, each greater than 0.
+        checkpoint_every_num_steps: Calls of update() between snapshots (also a float such as 1e10), or "manual".
+        checkpoint_folder: Where snapshots go; created if need be.
+        checkpoint_dtype: Type of the averages in snapshots: float32, float64, float16 or bfloat16.
+        ema_model: A function that builds the module of an average, for models that cannot be copied; or one module,
+            which then shows the first profile.
+        update_every: Calls of update() from one applied update to the next.
+        frozen: Count steps, but leave the averages as they are after the first update.
+        param_or_buffer_names_no_ema: Names, or a function of a name: copied instead of averaged.
+        ignore_names: Names, or a function of a name: left out entirely.
+        ignore_startswith_names: Left out entirely if the name starts with one of these.
+        allow_different_devices: Averages may live on another device; parameters are then copied over.
+        move_ema_to_online_device: Averages follow parameters that are found on another device.
+        step_size_correction: ``"exact"``, or True or False for the numbers of nitrous-ema 0.0.1 (see ``schedule``).
+
+    Raises:
+        ValueError: An argument is outside its range; a filter matches nothing.
+        UntrackableModelError: A tensor cannot be averaged, or there is none.
+        SnapshotError: Snapshots cannot be written to the folder.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        sigma_rels: Sequence[float] | None = None,
+        gammas: Sequence[float] | None = None,
+        checkpoint_every_num_steps: float | Literal["manual"] = 1000,
+        checkpoint_folder: str | os.PathLike[str] = "./ema-checkpoints",
+        checkpoint_dtype: torch.dtype = torch.float32,
+        *,
+        ema_model: Template | None = None,
+        update_every: int = 100,
+        frozen: bool = False,
+        param_or_buffer_names_no_ema: NameFilter = (),
+        ignore_names: NameFilter = (),
+        ignore_startswith_names: Collection[str] = (),
+        allow_different_devices: bool = False,
+        move_ema_to_online_device: bool = False,
+        step_size_correction: StepSizeCorrection = "exact",
+    ) -> None:
+        settings = Settings(
+            sigma_rels=sigma_rels,
+            gammas=gammas,
+            checkpoint_every_num_steps=checkpoint_every_num_steps,
+            checkpoint_folder=checkpoint_folder,
+            checkpoint_dtype=checkpoint_dtype,
+            update_every=update_every,
+            frozen=frozen,
+            param_or_buffer_names_no_ema=param_or_buffer_names_no_ema,
+            ignore_names=ignore_names,
+            ignore_startswith_names=ignore_startswith_names,
+            allow_different_devices=allow_different_devices,
+            move_ema_to_online_device=move_ema_to_online_device,
+            step_size_correction=step_size_correction,
+        )
+        self._start(model, settings, ema_model, lambda store, layout: InlineSink(store))
+
+    def _start(
+        self,
+        model: Module,
+        settings: Settings,
+        ema_model: Template | None,
+        make_sink: Callable[[SnapshotStore, Layout], Sink],
+        *,
+        read: ReadMode | None = None,
+        make_lane: Callable[[torch.device], Lane] = lambda device: InlineLane(),
+    ) -> None:
+        averager = Averager(model, settings.tracking(), settings.averaging(), read=read, make_lane=make_lane)
+        super().__init__(averager)
+        self._settings = settings
+        self._store = SnapshotStore(settings.checkpoint_folder)
+        self._store.prepare()
+        averager.attach(make_sink(self._store, averager.arena.layout))
+        views = []
+        for profile in range(len(averager.policy.gammas)):
+            one_module = isinstance(ema_model, Module) and profile > 0
+            views.append(KarrasEMA._view(averager, profile, None if one_module else ema_model))
+        # A tuple is no ModuleList: the averages stay out of modules() and parameters().
+        self.ema_models: tuple[KarrasEMA, ...] = tuple(views)
+
+    def checkpoint(self) -> bool:
+        """Take a snapshot of the averages as they are now.
+
+        With the exact correction the averages are first brought up to the present step. A step that this run already
+        has a snapshot of is not written again.
+
+        Returns:
+            False if the snapshot was skipped (``on_full="skip"``), else True.
+
+        Raises:
+            NitrousError: Before the first update(), or after close().
+            SnapshotWriteError: It could not be written; the averages are untouched.
+        """
+        return self._averager.checkpoint()
+
+    @property
+    def gammas(self) -> tuple[float, ...]:
+        """Exponents of the tracked profiles."""
+        return self._averager.policy.gammas
+
+    @property
+    def sigma_rels(self) -> tuple[float, ...]:
+        """Widths of the tracked profiles relative to the training time."""
+        return self._averager.policy.sigma_rels
+
+    @property
+    def run(self) -> str:
+        """Id of this run, as in the names of its snapshots."""
+        return self._averager.history.run
+
+    @property
+    def snapshots(self) -> SnapshotStore:
+        """The snapshot folder."""
+        return self._store
+
+    def close(self, timeout: float | None = None) -> None:
+        """Flush, then end: threads stop, hooks are removed, further updates are refused. Closing again does nothing.
+
+        Notes in the folder that this run writes no more snapshots, so that whoever follows it can stop.
+
+        Args:
+            timeout: Seconds to wait at most; None waits as long as it takes.
+
+        Raises:
+            TimeoutError: Something is still pending. Nothing is lost; call it again.
+            SnapshotWriteError: A snapshot could not be written.
+        """
+        if self._averager.close(timeout) and self._averager.history.written:
+            self._store.close_run(self.run)
+
+    def synthesize_ema_model(
+        self,
+        gamma: float | None = None,
+        sigma_rel: float | None = None,
+        step: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> KarrasEMA:
+        """An average of any length, from the snapshots of this run and of those it continued.
+
+        Args:
+            gamma: Exponent of the average wanted; or
+            sigma_rel: its width relative to the training time, in (0, 12 ** -0.5).
+            step: A step with a snapshot, at which the average ends; default the newest.
+            device: Where the average is to be; default where its parameters are.
+
+        Returns:
+            A frozen EMA: call it, or take its ``ema_model``. Tensors that are skipped are the online model's own.
+
+        Raises:
+            ValueError: Both or neither of gamma and sigma_rel, or one outside its domain.
+            SnapshotNotFound: No snapshot of that step; names the nearest ones.
+            SnapshotDamaged: A file does not hold what was written.
+        """
+        if (sigma_rel is None) == (gamma is None):
+            raise ValueError("Give either sigma_rel or gamma: the length of the average, or its exponent.")
+        gammas, widths = profiles(None if sigma_rel is None else (sigma_rel,), None if gamma is None else (gamma,))
+        self.flush()
+        averager = self._averager.frozen_copy(gammas, widths, None if device is None else torch.device(device))
+        with neutral_modes():
+            self._synthesize(averager, gammas[0], self._target(step))
+        (template,) = self.ema_models[0]._template
+        return KarrasEMA._view(averager, 0, None if isinstance(template, Module) else template)
+
+    def _target(self, step: int | None) -> Snapshot:
+        """The snapshot at which an average is to end, in this run's history."""
+        ancestors = self._averager.history.ancestors
+        if not ancestors or self.run in self._store.runs():
+            return self._store.get(step, self.run)
+        # A run that was continued and has no snapshot of its own yet is not in the folder: its last ancestor is.
+        run, left_at = ancestors[-1]
+        abandoned = [snapshot.step for snapshot in self._store.snapshots(run) if snapshot.step > (left_at or 0)]
+        return self._store.get(step, run, exclude=abandoned)
+
+    def _synthesize(self, averager: Averager, gamma: float, target: Snapshot) -> None:
+        """Fill the average of ``averager``, and its counters."""
+        arena = averager.arena
+        plan = plan_from_store(self._store, gammas=[gamma], step=target.step, run=target.run)
+        stream(plan, [lambda begin, block: arena.fill(0, begin, torch.from_numpy(block))])
+        stream_copied(plan, lambda begin, piece: arena.fill_copied(begin, torch.frombuffer(piece, dtype=torch.uint8)))
+        averager.schedule.load({"step": target.step, "now": target.t, "t": target.t, "updates": 1})
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Output of every average's module, in the order of the profiles."""
+        return tuple(view(*args, **kwargs) for view in self.ema_models)
+
+    def _prefixes(self) -> Mapping[int, str]:
+        return {profile: f"ema_models.{profile}." for profile in range(len(self.gammas))}

@@ -1,0 +1,168 @@
+"""When an update is applied, and how much the new weights count in it. Plain numbers, no tensors.
+
+``step`` counts the calls of ``update()``: it names snapshots. ``now`` is training time (steps, images or tokens), and
+``t`` is the time of the last update that was applied: only the mathematics uses it. With ``update_every = k`` an update
+is applied at calls 1, 1 + k, 1 + 2 k, ...
+
+===================  ==================================================================  ==========================
+step_size_correction old average kept by an applied update                               a checkpoint first
+===================  ==================================================================  ==========================
+``"exact"``          ``(1 - t_delta / t) ** (gamma + 1)``, t_delta = time since the one  brings the averages up to
+                     before: the profile is exact at any stride or batch size            now
+``True``             nitrous-ema 0.0.1's: geometric mean over the coming interval        changes nothing
+``False``            ema-pytorch's and 0.0.1's default: as if every call were applied,   changes nothing
+                     so the real sigma_rel is another one when k > 1
+===================  ==================================================================  ==========================
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, Literal
+
+from nitrous_ema.errors import NitrousWarning
+from nitrous_ema.profile import gamma_to_sigma_rel, update_weight
+
+Time = int | float
+StepSizeCorrection = Literal["exact"] | bool
+
+
+class Schedule:
+    """The clock of one EMA and the weights of its updates.
+
+    Args:
+        gammas: Exponents of the tracked profiles.
+        update_every: Calls of ``update()`` from one applied update to the next, at least 1.
+        correction: See the module's table.
+        frozen: The first update is applied, which copies the parameters, and none after it.
+
+    Raises:
+        ValueError: ``update_every`` is not a positive integer or ``correction`` is unknown.
+    """
+
+    def __init__(
+        self, gammas: Sequence[float], update_every: int, correction: StepSizeCorrection, frozen: bool = False
+    ) -> None:
+        if not isinstance(update_every, int) or update_every < 1:
+            raise ValueError(
+                f"update_every is {update_every!r}; expected an integer of at least 1 (calls of update())."
+            )
+        if correction != "exact" and not isinstance(correction, bool):
+            raise ValueError(f"step_size_correction is {correction!r}; expected 'exact', True or False.")
+        self.gammas = tuple(gammas)
+        self.update_every = update_every
+        self.correction: StepSizeCorrection = correction
+        self.frozen = frozen
+        self.step = 0
+        self.now: Time = 0
+        self.t: Time = 0
+        self.t_first: Time = 0
+        self.updates = 0  # applied ones
+        if correction is False and update_every > 1:
+            self._warn_uncorrected()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next call of ``update()`` is applied."""
+        return self.step % self.update_every == 0 and not (self.frozen and self.updates)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether ``catch_up`` has something to do."""
+        return self.correction == "exact" and self.t != self.now and not self.frozen
+
+    def advance(self, t_delta: Time) -> tuple[float, ...] | None:
+        """Count one call of ``update()``.
+
+        Args:
+            t_delta: Training time since the call before, in the run's unit; positive and finite.
+
+        Returns:
+            The weight of the new parameters for each profile (1.0: plain copy), or None if nothing is applied.
+
+        Raises:
+            ValueError: ``t_delta`` is not positive and finite, or not 1 without the exact correction. Nothing counts.
+        """
+        t_delta = self.check(t_delta)
+        is_due = self.is_due
+        self.step += 1
+        self.now += t_delta
+        return self._apply() if is_due else None
+
+    def catch_up(self) -> tuple[float, ...] | None:
+        """The weights that bring the averages up to ``now`` for a checkpoint; None if nothing is to be done.
+
+        Does not shift the calls at which updates are applied.
+        """
+        return self._apply() if self.is_behind else None
+
+    def state(self) -> dict[str, Time]:
+        """All that is needed to go on, in plain numbers."""
+        return {
+            "step": self.step,
+            "now": self.now,
+            "t": self.t,
+            "t_first": self.t_first,
+            "updates": self.updates,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state()``, or from a state that knows its step only (then time is counted in steps)."""
+        step = int(state["step"])
+        # 0.0.1 and ema-pytorch apply an update at calls 1, 1 + k, ...: the last applied one follows from the step.
+        last = (step - 1) // self.update_every * self.update_every + 1 if step else 0
+        self.step = step
+        self.now = state.get("now", step)
+        self.t = state.get("t", last)
+        self.t_first = state.get("t_first", min(step, 1))
+        self.updates = int(state.get("updates", -(-step // self.update_every)))
+
+    def _apply(self) -> tuple[float, ...]:
+        before, self.t = self.t, self.now
+        self.updates += 1
+        if self.updates == 1:
+            self.t_first = self.now
+            return (1.0,) * len(self.gammas)
+        if self.correction == "exact":
+            return tuple(update_weight(gamma, self.now, self.now - before) for gamma in self.gammas)
+        return tuple(1.0 - self._legacy_decay(gamma) for gamma in self.gammas)
+
+    def _legacy_decay(self, gamma: float) -> float:
+        """nitrous-ema 0.0.1's ``KarrasEMA.beta``, in which ``step`` has already counted the call."""
+        decay = (1 - 1 / (self.step + 1)) ** (1 + gamma)
+        if not self.correction:
+            return float(decay)
+        ahead = (1 - 1 / (self.step + 1 + self.update_every)) ** (1 + gamma)
+        return float((decay * ahead) ** (self.update_every / 2))
+
+    def check(self, t_delta: Any) -> Time:
+        """The same time as a plain number (numpy's are fine), or the error that ``advance`` raises for it."""
+        if not isinstance(t_delta, Real) or not math.isfinite(t_delta) or float(t_delta) <= 0:
+            raise ValueError(
+                f"t_delta is {t_delta!r}: training time must move forward. Pass the steps, images or tokens since the "
+                "last update() (a positive, finite number)."
+            )
+        if t_delta != 1 and self.correction != "exact":
+            raise ValueError(
+                f"t_delta is {t_delta!r}, but step_size_correction={self.correction!r} counts calls. "
+                "Use step_size_correction='exact' to keep time in images or tokens."
+            )
+        return int(t_delta) if isinstance(t_delta, Integral) else float(t_delta)
+
+    def _warn_uncorrected(self) -> None:
+        # The product of (1 - 1/n)^(gamma+1) over n = 1, 1+k, ... falls as t^-((gamma+1)/k): another power function.
+        real = [gamma_to_sigma_rel((gamma + 1) / self.update_every - 1) for gamma in self.gammas]
+        asked = [gamma_to_sigma_rel(gamma) for gamma in self.gammas]
+        warnings.warn(
+            f"step_size_correction=False with update_every={self.update_every} does not give the asked profiles: "
+            f"sigma_rel {_listed(asked)} becomes {_listed(real)}. Use step_size_correction='exact'.",
+            NitrousWarning,
+            stacklevel=2,
+        )
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
