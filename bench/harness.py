@@ -1,0 +1,333 @@
+"""What every bench here is made of: contestants that take turns, paired statistics, a table and a JSON file.
+
+A *contestant* is a name and a function that returns one sample in seconds: ``timed`` makes one from code in this
+process, ``from_process`` from a command, for contestants that cannot live in one process. In each *round* every
+contestant gives one sample, in a new random order. Ratios and differences are taken within a round and only then
+summarized, so that what slows the machine down for a while slows both sides of a ratio.
+
+Medians, quartiles and the fastest round are reported; nothing is left out. Garbage is collected before a comparison
+and not during it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Measure = Callable[[], float]
+
+WARM_UP_ROUNDS = 3  # the first update of every library copies, and its second one may still allocate
+
+
+# ---- one sample
+
+
+def timed(
+    call: Callable[[], Any],
+    *,
+    settle: Callable[[], Any] | None = None,
+    synchronize: Callable[[], Any] | None = None,
+    until: str = "done",
+    repeats: int = 1,
+    divide_by: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Measure:
+    """A contestant in this process. Its sample is the median of several timed calls.
+
+    Args:
+        call: What is timed.
+        settle: Called after each, untimed: brings everything back to where the next call may start.
+        synchronize: Waits for the accelerator; always called before the clock starts.
+        until: ``"done"``: the clock stops when the accelerator has finished; ``"return"``: when the call returns.
+        repeats: Timed calls per sample.
+        divide_by: How many equal things one call does.
+        clock: Seconds.
+    """
+    if until not in ("done", "return"):
+        raise ValueError(f"until is {until!r}; expected 'done' or 'return'.")
+    wait = synchronize or _nothing
+
+    def once() -> float:
+        wait()
+        begin = clock()
+        call()
+        if until == "done":
+            wait()
+        seconds = clock() - begin
+        if settle is not None:
+            settle()
+        return seconds / divide_by
+
+    return lambda: statistics.median(once() for _ in range(repeats))
+
+
+def from_process(command: Sequence[str], *, timeout_seconds: float = 600, cwd: Path | None = None) -> Measure:
+    """A contestant in a process of its own, started anew for each sample.
+
+    Its last line on stdout is the sample in seconds: it times itself, after its own warm-up.
+    """
+
+    def once() -> float:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, cwd=cwd)
+        lines = done.stdout.split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        try:
+            if done.returncode == 0:
+                return float(last)
+        except ValueError:
+            pass
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {done.returncode} and last line {last!r}; expected 0 and a number of "
+            f"seconds.\n{done.stderr}"
+        )
+
+    return once
+
+
+# ---- taking turns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Summary of one value per round."""
+
+    median: float
+    q1: float
+    q3: float
+    min: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+        return Spread(median=median, q1=q1, q3=q3, min=min(values))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds of every contestant in every round."""
+
+    seconds: Mapping[str, Sequence[float]]
+
+    def spread(self, name: str) -> Spread:
+        return Spread.of(self.seconds[name])
+
+    def ratio(self, name: str, base: str) -> Spread:
+        """Times as long as ``base``, round by round."""
+        return Spread.of([a / b for a, b in zip(self.seconds[name], self.seconds[base], strict=True)])
+
+    def difference(self, name: str, base: str) -> Spread:
+        """Seconds more than ``base``, round by round."""
+        return Spread.of([a - b for a, b in zip(self.seconds[name], self.seconds[base], strict=True)])
+
+
+def compare(
+    contestants: Mapping[str, Measure], *, rounds: int, warm_up_rounds: int = WARM_UP_ROUNDS, seed: int = 0
+) -> Comparison:
+    """Let contestants take turns.
+
+    Args:
+        contestants: By name.
+        rounds: Samples per contestant.
+        warm_up_rounds: Rounds before these that do not count.
+        seed: Of the order.
+    """
+    order, chance = list(contestants), random.Random(seed)
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(warm_up_rounds + rounds):
+            chance.shuffle(order)
+            for name in order:
+                sample = contestants[name]()
+                if turn >= warm_up_rounds:
+                    seconds[name].append(sample)
+    finally:
+        if was_enabled:
+            gc.enable()
+    return Comparison(seconds)
+
+
+# ---- the report
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Prints each table as it is done, and keeps it for the JSON file."""
+
+    bench: str
+    options: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    tables: list[dict[str, Any]] = field(default_factory=list)
+
+    def begin(self) -> None:
+        facts = [f"{key} {value}" for key, value in self.machine.items()]
+        print(f"{self.bench}\n{' | '.join(facts)}\n{_LEGEND}", flush=True)
+        if self.machine["load"] > self.machine["cores"] / 2:
+            # A preempted thread holds up the others of its operation for whole time slices.
+            print("\nThis machine is busy: expect wide spreads; --threads 1 is steadier.", flush=True)
+
+    def add(
+        self,
+        title: str,
+        comparison: Comparison,
+        *,
+        floor: str | None = None,
+        baseline: str | None = None,
+        note: str = "",
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Summarize a comparison.
+
+        Args:
+            title: What one sample is.
+            comparison: The samples.
+            floor: The contestant that does the least that must be done.
+            baseline: The contestant to set the others against.
+            note: What a reader must know of the rows.
+            facts: More about the table, for the JSON file.
+        """
+        rows = [_row(comparison, name, floor, baseline) for name in comparison.seconds]
+        table = {"title": title, "note": note, "floor": floor, "baseline": baseline, **(facts or {}), "rows": rows}
+        self.tables.append(table)
+        print(render(table), flush=True)
+
+    def write(self, path: Path | None) -> None:
+        """Write everything as JSON: to a file, or into a folder under the bench's name."""
+        if path is None:
+            return
+        file = path / f"{self.bench}.json" if path.is_dir() else path
+        file.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        print(f"\nwritten: {file}")
+
+
+_LEGEND = """
+median      middle of the rounds' samples           q1-q3   their quartiles         min   the fastest
+x floor     times as long as the floor: median [q1-q3] of the ratios within each round
+x baseline  the same to the baseline                + baseline   seconds more than it, likewise"""
+
+
+def render(table: Mapping[str, Any]) -> str:
+    """A table as text."""
+    floor, baseline = table["floor"], table["baseline"]
+    header = ["", "median", "q1-q3", "min"]
+    header += ["x floor"] if floor else []
+    header += ["x baseline"] if baseline else []
+    header += ["+ baseline"] if baseline and not floor else []
+    lines = [header]
+    for row in table["rows"]:
+        own = row["seconds"]
+        line = [row["name"], duration(own["median"]), _range(own, duration), duration(own["min"])]
+        line += [_ratio(row["to_floor"])] if floor else []
+        line += [_ratio(row["to_baseline"])] if baseline else []
+        line += [_added(row["over_baseline"])] if baseline and not floor else []
+        lines.append(line)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    bases = [f"{kind}: {name}" for kind, name in (("floor", floor), ("baseline", baseline)) if name]
+    above = [f"\n== {table['title']}", *([table["note"]] if table["note"] else []), *bases]
+    return "\n".join([*above, *text])
+
+
+def duration(seconds: float) -> str:
+    """Seconds with a fitting unit, three digits or more."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if abs(seconds) >= size:
+            value = seconds / size
+            return f"{value:.{max(0, 2 - len(str(int(abs(value)))) + 1)}f} {unit}"
+    return f"{seconds * 1e6:.2f} us"
+
+
+def _row(comparison: Comparison, name: str, floor: str | None, baseline: str | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": name, "seconds": asdict(comparison.spread(name))}
+    if floor:
+        row["to_floor"] = asdict(comparison.ratio(name, floor))
+    if baseline:
+        row["to_baseline"] = asdict(comparison.ratio(name, baseline))
+        row["over_baseline"] = asdict(comparison.difference(name, baseline))
+    return {**row, "samples": list(comparison.seconds[name])}
+
+
+def _range(spread: Mapping[str, float], show: Callable[[float], str]) -> str:
+    return f"{show(spread['q1'])} - {show(spread['q3'])}"
+
+
+def _ratio(spread: Mapping[str, float]) -> str:
+    return f"{spread['median']:.2f} [{spread['q1']:.2f}-{spread['q3']:.2f}]"
+
+
+def _added(spread: Mapping[str, float]) -> str:
+    return f"{duration(spread['median'])} [{_range(spread, duration)}]"
+
+
+# ---- options and the machine
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every bench has."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--device", default="cpu", help="cpu (default), cuda, xpu, ...")
+    options.add_argument("--rounds", type=int, help="rounds of every comparison; default by model size")
+    options.add_argument("--quick", action="store_true", help="small models, few rounds: to see that it runs")
+    options.add_argument("--large", action="store_true", help="also what takes minutes or many gigabytes")
+    options.add_argument("--threads", type=int, help="torch's threads per operation")
+    options.add_argument("--json", type=Path, metavar="PATH", help="write the results to a file, or into a folder")
+    return options
+
+
+def start(bench: str, options: argparse.Namespace) -> Report:
+    """Apply the common options, and say what is measured where."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    report = Report(bench=bench, options=shown, machine=machine(torch.device(options.device)))
+    report.begin()
+    return report
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on."""
+    name = "" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": f"{device.type} {name}".strip(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+    }
+
+
+def synchronizer(device: torch.device) -> Callable[[], None] | None:
+    """What waits for everything that was queued on a device; None where nothing is queued."""
+    return None if device.type == "cpu" else torch.accelerator.synchronize
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _nothing() -> None:
+    pass
