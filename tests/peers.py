@@ -11,8 +11,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-
-import pytest
+from typing import NoReturn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The environment that runs the tests, then the one `make` builds here (for tests run with another Python).
@@ -32,6 +31,12 @@ def load_nitrous_001() -> ModuleType:
         file = folder / "nitrous_ema" / "ema.py"
         if file.is_file() and (folder / "nitrous_ema-0.0.1.dist-info").is_dir():
             return _load(name, file)
+    return _absent()
+
+
+def _absent() -> NoReturn:
+    import pytest  # here, because benches load the peer too, where there may be no pytest
+
     absent = f"nitrous-ema 0.0.1 is in none of {', '.join(map(str, _FOLDERS))}: `make test` installs it"
     if "CI" in os.environ:
         pytest.fail(absent)

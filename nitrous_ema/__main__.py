@@ -1,0 +1,9 @@
+"""``python -m nitrous_ema``: the same as the command ``nitrous-ema``."""
+
+from __future__ import annotations
+
+import sys
+
+from nitrous_ema.cli import main
+
+sys.exit(main())
