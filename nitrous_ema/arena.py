@@ -7,9 +7,11 @@ one flat buffer per profile, so that writing a snapshot copies buffers, not tens
 
 A tensor lies in its buffer in its parameter's own memory order (channels_last, transposed), so that averaging runs over
 both as flat memory; files are row-major, and ``pieces`` permutes where the two differ. A parameter that is expanded or
-has holes is averaged in row-major order. complex64 counts as pairs of float32.
+has holes is averaged in row-major order. complex64 counts as pairs of float32, in groups of its own: a complex view
+must begin at an even element, and ``torch.save`` refuses tensors of two types that share their memory.
 
-Copied tensors lie in one byte buffer per device, in the order of the file's last section.
+Copied tensors lie in byte buffers, one per run of tensors with one device and type, in the order of the file's last
+section.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ class AveragedTensor:
 
 @dataclass(slots=True, eq=False)
 class CopyGroup:
-    """Copied tensors on one device, back to back."""
+    """Copied tensors of one type on one device, back to back."""
 
     device: torch.device
     begin: int
@@ -161,12 +163,16 @@ class Arena:
                     flat[tensor.begin : tensor.end][indices.to(flat.device)] = part.to(flat)
 
     def fill_copied(self, begin: int, values: Tensor) -> None:
-        """Write bytes from ``begin`` on of the file's section of copied tensors; its padding is passed over."""
-        first = begin - self.layout.padding_bytes
+        """Write bytes from ``begin`` on of the copied tensors: the reverse of ``copied_pieces``.
+
+        Args:
+            begin: Relative to the first of them; negative where padding stands before it in a file.
+            values: 1-d uint8.
+        """
         for group in self.copy_groups:
-            low, high = max(first, group.begin, 0), min(first + values.numel(), group.begin + group.flat.numel())
+            low, high = max(begin, group.begin), min(begin + values.numel(), group.begin + group.flat.numel())
             if low < high:
-                group.flat[low - group.begin : high - group.begin].copy_(values[low - first : high - first])
+                group.flat[low - group.begin : high - group.begin].copy_(values[low - begin : high - begin])
 
     def to(self, device: torch.device) -> None:
         """Move every buffer. Views taken before keep the old ones."""
@@ -180,7 +186,9 @@ class Arena:
         for index, tracked in enumerate(self.averaged):
             place = device or tracked.live().device
             dtype = accumulation_dtype(tracked.dtype)
-            if not groups or (groups[-1].device, groups[-1].dtype) != (place, dtype):
+            was_complex = bool(groups) and groups[-1].tensors[-1].tracked.dtype.is_complex
+            is_other = tracked.dtype.is_complex != was_complex
+            if not groups or is_other or (groups[-1].device, groups[-1].dtype) != (place, dtype):
                 begin = groups[-1].begin + groups[-1].numel if groups else 0
                 groups.append(Group(place, dtype, index, begin, [], []))
             groups[-1].tensors.append(_placed(tracked, groups[-1].numel))
@@ -193,7 +201,7 @@ class Arena:
         for tracked in self.copied:
             place = device or tracked.live().device
             end = groups[-1].tensors[-1][2] if groups else 0
-            if not groups or groups[-1].device != place:
+            if not groups or (groups[-1].device, groups[-1].tensors[-1][0].dtype) != (place, tracked.dtype):
                 groups.append(CopyGroup(place, (groups[-1].begin + end) if groups else 0, [], torch.empty(0)))
                 end = 0
             nbytes = math.prod(tracked.shape) * tracked.dtype.itemsize

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -64,9 +65,9 @@ class AveragedModel:
         for tracked, average in self._averages() if self._held else ():
             held = self._held[tracked.name]
             if average.dtype == tracked.dtype:
-                held.data = average
+                _set(held, average)
             else:
-                held.data = torch.empty_like(average, dtype=tracked.dtype)
+                _set(held, torch.empty_like(average, dtype=tracked.dtype))
                 self._casts.append((held, average))
 
     def prepare_forward(self, module: Module) -> None:
@@ -92,7 +93,7 @@ class AveragedModel:
             module.requires_grad_(False)
         self.rebind()
         module.eval()
-        module.__dict__["train"] = MethodType(_eval_only, module)
+        module.__dict__["train"] = partial(_eval_only, module)  # a bound method could be copied but not pickled
         module.register_forward_pre_hook(_BeforeForward(weakref.ref(self)))
         return module
 
@@ -135,6 +136,16 @@ def _replacement(tracked: TrackedTensor, average: Tensor) -> Tensor:
     return parameter
 
 
+def _set(held: Tensor, value: Tensor) -> None:
+    """Give a tensor another storage, and keep the object."""
+    try:
+        held.data = value
+    except RuntimeError:  # between some kinds of device; swapping takes the class and the marks with it
+        other = Parameter(value, requires_grad=False) if isinstance(held, Parameter) else value.detach()
+        other.__dict__.update(held.__dict__)
+        torch.utils.swap_tensors(held, other)  # type: ignore[no-untyped-call]
+
+
 def _structural_copy(model: Module, replacements: dict[int, Tensor]) -> Module:
     """A deep copy in which tensors are replaced, or shared where there is no replacement."""
     memo: dict[int, Any] = dict(replacements)
@@ -144,7 +155,11 @@ def _structural_copy(model: Module, replacements: dict[int, Tensor]) -> Module:
         if getattr(module, "_holds_averages", False):
             memo[id(module)] = None  # an EMA that the model itself owns
     try:
-        return copy.deepcopy(model, memo)
+        copies = dict(memo)  # a copy that fails leaves its beginnings there
+        for module in reversed([*model.modules()]):  # inner ones first; wrappers belong to the training
+            if (inner := unwrap(module)) is not module:
+                copies[id(module)] = copy.deepcopy(inner, copies)
+        return copy.deepcopy(model, copies)
     except Exception as error:
         name = _culprit(model, memo)
         raise UncopyableModelError(
@@ -168,14 +183,26 @@ def _culprit(model: Module, memo: dict[int, Any]) -> str:
 
 def _refuse_patched(model: Module) -> None:
     for name, module in model.named_modules():
-        patched = module.__dict__.get("forward")
-        if isinstance(patched, FunctionType) and patched.__closure__:
+        patched = module.__dict__.get("forward") if unwrap(module) is module else None
+        if patched is not None and _remembers_modules(patched):
+            patch = getattr(patched, "__qualname__", type(patched).__name__)
             raise UncopyableModelError(
-                f"forward of {name or type(model).__name__!r} was replaced by {patched.__qualname__}, which remembers "
+                f"forward of {name or type(model).__name__!r} was replaced by {patch}, which remembers "
                 "other objects: a copy of the module would still run those of the online model. Pass ema_model=a "
                 "function that builds the module. Averages, snapshots and synthesis work without one.",
                 name=name,
             )
+
+
+def _remembers_modules(patched: Any) -> bool:
+    """Whether a copy of a module with this forward could run another module: deepcopy does not look into closures."""
+    if isinstance(patched, FunctionType):
+        return bool(patched.__closure__)  # it is not bound, so it knows its module by the closure
+    while isinstance(patched, (MethodType, partial)):  # their module is replaced by its copy, but what do they call?
+        patched = patched.__func__ if isinstance(patched, MethodType) else patched.func
+    cells = (patched.__closure__ or ()) if isinstance(patched, FunctionType) else ()
+    contents = [getattr(cell.cell_contents, "__self__", cell.cell_contents) for cell in cells]
+    return any(isinstance(content, Module) for content in contents)
 
 
 def _tensors_of_template(template: Module, averages: list[Average]) -> dict[str, Tensor]:
@@ -188,6 +215,13 @@ def _tensors_of_template(template: Module, averages: list[Average]) -> dict[str,
             raise UncopyableModelError(
                 f"ema_model: {tracked.name!r} {what}; the online model has it with shape {tuple(average.shape)}. "
                 "Build ema_model with the same architecture.",
+                name=tracked.name,
+            )
+        untied = [key for key in tracked.keys if found.get(key) is not tensor]
+        if untied:
+            raise UncopyableModelError(
+                f"ema_model: {untied[0]!r} and {tracked.name!r} are one tensor in the online model, but not here. "
+                "Build ema_model with the same ties.",
                 name=tracked.name,
             )
         held[tracked.name] = tensor

@@ -19,10 +19,13 @@ A5  Queued work holds no reference to this object, so that    test_dropped_ema_l
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -31,16 +34,20 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from nitrous_ema.arena import Arena, CopyGroup, Group, snapshot_layout
+from nitrous_ema.arena import Arena, AveragedTensor, CopyGroup, Group, snapshot_layout
 from nitrous_ema.copies import CallerCopies
 from nitrous_ema.errors import ClosedError, NitrousError
 from nitrous_ema.guard import Guard, ReadMode, install_hooks
 from nitrous_ema.history import History
-from nitrous_ema.pipeline import InlineLane, Lane, Pending, Sink, neutral_modes
+from nitrous_ema.live import LiveTensors
+from nitrous_ema.pipeline import BackgroundThread, InlineLane, Lane, Pending, Sink, neutral_modes
 from nitrous_ema.schedule import Schedule, StepSizeCorrection, Time
 from nitrous_ema.snapshots.format import Layout, Span
+from nitrous_ema.stats import Stats
 from nitrous_ema.step import GroupStep
-from nitrous_ema.tracked import TORCH_DTYPES, TrackedTensor, TrackingPolicy, track, unwrap
+from nitrous_ema.tracked import TORCH_DTYPES, TrackedTensor, TrackingPolicy, track, unwrap, writable
+
+_log = logging.getLogger(__name__)
 
 BeforeWrite = Callable[[int, int], None]
 
@@ -87,6 +94,7 @@ class Averager:
         policy: How.
         read: How a background lane reads parameters; None if lanes run inline and there is nothing to guard.
         make_lane: Makes the lane of a device.
+        tracked: The model's tensors, if they are known: a role may depend on the values that a buffer had.
     """
 
     def __init__(
@@ -97,28 +105,37 @@ class Averager:
         *,
         read: ReadMode | None = None,
         make_lane: Callable[[torch.device], Lane] = lambda device: InlineLane(),
+        tracked: Sequence[TrackedTensor] | None = None,
     ) -> None:
         self.schedule = Schedule(policy.gammas, policy.update_every, policy.correction, policy.frozen)
         self.model, self.tracking, self.policy, self.history = model, tracking, policy, History()
-        tracked = track(model, tracking)
+        tracked = track(model, tracking) if tracked is None else tracked
         layout = snapshot_layout(tracked, policy.gammas, policy.sigma_rels, policy.checkpoint_dtype)
         with neutral_modes():
             self.arena = Arena(tracked, layout, policy.device)
+        if all(group.dtype == torch.float64 for group in self.arena.groups):
+            self.schedule.least_weight = 0.0
         self._make_lane = make_lane
         self._lanes: dict[torch.device, Lane] = {}
         self._sinks: list[Sink] = []  # none or one; shared with the finalizer
         order_caller = partial(_order_caller, self._lanes)
         self.guard = Guard(read, order_caller) if read is not None else None
         self._copies = CallerCopies(order_caller)
-        self._parameters = [tensor for tensor in tracked if tensor.is_parameter and tensor.role != "skipped"]
+        self._tensors = LiveTensors(model, tracked)
+        self._parameters = [tensor.name for tensor in tracked if tensor.is_parameter and tensor.role != "skipped"]
         self._refusal: NitrousError | None = None  # why nothing may be updated or read for now
+        self._closed = False
         self._failure: BaseException | None = None  # what a lane failed with
         self._process = os.getpid()
         self.viewers: weakref.WeakSet[Viewer] = weakref.WeakSet()
         self._place()
         self.copy_from_model()
+        if self.guard is not None:
+            self.guard.forget_reads()  # weights may still be initialized
         remove_hooks = install_hooks(self.guard, unwrap(model)) if self.guard is not None else _nothing
-        self._finalizer = weakref.finalize(self, _shut_down, self._lanes, self._sinks, remove_hooks, self._process)
+        self._finalizer = weakref.finalize(
+            self, _shut_down, self._lanes, self._sinks, self.guard, remove_hooks, self._process
+        )
 
     def attach(self, sink: Sink) -> None:
         """Give it somewhere to put snapshots; without, none are taken."""
@@ -141,7 +158,7 @@ class Averager:
             device=device,
             allow_different_devices=True,
         )
-        return Averager(self.model, self.tracking, policy)
+        return Averager(self.model, self.tracking, policy, tracked=self.arena.tracked)
 
     # ---- during training
 
@@ -161,6 +178,8 @@ class Averager:
         every = self.policy.checkpoint_every_steps
         if every is not None and self.schedule.step % every == 0:
             self.checkpoint()
+        if weights is not None:
+            self.schedule.warn_of_small(weights)
 
     def checkpoint(self) -> bool:
         """Take a snapshot of the averages as they are now; False if the sink skipped it."""
@@ -170,9 +189,11 @@ class Averager:
             raise NitrousError("checkpoint(): this EMA keeps no snapshots. Use PostHocEMA or AsyncPostHocEMA.")
         if not self.schedule.updates:
             raise NitrousError("checkpoint() before the first update(): there is no average yet. Call update() first.")
-        if self.schedule.step in self.history.written:
+        if self.schedule.step in self.history.written and not self._sink.has_lost(self.schedule.step):
             return True
         if self.schedule.is_behind:
+            if self.guard is not None:
+                self.guard.before_update()
             live = self._live()
             weights = self.schedule.catch_up()
             if weights is not None:
@@ -187,16 +208,21 @@ class Averager:
         if self.guard is not None and self._process == os.getpid():
             self.guard.fence()
 
+    def stats(self) -> Stats:
+        """What was done so far."""
+        written = self._sink.stats() if self._sink is not None and self._process == os.getpid() else Stats()
+        return replace(written, updates=self.schedule.updates)
+
     # ---- reading the averages, and ending
 
     def order_readers(self, what: str) -> None:
         """The caller's reads of the averages come after all updates so far. Raises what ``is_usable`` raises."""
-        if self.is_usable(what):
+        if self.is_usable(what, reading=True):
             _order_caller(self._lanes)
 
     def flush(self, timeout_seconds: float | None = None) -> None:
         """Block until every update is done and every snapshot is on disk or told failed. Raises TimeoutError."""
-        if self.is_usable("flush()"):
+        if self.is_usable("flush()", reading=True):
             _drain(self._lanes, self._sink, timeout_seconds)
             self._raise_failures("flush()")
 
@@ -211,28 +237,51 @@ class Averager:
         """
         if self._process != os.getpid() or not self._finalizer.alive:
             return False
-        self.refuse(ClosedError("the EMA was closed. Construct another one."))
+        self._closed = True
         _drain(self._lanes, self._sink, timeout_seconds)
-        self._finalizer()
-        self._raise_failures("close()")
+        try:
+            self._raise_failures("close()")
+            if self.guard is not None:
+                self.guard.check()
+        finally:
+            self._finalizer()
         return True
 
-    def refuse(self, reason: NitrousError | None) -> None:
-        """Refuse everything that changes or reads the averages from now on; None ends that."""
+    @property
+    def is_open(self) -> bool:
+        """Whether close() has not ended it yet."""
+        return self._finalizer.alive
+
+    def refuse(self, reason: NitrousError) -> None:
+        """Refuse everything that changes or reads the averages from now on."""
         self._refusal = reason
 
-    def is_usable(self, what: str) -> bool:
+    def end_refusal(self, reason: NitrousError) -> None:
+        """End what ``refuse`` began, unless something else (closing) has been refusing since."""
+        if self._refusal is reason:
+            self._refusal = None
+
+    def is_usable(self, what: str, *, reading: bool = False) -> bool:
         """Whether ``what`` may go on: False, always, in a forked child, where this object does nothing.
+
+        Args:
+            what: Named in the error.
+            reading: It changes nothing, so that it is allowed after close().
 
         Raises:
             NitrousError: The EMA is closed or its averages are swapped into the model; a lane failed.
             SnapshotWriteError: A background write failed since the last call (told once).
+            UnsafeReadError: Weights were written while they were read (told once).
         """
         if self._process != os.getpid():
             return False
+        if self._closed and not reading:
+            raise ClosedError(f"{what}: the EMA was closed. Construct another one.")
         if self._refusal is not None:
             raise type(self._refusal)(f"{what}: {self._refusal}")
         self._raise_failures(what)
+        if self.guard is not None:
+            self.guard.check()
         return True
 
     def move(self, device: torch.device) -> None:
@@ -257,15 +306,20 @@ class Averager:
         self.fence()
         with neutral_modes():
             for tracked, average in self.arena.averages(profile):
-                tracked.live().copy_(average)
+                live, value = writable(tracked.live(), average)
+                live.copy_(value)
 
     def prepare_loading(self) -> None:
         """The averages are about to be set from outside: whatever is queued or failed does not matter any more."""
+        if self._process != os.getpid():
+            return
+        if self._closed:
+            raise ClosedError("load_state_dict(): the EMA was closed. Construct another one.")
         if self._refusal is not None:
             raise type(self._refusal)(f"load_state_dict(): {self._refusal}")
         _drain(self._lanes, None, None)
         for lane in self._lanes.values():
-            lane.take_error()
+            self._failure = lane.take_error() or self._failure  # stands until something has been loaded
 
     def loaded(self) -> None:
         """They have been set."""
@@ -282,32 +336,37 @@ class Averager:
     def _place(self) -> None:
         """Take note of where the arena's buffers are."""
         self._steps = [GroupStep(group) for group in self.arena.groups]
+        self._checked: Mapping[str, Tensor] | None = None  # live tensors whose devices were found right
+        self._copied_for: tuple[Mapping[str, Tensor], bool] | None = None  # what _copied was computed for
+        self._copied: Sequence[str] = ()
         self._devices = {
             tensor.tracked.name: group.device for group in self.arena.groups for tensor in group.tensors
         } | {tracked.name: group.device for group in self.arena.copy_groups for tracked, _, _ in group.tensors}
 
-    def _live(self) -> dict[str, Tensor]:
+    def _live(self) -> Mapping[str, Tensor]:
         """Every tensor that is averaged or copied, as the model holds it now."""
-        live = {tensor.name: tensor.live() for tensor in self.arena.tracked if tensor.role != "skipped"}
-        if self.policy.allow_different_devices:
-            return live
+        live = self._tensors.find()
+        if live is not self._checked and not self.policy.allow_different_devices:
+            self._check_devices(live)
+        self._checked = live
+        return live
+
+    def _check_devices(self, live: Mapping[str, Tensor]) -> None:
         for name, tensor in live.items():
             if tensor.device != self._devices[name]:
                 if self.policy.move_to_online_device:
                     self.move(tensor.device)
-                    break
+                    return
                 raise NitrousError(
                     f"{name!r} is on {tensor.device} but its average is on {self._devices[name]}. Move the EMA as well "
                     f"(ema.to({str(tensor.device)!r})) or construct it with move_ema_to_online_device=True; "
                     "allow_different_devices=True copies the parameters over at each update."
                 )
-        return live
 
     def _average(self, live: Mapping[str, Tensor], weights: Sequence[float]) -> None:
         self._run(live, weights)
         if self.guard is not None:
-            names = [tensor.name for tensor in self._parameters]
-            self.guard.after_update(names, [live[name] for name in names])
+            self.guard.after_update(self._parameters, [live[name] for name in self._parameters])
 
     def _run(self, live: Mapping[str, Tensor], weights: Sequence[float]) -> None:
         try:
@@ -318,8 +377,10 @@ class Averager:
             self._raise_failures("update()")
 
     def _queue(self, live: Mapping[str, Tensor], weights: Sequence[float]) -> None:
-        to_copy = {tensor.name: live[tensor.name] for tensor in self.arena.tracked if self._must_copy(tensor, live)}
-        read = {**live, **self._copies.take(to_copy, self._devices)}
+        copied = self._copied_names(live)
+        read = live
+        if copied or self._copies.are_held:
+            read = {**live, **self._copies.take({name: live[name] for name in copied}, self._devices)}
         layout = self.arena.layout
         for group, step in zip(self.arena.groups, self._steps, strict=True):
             sources = step.sources([read[tensor.tracked.name] for tensor in group.tensors])
@@ -330,12 +391,23 @@ class Averager:
             before_write = self._before_write(copies.device, _copied_ranges(layout, copies))
             self.lane(copies.device).run(partial(_keep, copies, values, before_write))
 
-    def _must_copy(self, tensor: TrackedTensor, live: Mapping[str, Tensor]) -> bool:
-        if tensor.role == "skipped":
-            return False
-        if self.guard is not None and (self.guard.copies or not tensor.is_parameter):
-            return True
-        return live[tensor.name].device != self._devices[tensor.name]
+    def _copied_names(self, live: Mapping[str, Tensor]) -> Sequence[str]:
+        """What is copied where the caller is: see A2, and parameters elsewhere or under read="copied"."""
+        key = (live, self.guard is not None and self.guard.copies)
+        if self._copied_for is None or self._copied_for[0] is not live or self._copied_for[1] != key[1]:
+            everything, buffers = key[1], self.guard is not None
+            self._copied = [
+                tensor.name
+                for tensor in self.arena.tracked
+                if tensor.role != "skipped"
+                and (
+                    everything
+                    or (buffers and not tensor.is_parameter)
+                    or live[tensor.name].device != self._devices[tensor.name]
+                )
+            ]
+            self._copied_for = key
+        return self._copied
 
     def _before_write(self, device: torch.device, ranges: Callable[[int, int], Iterator[Span]]) -> BeforeWrite | None:
         """What orders the lane's writes after snapshot copies that are still reading there; None if there are none."""
@@ -348,7 +420,7 @@ class Averager:
         if self._failure is not None:
             raise NitrousError(
                 f"{what}: averaging failed ({self._failure}); the averages are not what the training made of them. "
-                "Load a state that was saved before (load_state_dict), or restore() a snapshot."
+                "Load a state that was saved before (load_state_dict)."
             ) from self._failure
         if self._sink is not None:
             self._sink.raise_failures()
@@ -357,13 +429,22 @@ class Averager:
 def _average_ranges(layout: Layout, group: Group) -> Callable[[int, int], Iterator[Span]]:
     """Where elements of a group lie in the file's data, in every profile."""
     item_bytes = TORCH_DTYPES[layout.checkpoint_dtype].itemsize
+    permuted = [tensor for tensor in group.tensors if _is_permuted(tensor)]
 
     def ranges(begin: int, end: int) -> Iterator[Span]:
+        for tensor in permuted:  # any part of it may be anywhere in it in the file
+            if tensor.begin < end and begin < tensor.end:
+                begin, end = min(begin, tensor.begin), max(end, tensor.end)
         for section, _ in zip(layout.sections, layout.gammas, strict=False):
             first = section.begin + group.begin * item_bytes
             yield Span(first + begin * item_bytes, first + end * item_bytes)
 
     return ranges
+
+
+def _is_permuted(tensor: AveragedTensor) -> bool:
+    """Whether it lies in another order in the file, which is row-major, than here."""
+    return not tensor.is_row_major
 
 
 def _copied_ranges(layout: Layout, copies: CopyGroup) -> Callable[[int, int], Iterator[Span]]:
@@ -395,21 +476,52 @@ def _order_caller(lanes: Mapping[torch.device, Lane]) -> None:
 
 def _drain(lanes: Mapping[torch.device, Lane], sink: Sink | None, timeout_seconds: float | None) -> None:
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+    late = []
     for waiting in [*(lane.drain for lane in lanes.values()), *([sink.flush] if sink is not None else [])]:
-        waiting(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+        try:
+            waiting(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+        except TimeoutError as error:
+            late.append(str(error))
+    if late:
+        raise TimeoutError(f"after {timeout_seconds} seconds: {' '.join(late)}")
 
 
 def _shut_down(
-    lanes: Mapping[torch.device, Lane], sinks: Sequence[Sink], remove_hooks: Callable[[], None], process: int
+    lanes: Mapping[torch.device, Lane],
+    sinks: Sequence[Sink],
+    guard: Guard | None,
+    remove_hooks: Callable[[], None],
+    process: int,
 ) -> None:
-    """End everything that an averager had started; runs when it is closed, dropped, or the interpreter exits."""
+    """End everything that an averager had started; runs when it is closed, dropped, or the interpreter exits.
+
+    Args:
+        lanes: To be closed.
+        sinks: To be closed after them.
+        guard: Kept alive, and with it the order of optimizers after the lanes, until they have ended.
+        remove_hooks: To be called in between.
+        process: Which one the averager was made in.
+    """
     if process != os.getpid():
         return  # a forked child has none of the threads
-    remove_hooks()
-    for lane in lanes.values():
-        lane.close()
-    for sink in sinks:
-        sink.close()
+    if isinstance(threading.current_thread(), BackgroundThread):
+        # The garbage collector runs on any thread, and one of ours cannot wait for itself; exit waits for this one.
+        arguments = (lanes, sinks, guard, remove_hooks, process)
+        threading.Thread(target=_shut_down, args=arguments, name="nitrous-ema-ending", daemon=False).start()
+        return
+    with ExitStack() as ending:  # last in, first out; each, whatever the others raise
+        for sink in sinks:
+            ending.callback(sink.close)
+        ending.callback(remove_hooks)
+        for lane in lanes.values():
+            ending.callback(_log_untold, lane)
+            ending.callback(lane.close)
+
+
+def _log_untold(lane: Lane) -> None:
+    error = lane.take_error()
+    if error is not None:
+        _log.error("averaging failed, and nobody asked for this failure any more", exc_info=error)
 
 
 def _nothing() -> None:

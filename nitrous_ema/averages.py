@@ -14,8 +14,10 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from nitrous_ema.averager import Averager
 from nitrous_ema.errors import NitrousError
+from nitrous_ema.pipeline import neutral_modes
 from nitrous_ema.schedule import Time
 from nitrous_ema.state import Problems, load, save
+from nitrous_ema.stats import Stats
 from nitrous_ema.swap import swapped
 
 Self = TypeVar("Self", bound="Averages")  # typing.Self needs Python 3.11
@@ -114,6 +116,10 @@ class Averages(Module):
             raise IndexError(f"profile {index} of {profiles}.")
         return index % profiles
 
+    def stats(self) -> Stats:
+        """What was done so far, in numbers. Waits for nothing."""
+        return self._averager.stats()
+
     # ---- ending
 
     def flush(self, timeout: float | None = None) -> None:
@@ -156,8 +162,9 @@ class Averages(Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self._averager.order_readers("state_dict()")
-        for profile, name in self._prefixes().items():
-            save(self._averager, profile, destination, prefix + name)
+        with neutral_modes():
+            for profile, name in self._prefixes().items():
+                save(self._averager, profile, destination, prefix + name)
 
     def _load_from_state_dict(
         self,
@@ -204,15 +211,17 @@ class Averages(Module):
     def _load(self, state_dict: Mapping[str, Any], prefix: str, *, partial: bool) -> Problems:
         self._averager.prepare_loading()
         prefixes = {profile: prefix + name for profile, name in self._prefixes().items()}
-        return load(self._averager, prefix, prefixes, state_dict, partial=partial)
+        with neutral_modes():
+            return load(self._averager, prefix, prefixes, state_dict, partial=partial)
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """``.to(device)`` and ``.cuda()`` move the averages; ``.half()`` and ``.to(dtype)`` leave them as they are."""
-        device = fn(torch.empty(0, dtype=torch.float32, device=self._averager.arena.devices[0])).device
-        if device.type == "meta":
+        before = self._averager.arena.devices
+        after = [fn(torch.empty(0, dtype=torch.float32, device=device)).device for device in before]
+        if any(device.type == "meta" for device in after):
             raise NitrousError("to('meta'): averages have values, which cannot move to the meta device.")
-        if self._averager.arena.devices != (device,):
-            self._averager.move(device)
+        if after != [*before]:
+            self._averager.move(after[0])
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:

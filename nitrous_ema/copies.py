@@ -19,6 +19,11 @@ class CallerCopies:
         self._order_caller = order_caller
         self._copies: dict[str, Tensor] = {}
 
+    @property
+    def are_held(self) -> bool:
+        """Whether there are copies from the last call."""
+        return bool(self._copies)
+
     def take(self, live: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -> Mapping[str, Tensor]:
         """Copy tensors.
 

@@ -208,8 +208,12 @@ class PostHocEMA(Averages):
         super().__init__(averager)
         self._settings = settings
         self._store = SnapshotStore(settings.checkpoint_folder)
-        self._store.prepare()
-        averager.attach(make_sink(self._store, averager.arena.layout))
+        try:
+            self._store.prepare()
+            averager.attach(make_sink(self._store, averager.arena.layout))
+        except BaseException:
+            averager.close()  # whoever keeps the exception keeps the averager; its hooks and threads must go now
+            raise
         views = []
         for profile in range(len(averager.policy.gammas)):
             one_module = isinstance(ema_model, Module) and profile > 0
@@ -264,8 +268,12 @@ class PostHocEMA(Averages):
             TimeoutError: Something is still pending. Nothing is lost; call it again.
             SnapshotWriteError: A snapshot could not be written.
         """
-        if self._averager.close(timeout) and self._averager.history.written:
-            self._store.close_run(self.run)
+        was_open = self._averager.is_open
+        try:
+            self._averager.close(timeout)
+        finally:  # it is closed although it may have had a failure to tell
+            if was_open and not self._averager.is_open and self._averager.history.written:
+                self._store.close_run(self.run)
 
     def synthesize_ema_model(
         self,
@@ -316,7 +324,13 @@ class PostHocEMA(Averages):
         arena = averager.arena
         plan = plan_from_store(self._store, gammas=[gamma], step=target.step, run=target.run)
         stream(plan, [lambda begin, block: arena.fill(0, begin, torch.from_numpy(block))])
-        stream_copied(plan, lambda begin, piece: arena.fill_copied(begin, torch.frombuffer(piece, dtype=torch.uint8)))
+        # In files with another number of profiles another padding stands before the copied tensors.
+        padding = min((begin for begin, _ in plan.target.copied_spans.values()), default=0)
+
+        def take(begin: int, piece: memoryview) -> None:
+            arena.fill_copied(begin - padding, torch.frombuffer(piece, dtype=torch.uint8))
+
+        stream_copied(plan, take)
         averager.schedule.load({"step": target.step, "now": target.t, "t": target.t, "updates": 1})
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

@@ -29,12 +29,14 @@ do not count. They are safe behind an optimizer step or ``fence()``, and nowhere
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -63,6 +65,7 @@ class Guard:
             raise ValueError(f"read is {read!r}; expected 'auto', 'guarded' or 'copied'.")
         self._read = read
         self._order_writer = order_writer
+        self._process = os.getpid()
         self._lock = threading.RLock()  # optimizers in backward step on autograd's threads
         # All guarded by _lock:
         self._reading = False
@@ -96,7 +99,7 @@ class Guard:
             f"{mistake} Parameters are copied at each update() from now on, which costs one more copy of them in their "
             f"own type; read='copied' says that this is meant. {_REMEDY}",
             NitrousWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def before_update(self) -> None:
@@ -104,13 +107,13 @@ class Guard:
         with self._lock:
             if self._reading and not self.copies:
                 self._notice_writes()
+                self._versions = [tensor._version for tensor in self._tensors]  # what was noticed is told once
                 if not (self._mistake or self._writer_is_known or self._optimizer_exists()):
                     self._mistake, self._mistaken_name = (
                         "update() was called again with neither an optimizer step nor fence() in between, and no torch "
                         "optimizer holds the model's parameters: whatever writes them may do so while they are read.",
                         "",
                     )
-                self._reading = False
         self.check()
 
     def after_update(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
@@ -130,22 +133,25 @@ class Guard:
 
     def fence(self) -> None:
         """What the calling thread does next comes after all reads of the parameters so far. Never raises."""
+        if self._process != os.getpid():
+            return  # a forked child has none of the threads that it could wait for
         with self._lock:
             if not self._reading:
                 return
-            self._notice_writes()
+            if not self.copies:  # else it is the last live read, before copies were taken up
+                self._notice_writes()
             self._order_writer()
             self._reading = False
             self._writer_is_known = self._writer_is_known or self._mistake is None
 
     def concerns(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer's next step may write parameters that are being read."""
-        return self._reading and _holds(optimizer, self._identities)
+        return self._reading and self._process == os.getpid() and _holds(optimizer, self._identities)
 
-    def forget_tensors(self) -> None:
-        """Drop the references to the parameters."""
+    def forget_reads(self) -> None:
+        """The reads so far have been waited for: writes from here on are no mistake."""
         with self._lock:
-            self._tensors, self._names, self._versions, self._reading = (), (), [], False
+            self._reading = False
 
     def _notice_writes(self) -> None:
         if self._mistake is not None:
@@ -179,7 +185,10 @@ def install_hooks(guard: Guard, model: Module) -> Callable[[], None]:
     The hooks hold the guard weakly and do nothing once it is gone.
     """
     reference = weakref.ref(guard)
-    step = register_optimizer_step_pre_hook(_StepHook(reference))
+    # Compiled optimizers trace into their hooks, and cannot see through a weak reference. The import that this costs is
+    # paid by every optimizer's constructor as well.
+    hook = torch.compiler.disable(_StepHook(reference).__call__)  # type: ignore[no-untyped-call]
+    step = register_optimizer_step_pre_hook(hook)
     load = model.register_load_state_dict_pre_hook(_LoadHook(reference))  # type: ignore[no-untyped-call]
 
     def remove() -> None:
@@ -237,4 +246,5 @@ class _LoadHook:
 
 
 def _holds(optimizer: Optimizer, identities: set[int]) -> bool:
-    return any(id(parameter) in identities for group in optimizer.param_groups for parameter in group["params"])
+    groups = getattr(optimizer, "param_groups", ())  # not there yet while one is being made
+    return any(id(parameter) in identities for group in groups for parameter in group["params"])

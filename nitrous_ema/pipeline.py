@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +20,10 @@ import torch
 from torch import Tensor
 
 from nitrous_ema.arena import Arena
+from nitrous_ema.errors import SnapshotWriteError
 from nitrous_ema.snapshots.format import Stamp
 from nitrous_ema.snapshots.store import SnapshotStore
+from nitrous_ema.stats import Ledger, Stats
 from nitrous_ema.tracked import TORCH_DTYPES
 
 Work = Callable[[], None]
@@ -77,11 +81,17 @@ class Sink(Protocol):
     def take(self, pending: Pending, lane: Callable[[torch.device], Lane]) -> bool:
         """Take a snapshot, now or in the background; False if it is skipped. May block while there is no room."""
 
+    def has_lost(self, step: int) -> bool:
+        """Whether a snapshot of this step was taken and could not be written."""
+
     def writes_order(self, device: torch.device) -> Callable[[int, int], None] | None:
         """What a lane must call before it writes averages that lie at ``[begin, end)`` of the file's data, in bytes.
 
         None if no snapshot copy is reading averages on this device.
         """
+
+    def stats(self) -> Stats:
+        """What became of the snapshots so far; updates are not counted here."""
 
     def raise_failures(self) -> None:
         """Raise a write that failed in the background, each once. Raises SnapshotWriteError."""
@@ -91,6 +101,13 @@ class Sink(Protocol):
 
     def close(self, timeout_seconds: float | None = None) -> None:
         """Flush and end. Raises TimeoutError."""
+
+
+class BackgroundThread(threading.Thread):
+    """A thread of a lane or a sink. A daemon: whoever ends the EMA, or the interpreter, drains it first."""
+
+    def __init__(self, work: Work, name: str) -> None:
+        super().__init__(target=work, name=f"nitrous-ema-{name}", daemon=True)
 
 
 class InlineLane:
@@ -147,23 +164,40 @@ class InlineSink:
 
     def __init__(self, store: SnapshotStore) -> None:
         self._store = store
+        self._ledger = Ledger()
 
     def take(self, pending: Pending, lane: Callable[[torch.device], Lane]) -> bool:
         """Write it."""
+        started = time.monotonic()
 
         def chunks() -> Iterator[memoryview]:
             layout = pending.arena.layout
-            page = torch.empty(layout.chunk_bytes, dtype=torch.uint8, device="cpu")
             with neutral_modes():
-                for index, (begin, end) in enumerate(layout.chunks):
+                page = torch.empty(layout.chunk_bytes, dtype=torch.uint8, device="cpu")
+            for index, (begin, end) in enumerate(layout.chunks):
+                # Not around the yield: after a failed write nobody would leave the modes again.
+                with neutral_modes():
                     stage_chunk(pending.arena, index, page, non_blocking=False)
-                    yield page.numpy().data[: end - begin]
+                yield page.numpy().data[: end - begin]
 
-        self._store.write(pending.arena.layout, pending.stamp, chunks)
+        try:
+            snapshot = self._store.write(pending.arena.layout, pending.stamp, chunks)
+        except SnapshotWriteError as failure:
+            self._ledger.add(failed=1, last_error=str(failure))
+            raise
+        self._ledger.add(snapshots=1, bytes_written=snapshot.bytes, seconds_writing=time.monotonic() - started)
         return True
+
+    def has_lost(self, step: int) -> bool:
+        """``take`` raises by itself."""
+        return False
 
     def writes_order(self, device: torch.device) -> None:
         """Nothing is in flight when ``take`` has returned."""
+
+    def stats(self) -> Stats:
+        """Nothing is ever pending."""
+        return self._ledger.read()
 
     def raise_failures(self) -> None:
         """``take`` raises by itself."""

@@ -27,6 +27,7 @@ from nitrous_ema.errors import NitrousWarning
 from nitrous_ema.profile import gamma_to_sigma_rel, update_weight
 
 Time = int | float
+_LEAST_WEIGHT = 1e-4
 StepSizeCorrection = Literal["exact"] | bool
 
 
@@ -61,6 +62,10 @@ class Schedule:
         self.t: Time = 0
         self.t_first: Time = 0
         self.updates = 0  # applied ones
+        self.least_weight = _LEAST_WEIGHT
+        """A smaller weight of the new parameters is warned of, once; 0 where averages are float64."""
+        self._applied_at: int | None = None  # step of the last applied update; None if it was not this object's
+        self._interval_was_whole = False  # no checkpoint or resume came between the last two applied updates
         if correction is False and update_every > 1:
             self._warn_uncorrected()
 
@@ -99,6 +104,24 @@ class Schedule:
         """
         return self._apply() if self.is_behind else None
 
+    def warn_of_small(self, weights: Sequence[float]) -> None:
+        """Say, once, that float32 averages no longer follow small changes, if ``advance`` returned such weights."""
+        weight = min(weights)
+        # Of evenly spaced updates each would count this; a short interval by itself tells nothing.
+        usual_weight = (min(self.gammas) + 1) / max(self.updates, 1)
+        if not self._interval_was_whole or max(weight, usual_weight) >= self.least_weight:
+            return
+        self.least_weight = 0.0
+        sigma_rel = gamma_to_sigma_rel(self.gammas[weights.index(weight)])
+        warnings.warn(
+            f"The newest weights now count only {weight:.1e} in the average with sigma_rel {sigma_rel:.3f}: in float32 "
+            f"it does not follow changes below {2**-24 / weight:.1e} of a weight. Average less often: with "
+            f"step_size_correction='exact', update_every={10 * self.update_every} gives the same profile, more "
+            "precisely and at a tenth of the cost.",
+            NitrousWarning,
+            stacklevel=4,
+        )
+
     def state(self) -> dict[str, Time]:
         """All that is needed to go on, in plain numbers."""
         return {
@@ -111,7 +134,7 @@ class Schedule:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state()``, or from a state that knows its step only (then time is counted in steps)."""
-        step = int(state["step"])
+        step, self._applied_at = int(state["step"]), None
         # 0.0.1 and ema-pytorch apply an update at calls 1, 1 + k, ...: the last applied one follows from the step.
         last = (step - 1) // self.update_every * self.update_every + 1 if step else 0
         self.step = step
@@ -122,6 +145,8 @@ class Schedule:
 
     def _apply(self) -> tuple[float, ...]:
         before, self.t = self.t, self.now
+        self._interval_was_whole = self._applied_at is not None and self.step - self._applied_at >= self.update_every
+        self._applied_at = self.step
         self.updates += 1
         if self.updates == 1:
             self.t_first = self.now

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,15 +100,19 @@ def profiles(
     """
     if sigma_rels is not None and gammas is not None:
         raise ValueError("Both sigma_rels and gammas are given; they are two names for the same profiles. Give one.")
-    if gammas is None:
-        sigma_rels = default if sigma_rels is None else sigma_rels
-        if not sigma_rels:
-            raise ValueError("Neither sigma_rels nor gammas is given. Give the profiles to track, e.g. (0.05, 0.10).")
-        gammas = [float(sigma_rel_to_gamma(float(sigma_rel))) for sigma_rel in sigma_rels]
-    exponents = tuple(float(gamma) for gamma in gammas)
-    if not exponents or not all(math.isfinite(gamma) and gamma > 0 for gamma in exponents):
+    widths = _numbers("sigma_rels", default if sigma_rels is None else sigma_rels) if gammas is None else ()
+    exponents = _numbers("gammas", gammas) if gammas is not None else tuple(map(sigma_rel_to_gamma, widths))
+    if not exponents:
+        raise ValueError("Neither sigma_rels nor gammas is given. Give the profiles to track, e.g. (0.05, 0.10).")
+    if not all(math.isfinite(gamma) and gamma > 0 for gamma in exponents):
         raise ValueError(f"gammas are {exponents}; expected exponents greater than 0 (sigma_rel below 12 ** -0.5).")
     if len(set(exponents)) != len(exponents):
         raise ValueError(f"Two profiles are equal: gammas {exponents}. Each one must be a different length.")
-    widths = tuple(float(gamma_to_sigma_rel(gamma)) for gamma in exponents)
-    return exponents, tuple(sigma_rels) if sigma_rels is not None else widths
+    return exponents, widths or tuple(map(gamma_to_sigma_rel, exponents))
+
+
+def _numbers(argument: str, given: Iterable[float] | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in (() if given is None else given))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{argument} is {given!r}; expected a sequence of numbers, e.g. (0.05, 0.10).") from error

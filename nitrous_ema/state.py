@@ -9,7 +9,7 @@ Nothing is touched unless all of it can be loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from nitrous_ema.averager import Averager
-from nitrous_ema.pipeline import neutral_modes
-from nitrous_ema.tracked import TrackedTensor
+from nitrous_ema.tracked import TrackedTensor, without_wrappers
 
 EXTRA = "_extra_state"
 
@@ -65,16 +64,17 @@ def load(
     """
     problems, found, used = Problems(), [], set()
     for profile, prefix in profiles.items():
-        used |= {prefix + EXTRA, *_skipped(averager, prefix)}
+        head = f"{prefix}ema_model."
+        names = _saved_names(averager.arena.tracked, [key[len(head) :] for key in state if key.startswith(head)])
+        # Also those of tensors that are skipped here: 0.0.1 saved them.
+        used |= {prefix + EXTRA, *(head + name for present in names.values() for name in present)}
         for tracked, value in _values(averager, profile):
-            keys = [f"{prefix}ema_model.{name}" for name in (*tracked.keys, *tracked.wrapped_names)]
-            present = [key for key in keys if key in state]
-            used.update(present)
-            if present:
-                found.append((value, state[present[0]]))
-                problems.errors += _mismatch(present[0], state[present[0]], value)
+            if names[tracked.name]:
+                key = head + names[tracked.name][0]
+                found.append((value, state[key]))
+                problems.errors += _mismatch(key, state[key], value)
             elif tracked.persistent:
-                problems.missing.append(keys[0])
+                problems.missing.append(head + tracked.name)
         _check_extra(averager, profile, prefix, state, problems)
     problems.unexpected = [key for key in state if key.startswith(root) and key not in used]
     if not problems.errors and (partial or not (problems.missing or problems.unexpected)):
@@ -97,11 +97,26 @@ def _mismatch(key: str, saved: Any, value: Tensor) -> list[str]:
     return []
 
 
-def _skipped(averager: Averager, prefix: str) -> Iterator[str]:
-    """Keys of tensors that are skipped here; 0.0.1 saved those too."""
-    for tracked in averager.arena.tracked:
-        if tracked.role == "skipped":
-            yield from (f"{prefix}ema_model.{name}" for name in (*tracked.keys, *tracked.wrapped_names))
+def _saved_names(tracked: Sequence[TrackedTensor], saved: Collection[str]) -> dict[str, list[str]]:
+    """For each tensor the names that a state has it under: canonical ones, those of now, or those of other wrappers.
+
+    A state is read in one of these ways, never in a mixture: in a model with a submodule called ``module``, the same
+    name means one tensor in a state of the model and another in a state of the model under DDP.
+    """
+    needed = [tensor for tensor in tracked if tensor.persistent and tensor.role != "skipped"]
+    there = frozenset(saved)
+    canonical = {tensor.name: [key for key in tensor.keys if key in there] for tensor in tracked}
+    wrapped = {tensor.name: [name for name in tensor.wrapped_names if name in there] for tensor in tracked}
+    for names in (canonical, wrapped):
+        if all(names[tensor.name] for tensor in needed):
+            return names
+    plain = {without_wrappers(name): name for name in there}
+    keys = [without_wrappers(key) for tensor in tracked for key in tensor.keys]
+    if len(plain) < len(there) or len(set(keys)) < len(keys):
+        return canonical  # names alone do not tell which is which
+    return {
+        tensor.name: [plain[key] for key in map(without_wrappers, tensor.keys) if key in plain] for tensor in tracked
+    }
 
 
 def _check_extra(averager: Averager, profile: int, prefix: str, state: Mapping[str, Any], problems: Problems) -> None:
@@ -118,9 +133,8 @@ def _check_extra(averager: Averager, profile: int, prefix: str, state: Mapping[s
 
 
 def _apply(averager: Averager, found: Sequence[tuple[Tensor, Tensor]], extra: Mapping[str, Any] | None) -> None:
-    with neutral_modes():
-        for value, saved in found:
-            value.copy_(saved)
+    for value, saved in found:
+        value.copy_(saved)
     if extra is not None:
         averager.schedule.load(extra)
         averager.history.continue_from(extra.get("lineage", ()), averager.schedule.step)

@@ -10,6 +10,7 @@ import torch
 from nitrous_ema.averager import Averager
 from nitrous_ema.errors import NitrousError
 from nitrous_ema.pipeline import neutral_modes
+from nitrous_ema.tracked import writable
 
 
 @contextmanager
@@ -21,19 +22,20 @@ def swapped(averager: Averager, profile: int) -> Iterator[None]:
     averager.order_readers("average_parameters()")
     averager.fence()
     with neutral_modes():
-        pairs = [(tracked.live(), average) for tracked, average in averager.arena.averages(profile)]
+        pairs = [writable(tracked.live(), average) for tracked, average in averager.arena.averages(profile)]
         weights = [live.detach().clone() for live, _ in pairs]
-    averager.refuse(
-        NitrousError(
-            "an average is in the place of the model's weights. Leave the `with ema.average_parameters()` block first."
-        )
+    refusal = NitrousError(
+        "an average is in the place of the model's weights. Leave the `with ema.average_parameters()` block first."
     )
+    averager.refuse(refusal)
     try:
         with neutral_modes():
             for live, average in pairs:
                 live.copy_(average)
         yield
     finally:
-        with neutral_modes():
-            torch._foreach_copy_([live for live, _ in pairs], weights)
-        averager.refuse(None)
+        try:
+            with neutral_modes():
+                torch._foreach_copy_([live for live, _ in pairs], weights)
+        finally:
+            averager.end_refusal(refusal)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -49,6 +49,7 @@ _WRAPPERS = (
         "_checkpoint_wrapped_module",
     ),
 )
+_WRAPPER_ATTRIBUTES = frozenset(attribute for _, _, attribute in _WRAPPERS)
 
 _DTYPE_CODES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -149,6 +150,42 @@ class TrackingPolicy:
                 raise TypeError(f"{argument} is the string {given!r}; expected a collection of names: [{given!r}].")
 
 
+class Structure:
+    """Notices that a submodule was replaced: what is tracked would then no longer be the model's.
+
+    Args:
+        model: The online model, wrapped or not.
+        tracked: Its tensors.
+    """
+
+    def __init__(self, model: Module, tracked: Sequence[TrackedTensor]) -> None:
+        self._model = model
+        self._tracked = tracked
+        self._links = _links(model)
+
+    def check(self) -> None:
+        """Compare with when tracking began. Wrapping a submodule is no change.
+
+        Raises:
+            UntrackableModelError: A tracked tensor belongs to a submodule that is not in the model any more.
+        """
+        if all(children.get(name) is child for children, name, child in self._links):
+            return
+        now = canonical_tensors(self._model, persistent_only=False)
+        for tensor in self._tracked:
+            if tensor.role != "skipped" and now.get(tensor.name) is not tensor.live():
+                raise UntrackableModelError(
+                    f"the submodule that holds {tensor.name!r} was replaced since tracking began. Make a new EMA after "
+                    "changing the model (and load its state where the shapes still agree).",
+                    name=tensor.name,
+                )
+        self._links = _links(self._model)
+
+
+def _links(model: Module) -> list[tuple[dict[str, Module | None], str, Module | None]]:
+    return [(module._modules, name, child) for module in model.modules() for name, child in module._modules.items()]
+
+
 @dataclass(slots=True, eq=False)
 class _Found:
     """A tensor met while walking the model, and every name it was met under."""
@@ -184,6 +221,22 @@ def canonical_tensors(model: Module, *, persistent_only: bool = True) -> dict[st
         if found.persistent or not persistent_only:
             named.update(dict.fromkeys(found.keys, found.tensor))
     return named
+
+
+def without_wrappers(name: str) -> str:
+    """A name without every part that could come from a wrapper module: to compare names of different wrappings."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_ATTRIBUTES)
+
+
+def writable(live: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of an expanded tensor that can be written (one of each repeated element), and its new value.
+
+    Any other tensor is given back as it is.
+    """
+    for dim, (size, stride) in enumerate(zip(live.shape, live.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            live, value = live.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+    return live, value
 
 
 def track(model: Module, policy: TrackingPolicy | None = None) -> tuple[TrackedTensor, ...]:
@@ -231,9 +284,11 @@ def _walk(model: Module) -> Iterator[_Found]:
             return
         for attribute, tensor, is_parameter, persistent in _own_tensors(module):
             found = by_identity.setdefault(id(tensor), _Found(tensor, module, attribute, is_parameter, persistent))
-            found.persistent = found.persistent or persistent
-            found.keys.append(prefix + attribute)
-            found.wrapped_names.append(wrapped_prefix + attribute)
+            if persistent and not found.persistent:  # names that are not saved are no keys of what is
+                found.persistent, found.keys, found.wrapped_names = True, [], []
+            if persistent == found.persistent:
+                found.keys.append(prefix + attribute)
+                found.wrapped_names.append(wrapped_prefix + attribute)
         for name, child in module._modules.items():
             if child is not None:
                 visit(child, f"{prefix}{name}.", f"{wrapped_prefix}{name}.")
@@ -295,6 +350,8 @@ def _check_trackable(found: _Found) -> None:
             f"is a {type(tensor).__name__}, a tensor subclass that the averaging does not know. Make the EMA before "
             "the conversion, or skip it with ignore_names"
         )
+    elif tensor.is_conj() or tensor.is_neg():
+        problem = "is a conjugated or negated view. Give the model tensor.resolve_conj().resolve_neg() instead"
     elif tensor.is_quantized or tensor.layout != torch.strided:
         problem = f"is {tensor.dtype} with layout {tensor.layout}. Only dense, unquantized tensors can be averaged"
     elif tensor.dtype not in _DTYPE_CODES:

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from nitrous_ema.pipeline import Mark, ReachedMark, Work
+from nitrous_ema.pipeline import BackgroundThread, Mark, ReachedMark, Work
 
 _MAX_QUEUED = 16
 _POLL_SECONDS = 0.001
@@ -57,8 +57,9 @@ class ThreadLane:
         self._done = 0  # of these, how many have ended
         self._last_run = 0  # the value of _queued right after the last run()
         self._error: BaseException | None = None
+        self._passed_over = 0  # work up to this one came after an error that was taken: it is not run either
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="nitrous-ema-averaging", daemon=True)
+        self._thread = BackgroundThread(self._work, "averaging")
         self._thread.start()
 
     def run(self, work: Work) -> None:
@@ -86,6 +87,8 @@ class ThreadLane:
         """What queued work raised since the last call."""
         with self._changed:
             error, self._error = self._error, None
+            if error is not None:
+                self._passed_over = self._queued
             return error
 
     def drain(self, timeout_seconds: float | None = None) -> None:
@@ -118,7 +121,7 @@ class ThreadLane:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._queue))
                 item = self._queue.popleft()
-                failed = self._error is not None
+                failed = self._error is not None or self._done < self._passed_over
                 self._changed.notify_all()
             if item is None:
                 return

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -28,7 +27,7 @@ import torch
 from nitrous_ema.arena import Arena
 from nitrous_ema.async_.staging import Slot, SlotPool, deadline_after, order_writes
 from nitrous_ema.errors import NitrousError, NitrousWarning, SnapshotWriteError
-from nitrous_ema.pipeline import Lane, Pending, stage_chunk
+from nitrous_ema.pipeline import BackgroundThread, Lane, Pending, stage_chunk
 from nitrous_ema.snapshots.format import Layout
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.stats import Ledger, Stats
@@ -82,11 +81,9 @@ class BackgroundSink:
         self._ledger = Ledger()
         self._failures: queue.SimpleQueue[SnapshotWriteError] = queue.SimpleQueue()
         self._sealed: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
-        work = partial(_write_all, self._sealed, self._pool, store, self._ledger, self._failures)
-        self._threads = [
-            threading.Thread(target=work, name=f"nitrous-ema-writer-{index}", daemon=True)
-            for index in range(policy.num_writers)
-        ]
+        self._lost: set[int] = set()  # steps; added by writers, discarded by the training thread
+        work = partial(_write_all, self._sealed, self._pool, store, self._ledger, self._failures, self._lost)
+        self._threads = [BackgroundThread(work, f"writer-{index}") for index in range(policy.num_writers)]
         for thread in self._threads:
             thread.start()
 
@@ -100,13 +97,22 @@ class BackgroundSink:
         slot = self._claim(pending.stamp.step)
         if slot is None:
             return False
-        lanes = {device: lane(device) for device in pending.arena.devices}
-        marks = {device: [lanes[device].mark() for _ in slot.pages] for device in lanes}
-        self._pool.expect(slot, pending, marks)
+        self._lost.discard(pending.stamp.step)
         abandon = partial(self._pool.abandon, slot)
-        for device in lanes:
-            lanes[device].copy_out(partial(_fill, slot, pending.arena, device, self._pool, self._sealed), abandon)
+        try:
+            lanes = {device: lane(device) for device in pending.arena.devices}
+            marks = {device: [lanes[device].mark() for _ in slot.pages] for device in lanes}
+            self._pool.expect(slot, pending, marks)
+            for device in lanes:
+                lanes[device].copy_out(partial(_fill, slot, pending.arena, device, self._pool, self._sealed), abandon)
+        except BaseException:
+            abandon()
+            raise
         return True
+
+    def has_lost(self, step: int) -> bool:
+        """Whether a snapshot of this step was taken and could not be written."""
+        return step in self._lost
 
     def writes_order(self, device: torch.device) -> Callable[[int, int], None] | None:
         """What orders writes of averages after the copies in flight; None where the lane's own order does."""
@@ -127,15 +133,11 @@ class BackgroundSink:
                 failures[0].args = (f"{failures[0]} Also: {other}",)
             raise failures[0]
         for failure in failures:
-            warnings.warn(f"{failure} Training goes on without this snapshot.", NitrousWarning, stacklevel=4)
+            warnings.warn(f"{failure} Training goes on without this snapshot.", NitrousWarning, stacklevel=6)
 
     def stats(self) -> Stats:
         """Counts of now, without those of updates."""
-        return self._ledger.read()
-
-    def num_pending(self) -> int:
-        """Snapshots on their way."""
-        return self._pool.num_busy()
+        return replace(self._ledger.read(), pending=self._pool.num_busy())
 
     def flush(self, timeout_seconds: float | None = None) -> None:
         """Block until nothing is on its way. Raises TimeoutError, which names the steps that are."""
@@ -216,17 +218,18 @@ def _write_all(
     store: SnapshotStore,
     ledger: Ledger,
     failures: queue.SimpleQueue[SnapshotWriteError],
+    lost: set[int],
 ) -> None:
     """What a writer thread does, until it gets None."""
     while (slot := sealed.get()) is not None:
         try:
             _write(slot, store, ledger)
-        except SnapshotWriteError as failure:
+        except BaseException as error:
+            failure = error if isinstance(error, SnapshotWriteError) else _unforeseen(slot, store, error)
+            lost.add(failure.step)
             ledger.add(failed=1, last_error=str(failure))
             failures.put(failure)
-        except BaseException as error:
-            ledger.add(failed=1, last_error=str(error))
-            failures.put(_unforeseen(slot, store, error))
+            del failure
         finally:
             pool.release(slot)
             del slot

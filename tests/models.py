@@ -1,0 +1,106 @@
+"""Small models that several tests share, each with one trait that averaging must get right."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+class Net(nn.Module):
+    """Convolution, batch norm and a linear layer: parameters, averaged buffers and an integer buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.norm(self.conv(images)).mean((2, 3)))
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the output layer's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.out = nn.Linear(3, 5, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(self.embed(tokens))
+
+
+class Vector(nn.Module):
+    """One parameter, which is all there is to the model."""
+
+    def __init__(self, size: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Locked(nn.Module):
+    """Cannot be deep-copied, as it holds a lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        self.body[1].lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class Generating(nn.Module):
+    """Cannot be deep-copied, as it holds a running generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.batches: Iterator[int] = (number for number in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def patched() -> nn.Module:
+    """A model of which one layer's forward was replaced by a closure over the layer."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    forward = model[1].forward
+    model[1].forward = lambda x: 2 * forward(x)
+    return model
+
+
+def uncopyable_models() -> list[Callable[[], nn.Module]]:
+    return [Locked, Generating, patched]
+
+
+@torch.no_grad()
+def set_weights(model: nn.Module, seed: int) -> None:
+    """New weights and buffers, as an optimizer and a forward in train mode make them: random, but reproducible."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() or tensor.is_complex():
+            values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            if any(stride == 0 for stride in tensor.stride()):
+                tensor = tensor[:1]  # an expanded tensor repeats its first row
+                values = values[:1]
+            tensor.copy_(values.abs() if name.endswith("running_var") else values)
+        else:
+            tensor.fill_(seed)
+
+
+def safetensors_of(folder: Path, step: int) -> dict[str, Tensor]:
+    """What the safetensors package reads of the only snapshot of a step."""
+    from safetensors.torch import load_file
+
+    (path,) = folder.glob(f"step-{step:012d}-*/rank-00000-of-00001.safetensors")
+    return load_file(path)

@@ -1,0 +1,66 @@
+"""Which run an EMA belongs to, and what came before it."""
+
+from __future__ import annotations
+
+import os
+
+from nitrous_ema.history import History
+from nitrous_ema.schedule import Schedule
+
+
+def test_new_history_has_no_ancestors_and_a_name_of_its_own():
+    first, second = History(), History()
+    assert first.run != second.run
+    assert first.lineage == ((first.run, None),)
+
+
+def test_run_goes_on_from_the_step_of_the_state_it_loads():
+    old, new = History(), History()
+    new.continue_from(old.state(), 100)
+    assert new.lineage == ((old.run, 100), (new.run, None))
+
+
+def test_ancestors_are_kept_up_to_the_step_that_was_loaded():
+    first, second, third = History(), History(), History()
+    second.continue_from(first.state(), 100)
+    third.continue_from(second.state(), 70)  # a state that the second run saved before it reached step 100
+    assert third.lineage == ((first.run, 70), (second.run, 70), (third.run, None))
+
+
+def test_state_of_step_zero_makes_no_ancestor():
+    old, new = History(), History()
+    new.continue_from(old.state(), 0)
+    assert new.lineage == ((new.run, None),)
+
+
+def test_loading_ones_own_state_before_anything_was_written_changes_nothing():
+    history = History()
+    history.continue_from(history.state(), 50)
+    assert history.lineage == ((history.run, None),)
+
+
+def test_going_back_after_a_snapshot_was_written_begins_a_new_run():
+    history = History()
+    before, state = history.run, history.state()
+    history.written.add(100)
+    history.continue_from(state, 60)
+    assert history.run != before
+    assert history.lineage == ((before, 60), (history.run, None))
+    assert history.written == set()
+
+
+def test_state_without_a_lineage_has_no_ancestors():
+    history = History()
+    history.continue_from((), 100)
+    assert history.lineage == ((history.run, None),)
+
+
+def test_stamp_names_step_times_run_and_process():
+    history, schedule = History(), Schedule([7.0], 2, "exact")
+    for _ in range(4):
+        schedule.advance(8)
+    stamp = history.stamp(schedule)
+    assert (stamp.step, stamp.t, stamp.t_first, stamp.run) == (4, 24, 8, history.run)
+    assert stamp.lineage == history.lineage
+    assert stamp.trainer["pid"] == os.getpid()
+    assert stamp.trainer["started"] > 0
