@@ -52,8 +52,10 @@ class Averages(Module):
             ValueError: ``t_delta`` is not positive and finite, or not 1 without the exact correction.
             UntrackableModelError: A tensor of the model is gone or has another shape or type.
             NitrousError: The EMA is closed, averages are swapped into the model, or averaging failed.
+            SnapshotWriteError: A snapshot could not be written: in the background one of an earlier step, told once;
+                otherwise the one of this step, which is then counted and averaged all the same.
 
-        Nothing has changed when one of these is raised.
+        Nothing has changed when one of the first three is raised.
         """
         self._averager.update(t_delta)
 
