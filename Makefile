@@ -18,7 +18,7 @@ LOCK := $(if $(shell command -v flock),flock $(VENV).lock)
 WITH_PYTHON := PYTHONPATH="$(CURDIR):$(CURDIR)/$(PEERS):$$PYTHONPATH" $(PYTHON)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench test-cuda bench-cuda clean
+.PHONY: help venv demo test check crash bench test-cuda bench-cuda clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -34,6 +34,11 @@ check: venv  ## format, lint, types and import direction
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_import_direction.py
+
+crash: venv  ## long crash campaigns: every crash state, every mutation, hundreds of kills
+	@$(BIN)/python -m tests.crash.campaign
+	@$(BIN)/python -m tests.crash.mutations
+	@$(BIN)/python -m tests.crash.kills --kills 400
 
 bench: venv  ## side by side with ema-pytorch and nitrous-ema 0.0.1 (BENCHES=bench.bench_one BENCH_FLAGS=...)
 	@set -e; for bench in $(BENCHES); do $(BIN)/python -m $$bench $(BENCH_FLAGS); done

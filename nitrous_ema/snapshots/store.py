@@ -262,9 +262,7 @@ class SnapshotStore:
             SnapshotError: It cannot be done; says why, and what to do.
         """
         try:
-            for folder in [f for f in (*reversed(self.root.parents), self.root) if not self.files.exists(f)]:
-                self._make_folder(folder)
-                self._sync_folder(folder.parent)
+            self._make_root()
             probe = self.root / f".probe-{os.getpid()}-{secrets.token_hex(8)}"
             descriptor = self.files.open_exclusive(probe)
             try:
@@ -396,6 +394,19 @@ class SnapshotStore:
     def _make_folder(self, folder: Path) -> None:
         with contextlib.suppress(FileExistsError):
             self.files.make_folder(folder)
+
+    def _make_root(self) -> None:
+        """Make ROOT and its parents if need be, and their names durable in any case."""
+        folders = (*reversed(self.root.parents), self.root)
+        there = [folder for folder in folders if self.files.exists(folder)]
+        for folder in folders[len(there) :]:
+            self._make_folder(folder)
+            self._sync_folder(folder.parent)
+        for folder in there[1:]:
+            # Whoever made it may have been killed before the fsync, or be a rank that has not come to it yet. Most are
+            # much older, and not everybody may open what lies above them.
+            with contextlib.suppress(OSError):
+                self.files.fsync_folder(folder.parent)
 
     def _sync_folder(self, folder: Path) -> None:
         try:

@@ -1,0 +1,388 @@
+"""A disk in memory that the store writes to: it logs what a later crash may lose, and fails calls when told to."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import random
+import stat
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+from nitrous_ema.snapshots.files import FileSystem
+
+TOP = 0  # inode of the folder "/"
+
+
+class Linked(NamedTuple):
+    """A name in a folder now leads to an inode, or is gone (None). A rename is two of these."""
+
+    folder: int
+    name: str
+    inode: int | None
+    is_folder: bool = False
+
+
+class Written(NamedTuple):
+    """Bytes at a position of a file. Preallocation writes nothing at its end."""
+
+    inode: int
+    offset: int
+    content: bytes
+
+
+class Synced(NamedTuple):
+    """fsync of a file or of a folder returned."""
+
+    inode: int
+
+
+class Failed(NamedTuple):
+    """A call on a file returned an error; nothing that was written to the file before is safe, ever."""
+
+    inode: int
+    call: str
+
+
+class Promised(NamedTuple):
+    """The caller was told that a file is durable; or, with ``content=b""``, that its name is."""
+
+    path: str
+    content: bytes
+
+
+class Killed(BaseException):
+    """The process is no more, as after SIGKILL: none of its calls does anything. The machine goes on."""
+
+
+class Crashed(NamedTuple):
+    """A disk as a machine finds it at its next start: inodes of folders and files."""
+
+    folders: Mapping[int, Mapping[str, int]]
+    contents: Mapping[int, bytes]
+
+    def walk(self, inode: int = TOP, path: str = "") -> list[tuple[str, bytes | None]]:
+        """Path and content of everything there is, by name; content is None for a folder."""
+        found: list[tuple[str, bytes | None]] = []
+        for name, child in sorted(self.folders[inode].items()):
+            if child in self.folders:
+                found.append((f"{path}/{name}", None))
+                found += self.walk(child, f"{path}/{name}")
+            else:
+                found.append((f"{path}/{name}", self.contents[child]))
+        return found
+
+
+EMPTY = Crashed({TOP: {}}, {})
+
+
+class Disk(FileSystem):
+    """A file system in memory.
+
+    Args:
+        start: What is on it.
+        faults: Calls that fail: (method, how many calls of it went before) -> errno. A failed write has written half.
+        turns: Serializes the calls of several threads.
+        replaces_only: There is no ``renameat2``.
+        most_bytes: The longest write or read that succeeds in one call.
+    """
+
+    def __init__(
+        self,
+        start: Crashed = EMPTY,
+        *,
+        faults: Mapping[tuple[str, int], int] | None = None,
+        turns: Turns | None = None,
+        replaces_only: bool = False,
+        most_bytes: int = 1 << 30,
+    ) -> None:
+        self.folders = {inode: dict(names) for inode, names in start.folders.items()}
+        self.contents: dict[int, bytes | bytearray] = dict(start.contents)
+        self.log: list[NamedTuple] = []
+        self.open: dict[int, tuple[int, str]] = {}  # descriptor: inode, path
+        self.was_read: set[str] = set()
+        self.finished: dict[str, set[bytes]] = {}  # final path: what writers meant it to hold
+        self._faults = dict(faults or {})
+        self._counts: dict[str, int] = {}
+        self.turns = turns
+        self._replaces_only = replaces_only
+        self._left: int | None = None  # calls until the process is killed
+        self.most_bytes = most_bytes
+        self._next = max((*self.folders, *self.contents)) + 1
+
+    def now(self) -> Crashed:
+        """The disk as it is, with everything durable."""
+        return Crashed(self.folders, {inode: bytes(content) for inode, content in self.contents.items()})
+
+    def promise(self, path: str, content: bytes) -> None:
+        """The writer was told that this is durable."""
+        self._enter("promise")
+        self.log.append(Promised(path, content))
+
+    def kill_at(self, count: int) -> None:
+        """The process is killed when it has made so many more calls that change something."""
+        self._left = count
+
+    def start_process(self) -> None:
+        """Another process takes over the disk of one that was killed; nothing was lost yet."""
+        self._left, self.open = None, {}
+
+    # Calls that change something
+
+    def open_exclusive(self, path: Path) -> int:
+        self._enter("open_exclusive")
+        folder, name = self._parent(path)
+        if name in self.folders[folder]:
+            raise _error(errno.EEXIST, path)
+        inode = self._new()
+        self.contents[inode] = bytearray()
+        self._link(folder, name, inode)
+        return self._descriptor(inode, path)
+
+    def preallocate(self, descriptor: int, size_bytes: int) -> None:
+        self._enter("preallocate")
+        self._write(self.open[descriptor][0], size_bytes - 1, b"\0")
+
+    def write_at(self, descriptor: int, buffer: bytes, offset: int) -> int:
+        inode, _ = self.open[descriptor]
+        content = bytes(memoryview(buffer)[: self.most_bytes])
+        try:
+            self._enter("write_at", inode)
+        except OSError:
+            self._write(inode, offset, content[: len(content) // 2])
+            raise
+        self._write(inode, offset, content)
+        return len(content)
+
+    def fsync(self, descriptor: int) -> None:
+        inode, _ = self.open[descriptor]
+        self._enter("fsync", inode)
+        self.log.append(Synced(inode))
+
+    def close(self, descriptor: int) -> None:
+        if self._left is not None and self._left <= 0:
+            raise Killed
+        inode, path = self.open.pop(descriptor)
+        if is_final(path) and self.contents[inode]:
+            self.finished.setdefault(path, set()).add(bytes(self.contents[inode]))
+        self._enter("close", inode)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._enter("rename")
+        folder, name = self._parent(source)
+        new_folder, new_name = self._parent(target)
+        if name not in self.folders[folder]:
+            raise _error(errno.ENOENT, source)
+        inode = self.folders[folder][name]
+        if is_final(str(target)):
+            self.finished.setdefault(str(target), set()).add(bytes(self.contents[inode]))
+        self._link(new_folder, new_name, inode)
+        self._link(folder, name, None)
+
+    def rename_new(self, source: Path, target: Path) -> None:
+        if self._replaces_only:
+            raise _error(errno.EINVAL, target)
+        self._enter("rename_new")
+        folder, name = self._parent(target)
+        if name in self.folders[folder]:
+            raise _error(errno.EEXIST, target)
+        turns, self.turns = self.turns, None  # one call, so one turn
+        try:
+            self.rename(source, target)
+        finally:
+            self.turns = turns
+
+    def unlink(self, path: Path) -> None:
+        self._enter("unlink")
+        folder, name = self._parent(path)
+        if name not in self.folders[folder]:
+            raise _error(errno.ENOENT, path)
+        self._link(folder, name, None)
+
+    def make_folder(self, path: Path) -> None:
+        self._enter("make_folder")
+        folder, name = self._parent(path)
+        if name in self.folders[folder]:
+            raise _error(errno.EEXIST, path)
+        inode = self._new()
+        self.folders[inode] = {}
+        self._link(folder, name, inode)
+
+    def fsync_folder(self, path: Path) -> None:
+        self._enter("fsync_folder")
+        inode = self._find(str(path))
+        if inode not in self.folders:
+            raise _error(errno.ENOTDIR if inode is not None else errno.ENOENT, path)
+        self.log.append(Synced(inode))
+
+    # Calls that look
+
+    def open_read(self, path: Path) -> int:
+        inode = self._find(str(path))
+        if inode is None:
+            raise _error(errno.ENOENT, path)
+        self.was_read.add(path.name)
+        return self._descriptor(inode, path)
+
+    def stat(self, descriptor: int) -> os.stat_result:
+        inode, _ = self.open[descriptor]
+        kind = stat.S_IFDIR if inode in self.folders else stat.S_IFREG
+        return SimpleNamespace(st_mode=kind | 0o644, st_size=len(self.contents.get(inode, b"")))
+
+    def read_at(self, descriptor: int, buffer: bytearray, offset: int) -> int:
+        piece = self.contents[self.open[descriptor][0]][offset : offset + min(len(buffer), self.most_bytes)]
+        memoryview(buffer)[: len(piece)] = piece
+        return len(piece)
+
+    def list(self, path: Path) -> list[str]:
+        inode = self._find(str(path))
+        if inode not in self.folders:
+            raise _error(errno.ENOTDIR if inode is not None else errno.ENOENT, path)
+        return list(self.folders[inode])
+
+    def exists(self, path: Path) -> bool:
+        return self._find(str(path)) is not None
+
+    # Inside
+
+    def _enter(self, call: str, inode: int | None = None) -> None:
+        """A call begins: wait for its turn, and fail if it is to fail."""
+        if self.turns is not None:
+            self.turns.wait()
+        if self._left is not None:
+            self._left -= 1
+            if self._left < 0:
+                raise Killed
+        count = self._counts[call] = self._counts.get(call, -1) + 1
+        number = self._faults.get((call, count))
+        if number is not None:
+            if inode is not None:
+                self.log.append(Failed(inode, call))
+            raise _error(number, call)
+
+    def _write(self, inode: int, offset: int, content: bytes) -> None:
+        put(self.contents[inode], offset, content)
+        self.log.append(Written(inode, offset, content))
+
+    def _link(self, folder: int, name: str, inode: int | None) -> None:
+        self.log.append(Linked(folder, name, inode, inode in self.folders))
+        if inode is None:
+            del self.folders[folder][name]
+        else:
+            self.folders[folder][name] = inode
+
+    def _new(self) -> int:
+        self._next += 1
+        return self._next
+
+    def _descriptor(self, inode: int, path: Path) -> int:
+        descriptor = max(self.open, default=2) + 1
+        self.open[descriptor] = (inode, str(path))
+        return descriptor
+
+    def _find(self, path: str) -> int | None:
+        inode = TOP
+        for name in _parts(path):
+            names = self.folders.get(inode)
+            if names is None or name not in names:
+                return None
+            inode = names[name]
+        return inode
+
+    def _parent(self, path: Path) -> tuple[int, str]:
+        folder = self._find(str(path.parent))
+        if folder not in self.folders:
+            raise _error(errno.ENOTDIR if folder is not None else errno.ENOENT, path)
+        return folder, path.name
+
+
+class Turns:
+    """Lets several threads make one file system call at a time, in an order drawn from a seed.
+
+    Between two of its calls a thread runs alone, so a seed always gives the same log.
+    """
+
+    TIMEOUT_SECONDS = 30
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._stay = (0.0, 0.5, 0.9, 0.97)[seed % 4]  # some faults need one thread to be far ahead
+        self._last: int | None = None
+        self._changed = threading.Condition()
+        self._order: dict[int, int] = {}  # thread: its number, for a draw that does not depend on thread ids
+        self._waiting: set[int] = set()
+        self._chosen: int | None = None
+
+    def run(self, *works: Callable[[], object]) -> None:
+        """Do all of this at once; returns when all is done."""
+        failures: list[BaseException] = []
+
+        def run_one(number: int, work: Callable[[], object]) -> None:
+            try:
+                self.wait(number)
+                work()
+            except BaseException as error:
+                failures.append(error)
+            finally:
+                self._leave()
+
+        self._expected = len(works)
+        threads = [threading.Thread(target=run_one, args=each, daemon=True) for each in enumerate(works)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(self.TIMEOUT_SECONDS)
+        if failures:
+            raise failures[0]
+
+    def wait(self, number: int | None = None) -> None:
+        """Block until it is this thread's turn. A thread that ``run`` did not start always has it."""
+        me = threading.get_ident()
+        with self._changed:
+            if number is not None:
+                self._order[me] = number
+            if me not in self._order:
+                return
+            self._waiting.add(me)
+            self._choose()
+            if not self._changed.wait_for(lambda: self._chosen == me, self.TIMEOUT_SECONDS):
+                raise TimeoutError("no turn: a thread is stuck between two calls")
+            self._chosen = None
+            self._waiting.remove(me)
+
+    def _leave(self) -> None:
+        with self._changed:
+            del self._order[threading.get_ident()]
+            self._expected -= 1
+            self._choose()
+
+    def _choose(self) -> None:
+        if self._waiting and len(self._waiting) == self._expected:
+            if self._last not in self._waiting or self._random.random() >= self._stay:
+                self._last = self._random.choice(sorted(self._waiting, key=self._order.__getitem__))
+            self._chosen = self._last
+            self._changed.notify_all()
+
+
+def put(content: bytearray, offset: int, piece: bytes) -> None:
+    """Write a piece into a file, which grows by zeros if need be."""
+    content.extend(bytes(max(0, offset + len(piece) - len(content))))
+    content[offset : offset + len(piece)] = piece
+
+
+def is_final(path: str) -> bool:
+    """Whether this is the final name of a rank's file."""
+    return path.rpartition("/")[2].startswith("rank-")
+
+
+@functools.lru_cache(maxsize=4096)
+def _parts(path: str) -> tuple[str, ...]:
+    return tuple(part for part in path.split("/") if part)
+
+
+def _error(number: int, what: object) -> OSError:
+    return OSError(number, os.strerror(number), str(what))

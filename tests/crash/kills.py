@@ -1,0 +1,250 @@
+"""Training runs that are killed at any moment, and what is in their folder then: ``python -m tests.crash.kills``.
+
+One process imports torch and forks a run at a time; half of them are killed at a random moment, half at a random file
+system call of their own. Each goes on where an earlier one saved its state, or forgets to. The weights of a step are
+known beforehand, so each snapshot must have the bits of one run that nobody killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import random
+import select
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import nitrous_ema.ema
+from nitrous_ema import AsyncPostHocEMA, PostHocEMA, SnapshotStore
+from nitrous_ema.snapshots.files import FileSystem
+
+TIMEOUT_SECONDS = 30
+MOST_STEPS = 60
+EVERY_STEPS = 3
+KILLS_PER_FOLDER = 20
+
+
+class Deadly(FileSystem):
+    """Kills its process at one of its calls, before or after it."""
+
+    def __init__(self, at_call: int, before: bool) -> None:
+        self._left, self._before = at_call, before
+        for name in vars(FileSystem):
+            if not name.startswith("_"):
+                setattr(self, name, functools.partial(self._call, getattr(super(), name)))
+
+    def _call(self, method: Callable[..., object], *arguments: object) -> object:
+        self._left -= 1
+        if self._left == 0 and self._before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = method(*arguments)
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+
+@dataclass
+class Campaign:
+    """What is known about one folder."""
+
+    root: Path
+    expected: dict[int, bytes]
+    """Data of the snapshot of each step."""
+    promised: set[tuple[str, int]] = field(default_factory=set)
+    history: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    """Of each run: those it continues and itself, with the step at which each was left."""
+
+    def began(self, run: str, ancestor: str, step: int) -> None:
+        """A run goes on from a state of ``ancestor`` at this step, or from none."""
+        past = self.history.get(ancestor, {})
+        self.history[run] = {name: min(left or step, step) for name, left in past.items()} | {run: None}
+
+
+def train(root: Path, say: Callable[[str], None], chance: random.Random, resume: Path) -> None:
+    """Train until somebody ends it; ``say`` what is durable."""
+    model = torch.nn.Linear(20, 10)
+    ema = AsyncPostHocEMA(model, checkpoint_every_num_steps=EVERY_STEPS, checkpoint_folder=root)
+    ancestor = ""
+    if resume.exists() and chance.random() < 0.7:
+        saved = torch.load(resume)
+        ema.load_state_dict(saved["ema"])
+        ancestor = saved["run"]
+    say(f"began {ema.run},{ancestor},{ema.step}")
+    for step in range(ema.step + 1, MOST_STEPS + 1):
+        _one_step(ema, model, step)
+        if chance.random() < 0.2:
+            ema.flush(TIMEOUT_SECONDS)
+            say(f"durable {step // EVERY_STEPS * EVERY_STEPS}")
+        if chance.random() < 0.05:
+            torch.save({"ema": ema.state_dict(), "run": ema.run}, resume.with_suffix(".new"))
+            os.replace(resume.with_suffix(".new"), resume)
+    ema.close(TIMEOUT_SECONDS)
+    say(f"durable {MOST_STEPS}")
+
+
+def _one_step(ema: PostHocEMA, model: torch.nn.Module, step: int) -> None:
+    ema.fence()
+    generator = torch.Generator().manual_seed(step)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
+    ema.update()
+
+
+def run_undisturbed(root: Path) -> dict[int, bytes]:
+    """What the snapshot of each step holds when nobody kills anybody, by the synchronous class."""
+
+    def reference() -> None:
+        model = torch.nn.Linear(20, 10)
+        ema = PostHocEMA(model, checkpoint_every_num_steps=EVERY_STEPS, checkpoint_folder=root, update_every=1)
+        for step in range(1, MOST_STEPS + 1):
+            _one_step(ema, model, step)
+        ema.close()
+
+    if _wait(_fork(reference)) != 0:
+        raise RuntimeError("the undisturbed run failed")
+    return {snapshot.step: _data(snapshot) for snapshot in SnapshotStore(root).snapshots()}
+
+
+def kill_one(campaign: Campaign, chance: random.Random) -> bool:
+    """Start a run, kill it, look at what it left. False if it had come to its end before."""
+    seed, own_call = chance.random(), chance.randrange(1, 60) if chance.random() < 0.5 else None
+    lines, write_end = os.pipe()
+    resume = campaign.root.with_suffix(".state")
+
+    def run() -> None:
+        if own_call is not None:
+            files = Deadly(own_call + 12, before=seed < 0.5)
+            nitrous_ema.ema.SnapshotStore = functools.partial(SnapshotStore, files=files)
+        train(campaign.root, lambda line: os.write(write_end, f"{line}\n".encode()), random.Random(seed), resume)
+
+    child = _fork(run)
+    os.close(write_end)
+    run_id, patience = "", chance.randrange(1, 12)
+    try:
+        for number, line in enumerate(_lines(lines)):
+            what, value = line.split(" ", 1)
+            if what == "began":
+                run_id, ancestor, step = value.split(",")
+                campaign.began(run_id, ancestor, int(step))
+            else:
+                campaign.promised |= {(run_id, step) for step in _steps_since(campaign, run_id, int(value))}
+            if own_call is None and number >= patience:
+                select.select([lines], [], [], chance.random() * 0.004)  # a moment later, or when it speaks again
+                os.kill(child, signal.SIGKILL)
+                own_call = 0
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        os.close(lines)
+        status = _wait(child)
+    if status not in (0, -signal.SIGKILL):
+        raise RuntimeError(f"a run ended with status {status}")
+    check_folder(campaign, [run_id] if run_id else [])
+    return status != 0
+
+
+def _steps_since(campaign: Campaign, run: str, last: int) -> range:
+    """The steps that a run itself must have snapshots of when it is at ``last``."""
+    begun_at = max((left for left in campaign.history[run].values() if left is not None), default=0)
+    return range((begun_at // EVERY_STEPS + 1) * EVERY_STEPS, last + 1, EVERY_STEPS)
+
+
+def check_folder(campaign: Campaign, runs: Sequence[str]) -> None:
+    """Everything that was promised is there, and all that is there is right."""
+    if not campaign.root.exists():
+        return
+    store = SnapshotStore(campaign.root)
+    owners = store.runs()
+    for run in runs:
+        mine = {step for owner, step in campaign.promised if owner == run}
+        found = store.snapshots(run) if run in owners else []
+        _expect(mine <= {s.step for s in found if s.run == run}, f"{run}: promised {sorted(mine)}, found {found}")
+        for snapshot in found:
+            left_at = campaign.history[run].get(snapshot.run, 0)
+            _expect(left_at is None or snapshot.step <= left_at, f"{snapshot.paths[0]} is of an abandoned future")
+            _expect(_data(snapshot) == campaign.expected[snapshot.step], f"{snapshot.paths[0]} has other bits")
+    store.incomplete()
+
+
+def _data(snapshot: object) -> bytes:
+    return snapshot.paths[0].read_bytes()[snapshot.data_begin :]
+
+
+def _expect(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise AssertionError(otherwise)
+
+
+def _lines(descriptor: int) -> Iterator[str]:
+    """Whole lines that come through a pipe, until all its writers are gone."""
+    rest = b""
+    while True:
+        if not select.select([descriptor], [], [], TIMEOUT_SECONDS)[0]:
+            raise TimeoutError("a run says nothing and does not end")
+        piece = os.read(descriptor, 4096)
+        if not piece:
+            return
+        *whole, rest = (rest + piece).split(b"\n")
+        yield from (line.decode() for line in whole)
+
+
+def _fork(work: Callable[[], None]) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(1)
+    return child
+
+
+def _wait(child: int) -> int:
+    """Exit status of a child that has ended or is about to: its last words have been read."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.crash.kills", description=__doc__)
+    parser.add_argument("--kills", type=int, default=400, help="runs to kill")
+    parser.add_argument("--seed", type=int, default=None, help="of a campaign to repeat (moments of kills still vary)")
+    options = parser.parse_args(argv)
+    seed = random.randrange(10**9) if options.seed is None else options.seed
+    chance = random.Random(seed)
+    torch.set_num_threads(1)
+    torch.compiler.disable(lambda: None)  # imports for seconds when first used: here, once, and not in every run
+    killed = orphans = incomplete = promised = listed = 0
+    with tempfile.TemporaryDirectory() as parent:
+        expected = run_undisturbed(Path(parent) / "undisturbed")
+        for first in range(0, options.kills, KILLS_PER_FOLDER):
+            campaign = Campaign(Path(parent) / f"folder-{first}", expected)
+            for _ in range(min(KILLS_PER_FOLDER, options.kills - first)):
+                killed += kill_one(campaign, chance)
+            store = SnapshotStore(campaign.root)
+            check_folder(campaign, store.runs())
+            _expect(store.verify() == [], f"verify() says {store.verify()}")
+            orphans += sum(path.name.startswith(".rank-") for path in campaign.root.glob("step-*/.*"))
+            incomplete += len(store.incomplete())
+            promised += len(campaign.promised)
+            listed += len(list(campaign.root.glob("step-*/rank-*")))
+    print(
+        f"{killed} of {options.kills} runs killed in time, seed {seed}: {listed} snapshots, all whole; "
+        f"{promised} of them acknowledged, none lost; {incomplete} unfinished ones passed over, "
+        f"{orphans} temporary files left"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,291 @@
+"""Each line of the protocol is taken away in turn, and some check must notice: ``python -m tests.crash.mutations``.
+
+Prints the table of docs/crash-safety.md. Exit status 1 if a check is blind, or if the code as it is fails one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nitrous_ema.errors import NitrousError, SnapshotDamaged, SnapshotWriteError
+from tests.crash import runs
+from tests.crash.checks import (
+    Depth,
+    Violation,
+    check_crashes,
+    check_disagreement,
+    check_forgetful_disk,
+    check_rot,
+    check_taken_name,
+)
+from tests.crash.subject import Edits, load_modules, load_subject
+
+STORE, FORMAT, FILES = "snapshots.store", "snapshots.format", "snapshots.files"
+SOURCES, WRITER = "synthesis.sources", "async_.writer"
+_SEEDS = {"twins": range(8), "twins without renameat2": range(8), runs.KILLED: (1, 3, 18)}
+_SHALLOW = Depth(subsets=128, samples=2, second_crash_of=1000)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One line of the protocol, and the check that sees it missing."""
+
+    missing: str
+    seen_by: str
+    edits: Edits
+
+
+def _crashes(name: str, edits: Edits, folder: Path) -> None:
+    subject = load_subject(edits)
+    for seed in _SEEDS.get(name, (0,)):
+        check_crashes(runs.record(name, subject, seed), subject, _SHALLOW)
+
+
+def _forgetful(edits: Edits, folder: Path, *, orderly: bool) -> None:
+    subject = load_subject(edits)
+    check_forgetful_disk(runs.record("one rank", subject), subject, orderly=orderly, every=1 if orderly else 3)
+
+
+def _streamed(edits: Edits, folder: Path) -> None:
+    """A chunk that changed on disk must not reach a sum."""
+    sources = load_modules(SOURCES, edits)[SOURCES]
+    from zlib import crc32
+
+    path = folder / "source"
+    path.write_bytes(bytes(90) + b"\1" + bytes(9))
+    chunks = tuple(crc32(bytes(size)) for size in (64, 36))
+    source = sources.FileSource(
+        path=path, begin=0, num_bytes=100, dtype="U8", chunk_bytes=64, crc32=chunks, first_chunk=0
+    )
+    with sources.OpenFiles([path]) as files:
+        try:
+            source.reader(files).read_into(memoryview(bytearray(100)))
+        except SnapshotDamaged:
+            return
+    raise Violation("a chunk with a wrong checksum is summed")
+
+
+def _slots(edits: Edits, folder: Path) -> None:
+    """A failed write must give its slot back."""
+    from unittest import mock
+
+    import torch
+
+    from nitrous_ema.async_ import service
+
+    sink = load_modules(WRITER, edits)[WRITER].BackgroundSink
+    with mock.patch.object(service, "BackgroundSink", sink):
+        root = folder / "training"
+        model = torch.nn.Linear(2, 2)
+        ema = service.AsyncPostHocEMA(
+            model, checkpoint_every_num_steps="manual", checkpoint_folder=root, wait_timeout=0.1
+        )
+    root.rmdir()
+    root.write_bytes(b"")  # no folder any more: nothing can be written
+    ema.update()
+    ema.checkpoint()
+    try:
+        ema.flush(timeout=3)
+    except SnapshotWriteError:
+        root.unlink()
+        root.mkdir()
+        ema.close(timeout=2)
+        return
+    except TimeoutError as error:
+        raise Violation("a failed write keeps its slot") from error
+    raise Violation("nobody is told of a failed write")
+
+
+CHECKS: dict[str, Callable[[Edits, Path], None]] = {
+    **{name: functools.partial(_crashes, name) for name in runs.NAMES},
+    "disk that forgets": functools.partial(_forgetful, orderly=False),
+    "disk that forgets, in order": functools.partial(_forgetful, orderly=True),
+    "flipped bits, cut and moved files": lambda edits, folder: check_rot(load_subject(edits), every=7) and None,
+    "ranks that disagree": lambda edits, folder: check_disagreement(load_subject(edits)),
+    "taken temporary name": lambda edits, folder: check_taken_name(load_subject(edits), folder / "real"),
+    "streaming a changed chunk": _streamed,
+    "slot of a failed write": _slots,
+}
+"""Every check by its name. Takes the changes to make and an empty folder; raises ``Violation`` or an error of ours."""
+
+_FSYNC = "            self.files.fsync(descriptor)\n"
+_FILL_AND_FSYNC = "            filled = fill()\n" + _FSYNC
+_FINISH_AND_PUBLISH = """\
+            header = self._finish(descriptor, lambda: self._fill(descriptor, layout, stamp, chunks))
+            self._publish(temporary, final, stamp.step)
+"""
+_BOTH_FOLDERS = """\
+            self._sync_folder(final.parent)
+            self._sync_folder(self.root)
+"""
+_WRITES = """\
+        crc32 = []
+        for span, view in _matched(layout, chunks()):
+            crc32.append(zlib.crc32(view))
+            write_fully(self.files, descriptor, view, data_begin + span.begin)
+        write_fully(self.files, descriptor, encode_header(layout, stamp, crc32), 0)
+"""
+_HEADER_FIRST = """\
+        views = list(_matched(layout, chunks()))
+        crc32 = [zlib.crc32(view) for _, view in views]
+        write_fully(self.files, descriptor, encode_header(layout, stamp, crc32), 0)
+        for span, view in views:
+            write_fully(self.files, descriptor, view, data_begin + span.begin)
+"""
+_CLOSE_FAILED = """\
+            with contextlib.suppress(OSError):
+                self.files.close(descriptor)
+            raise
+        self.files.close(descriptor)
+"""
+_LOOKUP = """\
+            if self.files.exists(final):
+                raise _taken(final, step) from error
+"""
+_TEMPORARY = 'temporary = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(8)}")'
+
+
+def _in_store(missing: str, seen_by: str, *changes: tuple[str, str]) -> Mutation:
+    return Mutation(missing, seen_by, {STORE: changes})
+
+
+# fmt: off
+MUTATIONS: Sequence[Mutation] = (
+    _in_store("fsync of the file", "one rank", (_FSYNC, "")),
+    _in_store("fsync of the snapshot's folder", "one rank", (_BOTH_FOLDERS, _BOTH_FOLDERS.splitlines(True)[1])),
+    _in_store("fsync of ROOT", "one rank", (_BOTH_FOLDERS, _BOTH_FOLDERS.splitlines(True)[0])),
+    _in_store("fsync of ROOT's parents", "one rank", ("            self._sync_folder(folder.parent)\n", "")),
+    _in_store("fsync of those parents that are there already", runs.KILLED,
+        ("                self.files.fsync_folder(folder.parent)\n", "                pass\n")),
+    _in_store(
+        "fsync of ROOT after the note that a run is closed",
+        "one rank",
+        ("                self._finish(descriptor, lambda: None)\n            self._sync_folder(self.root)\n",
+         "                self._finish(descriptor, lambda: None)\n"),
+    ),
+    _in_store(
+        "a failed fsync of a folder is told",
+        "fsync of ROOT fails",
+        ("            if error.errno not in _UNSUPPORTED:\n                raise\n\n    # Look",
+         "            pass\n\n    # Look"),
+    ),
+    _in_store("a temporary name, and the rename", "one rank", (_TEMPORARY, "temporary = final"), (
+        "            self._publish(temporary, final, stamp.step)\n", "")),
+    _in_store("rename after the fsync", "one rank", (_FINISH_AND_PUBLISH, """\
+            def fill():
+                header = self._fill(descriptor, layout, stamp, chunks)
+                self._publish(temporary, final, stamp.step)
+                return header
+            header = self._finish(descriptor, fill)
+""")),
+    _in_store("no fsync after a failed one", "fsync fails once", (_FSYNC, """\
+            try:
+                self.files.fsync(descriptor)
+            except OSError:
+                self.files.fsync(descriptor)
+""")),
+    _in_store("a new file after a failed fsync", "fsync fails once", (_FILL_AND_FSYNC, """\
+            try:
+                filled = fill()
+                self.files.fsync(descriptor)
+            except OSError:
+                filled = fill()
+                self.files.fsync(descriptor)
+""")),
+    _in_store("one fsync, not two", "one rank", (_FSYNC, 2 * _FSYNC)),
+    _in_store("a failed close counts", "close fails once", (
+        "        self.files.close(descriptor)\n        return filled",
+        "        with contextlib.suppress(OSError):\n            self.files.close(descriptor)\n        return filled")),
+    _in_store("a second attempt", "fsync fails once", ("            first = error\n", "            raise\n")),
+    _in_store("close after a failure", "fsync fails once", (_CLOSE_FAILED, """\
+            raise
+        self.files.close(descriptor)
+""")),
+    _in_store("unlink after a failure", "fsync fails once", (
+        "                self.files.unlink(temporary)\n", "                pass\n")),
+    Mutation("O_EXCL", "taken temporary name", {FILES: [("os.O_CREAT | os.O_EXCL | ", "os.O_CREAT | ")]}),
+    _in_store("a rename that does not replace", "twins", (
+        "self.files.rename_new(temporary", "self.files.rename(temporary")),
+    _in_store("the lookup where renames always replace", "twins without renameat2", (_LOOKUP, "")),
+    Mutation("all of a write, in as many calls as it takes", "short writes and reads", {
+        FILES: [("        view, offset = view[written:], offset + written\n", "        return\n")]}),
+    Mutation("all of a read, in as many calls as it takes", "short writes and reads", {
+        FILES: [("        filled += count\n    return", "        filled += count\n        break\n    return")]}),
+    _in_store("header after the data", "disk that forgets, in order", (_WRITES, _HEADER_FIRST)),
+    _in_store("checksums of the chunks, written", "one rank", ("crc32.append(zlib.crc32(view))", "crc32.append(0)")),
+    _in_store("checksums of the chunks, compared by verify()", "flipped bits, cut and moved files", (
+        "                    if found != expected:\n                        message",
+        "                    if False:\n                        message")),
+    Mutation("checksums of the chunks, compared in synthesis", "streaming a changed chunk", {
+        SOURCES: [("if self._crc != source.crc32[self._chunk]:", "if False:")]}),
+    Mutation("checksum of the header, compared", "flipped bits, cut and moved files", {
+        FORMAT: [('    if blob[_CRC_BEGIN:crc_end] != b"%08x" % crc32:\n', "    if False:\n")]}),
+    Mutation("size of the file, compared", "flipped bits, cut and moved files", {
+        FORMAT: [("    if file_bytes != end + layout.data_bytes:\n", "    if False:\n")]}),
+    _in_store("name of the file, compared", "flipped bits, cut and moved files", (
+        "        if own != (path.parent.name, path.name):\n", "        if False:\n")),
+    _in_store("all ranks", "two ranks",
+        ("if len(ranks[world_size]) == world_size]", "if ranks[world_size]]"),
+        ("for rank in range(complete[0]))", "for rank in sorted(ranks[complete[0]]))")),
+    _in_store("ranks that agree", "ranks that disagree", (
+        "            return Incomplete(folder, disagreement) if disagreement else Snapshot(",
+        "            return Snapshot(")),
+    _in_store("no snapshots of an abandoned future", "resumed, later forgotten", (
+        "        if left_at is None or step <= left_at\n", "")),
+    Mutation("the slot of a failed write is released", "slot of a failed write", {
+        WRITER: [("            pool.release(slot)\n", "            pass\n")]}),
+)
+# fmt: on
+
+
+def notices(check: str, edits: Edits) -> str | None:
+    """What a check says to these changes; None if it does not notice them."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            CHECKS[check](edits, Path(folder))
+        except (Violation, NitrousError) as error:  # anything else is a mutation that breaks more than it says
+            return str(error).splitlines()[0] if isinstance(error, Violation) else repr(error)
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.crash.mutations", description=__doc__)
+    parser.add_argument("--all", action="store_true", help="run every check on every mutation: the whole matrix")
+    parser.add_argument("--only", default="", help="mutations whose name contains this")
+    options = parser.parse_args(argv)
+    logging.disable(logging.ERROR)
+    started, blind = time.monotonic(), 0
+    for check in CHECKS:
+        if found := notices(check, {}):
+            print(f"The code as it is fails {check!r}: {found}", file=sys.stderr)
+            return 1
+    print("| taken away | seen by | what it says |\n|---|---|---|")
+    for mutation in MUTATIONS:
+        if options.only not in mutation.missing:
+            continue
+        checks = [mutation.seen_by, *(check for check in CHECKS if options.all and check != mutation.seen_by)]
+        seen = {check: found for check in checks if (found := notices(check, mutation.edits))}
+        blind += mutation.seen_by not in seen
+        found = seen.get(mutation.seen_by, "**nothing**")
+        print(f"| {mutation.missing} | {', '.join(seen) or '**no check**'} | {_brief(found)} |", flush=True)
+    print(f"\n{len(MUTATIONS)} mutations, {blind} unnoticed, {time.monotonic() - started:.0f} s", file=sys.stderr)
+    return 1 if blind else 0
+
+
+def _brief(found: str) -> str:
+    for run, name in ((runs.A, "A"), (runs.B, "B"), (runs.C, "C"), (runs.D, "D")):
+        found = found.replace(run, name)
+    found = found.replace(f"{runs.ROOT}/", "").replace("/rank-00000-of-00001.safetensors", "").replace("|", "/")
+    return found if len(found) < 100 else f"{found[:100]}..."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

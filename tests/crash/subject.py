@@ -1,0 +1,90 @@
+"""Fresh copies of the modules that are checked, as they are or with one line of the protocol changed."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+PACKAGE = Path(__file__).resolve().parents[2] / "nitrous_ema"
+_IMPORT = re.compile(r"from nitrous_ema\.((?:snapshots|synthesis|async_)\.\w+) import")
+_number = itertools.count()
+
+Edits = Mapping[str, Sequence[tuple[str, str]]]
+
+
+class NoSuchLine(Exception):
+    """The source is not what a mutation expects."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The modules of the store."""
+
+    store: ModuleType
+    format: ModuleType
+    files: ModuleType
+
+
+def load_subject(edits: Edits | None = None) -> Subject:
+    """Copies of the modules, with these replacements made in their source.
+
+    Random names are drawn from a counter, so that every run has the same log. What a header's bytes mean is looked up
+    where it was computed before: a state of the disk costs a fraction of a millisecond instead of many.
+
+    Args:
+        edits: For a module such as ``"snapshots.store"``: pairs of what stands there, once, and what replaces it.
+    """
+    modules = load_modules("snapshots.store", edits or {})
+    store = modules["snapshots.store"]
+    names = itertools.count()
+    store.secrets = SimpleNamespace(token_hex=lambda size_bytes: f"{next(names):0{2 * size_bytes}x}")
+    store.decode_header = _remembered(store.decode_header)
+    return Subject(store, modules["snapshots.format"], modules["snapshots.files"])
+
+
+def load_modules(name: str, edits: Edits) -> dict[str, ModuleType]:
+    """A copy of a module, and of those in the package's folders that it imports, by name."""
+    prefix, modules = f"subject_{next(_number)}", {}
+    _load(name, edits, prefix, modules)
+    return modules
+
+
+def _load(name: str, edits: Edits, prefix: str, modules: dict[str, ModuleType]) -> None:
+    path = PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
+    source = path.read_text()
+    for found, replacement in edits.get(name, ()):
+        if source.count(found) != 1:
+            raise NoSuchLine(f"{path} has {source.count(found)} times, expected once:\n{found}")
+        source = source.replace(found, replacement)
+    modules[name] = module = ModuleType(f"{prefix}_{name.replace('.', '_')}")
+    sys.modules[module.__name__] = module  # dataclasses look themselves up there
+    for needed in dict.fromkeys(_IMPORT.findall(source)):
+        if needed not in modules:
+            _load(needed, edits, prefix, modules)
+    source = _IMPORT.sub(lambda found: f"from {prefix}_{found[1].replace('.', '_')} import", source)
+    exec(compile(source, str(path), "exec"), module.__dict__)
+
+
+def _remembered(decode: Callable[..., object]) -> Callable[..., object]:
+    """``decode_header`` is a function of its arguments and nothing else."""
+
+    @functools.lru_cache(maxsize=1 << 14)
+    def outcome(blob: bytes, path: Path, file_bytes: int) -> tuple[object, Exception | None]:
+        try:
+            return decode(blob, path=path, file_bytes=file_bytes), None
+        except Exception as error:
+            return None, error
+
+    def decode_header(blob: bytes, *, path: Path, file_bytes: int) -> object:
+        header, error = outcome(blob, path, file_bytes)
+        if error is not None:
+            raise error.with_traceback(None)
+        return header
+
+    return decode_header

@@ -1,0 +1,203 @@
+"""Real processes and real disks that fail: kills, full and broken disks, folders that vanish."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nitrous_ema import AsyncPostHocEMA
+from nitrous_ema.errors import SnapshotError, SnapshotWriteError
+from nitrous_ema.snapshots import FileSystem, SnapshotStore
+from tests.crash import fill
+from tests.fakes import TIMEOUT_SECONDS, StalledFiles, use_files
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def run(*command: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout)
+
+
+def filled(*options: object, before: tuple[str, ...] = ()) -> dict[str, object]:
+    """What a process that fills a folder tells."""
+    done = run(*before, sys.executable, "-m", "tests.crash.fill", *map(str, options))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@functools.cache
+def may_mount() -> bool:
+    """Whether a process may have mounts of its own, as root of a user namespace."""
+    if shutil.which("unshare") is None or shutil.which("mount") is None:
+        return False
+    return run("unshare", "-Urm", "mount", "-t", "tmpfs", "-o", "size=64k", "none", "/tmp").returncode == 0
+
+
+@functools.cache
+def may_inject() -> bool:
+    """Whether system calls can be made to fail."""
+    return shutil.which("strace") is not None and run("strace", "-o", "/dev/null", "true").returncode == 0
+
+
+needs_mounts = pytest.mark.skipif("not may_mount()", reason="needs unshare(1) with user namespaces")
+needs_injection = pytest.mark.skipif("not may_inject()", reason="needs strace(1), and leave to trace")
+
+
+def assert_only_the_acknowledged_is_there(told: dict[str, object]) -> None:
+    assert told["listed"] == told["acknowledged"]
+    assert (told["problems"], told["left"], told["open"]) == ([], [], [])
+
+
+def test_killed_runs_leave_every_acknowledged_snapshot_and_no_part_of_another():
+    done = run(sys.executable, "-m", "tests.crash.kills", "--kills", "12", timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    killed, listed, acknowledged = map(int, re.match(r"(\d+) of.*: (\d+) snap.*; (\d+) of", done.stdout).groups())
+    assert killed >= 6, done.stdout
+    assert listed >= acknowledged > 0, done.stdout
+
+
+@needs_mounts
+@pytest.mark.parametrize("preallocation", [[], ["--no-preallocation"]], ids=["preallocated", "in the middle of a file"])
+def test_full_disk_costs_the_snapshots_that_do_not_fit(tmp_path, preallocation):
+    mount = ("unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=64k none "$0" && exec "$@"', str(tmp_path))
+    told = filled(tmp_path / "snapshots", *preallocation, before=mount)
+    assert_only_the_acknowledged_is_there(told)
+    assert 1 <= len(told["acknowledged"]) < 10
+    assert all("No space left on device" in message and "Free some space" in message for message in told["told"])
+    assert len(told["told"]) + len(told["acknowledged"]) == 10
+
+
+@pytest.mark.parametrize("preallocation", [[], ["--no-preallocation"]], ids=["preallocated", "in the middle of a file"])
+def test_file_that_may_not_grow_costs_its_snapshot(tmp_path, preallocation):
+    told = filled(tmp_path / "snapshots", "--limit-after", 4, *preallocation)
+    assert_only_the_acknowledged_is_there(told)
+    assert told["acknowledged"] == [1, 2, 3, 4]
+    assert all("File too large" in message for message in told["told"])
+
+
+@needs_injection
+@pytest.mark.parametrize(
+    ("failing", "acknowledged"),
+    [("1", [1, 2, 3]), ("1+", []), ("4..5", [1, 3]), ("2", [2, 3]), ("3", [2, 3])],
+    ids=["of a file, once", "always", "of a file, twice", "of a folder", "of ROOT"],
+)
+def test_failed_fsync_is_healed_by_a_new_file_or_told(tmp_path, failing, acknowledged):
+    in_prepare = 1 + len(tmp_path.parents) + 1  # of ROOT's parent, of what lies above, of the probe
+    when = re.sub(r"\d+", lambda count: str(in_prepare + int(count[0])), failing)
+    inject = ("strace", "-f", "-o", "/dev/null", "-e", "trace=fsync", "-e", f"inject=fsync:error=EIO:when={when}")
+    told = filled(tmp_path / "snapshots", "--most", 3, before=inject)
+    assert told["acknowledged"] == acknowledged
+    assert set(acknowledged) <= set(told["listed"])  # a failed fsync of a folder leaves a whole file
+    assert (told["problems"], told["left"], told["open"]) == ([], [], [])
+    assert all("Input/output error" in message for message in told["told"])
+    assert len(told["told"]) == 3 - len(acknowledged)
+
+
+@needs_injection
+def test_failed_write_is_healed_by_a_new_file(tmp_path):
+    inject = ("strace", "-f", "-o", "/dev/null", "-e", "trace=pwrite64", "-e", "inject=pwrite64:error=EIO:when=4")
+    told = filled(tmp_path / "snapshots", "--most", 3, before=inject)
+    assert_only_the_acknowledged_is_there(told)
+    assert told["acknowledged"] == [1, 2, 3]
+
+
+@needs_mounts
+def test_read_only_folder_is_read_and_refused_for_writing(tmp_path):
+    root = tmp_path / "snapshots"
+    assert filled(root, "--most", 1)["acknowledged"] == [1]
+    script = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+    told = filled(root, "--most", 3, before=("unshare", "-Urm", "sh", "-c", script, str(root)))
+    assert (told["acknowledged"], told["listed"]) == ([], [1])
+    assert len(told["told"]) == 3
+    assert "Read-only file system" in told["told"][0]
+    assert "Allow this user to write there, or choose another folder." in told["told"][0]
+
+
+def test_device_that_is_always_full_gets_no_final_name(tmp_path):
+    class Full(FileSystem):
+        def open_exclusive(self, path):
+            os.close(super().open_exclusive(path))
+            return os.open("/dev/full", os.O_WRONLY)
+
+    commit(tmp_path, FileSystem(), 1)
+    with pytest.raises(SnapshotError, match="No space left on device"):
+        SnapshotStore(tmp_path, files=Full()).prepare()
+    with pytest.raises(SnapshotWriteError, match="No space left on device"):
+        commit(tmp_path, Full(), 2)
+    assert [snapshot.step for snapshot in SnapshotStore(tmp_path).snapshots()] == [1]
+    assert list(tmp_path.rglob(".*")) == []
+
+
+def commit(root: Path, files: FileSystem, step: int) -> None:
+    data = fill.content(fill.LAYOUT.data_bytes, step, fill.A, 0)
+    stamp = fill.Stamp(step=step, t=step, t_first=1, run=fill.A, lineage=fill.LINEAGES[fill.A])
+    SnapshotStore(root, files=files).write(fill.LAYOUT, stamp, lambda: [data[b:e] for b, e in fill.LAYOUT.chunks])
+
+
+# Training runs
+
+
+@pytest.fixture
+def training(tmp_path):
+    model = torch.nn.Linear(4, 3)
+    ema = AsyncPostHocEMA(model, checkpoint_every_num_steps="manual", checkpoint_folder=tmp_path / "snapshots")
+    yield ema
+    ema.close(TIMEOUT_SECONDS)
+
+
+def take_one(ema: AsyncPostHocEMA) -> None:
+    ema.fence()
+    ema.update()
+    ema.checkpoint()
+    ema.flush(TIMEOUT_SECONDS)
+
+
+@pytest.mark.parametrize("instead", ["nothing", "a file"])
+def test_training_survives_a_vanished_folder_and_is_told_once(training, instead):
+    root = training.snapshots.root
+    take_one(training)
+    shutil.rmtree(root)
+    if instead == "a file":
+        root.write_bytes(b"")
+    with pytest.raises(SnapshotWriteError, match=r"step-000000000002.*was not written") as caught:
+        take_one(training)
+    assert caught.value.step == 2
+    if instead == "a file":
+        root.unlink()
+    root.mkdir()
+    take_one(training)  # the failure is not told again, and its slot is free
+    assert [snapshot.step for snapshot in training.snapshots.snapshots()] == [3]
+
+
+def test_training_keeps_to_its_deadline_when_the_disk_hangs(tmp_path, monkeypatch):
+    files = StalledFiles()
+    use_files(monkeypatch, files)
+    ema = AsyncPostHocEMA(
+        torch.nn.Linear(4, 3),
+        checkpoint_every_num_steps="manual",
+        checkpoint_folder=tmp_path,
+        wait_timeout=0.05,
+        max_pending=1,
+    )
+    ema.update()
+    ema.checkpoint()
+    files.gate.wait_entered()
+    ema.fence()
+    ema.update()
+    with pytest.raises(TimeoutError, match="slow or hangs"):
+        ema.checkpoint()
+    ema.fence()
+    ema.update()  # training goes on
+    files.gate.open()
+    ema.flush(TIMEOUT_SECONDS)
+    ema.close(TIMEOUT_SECONDS)
+    assert [snapshot.step for snapshot in ema.snapshots.snapshots()] == [1]
