@@ -130,8 +130,6 @@ class Averager:
         self.viewers: weakref.WeakSet[Viewer] = weakref.WeakSet()
         self._place()
         self.copy_from_model()
-        if self.guard is not None:
-            self.guard.forget_reads()  # weights may still be initialized
         remove_hooks = install_hooks(self.guard, unwrap(model)) if self.guard is not None else _nothing
         self._finalizer = weakref.finalize(
             self, _shut_down, self._lanes, self._sinks, self.guard, remove_hooks, self._process

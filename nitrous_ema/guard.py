@@ -148,11 +148,6 @@ class Guard:
         """Whether an optimizer's next step may write parameters that are being read."""
         return self._reading and self._process == os.getpid() and _holds(optimizer, self._identities)
 
-    def forget_reads(self) -> None:
-        """The reads so far have been waited for: writes from here on are no mistake."""
-        with self._lock:
-            self._reading = False
-
     def _notice_writes(self) -> None:
         if self._mistake is not None:
             return

@@ -27,7 +27,14 @@ LAZY = ("", "async_")
 LAYERS = (
     "errors",
     "profile",
-    "intervals",
+    "posthoc.intervals",
+    "posthoc.interval_cost",
+    "posthoc.least_squares",
+    "posthoc.report",
+    "posthoc.kept_paths",
+    "posthoc.path_search",
+    "posthoc.selection",
+    "posthoc.retention",
     "posthoc",
     "snapshots.format",
     "snapshots.files",
@@ -35,6 +42,7 @@ LAYERS = (
     "snapshots.legacy",
     "snapshots",
     "tracked",
+    "live",
     "guard",
     "arena",
     "copies",
@@ -75,7 +83,21 @@ LAYERS = (
 )
 MAY_IMPORT_ASYNC = ("cli", "__main__")
 USE_THE_LIBRARY = ("demo", "integrations.lightning", "integrations.transformers", "cli", "__main__")
-WITHOUT_TORCH = ("errors", "profile", "intervals", "posthoc", "snapshots.format", "snapshots.files")
+WITHOUT_TORCH = (
+    "errors",
+    "profile",
+    "posthoc.intervals",
+    "posthoc.interval_cost",
+    "posthoc.least_squares",
+    "posthoc.report",
+    "posthoc.kept_paths",
+    "posthoc.path_search",
+    "posthoc.selection",
+    "posthoc.retention",
+    "posthoc",
+    "snapshots.format",
+    "snapshots.files",
+)
 WORKER = "async_.synthesize_worker"
 NOT_IN_THE_WORKER = ("ema", "async_.lane")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nitrous_ema.intervals import fit_intervals
+from nitrous_ema.posthoc.intervals import fit_intervals
 
 LONG = np.longdouble
 

@@ -39,23 +39,43 @@ class Fits(NamedTuple):
 
 def fit_intervals(t: FloatArray, gamma: FloatArray, power: FloatArray) -> Fits:
     """Fits on (0, t_1], (t_1, t_2], ... ; gamma descends."""
-    first = _fit_from_zero(gamma, power)
-    fits = Fits(*(np.empty((t.size, *value.shape)) for value in first))
-    for kept, value in zip(fits, first, strict=True):
-        kept[0] = value
+    first = fit_from_zero(gamma, power)
     width = np.log1p(np.diff(t) / t[:-1])  # the logarithm of the ratio would lose the digits of nearly equal times
-    rate = max(gamma[0], power[-1]) + 0.5
+    later = fit_widths(width, gamma, power)
+    return Fits(*(np.concatenate([one[None], many]) for one, many in zip(first, later, strict=True)))
+
+
+def fit_widths(width: FloatArray, gamma: FloatArray, power: FloatArray) -> Fits:
+    """Fits on intervals of these log-widths, each ending at v = 1, [widths, ...]; gamma descends."""
+    profiles, powers = gamma.size, power.size
+    shapes = ((profiles, powers), (powers,), (profiles, profiles))
+    fits = Fits(*(np.empty((width.size, *shape)) for shape in shapes))
+    rate = max(gamma[0], power.max()) + 0.5
     pieces = 1 + np.ceil(np.log2(np.maximum(width * rate / _FIRST_PIECE_REACH, 1.0))).astype(int)
     for count in np.unique(pieces):
         members = np.flatnonzero(pieces == count)
-        numbers = members.size * _NODES * int(count) * power.size
+        numbers = members.size * _NODES * int(count) * powers
         for part in np.array_split(members, -(-numbers // _BATCH_NUMBERS)):
             for kept, value in zip(fits, _fit_within(width[part], gamma, power, int(count)), strict=True):
-                kept[1 + part] = value
+                kept[part] = value
     return fits
 
 
-def _fit_from_zero(gamma: FloatArray, power: FloatArray) -> Fits:
+def interval_errors2(residual: FloatArray, power: FloatArray, tau: FloatArray) -> FloatArray:
+    """Squared error that each interval adds to the profiles of these exponents, relative to their squared norms.
+
+    Args:
+        residual: Of the fit of v**power on the interval, [intervals, powers].
+        power: Exponents of the profiles, [powers].
+        tau: End of each interval as a fraction of the profiles' time, [intervals].
+
+    Source:
+        Karras et al. 2023, arXiv:2312.02696, Eq. 121 (height of the profile at tau) and 151 (norm).
+    """
+    return np.asarray((2 * power + 1) * tau[:, None] ** (2 * power + 1) * residual**2)
+
+
+def fit_from_zero(gamma: FloatArray, power: FloatArray) -> Fits:
     """Fits on (0, 1], in closed form: the Muentz distance and the inverse of a Cauchy matrix, product by product.
 
     The residual's Mellin transform is rational, with the exponents as zeros; ``factor`` holds the inner products with

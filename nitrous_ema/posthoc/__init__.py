@@ -1,0 +1,22 @@
+"""All that can be computed before a snapshot is read: public names, each from the module that defines it.
+
+``solve_weights`` gives the average of any length as a weighted sum of snapshots, ``synthesis_report`` says how good
+that is, ``select_steps`` finds the fewest snapshots that are good enough, and ``retain`` those worth keeping.
+"""
+
+from __future__ import annotations
+
+from nitrous_ema.posthoc.least_squares import solve_weights
+from nitrous_ema.posthoc.report import SynthesisReport, synthesis_report
+from nitrous_ema.posthoc.retention import Retention, retain
+from nitrous_ema.posthoc.selection import Selection, select_steps
+
+__all__ = [
+    "Retention",
+    "Selection",
+    "SynthesisReport",
+    "retain",
+    "select_steps",
+    "solve_weights",
+    "synthesis_report",
+]
