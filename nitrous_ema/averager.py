@@ -19,37 +19,27 @@ A5  Queued work holds no reference to this object, so that    test_dropped_ema_l
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from nitrous_ema.arena import Arena, AveragedTensor, CopyGroup, Group, snapshot_layout
-from nitrous_ema.copies import CallerCopies
+from nitrous_ema.arena import Arena, snapshot_layout
+from nitrous_ema.dispatch import Dispatch
+from nitrous_ema.ending import shut_down
 from nitrous_ema.errors import ClosedError, NitrousError
 from nitrous_ema.guard import Guard, ReadMode, install_hooks
 from nitrous_ema.history import History
 from nitrous_ema.live import LiveTensors
-from nitrous_ema.pipeline import BackgroundThread, InlineLane, Lane, Pending, Sink, neutral_modes
+from nitrous_ema.pipeline import InlineLane, Lane, Pending, Sink, neutral_modes
 from nitrous_ema.schedule import Schedule, StepSizeCorrection, Time
-from nitrous_ema.snapshots.format import Layout, Span
 from nitrous_ema.stats import Stats
-from nitrous_ema.step import GroupStep
-from nitrous_ema.tracked import TORCH_DTYPES, TrackedTensor, TrackingPolicy, track, unwrap, writable
-
-_log = logging.getLogger(__name__)
-
-BeforeWrite = Callable[[int, int], None]
+from nitrous_ema.tracked import TrackedTensor, TrackingPolicy, track, unwrap, writable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,12 +105,8 @@ class Averager:
             self.arena = Arena(tracked, layout, policy.device)
         if all(group.dtype == torch.float64 for group in self.arena.groups):
             self.schedule.least_weight = 0.0
-        self._make_lane = make_lane
-        self._lanes: dict[torch.device, Lane] = {}
-        self._sinks: list[Sink] = []  # none or one; shared with the finalizer
-        order_caller = partial(_order_caller, self._lanes)
-        self.guard = Guard(read, order_caller) if read is not None else None
-        self._copies = CallerCopies(order_caller)
+        self._dispatch = Dispatch(self.arena, make_lane, reads_later=read is not None)
+        self.guard = Guard(read, self._dispatch.order_caller) if read is not None else None
         self._tensors = LiveTensors(model, tracked)
         self._parameters = [tensor.name for tensor in tracked if tensor.is_parameter and tensor.role != "skipped"]
         self._refusal: NitrousError | None = None  # why nothing may be updated or read for now
@@ -128,20 +114,18 @@ class Averager:
         self._failure: BaseException | None = None  # what a lane failed with
         self._process = os.getpid()
         self.viewers: weakref.WeakSet[Viewer] = weakref.WeakSet()
-        self._place()
+        self._checked: Mapping[str, Tensor] | None = None  # live tensors whose devices were found right
         self.copy_from_model()
         remove_hooks = install_hooks(self.guard, unwrap(model)) if self.guard is not None else _nothing
-        self._finalizer = weakref.finalize(
-            self, _shut_down, self._lanes, self._sinks, self.guard, remove_hooks, self._process
-        )
+        self._finalizer = weakref.finalize(self, shut_down, self._dispatch, self.guard, remove_hooks, self._process)
 
     def attach(self, sink: Sink) -> None:
         """Give it somewhere to put snapshots; without, none are taken."""
-        self._sinks.append(sink)
+        self._dispatch.sinks.append(sink)
 
     @property
     def _sink(self) -> Sink | None:
-        return self._sinks[0] if self._sinks else None
+        return self._dispatch.sinks[0] if self._dispatch.sinks else None
 
     def frozen_copy(
         self, gammas: tuple[float, ...], sigma_rels: tuple[float, ...], device: torch.device | None
@@ -162,7 +146,7 @@ class Averager:
 
     def update(self, t_delta: Time = 1) -> None:
         """Count one step; average if an update is due, take a snapshot if one is."""
-        if not self.is_usable("update()"):
+        if not self.is_usable("update()", failed_writes=False):
             return
         self.schedule.check(t_delta)
         live = None
@@ -175,9 +159,11 @@ class Averager:
             self._average(live, weights)
         every = self.policy.checkpoint_every_steps
         if every is not None and self.schedule.step % every == 0:
-            self.checkpoint()
+            self._checkpoint()
         if weights is not None:
             self.schedule.warn_of_small(weights)
+        if self._sink is not None:
+            self._sink.raise_failures()  # last: whoever catches it and goes on has lost neither step nor snapshot
 
     def checkpoint(self) -> bool:
         """Take a snapshot of the averages as they are now; False if the sink skipped it."""
@@ -187,7 +173,12 @@ class Averager:
             raise NitrousError("checkpoint(): this EMA keeps no snapshots. Use PostHocEMA or AsyncPostHocEMA.")
         if not self.schedule.updates:
             raise NitrousError("checkpoint() before the first update(): there is no average yet. Call update() first.")
-        if self.schedule.step in self.history.written and not self._sink.has_lost(self.schedule.step):
+        return self._checkpoint()
+
+    def _checkpoint(self) -> bool:
+        if self._sink is None or (
+            self.schedule.step in self.history.written and not self._sink.has_lost(self.schedule.step)
+        ):
             return True
         if self.schedule.is_behind:
             if self.guard is not None:
@@ -196,7 +187,7 @@ class Averager:
             weights = self.schedule.catch_up()
             if weights is not None:
                 self._average(live, weights)
-        taken = self._sink.take(Pending(self.arena, self.history.stamp(self.schedule)), self.lane)
+        taken = self._sink.take(Pending(self.arena, self.history.stamp(self.schedule)), self._dispatch.lane)
         if taken:
             self.history.written.add(self.schedule.step)
         return taken
@@ -216,12 +207,12 @@ class Averager:
     def order_readers(self, what: str) -> None:
         """The caller's reads of the averages come after all updates so far. Raises what ``is_usable`` raises."""
         if self.is_usable(what, reading=True):
-            _order_caller(self._lanes)
+            self._dispatch.order_caller()
 
     def flush(self, timeout_seconds: float | None = None) -> None:
         """Block until every update is done and every snapshot is on disk or told failed. Raises TimeoutError."""
         if self.is_usable("flush()", reading=True):
-            _drain(self._lanes, self._sink, timeout_seconds)
+            self._dispatch.drain(timeout_seconds)
             self._raise_failures("flush()")
 
     def close(self, timeout_seconds: float | None = None) -> bool:
@@ -236,7 +227,7 @@ class Averager:
         if self._process != os.getpid() or not self._finalizer.alive:
             return False
         self._closed = True
-        _drain(self._lanes, self._sink, timeout_seconds)
+        self._dispatch.drain(timeout_seconds)
         try:
             self._raise_failures("close()")
             if self.guard is not None:
@@ -259,12 +250,13 @@ class Averager:
         if self._refusal is reason:
             self._refusal = None
 
-    def is_usable(self, what: str, *, reading: bool = False) -> bool:
+    def is_usable(self, what: str, *, reading: bool = False, failed_writes: bool = True) -> bool:
         """Whether ``what`` may go on: False, always, in a forked child, where this object does nothing.
 
         Args:
             what: Named in the error.
             reading: It changes nothing, so that it is allowed after close().
+            failed_writes: Tell those of the background now; otherwise the caller does it.
 
         Raises:
             NitrousError: The EMA is closed or its averages are swapped into the model; a lane failed.
@@ -277,7 +269,7 @@ class Averager:
             raise ClosedError(f"{what}: the EMA was closed. Construct another one.")
         if self._refusal is not None:
             raise type(self._refusal)(f"{what}: {self._refusal}")
-        self._raise_failures(what)
+        self._raise_failures(what, failed_writes=failed_writes)
         if self.guard is not None:
             self.guard.check()
         return True
@@ -285,10 +277,11 @@ class Averager:
     def move(self, device: torch.device) -> None:
         """Move every average and copy to a device."""
         self.order_readers("to()")
-        _drain(self._lanes, self._sink, None)
+        self._dispatch.drain()
         with neutral_modes():
             self.arena.to(device)
-            self._place()
+            self._dispatch.place()
+            self._checked = None
             for viewer in self.viewers:
                 viewer.rebind()
 
@@ -296,7 +289,7 @@ class Averager:
         """Set every average to the model's present weights."""
         if self.is_usable("copy_params_from_model_to_ema()"):
             self._run(self._live(), (1.0,) * len(self.policy.gammas))
-            _order_caller(self._lanes)  # whoever writes the weights next need not know that they were read
+            self._dispatch.order_caller()  # whoever writes the weights next need not know that they were read
 
     def copy_to_model(self, profile: int) -> None:
         """Set the model's weights to an average."""
@@ -315,31 +308,14 @@ class Averager:
             raise ClosedError("load_state_dict(): the EMA was closed. Construct another one.")
         if self._refusal is not None:
             raise type(self._refusal)(f"load_state_dict(): {self._refusal}")
-        _drain(self._lanes, None, None)
-        for lane in self._lanes.values():
-            self._failure = lane.take_error() or self._failure  # stands until something has been loaded
+        self._dispatch.drain(with_snapshots=False)
+        self._failure = self._dispatch.take_error() or self._failure  # stands until something has been loaded
 
     def loaded(self) -> None:
         """They have been set."""
         self._failure = None
 
-    def lane(self, device: torch.device) -> Lane:
-        """The lane of a device."""
-        if device not in self._lanes:
-            self._lanes[device] = self._make_lane(device)
-        return self._lanes[device]
-
     # ---- inside
-
-    def _place(self) -> None:
-        """Take note of where the arena's buffers are."""
-        self._steps = [GroupStep(group) for group in self.arena.groups]
-        self._checked: Mapping[str, Tensor] | None = None  # live tensors whose devices were found right
-        self._copied_for: tuple[Mapping[str, Tensor], bool] | None = None  # what _copied was computed for
-        self._copied: Sequence[str] = ()
-        self._devices = {
-            tensor.tracked.name: group.device for group in self.arena.groups for tensor in group.tensors
-        } | {tracked.name: group.device for group in self.arena.copy_groups for tracked, _, _ in group.tensors}
 
     def _live(self) -> Mapping[str, Tensor]:
         """Every tensor that is averaged or copied, as the model holds it now."""
@@ -351,12 +327,13 @@ class Averager:
 
     def _check_devices(self, live: Mapping[str, Tensor]) -> None:
         for name, tensor in live.items():
-            if tensor.device != self._devices[name]:
+            if tensor.device != self._dispatch.devices[name]:
                 if self.policy.move_to_online_device:
                     self.move(tensor.device)
                     return
+                place = self._dispatch.devices[name]
                 raise NitrousError(
-                    f"{name!r} is on {tensor.device} but its average is on {self._devices[name]}. Move the EMA as well "
+                    f"{name!r} is on {tensor.device} but its average is on {place}. Move the EMA as well "
                     f"(ema.to({str(tensor.device)!r})) or construct it with move_ema_to_online_device=True; "
                     "allow_different_devices=True copies the parameters over at each update."
                 )
@@ -369,157 +346,20 @@ class Averager:
     def _run(self, live: Mapping[str, Tensor], weights: Sequence[float]) -> None:
         try:
             with neutral_modes():
-                self._queue(live, weights)
+                self._dispatch.queue(live, weights, copy_all=self.guard is not None and self.guard.copies)
         except Exception as error:
             self._failure = error
             self._raise_failures("update()")
 
-    def _queue(self, live: Mapping[str, Tensor], weights: Sequence[float]) -> None:
-        copied = self._copied_names(live)
-        read = live
-        if copied or self._copies.are_held:
-            read = {**live, **self._copies.take({name: live[name] for name in copied}, self._devices)}
-        layout = self.arena.layout
-        for group, step in zip(self.arena.groups, self._steps, strict=True):
-            sources = step.sources([read[tensor.tracked.name] for tensor in group.tensors])
-            before_write = self._before_write(group.device, _average_ranges(layout, group))
-            self.lane(group.device).run(partial(step.run, sources, weights, before_write))
-        for copies in self.arena.copy_groups:
-            values = [read[tracked.name] for tracked, _, _ in copies.tensors]
-            before_write = self._before_write(copies.device, _copied_ranges(layout, copies))
-            self.lane(copies.device).run(partial(_keep, copies, values, before_write))
-
-    def _copied_names(self, live: Mapping[str, Tensor]) -> Sequence[str]:
-        """What is copied where the caller is: see A2, and parameters elsewhere or under read="copied"."""
-        key = (live, self.guard is not None and self.guard.copies)
-        if self._copied_for is None or self._copied_for[0] is not live or self._copied_for[1] != key[1]:
-            everything, buffers = key[1], self.guard is not None
-            self._copied = [
-                tensor.name
-                for tensor in self.arena.tracked
-                if tensor.role != "skipped"
-                and (
-                    everything
-                    or (buffers and not tensor.is_parameter)
-                    or live[tensor.name].device != self._devices[tensor.name]
-                )
-            ]
-            self._copied_for = key
-        return self._copied
-
-    def _before_write(self, device: torch.device, ranges: Callable[[int, int], Iterator[Span]]) -> BeforeWrite | None:
-        """What orders the lane's writes after snapshot copies that are still reading there; None if there are none."""
-        order = self._sink.writes_order(device) if self._sink is not None else None
-        return None if order is None else partial(_order_ranges, order, ranges)
-
-    def _raise_failures(self, what: str) -> None:
-        for lane in self._lanes.values():
-            self._failure = lane.take_error() or self._failure
+    def _raise_failures(self, what: str, *, failed_writes: bool = True) -> None:
+        self._failure = self._dispatch.take_error() or self._failure
         if self._failure is not None:
             raise NitrousError(
                 f"{what}: averaging failed ({self._failure}); the averages are not what the training made of them. "
                 "Load a state that was saved before (load_state_dict)."
             ) from self._failure
-        if self._sink is not None:
+        if failed_writes and self._sink is not None:
             self._sink.raise_failures()
-
-
-def _average_ranges(layout: Layout, group: Group) -> Callable[[int, int], Iterator[Span]]:
-    """Where elements of a group lie in the file's data, in every profile."""
-    item_bytes = TORCH_DTYPES[layout.checkpoint_dtype].itemsize
-    permuted = [tensor for tensor in group.tensors if _is_permuted(tensor)]
-
-    def ranges(begin: int, end: int) -> Iterator[Span]:
-        for tensor in permuted:  # any part of it may be anywhere in it in the file
-            if tensor.begin < end and begin < tensor.end:
-                begin, end = min(begin, tensor.begin), max(end, tensor.end)
-        for section, _ in zip(layout.sections, layout.gammas, strict=False):
-            first = section.begin + group.begin * item_bytes
-            yield Span(first + begin * item_bytes, first + end * item_bytes)
-
-    return ranges
-
-
-def _is_permuted(tensor: AveragedTensor) -> bool:
-    """Whether it lies in another order in the file, which is row-major, than here."""
-    return not tensor.is_row_major
-
-
-def _copied_ranges(layout: Layout, copies: CopyGroup) -> Callable[[int, int], Iterator[Span]]:
-    """Where bytes of a group of copied tensors lie in the file's data."""
-    first = layout.sections[-1].begin + layout.padding_bytes + copies.begin
-
-    def ranges(begin: int, end: int) -> Iterator[Span]:
-        yield Span(first + begin, first + end)
-
-    return ranges
-
-
-def _order_ranges(order: BeforeWrite, ranges: Callable[[int, int], Iterator[Span]], begin: int, end: int) -> None:
-    for span in ranges(begin, end):
-        order(span.begin, span.end)
-
-
-def _keep(copies: CopyGroup, values: Sequence[Tensor], before_write: BeforeWrite | None) -> None:
-    """Take over the copied tensors' present values."""
-    if before_write is not None:
-        before_write(0, copies.flat.numel())
-    torch._foreach_copy_(copies.values(), list(values))
-
-
-def _order_caller(lanes: Mapping[torch.device, Lane]) -> None:
-    for lane in lanes.values():
-        lane.order_caller()
-
-
-def _drain(lanes: Mapping[torch.device, Lane], sink: Sink | None, timeout_seconds: float | None) -> None:
-    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-    late = []
-    for waiting in [*(lane.drain for lane in lanes.values()), *([sink.flush] if sink is not None else [])]:
-        try:
-            waiting(None if deadline is None else max(deadline - time.monotonic(), 0.0))
-        except TimeoutError as error:
-            late.append(str(error))
-    if late:
-        raise TimeoutError(f"after {timeout_seconds} seconds: {' '.join(late)}")
-
-
-def _shut_down(
-    lanes: Mapping[torch.device, Lane],
-    sinks: Sequence[Sink],
-    guard: Guard | None,
-    remove_hooks: Callable[[], None],
-    process: int,
-) -> None:
-    """End everything that an averager had started; runs when it is closed, dropped, or the interpreter exits.
-
-    Args:
-        lanes: To be closed.
-        sinks: To be closed after them.
-        guard: Kept alive, and with it the order of optimizers after the lanes, until they have ended.
-        remove_hooks: To be called in between.
-        process: Which one the averager was made in.
-    """
-    if process != os.getpid():
-        return  # a forked child has none of the threads
-    if isinstance(threading.current_thread(), BackgroundThread):
-        # The garbage collector runs on any thread, and one of ours cannot wait for itself; exit waits for this one.
-        arguments = (lanes, sinks, guard, remove_hooks, process)
-        threading.Thread(target=_shut_down, args=arguments, name="nitrous-ema-ending", daemon=False).start()
-        return
-    with ExitStack() as ending:  # last in, first out; each, whatever the others raise
-        for sink in sinks:
-            ending.callback(sink.close)
-        ending.callback(remove_hooks)
-        for lane in lanes.values():
-            ending.callback(_log_untold, lane)
-            ending.callback(lane.close)
-
-
-def _log_untold(lane: Lane) -> None:
-    error = lane.take_error()
-    if error is not None:
-        _log.error("averaging failed, and nobody asked for this failure any more", exc_info=error)
 
 
 def _nothing() -> None:

@@ -51,6 +51,8 @@ LAYERS = (
     "history",
     "stats",
     "pipeline",
+    "dispatch",
+    "ending",
     "averager",
     "averaged_model",
     "settings",

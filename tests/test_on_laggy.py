@@ -126,7 +126,7 @@ def break_(bug: str | None) -> Iterator[None]:
             writer.BackgroundSink, "writes_order", return_value=None
         ),
         "averages in another order written while they are copied": lambda: mock.patch(
-            "nitrous_ema.averager._is_permuted", return_value=False
+            "nitrous_ema.dispatch._is_permuted", return_value=False
         ),
         "pages read before they are copied": lambda: mock.patch.object(lanes._DeviceMark, "wait", return_value=None),
         "averages copied before they are written": lambda: mock.patch(lane, Overtaking),

@@ -475,7 +475,7 @@ def test_ema_that_is_collected_on_its_own_thread_is_ended_elsewhere(tmp_path):
         training = Training(tmp_path)
         training.steps(2)
         training.ema.checkpoint()
-        lane = training.ema._averager.lane(torch.device("cpu"))
+        lane = training.ema._averager._dispatch.lane(torch.device("cpu"))
         gate, collected = Gate(), threading.Event()
         gc.disable()
         try:
@@ -530,7 +530,7 @@ ema.flush()
 from torch.utils.data import DataLoader, Dataset
 
 averager = ema._averager
-lane = averager.lane(torch.device("cpu"))
+lane = averager._dispatch.lane(torch.device("cpu"))
 gate = threading.Event()
 lane.run(lambda: gate.wait(20))  # pending when the process forks: the child has no thread that would do it
 pid = os.fork()

@@ -1,0 +1,46 @@
+"""How everything that an EMA has started comes to its end: closed, dropped, or with the interpreter."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from nitrous_ema.dispatch import Dispatch
+from nitrous_ema.guard import Guard
+from nitrous_ema.pipeline import BackgroundThread, Lane
+
+_log = logging.getLogger(__name__)
+
+
+def shut_down(dispatch: Dispatch, guard: Guard | None, remove_hooks: Callable[[], None], process: int) -> None:
+    """End everything that an averager had started; runs when it is closed, dropped, or the interpreter exits.
+
+    Args:
+        dispatch: Its lanes are closed, then the sink.
+        guard: Kept alive, and with it the order of optimizers after the lanes, until they have ended.
+        remove_hooks: To be called in between.
+        process: Which one the averager was made in.
+    """
+    if process != os.getpid():
+        return  # a forked child has none of the threads
+    if isinstance(threading.current_thread(), BackgroundThread):
+        # The garbage collector runs on any thread, and one of ours cannot wait for itself; exit waits for this one.
+        arguments = (dispatch, guard, remove_hooks, process)
+        threading.Thread(target=shut_down, args=arguments, name="nitrous-ema-ending", daemon=False).start()
+        return
+    with ExitStack() as ending:  # last in, first out; each, whatever the others raise
+        for sink in dispatch.sinks:
+            ending.callback(sink.close)
+        ending.callback(remove_hooks)
+        for lane in dispatch.lanes():
+            ending.callback(_log_untold, lane)
+            ending.callback(lane.close)
+
+
+def _log_untold(lane: Lane) -> None:
+    error = lane.take_error()
+    if error is not None:
+        _log.error("averaging failed, and nobody asked for this failure any more", exc_info=error)
