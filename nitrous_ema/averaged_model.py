@@ -38,6 +38,10 @@ class AveragedModel:
     """
 
     def __init__(self, averager: Averager, profile: int, template: Module | Callable[[], Module] | None) -> None:
+        if not (template is None or isinstance(template, Module) or callable(template)):
+            raise TypeError(f"ema_model is {template!r:.80}; expected a module, or a function that builds one.")
+        if isinstance(template, Module) and unwrap(template) is unwrap(averager.model):
+            raise ValueError("ema_model is the online model itself; expected a second module of the same architecture.")
         self._averager = averager
         self._profile = profile
         self._template = template

@@ -208,6 +208,7 @@ class Averager:
         """The caller's reads of the averages come after all updates so far. Raises what ``is_usable`` raises."""
         if self.is_usable(what, reading=True):
             self._dispatch.order_caller()
+            self._raise_failures(what)  # also of the work that was waited for
 
     def flush(self, timeout_seconds: float | None = None) -> None:
         """Block until every update is done and every snapshot is on disk or told failed. Raises TimeoutError."""
@@ -290,6 +291,7 @@ class Averager:
         if self.is_usable("copy_params_from_model_to_ema()"):
             self._run(self._live(), (1.0,) * len(self.policy.gammas))
             self._dispatch.order_caller()  # whoever writes the weights next need not know that they were read
+            self._raise_failures("copy_params_from_model_to_ema()")
 
     def copy_to_model(self, profile: int) -> None:
         """Set the model's weights to an average."""
@@ -347,8 +349,10 @@ class Averager:
         try:
             with neutral_modes():
                 self._dispatch.queue(live, weights, copy_all=self.guard is not None and self.guard.copies)
-        except Exception as error:
-            self._failure = error
+        except BaseException as error:
+            self._failure = error  # part of the work may be queued: also Ctrl-C leaves averages that are not right
+            if not isinstance(error, Exception):
+                raise
             self._raise_failures("update()")
 
     def _raise_failures(self, what: str, *, failed_writes: bool = True) -> None:

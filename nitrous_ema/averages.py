@@ -57,7 +57,10 @@ class Averages(Module):
 
         Nothing has changed when one of the first three is raised.
         """
-        self._averager.update(t_delta)
+        if torch.compiler.is_compiling():  # in a compiled training step: not to be traced, which breaks the graph here
+            _outside_the_graph(self._averager, t_delta)
+        else:
+            self._averager.update(t_delta)
 
     def fence(self) -> None:
         """Order what the caller does next with the weights after every read of them so far.
@@ -234,3 +237,10 @@ class Averages(Module):
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"{type(self).__name__} cannot be pickled. Save its state_dict() instead.")
+
+
+def _outside_the_graph(averager: Averager, t_delta: Time) -> None:
+    torch.compiler.disable(averager.update)(t_delta)  # type: ignore[no-untyped-call]
+
+
+_outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]  # as torch.compiler.disable, not imported yet

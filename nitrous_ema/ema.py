@@ -7,6 +7,7 @@ Drop-in for nitrous-ema 0.0.1, whose arguments and methods these are. Everything
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from torch.nn import Module
 from nitrous_ema.averaged_model import AveragedModel
 from nitrous_ema.averager import Averager, AveragingPolicy
 from nitrous_ema.averages import Averages
+from nitrous_ema.errors import NitrousWarning, SnapshotError
 from nitrous_ema.guard import ReadMode
 from nitrous_ema.pipeline import InlineLane, InlineSink, Lane, Sink, neutral_modes
 from nitrous_ema.schedule import StepSizeCorrection
@@ -59,9 +61,9 @@ class KarrasEMA(Averages):
         ema_model: Template | None = None,
         update_every: int = 100,
         frozen: bool = False,
-        param_or_buffer_names_no_ema: NameFilter = (),
-        ignore_names: NameFilter = (),
-        ignore_startswith_names: Collection[str] = (),
+        param_or_buffer_names_no_ema: NameFilter | None = (),
+        ignore_names: NameFilter | None = (),
+        ignore_startswith_names: Collection[str] | None = (),
         allow_different_devices: bool = False,
         move_ema_to_online_device: bool = False,
         step_size_correction: StepSizeCorrection = "exact",
@@ -72,7 +74,9 @@ class KarrasEMA(Averages):
         averager = Averager(
             model,
             TrackingPolicy(
-                copied=param_or_buffer_names_no_ema, skipped=ignore_names, skipped_prefixes=ignore_startswith_names
+                copied=() if param_or_buffer_names_no_ema is None else param_or_buffer_names_no_ema,
+                skipped=() if ignore_names is None else ignore_names,
+                skipped_prefixes=() if ignore_startswith_names is None else ignore_startswith_names,
             ),
             AveragingPolicy(
                 gammas=gammas,
@@ -170,9 +174,9 @@ class PostHocEMA(Averages):
         ema_model: Template | None = None,
         update_every: int = 100,
         frozen: bool = False,
-        param_or_buffer_names_no_ema: NameFilter = (),
-        ignore_names: NameFilter = (),
-        ignore_startswith_names: Collection[str] = (),
+        param_or_buffer_names_no_ema: NameFilter | None = (),
+        ignore_names: NameFilter | None = (),
+        ignore_startswith_names: Collection[str] | None = (),
         allow_different_devices: bool = False,
         move_ema_to_online_device: bool = False,
         step_size_correction: StepSizeCorrection = "exact",
@@ -273,7 +277,15 @@ class PostHocEMA(Averages):
             self._averager.close(timeout)
         finally:  # it is closed although it may have had a failure to tell
             if was_open and not self._averager.is_open and self._averager.history.written:
-                self._store.close_run(self.run)
+                self._note_end()
+
+    def _note_end(self) -> None:
+        try:
+            self._store.close_run(self.run)
+        except SnapshotError as error:  # a warning: every snapshot is safe, and another failure may be on its way up
+            warnings.warn(
+                f"{error} Whoever follows this run will not see that it has ended.", NitrousWarning, stacklevel=4
+            )
 
     def synthesize_ema_model(
         self,
@@ -298,6 +310,8 @@ class PostHocEMA(Averages):
             ValueError: Both or neither of gamma and sigma_rel, or one outside its domain.
             SnapshotNotFound: No snapshot of that step; names the nearest ones.
             SnapshotDamaged: A file does not hold what was written.
+
+        Warns (NitrousWarning) where the snapshots cannot give that length well, and says what would help.
         """
         if (sigma_rel is None) == (gamma is None):
             raise ValueError("Give either sigma_rel or gamma: the length of the average, or its exponent.")
@@ -305,7 +319,9 @@ class PostHocEMA(Averages):
         self.flush()
         averager = self._averager.frozen_copy(gammas, widths, None if device is None else torch.device(device))
         with neutral_modes():
-            self._synthesize(averager, gammas[0], self._target(step))
+            told = self._synthesize(averager, gammas[0], self._target(step))
+        for sentence in told:
+            warnings.warn(sentence, NitrousWarning, stacklevel=2)
         (template,) = self.ema_models[0]._template
         return KarrasEMA._view(averager, 0, None if isinstance(template, Module) else template)
 
@@ -319,8 +335,8 @@ class PostHocEMA(Averages):
         abandoned = [snapshot.step for snapshot in self._store.snapshots(run) if snapshot.step > (left_at or 0)]
         return self._store.get(step, run, exclude=abandoned)
 
-    def _synthesize(self, averager: Averager, gamma: float, target: Snapshot) -> None:
-        """Fill the average of ``averager``, and its counters."""
+    def _synthesize(self, averager: Averager, gamma: float, target: Snapshot) -> Sequence[str]:
+        """Fill the average of ``averager``, and its counters. Returns what there is to warn of."""
         arena = averager.arena
         plan = plan_from_store(self._store, gammas=[gamma], step=target.step, run=target.run)
         stream(plan, [lambda begin, block: arena.fill(0, begin, torch.from_numpy(block))])
@@ -332,6 +348,7 @@ class PostHocEMA(Averages):
 
         stream_copied(plan, take)
         averager.schedule.load({"step": target.step, "now": target.t, "t": target.t, "updates": 1})
+        return plan.report.warnings
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Output of every average's module, in the order of the profiles."""

@@ -126,7 +126,7 @@ class Guard:
             ):
                 self._tensors, self._names = tensors, names
                 self._identities = {id(tensor) for tensor in tensors}
-            self._versions = [tensor._version for tensor in tensors]
+            self._versions = [_version(tensor) for tensor in tensors]
             self._reading = True
             if not self._writer_is_known:
                 self._order_writer()
@@ -152,11 +152,11 @@ class Guard:
         if self._mistake is not None:
             return
         for name, tensor, version in zip(self._names, self._tensors, self._versions, strict=True):
-            if tensor._version != version:
+            if _version(tensor) != version:
                 self._mistake, self._mistaken_name = (
                     f"{name!r} was written between update() and the next optimizer step or fence(), while the EMA may "
                     "still have been reading it (a model that changes its weights in forward, or code that writes them "
-                    "without an optimizer).",
+                    "without an optimizer). The averages may hold that one update's weights as they were changed.",
                     name,
                 )
                 return
@@ -243,3 +243,8 @@ class _LoadHook:
 def _holds(optimizer: Optimizer, identities: set[int]) -> bool:
     groups = getattr(optimizer, "param_groups", ())  # not there yet while one is being made
     return any(id(parameter) in identities for group in groups for parameter in group["params"])
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts in-place writes; 0 for an inference tensor, which has no counter (a frozen part of a model)."""
+    return 0 if tensor.is_inference() else tensor._version

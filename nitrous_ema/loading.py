@@ -91,7 +91,7 @@ def _open_torch(path: Path) -> _TorchFile:
 
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError as missing:
+    except (FileNotFoundError, IsADirectoryError) as missing:
         raise SnapshotNotFound(f"{path}: no such file.", path=path, nearest=()) from missing
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise _not_ours(path, str(error)) from error
@@ -113,7 +113,7 @@ class _SafetensorsFile:
                     raise _not_ours(path, f"its header would be {header_bytes} of {file_bytes} bytes")
                 header = json.loads(file.read(header_bytes))
             self.metadata, self.described = _describe(header, 8 + header_bytes, file_bytes)
-        except FileNotFoundError as missing:
+        except (FileNotFoundError, IsADirectoryError) as missing:
             raise SnapshotNotFound(f"{path}: no such file.", path=path, nearest=()) from missing
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise _not_ours(path, str(error)) from error
@@ -164,6 +164,12 @@ def _check(
     path: Path, stored: _TorchFile | _SafetensorsFile, tensors: Mapping[str, torch.Tensor], *, strict: bool
 ) -> None:
     """Refuse a file that does not fit the model."""
+    if "layout_sha256" in stored.metadata:
+        raise SnapshotMismatch(
+            f"{path} is a snapshot, not an average made of snapshots. Synthesize one with "
+            "`python -m nitrous_ema.async_.synthesize_worker` and load that.",
+            path=path,
+        )
     skipped = set(json.loads(stored.metadata.get("skipped", "[]")))
     missing = [key for key in tensors if key not in stored.described and key not in skipped]
     unexpected = [key for key in stored.described if key not in tensors]

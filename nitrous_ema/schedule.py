@@ -21,7 +21,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from nitrous_ema.errors import NitrousWarning
 from nitrous_ema.profile import gamma_to_sigma_rel, update_weight
@@ -47,14 +47,15 @@ class Schedule:
     def __init__(
         self, gammas: Sequence[float], update_every: int, correction: StepSizeCorrection, frozen: bool = False
     ) -> None:
-        if not isinstance(update_every, int) or update_every < 1:
+        every = cast(Any, update_every)  # numpy's integers are fine
+        if isinstance(every, bool) or not isinstance(every, Integral) or int(every) < 1:
             raise ValueError(
                 f"update_every is {update_every!r}; expected an integer of at least 1 (calls of update())."
             )
         if correction != "exact" and not isinstance(correction, bool):
             raise ValueError(f"step_size_correction is {correction!r}; expected 'exact', True or False.")
         self.gammas = tuple(gammas)
-        self.update_every = update_every
+        self.update_every = int(update_every)
         self.correction: StepSizeCorrection = correction
         self.frozen = frozen
         self.step = 0

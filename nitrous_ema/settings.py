@@ -38,11 +38,11 @@ class Settings:
     """See ``schedule``."""
     frozen: bool = False
     """Count steps, but leave the averages as they are after the first update."""
-    param_or_buffer_names_no_ema: NameFilter = ()
+    param_or_buffer_names_no_ema: NameFilter | None = ()
     """Copied instead of averaged."""
-    ignore_names: NameFilter = ()
+    ignore_names: NameFilter | None = ()
     """Left out entirely."""
-    ignore_startswith_names: Collection[str] = ()
+    ignore_startswith_names: Collection[str] | None = ()
     """Left out entirely if the name starts with one of these."""
     allow_different_devices: bool = False
     """Averages may live on another device than their parameters, which are then copied over."""
@@ -50,6 +50,11 @@ class Settings:
     """Averages follow parameters that are found on another device."""
 
     def __post_init__(self) -> None:
+        for name in ("frozen", "allow_different_devices", "move_ema_to_online_device"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False.")
+        if not os.fspath(self.checkpoint_folder):
+            raise ValueError("checkpoint_folder is empty; expected a folder for the snapshots.")
         every = self.checkpoint_every_num_steps
         if every != "manual" and not (isinstance(every, (int, float)) and every >= 1 and every == every // 1):
             raise ValueError(
@@ -79,9 +84,9 @@ class Settings:
     def tracking(self) -> TrackingPolicy:
         """Which tensors leave the default role."""
         return TrackingPolicy(
-            copied=self.param_or_buffer_names_no_ema,
-            skipped=self.ignore_names,
-            skipped_prefixes=self.ignore_startswith_names,
+            copied=() if self.param_or_buffer_names_no_ema is None else self.param_or_buffer_names_no_ema,
+            skipped=() if self.ignore_names is None else self.ignore_names,
+            skipped_prefixes=() if self.ignore_startswith_names is None else self.ignore_startswith_names,
         )
 
 

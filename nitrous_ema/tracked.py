@@ -21,7 +21,7 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -148,10 +148,16 @@ class TrackingPolicy:
         ):
             if isinstance(given, str):
                 raise TypeError(f"{argument} is the string {given!r}; expected a collection of names: [{given!r}].")
+            if not (callable(given) or isinstance(given, Iterable)):
+                raise TypeError(f"{argument} is {given!r}; expected names, or () for none.")
+
+
+# A module's children, what they were, its parameters or buffers, and how many there were.
+_Link = tuple[dict[str, Module | None], dict[str, Module | None], Mapping[str, Tensor | None], int]
 
 
 class Structure:
-    """Notices that a submodule was replaced: what is tracked would then no longer be the model's.
+    """Notices that a submodule was replaced, or a tensor added: what is tracked would no longer be the model.
 
     Args:
         model: The online model, wrapped or not.
@@ -169,7 +175,7 @@ class Structure:
         Raises:
             UntrackableModelError: A tracked tensor belongs to a submodule that is not in the model any more.
         """
-        if all(children.get(name) is child for children, name, child in self._links):
+        if all(held == kept and len(tensors) == count for held, kept, tensors, count in self._links):
             return
         now = canonical_tensors(self._model, persistent_only=False)
         for tensor in self._tracked:
@@ -179,11 +185,24 @@ class Structure:
                     "changing the model (and load its state where the shapes still agree).",
                     name=tensor.name,
                 )
+        known = {key for tensor in self._tracked for key in tensor.keys}
+        added = [name for name in now if name not in known]
+        if added:
+            warnings.warn(
+                f"{added[0]!r} and {len(added) - 1} more tensors were added since tracking began and are not averaged. "
+                "Make a new EMA after changing the model.",
+                NitrousWarning,
+                stacklevel=2,
+            )
         self._links = _links(self._model)
 
 
-def _links(model: Module) -> list[tuple[dict[str, Module | None], str, Module | None]]:
-    return [(module._modules, name, child) for module in model.modules() for name, child in module._modules.items()]
+def _links(model: Module) -> list[_Link]:
+    return [
+        (module._modules, dict(module._modules), tensors, len(tensors))
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+    ]
 
 
 @dataclass(slots=True, eq=False)
@@ -251,6 +270,8 @@ def track(model: Module, policy: TrackingPolicy | None = None) -> tuple[TrackedT
             subclass or type (such a tensor may still be skipped by name), or nothing is left to average.
         ValueError: A filter names something that the model does not have.
     """
+    if not isinstance(model, Module):
+        raise TypeError(f"model is {model!r:.80}; expected a torch.nn.Module.")
     policy = policy or TrackingPolicy()
     found = list(_walk(model))
     _check_filters(policy, found)
@@ -377,7 +398,8 @@ def _check_filters(policy: TrackingPolicy, found: list[_Found]) -> None:
 
 
 def _no_match(argument: str, name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
+    known = list(dict.fromkeys(names))
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
     return f"{argument}: {name!r} matches no tensor of the model. Nearest names: {', '.join(map(repr, near))}."
 
 

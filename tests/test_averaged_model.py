@@ -231,6 +231,7 @@ def test_given_function_serves_a_model_that_cannot_be_copied():
     assert ema(torch.ones(1, 3)).shape == (1, 2)
 
 
+@pytest.mark.filterwarnings("ignore:The profile obtained")  # from a handful of snapshots
 def test_given_function_serves_every_profile_and_the_synthesized(tmp_path):
     build = uncopyable_models()[1]
     model = build()

@@ -193,6 +193,7 @@ def test_synthesized_average_has_the_asked_profile_within_the_predicted_error(si
 # ---- synthesis
 
 
+@pytest.mark.filterwarnings("ignore:The profile obtained")  # from a handful of snapshots
 @pytest.mark.parametrize("sigma_rels", [(0.1,), (0.05, 0.1), (0.05, 0.1, 0.2)])  # files with and without padding
 def test_weights_of_a_synthesis_sum_to_one(sigma_rels, make):
     """Weights that never change are their own average; 0.0.1 scales them."""
@@ -264,6 +265,7 @@ def test_synthesis_does_not_touch_the_training(make):
     assert ema.step == 20
 
 
+@pytest.mark.filterwarnings("ignore:The profile obtained")  # from a handful of snapshots
 def test_resumed_run_is_synthesized_with_its_ancestors_and_without_their_abandoned_future(make):
     """Oracle: one uninterrupted run."""
     model = Vector(60)
@@ -1007,3 +1009,35 @@ def test_gamma_and_length_of_a_view_are_those_of_its_profile(make):
     ema = make(Net(), gammas=(7.0, 20.0))
     assert [view.gamma for view in ema.ema_models] == [7.0, 20.0]
     assert [view.sigma_rel for view in ema.ema_models] == [gamma_to_sigma_rel(7.0), gamma_to_sigma_rel(20.0)]
+
+
+@pytest.mark.parametrize("ema_class", [PostHocEMA, AsyncPostHocEMA])
+def test_length_that_the_snapshots_cannot_give_is_warned_of(tmp_path, ema_class):
+    with ema_class(nn.Linear(2, 2), checkpoint_folder=tmp_path, checkpoint_every_num_steps=20, update_every=1) as ema:
+        for _ in range(40):
+            ema.update()
+            ema.fence()
+        with pytest.warns(NitrousWarning, match="differs from the one asked for at sigma_rel 0.005"):
+            ema.synthesize_ema_model(sigma_rel=0.005)
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch's compiler says of torch itself
+def test_compiled_training_step_may_contain_update(tmp_path):
+    net = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    ema = PostHocEMA(net, checkpoint_folder=tmp_path, checkpoint_every_num_steps="manual", update_every=1)
+
+    @torch.compile(backend="eager")
+    def train(batch):
+        optimizer.zero_grad()
+        net(batch).square().mean().backward()
+        optimizer.step()
+        ema.update()
+
+    seen = []
+    for _ in range(3):
+        train(torch.ones(4, 3))
+        seen.append(net.weight.detach().clone())
+    weights = [float((n / 3) ** (ema.gammas[0] + 1) - ((n - 1) / 3) ** (ema.gammas[0] + 1)) for n in (1, 2, 3)]
+    expected = sum(weight * each for weight, each in zip(weights, seen, strict=True))
+    torch.testing.assert_close(ema.state_dict()["ema_models.0.ema_model.weight"], expected)

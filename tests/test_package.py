@@ -28,11 +28,11 @@ for kind in (PostHocEMA, AsyncPostHocEMA):
     net = torch.nn.Linear(1, 1, bias=False)
     with kind(net, checkpoint_every_num_steps=5, checkpoint_folder=kind.__name__, update_every=1) as ema:
         for step in range(1, 11):
+            ema.fence()
             with torch.no_grad():
                 net.weight.fill_(step)
-            ema.fence()
             ema.update()
-        average = ema.synthesize_ema_model(sigma_rel=0.08, device="cpu").weight.item()
+        average = ema.synthesize_ema_model(sigma_rel=0.08, device="cpu").ema_model.weight.item()
     print(average)
     if not 8 < average < 10:
         sys.exit("not an average of the last weights")

@@ -127,7 +127,9 @@ def test_stdout_is_one_json_object_per_output_and_nothing_else(folder, tmp_path)
 
 def run_inside(script: str, *arguments, **options) -> subprocess.Popen[str]:
     """The worker as ``python -m`` runs it, in a process that does something else before or after."""
-    prelude = f"import os, runpy, sys; sys.argv = ['worker', *{[str(each) for each in arguments]!r}]\n"
+    # A shell starts background jobs, and a test run may be one, with SIGINT ignored.
+    prelude = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    prelude += f"import os, runpy, sys; sys.argv = ['worker', *{[str(each) for each in arguments]!r}]\n"
     return subprocess.Popen(
         [sys.executable, "-c", prelude + textwrap.dedent(script)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

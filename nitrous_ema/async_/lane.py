@@ -50,8 +50,10 @@ class ThreadLane:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        # All guarded by _changed:
+        # A lock of its own: a Condition's __enter__ is Python, and Ctrl-C inside it would leave it held for ever.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        # All guarded by _lock:
         self._queue: deque[tuple[Work, Work | None] | None] = deque()
         self._queued = 0  # pieces of work ever queued
         self._done = 0  # of these, how many have ended
@@ -64,18 +66,18 @@ class ThreadLane:
 
     def run(self, work: Work) -> None:
         """Queue averaging work."""
-        with self._changed:
+        with self._lock:
             self._put(work, None)
             self._last_run = self._queued
 
     def copy_out(self, work: Work, abandon: Work) -> None:
         """Queue work that reads the averages; ``abandon`` is called if it cannot be run."""
-        with self._changed:
+        with self._lock:
             self._put(work, abandon)
 
     def order_caller(self) -> None:
         """Block until every ``run`` so far is done; a snapshot copy that was queued later is not waited for."""
-        with self._changed:
+        with self._lock:
             last = self._last_run
             self._changed.wait_for(lambda: self._done >= last)
 
@@ -85,15 +87,16 @@ class ThreadLane:
 
     def take_error(self) -> BaseException | None:
         """What queued work raised since the last call."""
-        with self._changed:
+        if self._error is None:  # asked at every update; what is set a moment later is found at the next one
+            return None
+        with self._lock:
             error, self._error = self._error, None
-            if error is not None:
-                self._passed_over = self._queued
+            self._passed_over = self._queued
             return error
 
     def drain(self, timeout_seconds: float | None = None) -> None:
         """Block until all queued work is done. Raises TimeoutError."""
-        with self._changed:
+        with self._lock:
             last = self._queued
             if not self._changed.wait_for(lambda: self._done >= last, timeout_seconds):
                 raise TimeoutError(f"{last - self._done} pieces of averaging work are still queued.")
@@ -101,7 +104,7 @@ class ThreadLane:
     def close(self, timeout_seconds: float | None = None) -> None:
         """Drain and end the thread. Raises TimeoutError."""
         self.drain(timeout_seconds)
-        with self._changed:
+        with self._lock:
             if not self._closed:
                 self._closed = True
                 self._queue.append(None)
@@ -118,7 +121,7 @@ class ThreadLane:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(lambda: bool(self._queue))
                 item = self._queue.popleft()
                 failed = self._error is not None or self._done < self._passed_over
@@ -127,7 +130,7 @@ class ThreadLane:
                 return
             error = _attempt(*item, failed=failed)
             del item  # what it holds must not live until the next one comes
-            with self._changed:
+            with self._lock:
                 self._error = self._error or error
                 self._done += 1
                 self._changed.notify_all()

@@ -8,10 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from nitrous_ema.errors import WorkerError
 
@@ -19,6 +19,10 @@ _MODULE = "nitrous_ema.async_.synthesize_worker"
 _KEPT_STDERR_CHARACTERS = 16_000
 _KILL_AFTER_SECONDS = 10.0
 _EXIT_USAGE = 2
+EXIT_DAMAGED = 4
+"""Exit status for a snapshot that does not hold what was written."""
+WARNING = "synthesize: warning: "
+"""How the worker begins a line on stderr that warns of the averages it is going to write."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +113,11 @@ class Job:
             )
         return [Output.parse(line) for line in self._lines]
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the worker warned of; complete when result() has returned."""
+        return tuple(line.removeprefix(WARNING) for line in self._stderr.splitlines() if line.startswith(WARNING))
+
     def cancel(self, timeout: float = _KILL_AFTER_SECONDS) -> None:
         """End the process and wait until it has ended; outputs that are already written stay.
 
@@ -175,6 +184,10 @@ def launch(
     """
     if (sigma_rels is None) == (gammas is None):
         raise ValueError("sigma_rels and gammas: exactly one of them says which averages are wanted.")
+    sequences: dict[str, Any] = {"sigma_rels": sigma_rels, "gammas": gammas, "exclude": exclude}
+    for name, given in sequences.items():
+        if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
+            raise TypeError(f"{name} is {given!r}; expected a sequence of numbers.")
     option, lengths = ("--sigma-rel", sigma_rels) if sigma_rels is not None else ("--gamma", gammas)
     arguments = [
         f"{option}={','.join(repr(float(length)) for length in lengths or ())}",

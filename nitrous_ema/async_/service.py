@@ -12,11 +12,11 @@ import torch
 from torch.nn import Module
 
 from nitrous_ema.async_.lane import AcceleratorLane, ThreadLane
-from nitrous_ema.async_.launch import launch
+from nitrous_ema.async_.launch import EXIT_DAMAGED, launch
 from nitrous_ema.async_.writer import BackgroundSink, WritePolicy
 from nitrous_ema.averager import Averager
 from nitrous_ema.ema import PostHocEMA, Template
-from nitrous_ema.errors import NitrousWarning
+from nitrous_ema.errors import NitrousWarning, SnapshotDamaged, WorkerError
 from nitrous_ema.guard import ReadMode
 from nitrous_ema.loading import load_tensors
 from nitrous_ema.pipeline import InlineLane, Lane
@@ -65,9 +65,9 @@ class AsyncPostHocEMA(PostHocEMA):
         ema_model: Template | None = None,
         update_every: int = 1,
         frozen: bool = False,
-        param_or_buffer_names_no_ema: NameFilter = (),
-        ignore_names: NameFilter = (),
-        ignore_startswith_names: Collection[str] = (),
+        param_or_buffer_names_no_ema: NameFilter | None = (),
+        ignore_names: NameFilter | None = (),
+        ignore_startswith_names: Collection[str] | None = (),
         allow_different_devices: bool = False,
         move_ema_to_online_device: bool = False,
         step_size_correction: StepSizeCorrection = "exact",
@@ -107,7 +107,7 @@ class AsyncPostHocEMA(PostHocEMA):
 
         self._start(model, settings, ema_model, make_sink, read=read, make_lane=make_lane)
 
-    def _synthesize(self, averager: Averager, gamma: float, target: Snapshot) -> None:
+    def _synthesize(self, averager: Averager, gamma: float, target: Snapshot) -> Sequence[str]:
         """Have the worker do it, in a process of its own, and load what it wrote."""
         arena = averager.arena
         tensors = {
@@ -125,9 +125,15 @@ class AsyncPostHocEMA(PostHocEMA):
                 run=target.run,
                 dtype="float64" if exact else "float32",
             )
-            (output,) = job.result()
+            try:
+                (output,) = job.result()
+            except WorkerError as error:
+                if error.exit_code != EXIT_DAMAGED:
+                    raise
+                raise SnapshotDamaged(str(error), path=self.snapshots.root, step=None, chunk=None) from error
             load_tensors(tensors, output.path)
         averager.schedule.load({"step": target.step, "now": target.t, "t": target.t, "updates": 1})
+        return job.warnings
 
 
 def make_lane(device: torch.device) -> Lane:

@@ -49,9 +49,9 @@ class Slot:
 
     pages: list[Tensor]  # uint8, one per chunk; touched only by the owner
     marks: dict[torch.device, list[Mark]] = field(default_factory=dict)  # per chunk: recorded after its copy
-    state: SlotState = SlotState.FREE  # guarded by SlotPool._changed
+    state: SlotState = SlotState.FREE  # guarded by SlotPool._lock
     pending: Pending | None = None  # what it carries; set by the training thread
-    unfilled: int = 0  # devices whose copies are not queued yet; guarded by SlotPool._changed
+    unfilled: int = 0  # devices whose copies are not queued yet; guarded by SlotPool._lock
     is_copied: bool = True  # every copy has finished, as far as the host knows; set by the writer, read by anybody
 
 
@@ -68,7 +68,9 @@ class SlotPool:
     """
 
     def __init__(self, layout: Layout, num_slots: int, pin: bool) -> None:
-        self._changed = threading.Condition()
+        # A lock of its own: a Condition's __enter__ is Python, and Ctrl-C inside it would leave it held for ever.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._slots = [
             Slot(
                 [
@@ -81,7 +83,7 @@ class SlotPool:
 
     def claim(self, timeout_seconds: float | None) -> Slot | None:
         """A free slot, which becomes FILLING; None if there was none in time (0: do not wait)."""
-        with self._changed:
+        with self._lock:
             if not self._changed.wait_for(lambda: self._free() is not None, timeout_seconds):
                 return None
             slot = self._free()
@@ -91,13 +93,13 @@ class SlotPool:
 
     def expect(self, slot: Slot, pending: Pending, marks: Mapping[torch.device, list[Mark]]) -> None:
         """Note what a slot will carry, and from which devices."""
-        with self._changed:
+        with self._lock:
             self._check(slot, SlotState.FILLING)
             slot.pending, slot.marks, slot.unfilled = pending, dict(marks), len(marks)
 
     def filled(self, slot: Slot) -> bool:
         """One device's copies are queued; True, and the slot is SEALED, if that was the last one."""
-        with self._changed:
+        with self._lock:
             self._check(slot, SlotState.FILLING)
             slot.unfilled -= 1
             if slot.unfilled == 0:
@@ -106,30 +108,30 @@ class SlotPool:
 
     def abandon(self, slot: Slot) -> None:
         """Give a slot back whose copies could not be queued; doing so for each device does no harm."""
-        with self._changed:
+        with self._lock:
             if slot.state is SlotState.FILLING:
                 self._free_again(slot)
 
     def release(self, slot: Slot) -> None:
         """Give a slot back whose file is committed or given up."""
-        with self._changed:
+        with self._lock:
             self._check(slot, SlotState.SEALED)
             self._free_again(slot)
 
     def wait_idle(self, timeout_seconds: float | None) -> list[int]:
         """Wait until every slot is free; the steps that are still on their way when the time is up."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: not self._busy(), timeout_seconds)
             return [slot.pending.stamp.step for slot in self._busy() if slot.pending is not None]
 
     def reading(self, device: torch.device) -> list[Slot]:
         """Slots whose copies may still be reading averages on a device."""
-        with self._changed:
+        with self._lock:
             return [slot for slot in self._busy() if not slot.is_copied and device in slot.marks]
 
     def num_busy(self) -> int:
         """Snapshots that are on their way."""
-        with self._changed:
+        with self._lock:
             return len(self._busy())
 
     def _busy(self) -> list[Slot]:

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from nitrous_ema.async_.launch import Job, Output, launch
+from nitrous_ema.async_.launch import EXIT_DAMAGED, WARNING, Job, Output, launch
 from nitrous_ema.errors import NitrousError, SnapshotDamaged, SnapshotNotFound
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Job", "Output", "launch", "main", "parse_bytes", "parse_lengths"]
 
-EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_DAMAGED, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -241,7 +241,7 @@ def _tell_plan(options: argparse.Namespace, plan: Plan) -> None:
     if unrelated:
         _say(f"left out unrelated runs (--run takes one of them): {', '.join(unrelated)}")
     for warning in plan.report.warnings:
-        _say(f"warning: {warning}")
+        sys.stderr.write(f"{WARNING}{warning}\n")
 
 
 def _give_way(when: str, trainer: Mapping[str, str | int | float]) -> None:

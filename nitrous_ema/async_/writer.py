@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+import psutil
 import torch
 
 from nitrous_ema.arena import Arena
@@ -55,7 +56,7 @@ class WritePolicy:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}.")
-        if not self.wait_timeout > 0:
+        if not isinstance(self.wait_timeout, (int, float)) or not self.wait_timeout > 0:
             raise ValueError(f"wait_timeout is {self.wait_timeout!r}; expected a positive number of seconds.")
         for name, expected in (("on_full", ("wait", "skip", "raise")), ("on_error", ("raise", "warn"))):
             if getattr(self, name) not in expected:
@@ -183,6 +184,12 @@ class BackgroundSink:
 
 def _make_pool(layout: Layout, num_slots: int, pin: bool) -> SlotPool:
     needed = f"{num_slots} snapshots (max_pending) of {layout.data_bytes / 2**20:.1f} MiB each"
+    available = psutil.virtual_memory().available
+    if num_slots * layout.data_bytes > available:
+        raise NitrousError(
+            f"No host memory for {needed}: {available / 2**20:.1f} MiB are available. Lower max_pending, or store "
+            "averages in half the bytes (checkpoint_dtype=torch.float16)."
+        )
     if pin:
         try:
             return SlotPool(layout, num_slots, pin=True)

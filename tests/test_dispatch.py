@@ -1,0 +1,63 @@
+"""What an update puts on the lanes, and how failures come back; orders and bits are in test_async_equality.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nitrous_ema import AsyncPostHocEMA, NitrousError, PostHocEMA
+
+
+def divide_by_zero() -> None:
+    raise ZeroDivisionError("division by zero")
+
+
+@pytest.fixture
+def ema(tmp_path):
+    service = AsyncPostHocEMA(nn.Linear(3, 2), checkpoint_folder=tmp_path)
+    service.update()
+    yield service
+    with pytest.raises(NitrousError, match="averaging failed"):
+        service.close(timeout=20)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda ema: ema.state_dict(),
+        lambda ema: ema.ema_models[0].ema_model,
+        lambda ema: ema.copy_params_from_ema_to_model(),
+        lambda ema: ema.average_parameters().__enter__(),
+    ],
+    ids=["state_dict", "ema_model", "copy_to_model", "average_parameters"],
+)
+def test_failure_of_the_work_that_a_reader_waits_for_reaches_that_reader(ema, read):
+    (lane,) = ema._averager._dispatch.lanes()
+    lane.run(divide_by_zero)
+    with pytest.raises(NitrousError, match="averaging failed"):
+        read(ema)
+
+
+def test_tensor_added_to_a_submodule_that_came_later_is_told(tmp_path):
+    net = nn.Sequential(nn.Linear(3, 2))
+    ema = PostHocEMA(net, checkpoint_folder=tmp_path, update_every=1)
+    ema.update()
+    net.add_module("head", nn.Linear(2, 2))
+    with pytest.warns(UserWarning, match=r"'head.weight' and 1 more"):
+        ema.update()
+    ema.update()  # once
+
+
+def test_frozen_part_made_in_inference_mode_is_averaged_in_the_background(tmp_path):
+    with torch.inference_mode():
+        frozen = nn.Linear(3, 3)
+    net = nn.Sequential(frozen.requires_grad_(False), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(net[1].parameters(), lr=0.1)
+    with AsyncPostHocEMA(net, checkpoint_folder=tmp_path) as ema:
+        for _ in range(3):
+            with torch.no_grad():
+                net[1].weight.grad = torch.ones(2, 3)
+            optimizer.step()
+            ema.update()
+        assert torch.equal(ema.state_dict()["ema_models.0.ema_model.0.weight"], frozen.weight)
