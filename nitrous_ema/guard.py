@@ -107,7 +107,7 @@ class Guard:
         with self._lock:
             if self._reading and not self.copies:
                 self._notice_writes()
-                self._versions = [tensor._version for tensor in self._tensors]  # what was noticed is told once
+                self._versions = [_version(tensor) for tensor in self._tensors]  # what was noticed is told once
                 if not (self._mistake or self._writer_is_known or self._optimizer_exists()):
                     self._mistake, self._mistaken_name = (
                         "update() was called again with neither an optimizer step nor fence() in between, and no torch "
