@@ -96,9 +96,7 @@ def _demo(arguments: Sequence[str]) -> int:
 def _synthesize(arguments: Sequence[str]) -> int:
     from nitrous_ema.async_ import synthesize_worker
 
-    # As `python -m` of the worker does, before numpy is imported: one thread per product, so that no bit of the
-    # result depends on the number of cores.
-    os.environ.update(OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", OMP_NUM_THREADS="1")
+    synthesize_worker.use_one_thread_per_product()
     return synthesize_worker.main(arguments)
 
 

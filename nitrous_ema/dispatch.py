@@ -20,6 +20,7 @@ from nitrous_ema.step import GroupStep
 from nitrous_ema.tracked import TORCH_DTYPES
 
 BeforeWrite = Callable[[int, int], None]
+Ranges = Callable[[int, int], Iterator[Span]]
 
 
 class Dispatch:
@@ -73,11 +74,11 @@ class Dispatch:
         layout = self._arena.layout
         for group, step in zip(self._arena.groups, self._steps, strict=True):
             sources = step.sources([read[tensor.tracked.name] for tensor in group.tensors])
-            before_write = self._before_write(group.device, _average_ranges(layout, group))
+            before_write = self._before_write(group.device, partial(_average_ranges, layout, group))
             self.lane(group.device).run(partial(step.run, sources, weights, before_write))
         for copies in self._arena.copy_groups:
             values = [read[tracked.name] for tracked, _, _ in copies.tensors]
-            before_write = self._before_write(copies.device, _copied_ranges(layout, copies))
+            before_write = self._before_write(copies.device, partial(_copied_ranges, layout, copies))
             self.lane(copies.device).run(partial(_keep, copies, values, before_write))
 
     def order_caller(self) -> None:
@@ -123,16 +124,19 @@ class Dispatch:
             self._copied_for = live, copy_all
         return self._copied
 
-    def _before_write(self, device: torch.device, ranges: Callable[[int, int], Iterator[Span]]) -> BeforeWrite | None:
-        """What orders the lane's writes after snapshot copies that are still reading there; None if there are none."""
+    def _before_write(self, device: torch.device, make_ranges: Callable[[], Ranges]) -> BeforeWrite | None:
+        """What orders the lane's writes after snapshot copies that are still reading there; None if there are none.
+
+        That is nearly always, so where they would write is looked up only then.
+        """
         for sink in self.sinks:
             order = sink.writes_order(device)
             if order is not None:
-                return partial(_order_ranges, order, ranges)
+                return partial(_order_ranges, order, make_ranges())
         return None
 
 
-def _average_ranges(layout: Layout, group: Group) -> Callable[[int, int], Iterator[Span]]:
+def _average_ranges(layout: Layout, group: Group) -> Ranges:
     """Where elements of a group lie in the file's data, in every profile."""
     item_bytes = TORCH_DTYPES[layout.checkpoint_dtype].itemsize
     permuted = [tensor for tensor in group.tensors if _is_permuted(tensor)]
@@ -153,7 +157,7 @@ def _is_permuted(tensor: AveragedTensor) -> bool:
     return not tensor.is_row_major
 
 
-def _copied_ranges(layout: Layout, copies: CopyGroup) -> Callable[[int, int], Iterator[Span]]:
+def _copied_ranges(layout: Layout, copies: CopyGroup) -> Ranges:
     """Where bytes of a group of copied tensors lie in the file's data."""
     first = layout.sections[-1].begin + layout.padding_bytes + copies.begin
 
@@ -163,7 +167,7 @@ def _copied_ranges(layout: Layout, copies: CopyGroup) -> Callable[[int, int], It
     return ranges
 
 
-def _order_ranges(order: BeforeWrite, ranges: Callable[[int, int], Iterator[Span]], begin: int, end: int) -> None:
+def _order_ranges(order: BeforeWrite, ranges: Ranges, begin: int, end: int) -> None:
     for span in ranges(begin, end):
         order(span.begin, span.end)
 

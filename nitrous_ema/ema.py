@@ -74,9 +74,7 @@ class KarrasEMA(Averages):
         averager = Averager(
             model,
             TrackingPolicy(
-                copied=() if param_or_buffer_names_no_ema is None else param_or_buffer_names_no_ema,
-                skipped=() if ignore_names is None else ignore_names,
-                skipped_prefixes=() if ignore_startswith_names is None else ignore_startswith_names,
+                copied=param_or_buffer_names_no_ema, skipped=ignore_names, skipped_prefixes=ignore_startswith_names
             ),
             AveragingPolicy(
                 gammas=gammas,

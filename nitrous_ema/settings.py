@@ -84,9 +84,9 @@ class Settings:
     def tracking(self) -> TrackingPolicy:
         """Which tensors leave the default role."""
         return TrackingPolicy(
-            copied=() if self.param_or_buffer_names_no_ema is None else self.param_or_buffer_names_no_ema,
-            skipped=() if self.ignore_names is None else self.ignore_names,
-            skipped_prefixes=() if self.ignore_startswith_names is None else self.ignore_startswith_names,
+            copied=self.param_or_buffer_names_no_ema,
+            skipped=self.ignore_names,
+            skipped_prefixes=self.ignore_startswith_names,
         )
 
 

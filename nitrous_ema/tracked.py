@@ -133,11 +133,11 @@ class TrackedTensor:
 class TrackingPolicy:
     """Which tensors leave the default role, by canonical name; names as the wrapped model has them are understood."""
 
-    copied: NameFilter = ()
+    copied: NameFilter | None = ()
     """Copied at each update instead of averaged (``param_or_buffer_names_no_ema``)."""
-    skipped: NameFilter = ()
+    skipped: NameFilter | None = ()
     """Left out entirely (``ignore_names``)."""
-    skipped_prefixes: Collection[str] = ()
+    skipped_prefixes: Collection[str] | None = ()
     """Left out entirely if the name starts with one of these (``ignore_startswith_names``)."""
 
     def __post_init__(self) -> None:
@@ -148,7 +148,7 @@ class TrackingPolicy:
         ):
             if isinstance(given, str):
                 raise TypeError(f"{argument} is the string {given!r}; expected a collection of names: [{given!r}].")
-            if not (callable(given) or isinstance(given, Iterable)):
+            if not (given is None or callable(given) or isinstance(given, Iterable)):
                 raise TypeError(f"{argument} is {given!r}; expected names, or () for none.")
 
 
@@ -328,14 +328,14 @@ def _own_tensors(module: Module) -> Iterator[tuple[str, Tensor, bool, bool]]:
             yield attribute, buffer, False, attribute not in module._non_persistent_buffers_set
 
 
-def _matches(names: NameFilter, found: _Found) -> bool:
+def _matches(names: NameFilter | None, found: _Found) -> bool:
     if callable(names):
         return names(found.keys[0])
-    return any(name in names for name in found.names())
+    return any(name in (names or ()) for name in found.names())
 
 
 def _is_skipped(found: _Found, policy: TrackingPolicy) -> bool:
-    prefixes = tuple(policy.skipped_prefixes)
+    prefixes = tuple(policy.skipped_prefixes or ())
     return _matches(policy.skipped, found) or any(name.startswith(prefixes) for name in found.names())
 
 
@@ -389,10 +389,10 @@ def _check_filters(policy: TrackingPolicy, found: list[_Found]) -> None:
             if not any(given(each.keys[0]) for each in found):
                 raise ValueError(f"{argument}: the function matches none of the model's {len(found)} tensors.")
         else:
-            for name in given:
+            for name in given or ():
                 if name not in names:
                     raise ValueError(_no_match(argument, name, names))
-    for prefix in policy.skipped_prefixes:
+    for prefix in policy.skipped_prefixes or ():
         if not any(name.startswith(prefix) for name in names):
             raise ValueError(_no_match("ignore_startswith_names", prefix, names))
 

@@ -370,7 +370,11 @@ def _failed(why: str, status: int) -> int:
     return status
 
 
-if __name__ == "__main__":
-    # One thread per product of tiles: results then do not depend on the number of cores. Read when numpy is imported.
+def use_one_thread_per_product() -> None:
+    """Make results independent of the number of cores. To be called before numpy is imported, which reads this."""
     os.environ.update(OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", OMP_NUM_THREADS="1")
+
+
+if __name__ == "__main__":
+    use_one_thread_per_product()
     sys.exit(main())
