@@ -29,6 +29,7 @@ TIMEOUT_SECONDS = 30
 MOST_STEPS = 60
 EVERY_STEPS = 3
 KILLS_PER_FOLDER = 20
+MOST_RUNS_PER_KILL = 10
 
 
 class Deadly(FileSystem):
@@ -217,20 +218,22 @@ def _wait(child: int) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.crash.kills", description=__doc__)
-    parser.add_argument("--kills", type=int, default=400, help="runs to kill")
+    parser.add_argument("--kills", type=int, default=400, help="runs to kill; runs that end before that are not counted")
     parser.add_argument("--seed", type=int, default=None, help="of a campaign to repeat (moments of kills still vary)")
     options = parser.parse_args(argv)
     seed = random.randrange(10**9) if options.seed is None else options.seed
     chance = random.Random(seed)
     torch.set_num_threads(1)
     torch.compiler.disable(lambda: None)  # imports for seconds when first used: here, once, and not in every run
-    killed = orphans = incomplete = promised = listed = 0
+    killed = started = orphans = incomplete = promised = listed = 0
     with tempfile.TemporaryDirectory() as parent:
         expected = run_undisturbed(Path(parent) / "undisturbed")
-        for first in range(0, options.kills, KILLS_PER_FOLDER):
-            campaign = Campaign(Path(parent) / f"folder-{first}", expected)
-            for _ in range(min(KILLS_PER_FOLDER, options.kills - first)):
+        while killed < options.kills:
+            campaign = Campaign(Path(parent) / f"folder-{started}", expected)
+            most = min(options.kills, killed + KILLS_PER_FOLDER)
+            while killed < most and started < MOST_RUNS_PER_KILL * options.kills:
                 killed += kill_one(campaign, chance)
+                started += 1
             store = SnapshotStore(campaign.root)
             check_folder(campaign, store.runs())
             _expect(store.verify() == [], f"verify() says {store.verify()}")
@@ -238,8 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             incomplete += len(store.incomplete())
             promised += len(campaign.promised)
             listed += len(list(campaign.root.glob("step-*/rank-*")))
+            _expect(killed >= most, f"only {killed} of {started} runs could be killed before they ended, seed {seed}")
     print(
-        f"{killed} of {options.kills} runs killed in time, seed {seed}: {listed} snapshots, all whole; "
+        f"{killed} of {started} runs killed, seed {seed}: {listed} snapshots, all whole; "
         f"{promised} of them acknowledged, none lost; {incomplete} unfinished ones passed over, "
         f"{orphans} temporary files left"
     )
