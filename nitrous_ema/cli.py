@@ -18,7 +18,8 @@ from nitrous_ema import __version__
 from nitrous_ema.errors import NitrousError, SnapshotDamaged, SnapshotError, SnapshotNotFound
 
 if TYPE_CHECKING:
-    from nitrous_ema.snapshots.store import Problem, Snapshot, SnapshotStore
+    from nitrous_ema.snapshots.snapshot import Problem, Snapshot
+    from nitrous_ema.snapshots.store import SnapshotStore
 
 EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_DAMAGED, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 

@@ -23,7 +23,8 @@ from nitrous_ema.pipeline import InlineLane, InlineSink, Lane, Sink, neutral_mod
 from nitrous_ema.schedule import StepSizeCorrection
 from nitrous_ema.settings import Settings, profiles
 from nitrous_ema.snapshots.format import Layout
-from nitrous_ema.snapshots.store import Snapshot, SnapshotStore
+from nitrous_ema.snapshots.snapshot import Snapshot
+from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis import plan_from_store, stream, stream_copied
 from nitrous_ema.tracked import NameFilter, TrackingPolicy
 

@@ -11,7 +11,8 @@ import torch
 
 from nitrous_ema.profile import sigma_rel_to_gamma
 from nitrous_ema.snapshots.format import Layout, Stamp, TensorRecord, new_run_id
-from nitrous_ema.snapshots.store import Snapshot, SnapshotStore
+from nitrous_ema.snapshots.snapshot import Snapshot
+from nitrous_ema.snapshots.store import SnapshotStore
 
 TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EPOCH = datetime(2026, 1, 1, tzinfo=timezone.utc)

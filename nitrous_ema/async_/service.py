@@ -23,7 +23,8 @@ from nitrous_ema.pipeline import InlineLane, Lane
 from nitrous_ema.schedule import StepSizeCorrection
 from nitrous_ema.settings import Settings
 from nitrous_ema.snapshots.format import Layout
-from nitrous_ema.snapshots.store import Snapshot, SnapshotStore
+from nitrous_ema.snapshots.snapshot import Snapshot
+from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.tracked import NameFilter
 
 

@@ -2,7 +2,8 @@
 
 from nitrous_ema.snapshots.files import FileSystem
 from nitrous_ema.snapshots.format import Entry, Header, Layout, Span, Stamp, TensorRecord, new_run_id
-from nitrous_ema.snapshots.store import Incomplete, Problem, Snapshot, SnapshotStore
+from nitrous_ema.snapshots.snapshot import Incomplete, Problem, Snapshot
+from nitrous_ema.snapshots.store import SnapshotStore
 
 __all__ = [
     "Entry",

@@ -1,148 +1,46 @@
-"""The folder of snapshots: what is in it, which of it belongs together, and how something new gets in.
+"""The folder of snapshots: what is in it, and which of it belongs together.
 
-A snapshot's life on disk, per rank; no step waits for another rank:
+What a reader finds at each moment of a write stands in ``commit``.
 
-step of ``write``                                  after a crash here, a reader finds
-make the snapshot's folder                         an empty folder: incomplete
-create a name that starts with a dot (O_EXCL)      the same; nobody looks at such names
-preallocate, write chunks, write header            the same, whatever part of it reached the disk
-fsync the file, once, and close it                 the same
-rename to the final name                           nothing yet, or a whole file: its bytes are durable already
-fsync the snapshot's folder, then ROOT             a whole file
-return                                             a whole file: this is the promise
-
-S1  Nothing has its final name before its bytes are durable.     test_file_is_durable_before_it_has_its_name
-S2  Nothing is acknowledged before its name is durable.          test_write_returns_after_both_folders_are_durable
-S3  A descriptor is never fsynced twice, and nothing of a failed test_failed_call_is_answered_by_one_whole_new_file
-    file is used: after a failed fsync the system may have dropped
-    the bytes and call them clean. The file is written again, once,
-    under a new temporary name.
-S4  A final name is never overwritten, not by a race either: the test_name_taken_during_the_write_is_not_overwritten
-    rename itself refuses (``renameat2``). Where a file system lacks
-    that, the name is looked up just before the rename; run ids are
-    random, so only a copy of the same process could step between.
-    A hard link would refuse as well, but fewer file systems have
-    them, and a crash between link and unlink leaves a second name.
 S5  Readers only read: no call of theirs creates or changes a name.  test_reading_changes_nothing_on_disk
 
-Longer than the house's 300 lines because what a reader counts as a snapshot and what a writer leaves behind in each of
-these moments are two sides of one rule.
+Longer than the house's 300 lines: what counts as a snapshot, and what belongs together, is one rule.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
-import secrets
 import stat
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from nitrous_ema.errors import (
-    SnapshotDamaged,
-    SnapshotError,
-    SnapshotMismatch,
-    SnapshotNotFound,
-    SnapshotWriteError,
-)
-from nitrous_ema.snapshots.files import FileSystem, read_fully, write_fully
+from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotNotFound
+from nitrous_ema.snapshots.commit import Committer
+from nitrous_ema.snapshots.files import FileSystem, read_fully
 from nitrous_ema.snapshots.format import (
     Header,
     Layout,
     Lineage,
-    Span,
     Stamp,
     damaged,
     decode_header,
-    encode_header,
     folder_name,
-    header_bytes,
     header_end,
     parse_folder_name,
     parse_rank_file_name,
     rank_file_name,
 )
+from nitrous_ema.snapshots.snapshot import Incomplete, Problem, Snapshot
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-_log = logging.getLogger(__name__)
-
-_Filled = TypeVar("_Filled")
-
 _READ_BYTES = 4 * 2**20
-_NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT))
-_UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
 _NO_FAULT_OF_THE_FILE = frozenset((errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """A committed snapshot: enough to read any part of it at its position."""
-
-    paths: tuple[Path, ...]
-    """One file per rank. A snapshot that ``write`` returned has only the file of the writing rank."""
-    headers: tuple[Header, ...]
-    """What each of these files says about itself."""
-
-    @property
-    def stamp(self) -> Stamp:
-        """Step, time, run and lineage; those of the first file."""
-        return self.headers[0].stamp
-
-    @property
-    def layout(self) -> Layout:
-        """Tensors and profiles, and where they lie."""
-        return self.headers[0].layout
-
-    @property
-    def step(self) -> int:
-        """Number of update() calls before it."""
-        return self.stamp.step
-
-    @property
-    def t(self) -> int | float:
-        """Training time of the last update before it."""
-        return self.stamp.t
-
-    @property
-    def run(self) -> str:
-        """Run that wrote it."""
-        return self.stamp.run
-
-    @property
-    def data_begin(self) -> int:
-        """Position in the first file of its layout's position 0."""
-        return self.headers[0].data_begin
-
-    @property
-    def bytes(self) -> int:
-        """Size of all its files."""
-        return sum(header.file_bytes for header in self.headers)
-
-
-@dataclass(frozen=True, slots=True)
-class Incomplete:
-    """A snapshot's folder without a snapshot: still being written, or never finished."""
-
-    path: Path
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What ``verify`` found wrong with one file."""
-
-    path: Path
-    step: int
-    chunk: int | None
-    """Index of the chunk with the wrong checksum; None where something else is wrong."""
-    message: str
 
 
 class SnapshotStore:
@@ -156,6 +54,7 @@ class SnapshotStore:
     def __init__(self, root: str | os.PathLike[str], *, files: FileSystem | None = None) -> None:
         self.root = Path(root).absolute()  # stays the same folder when the process changes its own
         self.files = files or FileSystem()
+        self._committer = Committer(self.root, self.files)
 
     # Reading
 
@@ -261,18 +160,7 @@ class SnapshotStore:
         Raises:
             SnapshotError: It cannot be done; says why, and what to do.
         """
-        try:
-            self._make_root()
-            probe = self.root / f".probe-{os.getpid()}-{secrets.token_hex(8)}"
-            descriptor = self.files.open_exclusive(probe)
-            try:
-                self._finish(descriptor, lambda: write_fully(self.files, descriptor, b"probe", 0))
-            finally:
-                self.files.unlink(probe)
-        except OSError as error:
-            raise SnapshotError(
-                f"Snapshots cannot be written to {self.root}: {error}. {_remedy(error)}", path=self.root
-            ) from error
+        self._committer.prepare()
 
     def write(self, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]) -> Snapshot:
         """Write one rank's file and return when it is durable under its final name. Blocks; safe from any thread.
@@ -291,21 +179,7 @@ class SnapshotStore:
                 a temporary name, as far as the disk allowed.
             RuntimeError: ``chunks`` does not give what the layout says (our bug).
         """
-        final = self.root / folder_name(stamp.step, stamp.run) / rank_file_name(stamp.rank, stamp.world_size)
-        try:
-            self._make_folder(final.parent)
-            if self.files.exists(final):
-                raise _taken(final, stamp.step)
-            header = self._write_file(final, layout, stamp, chunks)
-        except OSError as error:
-            raise _write_error(final, stamp.step, f"was not written: {error}", error) from error
-        try:
-            self._sync_folder(final.parent)
-            self._sync_folder(self.root)
-        except OSError as error:
-            what = f"is whole, but its name may be lost if the machine stops: {error}"
-            raise _write_error(final, stamp.step, what, error) from error
-        return Snapshot(paths=(final,), headers=(header,))
+        return self._committer.write(layout, stamp, chunks)
 
     def close_run(self, run: str) -> None:
         """Note durably that this run writes no more snapshots. Doing it again changes nothing.
@@ -313,109 +187,7 @@ class SnapshotStore:
         Raises:
             SnapshotError: The note could not be written.
         """
-        note = self.root / f"closed-{run}"
-        try:
-            with contextlib.suppress(FileExistsError):
-                descriptor = self.files.open_exclusive(note)
-                self._finish(descriptor, lambda: None)
-            self._sync_folder(self.root)
-        except OSError as error:
-            raise SnapshotError(f"{note} could not be written: {error}. {_remedy(error)}", path=note) from error
-
-    def _write_file(
-        self, final: Path, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]
-    ) -> Header:
-        try:
-            return self._attempt(final, layout, stamp, chunks)
-        except OSError as error:
-            _log.warning("%s could not be written (%s); writing it once more, as a new file", final, error)
-            first = error
-        try:
-            return self._attempt(final, layout, stamp, chunks)
-        except OSError as error:
-            what = f"was not written: {error}; nor the first time: {first}"
-            raise _write_error(final, stamp.step, what, error) from error
-
-    def _attempt(
-        self, final: Path, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]
-    ) -> Header:
-        temporary = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(8)}")
-        descriptor = self.files.open_exclusive(temporary)
-        try:
-            header = self._finish(descriptor, lambda: self._fill(descriptor, layout, stamp, chunks))
-            self._publish(temporary, final, stamp.step)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                self.files.unlink(temporary)
-            raise
-        return header
-
-    def _finish(self, descriptor: int, fill: Callable[[], _Filled]) -> _Filled:
-        """Fill, fsync and close a file, in this order; it is closed in any case, and both may report its failure."""
-        try:
-            filled = fill()
-            self.files.fsync(descriptor)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                self.files.close(descriptor)
-            raise
-        self.files.close(descriptor)
-        return filled
-
-    def _fill(
-        self, descriptor: int, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]
-    ) -> Header:
-        data_begin = header_bytes(layout, stamp)
-        file_bytes = data_begin + layout.data_bytes
-        try:
-            self.files.preallocate(descriptor, file_bytes)
-        except OSError as error:
-            if error.errno in _NO_SPACE:
-                raise
-        crc32 = []
-        for span, view in _matched(layout, chunks()):
-            crc32.append(zlib.crc32(view))
-            write_fully(self.files, descriptor, view, data_begin + span.begin)
-        write_fully(self.files, descriptor, encode_header(layout, stamp, crc32), 0)
-        return Header(layout=layout, stamp=stamp, crc32=tuple(crc32), data_begin=data_begin, file_bytes=file_bytes)
-
-    def _publish(self, temporary: Path, final: Path, step: int) -> None:
-        try:
-            self.files.rename_new(temporary, final)
-        except FileExistsError as error:
-            raise _taken(final, step) from error
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-            if self.files.exists(final):
-                raise _taken(final, step) from error
-            self.files.rename(temporary, final)
-
-    def _make_folder(self, folder: Path) -> None:
-        with contextlib.suppress(FileExistsError):
-            self.files.make_folder(folder)
-
-    def _make_root(self) -> None:
-        """Make ROOT and its parents if need be, and their names durable in any case."""
-        folders = (*reversed(self.root.parents), self.root)
-        there = [folder for folder in folders if self.files.exists(folder)]
-        for folder in folders[len(there) :]:
-            self._make_folder(folder)
-            self._sync_folder(folder.parent)
-        for folder in there[1:]:
-            # Whoever made it may have been killed before the fsync, or be a rank that has not come to it yet. Most are
-            # much older, and not everybody may open what lies above them.
-            with contextlib.suppress(OSError):
-                self.files.fsync_folder(folder.parent)
-
-    def _sync_folder(self, folder: Path) -> None:
-        try:
-            self.files.fsync_folder(folder)
-        except OSError as error:
-            # Some network file systems have no such operation: their names are durable when the call that makes them
-            # returns, or never; either way nothing more can be done.
-            if error.errno not in _UNSUPPORTED:
-                raise
+        self._committer.close_run(run)
 
     # Looking at folders
 
@@ -588,24 +360,6 @@ class SnapshotStore:
         return crc32
 
 
-def _matched(layout: Layout, buffers: Iterable[ReadableBuffer]) -> Iterator[tuple[Span, memoryview]]:
-    """The layout's chunks with their bytes, checked."""
-    count = 0
-    for count, buffer in enumerate(buffers, start=1):
-        view = memoryview(buffer)
-        span = layout.chunks[count - 1] if count <= len(layout.chunks) else Span(0, 0)
-        if not view.c_contiguous or view.nbytes != span.end - span.begin:
-            raise RuntimeError(
-                f"Buffer {count - 1} of {len(layout.chunks)} has {view.nbytes} bytes, {view.c_contiguous=}; "
-                f"expected {span.end - span.begin} contiguous bytes. This is a bug in nitrous_ema, please report it."
-            )
-        yield span, view.cast("B")
-    if count != len(layout.chunks):
-        raise RuntimeError(
-            f"{count} buffers for {len(layout.chunks)} chunks. This is a bug in nitrous_ema, please report it."
-        )
-
-
 def _members(lineage: Lineage, folders: dict[str, dict[int, Path]]) -> list[tuple[int, Path]]:
     """Steps and folders of a history, the youngest run first."""
     return [
@@ -636,26 +390,3 @@ def _disagreement(headers: tuple[Header, ...]) -> str | None:
             if found != expected:
                 return f"ranks 0 and {rank} disagree on {name}: {expected} and {found}"
     return None
-
-
-def _write_error(final: Path, step: int, what: str, cause: OSError) -> SnapshotWriteError:
-    return SnapshotWriteError(f"{final} {what}. {_remedy(cause)}", path=final, step=step)
-
-
-def _taken(final: Path, step: int) -> SnapshotWriteError:
-    return SnapshotWriteError(
-        f"{final} exists already, and a snapshot is never overwritten. Every run has names of its own: "
-        "two objects seem to write with one run id.",
-        path=final,
-        step=step,
-    )
-
-
-def _remedy(error: OSError) -> str:
-    if error.errno in _NO_SPACE:
-        return "Free some space there, or choose another folder."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "Allow this user to write there, or choose another folder."
-    if error.errno in (errno.EEXIST, errno.ENOTDIR):
-        return "Something that is not a folder has this name: choose another folder."
-    return "Check the disk and the folder, or choose another folder."

@@ -14,7 +14,8 @@ from nitrous_ema.errors import SnapshotError, SnapshotMismatch
 from nitrous_ema.posthoc import SynthesisReport, solve_weights, synthesis_report
 from nitrous_ema.profile import gamma_to_sigma_rel, sigma_rel_to_gamma
 from nitrous_ema.snapshots.format import Layout, Lineage, TensorRecord
-from nitrous_ema.snapshots.store import Snapshot, SnapshotStore
+from nitrous_ema.snapshots.snapshot import Snapshot
+from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis.sources import FileSource, Moment, Source
 
 

@@ -376,7 +376,7 @@ def check_taken_name(subject: Subject, folder: Path) -> None:
     player = Player(subject, Disk())
     player.store = subject.store.SnapshotStore(folder, files=subject.files.FileSystem())
     names = iter("0011")
-    subject.store.secrets.token_hex = lambda size_bytes: next(names)
+    subject.commit.secrets.token_hex = lambda size_bytes: next(names)
     player.store.prepare()
     foreign = folder / f"step-000000000010-{runs.A}" / f".rank-00000-of-00001.safetensors.{subject.store.os.getpid()}-0"
     foreign.parent.mkdir()

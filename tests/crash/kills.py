@@ -218,7 +218,7 @@ def _wait(child: int) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.crash.kills", description=__doc__)
-    parser.add_argument("--kills", type=int, default=400, help="runs to kill; runs that end before that are not counted")
+    parser.add_argument("--kills", type=int, default=400, help="runs to kill, not counting those that end before")
     parser.add_argument("--seed", type=int, default=None, help="of a campaign to repeat (moments of kills still vary)")
     options = parser.parse_args(argv)
     seed = random.randrange(10**9) if options.seed is None else options.seed

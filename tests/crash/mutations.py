@@ -28,7 +28,7 @@ from tests.crash.checks import (
 )
 from tests.crash.subject import Edits, load_modules, load_subject
 
-STORE, FORMAT, FILES = "snapshots.store", "snapshots.format", "snapshots.files"
+COMMIT, STORE, FORMAT, FILES = (f"snapshots.{name}" for name in ("commit", "store", "format", "files"))
 SOURCES, WRITER = "synthesis.sources", "async_.writer"
 _SEEDS = {"twins": range(8), "twins without renameat2": range(8), runs.KILLED: (1, 3, 18)}
 _SHALLOW = Depth(subsets=128, samples=2, second_crash_of=1000)
@@ -153,46 +153,50 @@ _LOOKUP = """\
 _TEMPORARY = 'temporary = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(8)}")'
 
 
+def _in_commit(missing: str, seen_by: str, *changes: tuple[str, str]) -> Mutation:
+    return Mutation(missing, seen_by, {COMMIT: changes})
+
+
 def _in_store(missing: str, seen_by: str, *changes: tuple[str, str]) -> Mutation:
     return Mutation(missing, seen_by, {STORE: changes})
 
 
 # fmt: off
 MUTATIONS: Sequence[Mutation] = (
-    _in_store("fsync of the file", "one rank", (_FSYNC, "")),
-    _in_store("fsync of the snapshot's folder", "one rank", (_BOTH_FOLDERS, _BOTH_FOLDERS.splitlines(True)[1])),
-    _in_store("fsync of ROOT", "one rank", (_BOTH_FOLDERS, _BOTH_FOLDERS.splitlines(True)[0])),
-    _in_store("fsync of ROOT's parents", "one rank", ("            self._sync_folder(folder.parent)\n", "")),
-    _in_store("fsync of those parents that are there already", runs.KILLED,
+    _in_commit("fsync of the file", "one rank", (_FSYNC, "")),
+    _in_commit("fsync of the snapshot's folder", "one rank", (_BOTH_FOLDERS, _BOTH_FOLDERS.splitlines(True)[1])),
+    _in_commit("fsync of ROOT", "one rank", (_BOTH_FOLDERS, _BOTH_FOLDERS.splitlines(True)[0])),
+    _in_commit("fsync of ROOT's parents", "one rank", ("            self._sync_folder(folder.parent)\n", "")),
+    _in_commit("fsync of those parents that are there already", runs.KILLED,
         ("                self.files.fsync_folder(folder.parent)\n", "                pass\n")),
-    _in_store(
+    _in_commit(
         "fsync of ROOT after the note that a run is closed",
         "one rank",
         ("                self._finish(descriptor, lambda: None)\n            self._sync_folder(self.root)\n",
          "                self._finish(descriptor, lambda: None)\n"),
     ),
-    _in_store(
+    _in_commit(
         "a failed fsync of a folder is told",
         "fsync of ROOT fails",
-        ("            if error.errno not in _UNSUPPORTED:\n                raise\n\n    # Look",
-         "            pass\n\n    # Look"),
+        ("            if error.errno not in _UNSUPPORTED:\n                raise\n\n\ndef _matched",
+         "            pass\n\n\ndef _matched"),
     ),
-    _in_store("a temporary name, and the rename", "one rank", (_TEMPORARY, "temporary = final"), (
+    _in_commit("a temporary name, and the rename", "one rank", (_TEMPORARY, "temporary = final"), (
         "            self._publish(temporary, final, stamp.step)\n", "")),
-    _in_store("rename after the fsync", "one rank", (_FINISH_AND_PUBLISH, """\
+    _in_commit("rename after the fsync", "one rank", (_FINISH_AND_PUBLISH, """\
             def fill():
                 header = self._fill(descriptor, layout, stamp, chunks)
                 self._publish(temporary, final, stamp.step)
                 return header
             header = self._finish(descriptor, fill)
 """)),
-    _in_store("no fsync after a failed one", "fsync fails once", (_FSYNC, """\
+    _in_commit("no fsync after a failed one", "fsync fails once", (_FSYNC, """\
             try:
                 self.files.fsync(descriptor)
             except OSError:
                 self.files.fsync(descriptor)
 """)),
-    _in_store("a new file after a failed fsync", "fsync fails once", (_FILL_AND_FSYNC, """\
+    _in_commit("a new file after a failed fsync", "fsync fails once", (_FILL_AND_FSYNC, """\
             try:
                 filled = fill()
                 self.files.fsync(descriptor)
@@ -200,27 +204,27 @@ MUTATIONS: Sequence[Mutation] = (
                 filled = fill()
                 self.files.fsync(descriptor)
 """)),
-    _in_store("one fsync, not two", "one rank", (_FSYNC, 2 * _FSYNC)),
-    _in_store("a failed close counts", "close fails once", (
+    _in_commit("one fsync, not two", "one rank", (_FSYNC, 2 * _FSYNC)),
+    _in_commit("a failed close counts", "close fails once", (
         "        self.files.close(descriptor)\n        return filled",
         "        with contextlib.suppress(OSError):\n            self.files.close(descriptor)\n        return filled")),
-    _in_store("a second attempt", "fsync fails once", ("            first = error\n", "            raise\n")),
-    _in_store("close after a failure", "fsync fails once", (_CLOSE_FAILED, """\
+    _in_commit("a second attempt", "fsync fails once", ("            first = error\n", "            raise\n")),
+    _in_commit("close after a failure", "fsync fails once", (_CLOSE_FAILED, """\
             raise
         self.files.close(descriptor)
 """)),
-    _in_store("unlink after a failure", "fsync fails once", (
+    _in_commit("unlink after a failure", "fsync fails once", (
         "                self.files.unlink(temporary)\n", "                pass\n")),
     Mutation("O_EXCL", "taken temporary name", {FILES: [("os.O_CREAT | os.O_EXCL | ", "os.O_CREAT | ")]}),
-    _in_store("a rename that does not replace", "twins", (
+    _in_commit("a rename that does not replace", "twins", (
         "self.files.rename_new(temporary", "self.files.rename(temporary")),
-    _in_store("the lookup where renames always replace", "twins without renameat2", (_LOOKUP, "")),
+    _in_commit("the lookup where renames always replace", "twins without renameat2", (_LOOKUP, "")),
     Mutation("all of a write, in as many calls as it takes", "short writes and reads", {
         FILES: [("        view, offset = view[written:], offset + written\n", "        return\n")]}),
     Mutation("all of a read, in as many calls as it takes", "short writes and reads", {
         FILES: [("        filled += count\n    return", "        filled += count\n        break\n    return")]}),
-    _in_store("header after the data", "disk that forgets, in order", (_WRITES, _HEADER_FIRST)),
-    _in_store("checksums of the chunks, written", "one rank", ("crc32.append(zlib.crc32(view))", "crc32.append(0)")),
+    _in_commit("header after the data", "disk that forgets, in order", (_WRITES, _HEADER_FIRST)),
+    _in_commit("checksums of the chunks, written", "one rank", ("crc32.append(zlib.crc32(view))", "crc32.append(0)")),
     _in_store("checksums of the chunks, compared by verify()", "flipped bits, cut and moved files", (
         "                    if found != expected:\n                        message",
         "                    if False:\n                        message")),

@@ -27,6 +27,7 @@ class Subject:
     """The modules of the store."""
 
     store: ModuleType
+    commit: ModuleType
     format: ModuleType
     files: ModuleType
 
@@ -41,11 +42,11 @@ def load_subject(edits: Edits | None = None) -> Subject:
         edits: For a module such as ``"snapshots.store"``: pairs of what stands there, once, and what replaces it.
     """
     modules = load_modules("snapshots.store", edits or {})
-    store = modules["snapshots.store"]
+    store, commit = modules["snapshots.store"], modules["snapshots.commit"]
     names = itertools.count()
-    store.secrets = SimpleNamespace(token_hex=lambda size_bytes: f"{next(names):0{2 * size_bytes}x}")
+    commit.secrets = SimpleNamespace(token_hex=lambda size_bytes: f"{next(names):0{2 * size_bytes}x}")
     store.decode_header = _remembered(store.decode_header)
-    return Subject(store, modules["snapshots.format"], modules["snapshots.files"])
+    return Subject(store, commit, modules["snapshots.format"], modules["snapshots.files"])
 
 
 def load_modules(name: str, edits: Edits) -> dict[str, ModuleType]:
