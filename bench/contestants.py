@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from nitrous_ema import AsyncPostHocEMA, PostHocEMA
 
 SIGMA_RELS = (0.05, 0.10)
-_WEIGHTS = (0.01, 0.001)  # of the parameters, where a library wants constants; their values do not change the work
+WEIGHTS = (0.01, 0.001)  # of the parameters, where a library wants constants; their values do not change the work
 
 FLOOR = "2 flat lerp_"
 FOREACH = "2 torch._foreach_lerp_"
@@ -60,9 +60,9 @@ def makers() -> tuple[dict[str, Make], dict[str, str]]:
         found[EMA_FOREACH] = lambda model, stack: _ema_foreach(ema_pytorch, model)
     except ImportError as error:
         absent["ema-pytorch"] = str(error)
-    nitrous_001, reason = _nitrous_001()
-    if nitrous_001 is not None:
-        found[NITROUS_001] = lambda model, stack: _peer(nitrous_001, model, stack, 1e10, step_size_correction=False)
+    library, reason = nitrous_001()
+    if library is not None:
+        found[NITROUS_001] = lambda model, stack: _peer(library, model, stack, 1e10, step_size_correction=False)
     else:
         absent["nitrous-ema 0.0.1"] = reason
     found[TORCH] = _averaged_model
@@ -72,10 +72,10 @@ def makers() -> tuple[dict[str, Make], dict[str, str]]:
 def floor(elements: int, device: torch.device) -> Averaging:
     """The least there is to do: two flat float32 averages move towards one flat float32 tensor, one after the other."""
     parameters = torch.rand(elements, device=device)
-    averages = [torch.zeros_like(parameters) for _ in _WEIGHTS]
+    averages = [torch.zeros_like(parameters) for _ in WEIGHTS]
 
     def update() -> None:
-        for average, weight in zip(averages, _WEIGHTS, strict=True):
+        for average, weight in zip(averages, WEIGHTS, strict=True):
             average.lerp_(parameters, weight)
 
     return Averaging(update)
@@ -84,10 +84,10 @@ def floor(elements: int, device: torch.device) -> Averaging:
 def foreach(model: nn.Module) -> Averaging:
     """The same by one foreach call per average over the model's own tensors, prepared outside the timing."""
     tensors = [each.detach() for each in [*model.parameters(), *model.buffers()] if each.is_floating_point()]
-    averages = [[torch.zeros_like(each) for each in tensors] for _ in _WEIGHTS]
+    averages = [[torch.zeros_like(each) for each in tensors] for _ in WEIGHTS]
 
     def update() -> None:
-        for average, weight in zip(averages, _WEIGHTS, strict=True):
+        for average, weight in zip(averages, WEIGHTS, strict=True):
             torch._foreach_lerp_(average, tensors, weight)
 
     return Averaging(update)
@@ -130,19 +130,20 @@ def _ema_foreach(library: ModuleType, model: nn.Module) -> Averaging:
             include_online_model=False,
             use_foreach=True,
         )
-        for weight in _WEIGHTS
+        for weight in WEIGHTS
     ]
     return Averaging(lambda: [ema.update() for ema in emas])
 
 
 def _averaged_model(model: nn.Module, stack: ExitStack) -> Averaging:
     averages = [
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - weight), use_buffers=True) for weight in _WEIGHTS
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - weight), use_buffers=True) for weight in WEIGHTS
     ]
     return Averaging(lambda: [average.update_parameters(model) for average in averages])
 
 
-def _nitrous_001() -> tuple[ModuleType | None, str]:
+def nitrous_001() -> tuple[ModuleType | None, str]:
+    """The module, or None and why it is absent."""
     try:
         import pytest
 

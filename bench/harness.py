@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,39 @@ def timed(
         return seconds / divide_by
 
     return lambda: statistics.median(once() for _ in range(repeats))
+
+
+def added_by(
+    extra: Callable[[], Any],
+    work: Callable[[Callable[[], Any] | None], Any],
+    *,
+    settle: Callable[[], Any] | None = None,
+    synchronize: Callable[[], Any] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Measure:
+    """A contestant whose sample is how much longer some work takes when something else is done during it.
+
+    Args:
+        extra: What is done besides; given to ``work`` every other time, which calls it in its midst.
+        work: What is timed; with None it calls nothing.
+        settle: As for ``timed``; also called before the first.
+        synchronize: As for ``timed``.
+        clock: Seconds.
+    """
+    turns = 0
+
+    def once() -> float:
+        nonlocal turns
+        turns += 1
+        seconds = {}
+        for is_extra in (False, True) if turns % 2 else (True, False):  # neither always comes first
+            given = extra if is_extra else None
+            (settle or _nothing)()
+            seconds[is_extra] = timed(partial(work, given), synchronize=synchronize, clock=clock)()
+        (settle or _nothing)()
+        return seconds[True] - seconds[False]
+
+    return once
 
 
 def from_process(command: Sequence[str], *, timeout_seconds: float = 600, cwd: Path | None = None) -> Measure:
@@ -189,6 +223,7 @@ class Report:
         *,
         floor: str | None = None,
         baseline: str | None = None,
+        sample_bytes: int | None = None,
         note: str = "",
         facts: Mapping[str, Any] | None = None,
     ) -> None:
@@ -199,11 +234,13 @@ class Report:
             comparison: The samples.
             floor: The contestant that does the least that must be done.
             baseline: The contestant to set the others against.
+            sample_bytes: What one sample moves, for rates.
             note: What a reader must know of the rows.
             facts: More about the table, for the JSON file.
         """
-        rows = [_row(comparison, name, floor, baseline) for name in comparison.seconds]
-        table = {"title": title, "note": note, "floor": floor, "baseline": baseline, **(facts or {}), "rows": rows}
+        rows = [_row(comparison, name, floor, baseline, sample_bytes) for name in comparison.seconds]
+        bases = {"floor": floor, "baseline": baseline, "bytes": sample_bytes}
+        table = {"title": title, "note": note, **bases, **(facts or {}), "rows": rows}
         self.tables.append(table)
         print(render(table), flush=True)
 
@@ -219,7 +256,8 @@ class Report:
 _LEGEND = """
 median      middle of the rounds' samples           q1-q3   their quartiles         min   the fastest
 x floor     times as long as the floor: median [q1-q3] of the ratios within each round
-x baseline  the same to the baseline                + baseline   seconds more than it, likewise"""
+x baseline  the same to the baseline                + baseline   seconds more than it, likewise
+rate        bytes per second, at the median         of floor     percent of the floor's rate, likewise"""
 
 
 def render(table: Mapping[str, Any]) -> str:
@@ -229,6 +267,8 @@ def render(table: Mapping[str, Any]) -> str:
     header += ["x floor"] if floor else []
     header += ["x baseline"] if baseline else []
     header += ["+ baseline"] if baseline and not floor else []
+    header += ["rate"] if table.get("bytes") else []
+    header += ["of floor"] if table.get("bytes") and floor else []
     lines = [header]
     for row in table["rows"]:
         own = row["seconds"]
@@ -236,6 +276,8 @@ def render(table: Mapping[str, Any]) -> str:
         line += [_ratio(row["to_floor"])] if floor else []
         line += [_ratio(row["to_baseline"])] if baseline else []
         line += [_added(row["over_baseline"])] if baseline and not floor else []
+        line += [_rate(row["bytes_per_second"])] if table.get("bytes") else []
+        line += [_percent(row["rate_to_floor"])] if table.get("bytes") and floor else []
         lines.append(line)
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
@@ -253,13 +295,19 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.2f} us"
 
 
-def _row(comparison: Comparison, name: str, floor: str | None, baseline: str | None) -> dict[str, Any]:
+def _row(
+    comparison: Comparison, name: str, floor: str | None, baseline: str | None, sample_bytes: int | None
+) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "seconds": asdict(comparison.spread(name))}
     if floor:
         row["to_floor"] = asdict(comparison.ratio(name, floor))
     if baseline:
         row["to_baseline"] = asdict(comparison.ratio(name, baseline))
         row["over_baseline"] = asdict(comparison.difference(name, baseline))
+    if sample_bytes:
+        row["bytes_per_second"] = sample_bytes / comparison.spread(name).median
+        if floor:
+            row["rate_to_floor"] = asdict(comparison.ratio(floor, name))  # the same bytes: the inverse ratio of times
     return {**row, "samples": list(comparison.seconds[name])}
 
 
@@ -268,7 +316,19 @@ def _range(spread: Mapping[str, float], show: Callable[[float], str]) -> str:
 
 
 def _ratio(spread: Mapping[str, float]) -> str:
-    return f"{spread['median']:.2f} [{spread['q1']:.2f}-{spread['q3']:.2f}]"
+    return f"{_times(spread['median'])} [{_times(spread['q1'])}-{_times(spread['q3'])}]"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio >= 0.095 else f"{ratio:.4f}"
+
+
+def _rate(bytes_per_second: float) -> str:
+    return f"{bytes_per_second / 1e9:.3f} GB/s"
+
+
+def _percent(spread: Mapping[str, float]) -> str:
+    return f"{spread['median']:.1%} [{spread['q1']:.1%}-{spread['q3']:.1%}]"
 
 
 def _added(spread: Mapping[str, float]) -> str:

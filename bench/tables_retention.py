@@ -15,7 +15,7 @@ import numpy as np
 
 from nitrous_ema.posthoc import retain, select_steps
 from nitrous_ema.posthoc.interval_cost import IntervalCost
-from nitrous_ema.posthoc.retention import KeepCount
+from nitrous_ema.posthoc.keep_rules import KeepCount
 from nitrous_ema.profile import sigma_rel_to_gamma
 
 PAIR, TRIPLE, GUIDED = (0.05, 0.10), (0.03, 0.10, 0.25), (0.02, 0.05, 0.16)
@@ -53,10 +53,10 @@ class Judge:
     def least_loss(self, count: int, exponent: float) -> Keep:
         """The rule of the library."""
         gammas = tuple(sigma_rel_to_gamma(self.tracked).tolist())
-        rule = KeepCount(count=count, gammas=gammas, sigma_rels=self.wanted, exponent=exponent)
+        rule = KeepCount(count, sigma_rels=self.wanted, exponent=exponent)
 
         def keep(kept: list[int]) -> list[int]:
-            dropped = rule.drop(kept)
+            dropped = rule.drop(kept, gammas=gammas, snapshot_bytes=1)
             return [t for place, t in enumerate(kept) if place not in dropped]
 
         return keep
