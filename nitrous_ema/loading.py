@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nitrous_ema.errors import SnapshotDamaged, SnapshotMismatch, SnapshotNotFound
-from nitrous_ema.snapshots.format import DTYPE_BYTES, MAX_HEADER_BYTES
+from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotNotFound
+from nitrous_ema.snapshots.bounded_json import brief, parse_json
+from nitrous_ema.snapshots.format import DTYPE_BYTES, MAX_HEADER_BYTES, MAX_HEADER_VALUES
+from nitrous_ema.snapshots.torch_files import check_numbers, check_places, load_torch_file, open_regular, plain_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +37,8 @@ def load_average(model: torch.nn.Module, path: str | os.PathLike[str], *, strict
     Raises:
         SnapshotNotFound: No such file.
         SnapshotDamaged: The file is not what the synthesis writes.
-        SnapshotMismatch: Names or shapes differ from the model's, or complex numbers meet real ones.
+        SnapshotMismatch: Names or shapes differ from the model's, or whole, real and complex numbers meet each other.
+        SnapshotError: The file cannot be read.
     """
     from nitrous_ema.tracked import canonical_tensors
 
@@ -49,7 +52,8 @@ def load_tensors(
     import torch
 
     path = Path(path)
-    stored = _open_torch(path) if path.suffix == ".pt" else _SafetensorsFile(path)
+    with _told(path):
+        stored = _open_torch(path) if path.suffix == ".pt" else _SafetensorsFile(path)
     _check(path, stored, tensors, strict=strict)
     with torch.no_grad():
         for key, tensor in tensors.items():
@@ -73,31 +77,32 @@ class _TorchFile:
     """A dict of tensors as torch writes it, its bytes left on disk until they are read."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        from nitrous_ema.tracked import dtype_code
+
         self._tensors = tensors
         self.metadata: dict[str, str] = {}
-        self.described = {
-            key: _Described("C64" if each.is_complex() else str(each.dtype), tuple(each.shape))
-            for key, each in tensors.items()
-        }
+        self.skipped: tuple[str, ...] = ()
+        self.described = {key: _Described(dtype_code(each.dtype), tuple(each.shape)) for key, each in tensors.items()}
 
     def read(self, key: str) -> torch.Tensor:
         return self._tensors[key]
 
 
 def _open_torch(path: Path) -> _TorchFile:
-    import pickle
-
     import torch
 
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (FileNotFoundError, IsADirectoryError) as missing:
-        raise SnapshotNotFound(f"{path}: no such file.", path=path, nearest=()) from missing
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise _not_ours(path, str(error)) from error
-    if not isinstance(tensors, dict) or not all(isinstance(each, torch.Tensor) for each in tensors.values()):
-        raise _not_ours(path, "it does not hold a dict of tensors")
-    return _TorchFile(tensors)
+    from nitrous_ema.tracked import TORCH_DTYPES
+
+    file_bytes, tensors = path.stat().st_size, load_torch_file(path)
+    check_numbers(path)
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(each, torch.Tensor) and each.dtype in TORCH_DTYPES.values()
+        for key, each in tensors.items()
+    ):
+        raise ValueError("it does not hold tensors by name")
+    plain = {key: plain_tensor(each, file_bytes=file_bytes) for key, each in tensors.items()}
+    check_places(path, tensors.values())
+    return _TorchFile(plain)
 
 
 class _SafetensorsFile:
@@ -105,18 +110,17 @@ class _SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            with path.open("rb") as file:
-                file_bytes = os.fstat(file.fileno()).st_size
-                header_bytes = int.from_bytes(file.read(8), "little")
-                if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
-                    raise _not_ours(path, f"its header would be {header_bytes} of {file_bytes} bytes")
-                header = json.loads(file.read(header_bytes))
-            self.metadata, self.described = _describe(header, 8 + header_bytes, file_bytes)
-        except (FileNotFoundError, IsADirectoryError) as missing:
-            raise SnapshotNotFound(f"{path}: no such file.", path=path, nearest=()) from missing
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise _not_ours(path, str(error)) from error
+        with open_regular(path) as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
+                raise ValueError(f"its header would be {header_bytes} of {file_bytes} bytes")
+            header = parse_json(file.read(header_bytes), max_values=MAX_HEADER_VALUES)
+        self.metadata, self.described = _describe(header, 8 + header_bytes, file_bytes)
+        skipped = parse_json(self.metadata.get("skipped", "[]"), max_values=MAX_HEADER_VALUES)
+        if type(skipped) is not list or not all(type(name) is str for name in skipped):
+            raise ValueError("the names that it says were skipped are none")
+        self.skipped: tuple[str, ...] = tuple(skipped)
 
     def read(self, key: str) -> torch.Tensor:
         import torch
@@ -127,28 +131,58 @@ class _SafetensorsFile:
         tensor = torch.empty(described.shape, dtype=TORCH_DTYPES[described.dtype], device="cpu")
         if described.end > described.begin:
             flat = tensor.view(-1).view(torch.uint8).numpy().data
-            with self._path.open("rb", buffering=0) as file:
+            with _told(self._path), open_regular(self._path) as file:
                 file.seek(described.begin)
-                while flat:
-                    count = file.readinto(flat)
-                    if not count:
-                        raise _not_ours(self._path, "it became shorter while it was read")
-                    flat = flat[count:]
+                if file.readinto(flat) < len(flat):
+                    raise ValueError("it became shorter while it was read")
         return tensor
 
 
 def _describe(header: Any, data_begin: int, file_bytes: int) -> tuple[dict[str, str], dict[str, _Described]]:
-    """Metadata and tensors of a header. Raises what comes when a field is missing or not what it should be."""
-    metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
-    described = {}
-    for key, entry in header.items():
-        begin, end = (data_begin + int(offset) for offset in entry["data_offsets"])
-        shape = tuple(int(size) for size in entry["shape"])
-        num_bytes = math.prod(shape) * DTYPE_BYTES[entry["dtype"]]
-        if not data_begin <= begin <= end <= file_bytes or end - begin != num_bytes or min(shape, default=0) < 0:
-            raise ValueError(f"{key!r} is said to be at bytes {begin} to {end} of {file_bytes}")
-        described[key] = _Described(entry["dtype"], shape, begin, end)
+    """Metadata and tensors of a header. Raises ValueError for what other readers of safetensors refuse as well."""
+    if type(header) is not dict:
+        raise ValueError("its header is no JSON object")
+    metadata = header.pop("__metadata__", {})
+    if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+        raise ValueError("its metadata are not texts by name")
+    described = {key: _described(key, entry, data_begin) for key, entry in header.items()}
+    position = data_begin
+    for key, each in sorted(described.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if each.begin != position:
+            raise ValueError(f"{brief(repr(key))} is said to be at byte {each.begin}, expected {position}")
+        position = each.end
+    if position != file_bytes:
+        raise ValueError(f"its tensors end at byte {position} of {file_bytes}")
     return metadata, described
+
+
+def _described(key: str, entry: Any, data_begin: int) -> _Described:
+    if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"what it says of {brief(repr(key))} is no dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    for numbers in (shape, offsets):
+        if type(numbers) is not list or not all(type(each) is int and 0 <= each < 2**63 for each in numbers):
+            raise ValueError(f"{brief(repr(key))} has {brief(repr(numbers))} where sizes belong")
+    if type(dtype) is not str or dtype not in DTYPE_BYTES:
+        raise ValueError(f"{brief(repr(key))} has the type {brief(repr(dtype))}, which cannot be read here")
+    # A product of a thousand sizes is a number that takes long to multiply; no tensor has so many.
+    num_bytes = math.prod(shape) * DTYPE_BYTES[dtype] if len(shape) <= 64 else -1
+    if len(offsets) != 2 or offsets[1] - offsets[0] != num_bytes:
+        raise ValueError(f"{brief(repr(key))} is said to be at {brief(repr(offsets))} and has {num_bytes} bytes")
+    return _Described(dtype, tuple(shape), data_begin + offsets[0], data_begin + offsets[1])
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file is told with its name."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as missing:
+        raise SnapshotNotFound(f"{path}: no such file.", path=path, nearest=()) from missing
+    except OSError as error:
+        raise SnapshotError(f"{path} cannot be read: {error}", path=path) from error
+    except ValueError as error:
+        raise _not_ours(path, str(error)) from error
 
 
 def _not_ours(path: Path, found: str) -> SnapshotDamaged:
@@ -164,13 +198,15 @@ def _check(
     path: Path, stored: _TorchFile | _SafetensorsFile, tensors: Mapping[str, torch.Tensor], *, strict: bool
 ) -> None:
     """Refuse a file that does not fit the model."""
+    from nitrous_ema.tracked import TORCH_DTYPES
+
     if "layout_sha256" in stored.metadata:
         raise SnapshotMismatch(
             f"{path} is a snapshot, not an average made of snapshots. Synthesize one with "
             "`python -m nitrous_ema.async_.synthesize_worker` and load that.",
             path=path,
         )
-    skipped = set(json.loads(stored.metadata.get("skipped", "[]")))
+    skipped = set(stored.skipped)
     missing = [key for key in tensors if key not in stored.described and key not in skipped]
     unexpected = [key for key in stored.described if key not in tensors]
     problems = []
@@ -180,11 +216,11 @@ def _check(
         problems.append(f"missing in the model: {_some(unexpected)}")
     if not strict and len(missing) + len(skipped) >= len(tensors) and not tensors.keys() & stored.described.keys():
         problems.append("no tensor has the same name in both")
-    for key in tensors.keys() & stored.described.keys():
+    for key in (key for key in tensors if key in stored.described):
         found, tensor = stored.described[key], tensors[key]
         if found.shape != tuple(tensor.shape):
             problems.append(f"{key!r} is {found.shape} in the file and {tuple(tensor.shape)} in the model")
-        elif (found.dtype == "C64") != tensor.is_complex():
+        elif found.dtype not in TORCH_DTYPES or _kind(TORCH_DTYPES[found.dtype]) != _kind(tensor.dtype):
             problems.append(f"{key!r} is {found.dtype} in the file and {tensor.dtype} in the model")
     if problems:
         raise SnapshotMismatch(
@@ -194,6 +230,11 @@ def _check(
         )
 
 
+def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
+    """Real, complex or whole numbers: none is rounded to another silently."""
+    return dtype.is_floating_point, dtype.is_complex
+
+
 def _some(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:5]))
+    shown = brief(", ".join(map(repr, names[:5])))
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

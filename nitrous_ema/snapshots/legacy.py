@@ -3,29 +3,33 @@
 Such a file says neither which profile it holds nor the model's types, and its step counter may have been rounded to
 float16. So the user names the profiles, the step is taken from the file's name, and tensors have the types they were
 stored in. Files are loaded with ``weights_only=True`` and mapped, not read: their bytes come when synthesis asks for
-them. They have no checksums.
+them. A tensor's bytes are compared with the checksum that torch wrote right before synthesis gets the first of them:
+then they come from the disk once.
+
+Longer than the house's 300 lines because what such a file may hold, and how it is read, belong on one page.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import pickle
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nitrous_ema.errors import SnapshotDamaged, SnapshotNotFound
+from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
 from nitrous_ema.profile import sigma_rel_to_gamma
+from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.format import DTYPE_BYTES, Lineage, TensorRecord
+from nitrous_ema.snapshots.torch_files import Checksums, check_part, check_places, load_torch_file, plain_tensor
 
 if TYPE_CHECKING:
     import torch
 
-_FILE = re.compile(r"([0-9]+)\.([0-9]+)\.pt")
+_FILE = re.compile(r"(0|[1-9][0-9]{0,8})\.([1-9][0-9]{0,17})\.pt")  # one name for each profile and step
 _PREFIX = "ema_model."
 _REAL = ("F64", "F32", "F16", "BF16")
 _CODES = {
@@ -96,14 +100,7 @@ class LegacyFolder:
 
     def _find(self) -> dict[int, dict[int, Path]]:
         """Files by step and profile."""
-        try:
-            names = os.listdir(self.root)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise SnapshotNotFound(f"{self.root}: no such folder.", path=self.root, nearest=()) from error
-        paths: dict[int, dict[int, Path]] = {}
-        for name in names:
-            if (found := _FILE.fullmatch(name)) is not None and int(found[2]) > 0:
-                paths.setdefault(int(found[2]), {})[int(found[1])] = self.root / name
+        paths = files_by_step(self.root)
         if not paths:
             raise SnapshotNotFound(f"{self.root} has no files named {{i}}.{{step}}.pt.", path=self.root, nearest=())
         highest = max(max(profiles) for profiles in paths.values())
@@ -113,6 +110,27 @@ class LegacyFolder:
                 "name all that were tracked, in their order."
             )
         return paths
+
+
+def files_by_step(root: str | os.PathLike[str]) -> dict[int, dict[int, Path]]:
+    """The files of such a folder by step and profile; empty if it has none.
+
+    Raises:
+        SnapshotNotFound: No such folder.
+        SnapshotError: It cannot be listed.
+    """
+    folder = Path(root)
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise SnapshotNotFound(f"{folder}: no such folder.", path=folder, nearest=()) from error
+    except OSError as error:
+        raise SnapshotError(f"{folder} cannot be listed: {error}", path=folder) from error
+    paths: dict[int, dict[int, Path]] = {}
+    for name in names:
+        if (found := _FILE.fullmatch(name)) is not None:
+            paths.setdefault(int(found[2]), {})[int(found[1])] = folder / name
+    return paths
 
 
 class LegacySnapshot:
@@ -136,16 +154,10 @@ class LegacySnapshot:
     @cached_property
     def records(self) -> tuple[TensorRecord, ...]:
         """The tensors of its first file, in the types in which they are stored."""
-        return tuple(
-            TensorRecord(
-                name=name,
-                keys=(name,),
-                dtype=_code(tensor),
-                shape=tuple(tensor.shape),
-                role="averaged" if _is_averaged(_code(tensor)) else "copied",
-            )
-            for name, tensor in _load(self.path).items()
-        )
+        try:
+            return tuple(_record(name, tensor) for name, tensor in _load(self.path)[0].items())
+        except ValueError as error:
+            raise _damaged(self.path, str(error)) from error
 
     @cached_property
     def average_spans(self) -> tuple[tuple[int, int], ...]:
@@ -200,8 +212,9 @@ class LegacySource:
 class _Reader:
     def __init__(self, source: LegacySource) -> None:
         self._source = source
-        self._flats: list[torch.Tensor] | None = None  # mapped at the first read
-        self._position = 0  # in the first of them
+        self._flats: Iterator[torch.Tensor] | None = None  # mapped at the first read
+        self._flat: torch.Tensor | None = None  # the one that is being read
+        self._position = 0  # in it
 
     def read_into(self, out: memoryview) -> None:
         import torch
@@ -211,48 +224,79 @@ class _Reader:
         name = next(name for name, code in _CODES.items() if code == self._source.dtype)
         left = torch.frombuffer(out, dtype=getattr(torch, name))
         while left.numel():
-            flat = self._flats[0][self._position :]
-            count = min(len(flat), len(left))
-            left[:count].copy_(flat[:count])
-            left, self._position = left[count:], self._position + count
-            if count == len(flat):
-                del self._flats[0]
-                self._position = 0
+            if self._flat is None or self._position == len(self._flat):
+                self._flat, self._position = next(self._flats), 0
+            piece = self._flat[self._position : self._position + len(left)]
+            left[: len(piece)].copy_(piece)
+            left, self._position = left[len(piece) :], self._position + len(piece)
 
 
-def _flats(source: LegacySource) -> list[torch.Tensor]:
+def _flats(source: LegacySource) -> Iterator[torch.Tensor]:
     """The tensors of a source as one-dimensional ones, in the source's type or in one that converts to it."""
     import torch
 
-    tensors = _load(source.path)
-    flats = []
+    tensors, checksums = _load(source.path)
     for record in source.records:
         tensor = tensors.get(record.name)
         if tensor is None or tuple(tensor.shape) != record.shape or _code(tensor) != record.dtype:
-            raise _damaged(source.path, f"{record.name!r} is not as in the other files of its step")
+            raise _damaged(source.path, f"{brief(repr(record.name))} is not as in the other files of its step")
+    checked: set[int] = set()  # tensors may share their part
+    for record in source.records:
+        tensor = tensors[record.name]
+        if (begin := tensor.untyped_storage().data_ptr()) not in checked:
+            checked.add(begin)
+            try:
+                check_part(tensor, checksums)
+            except ValueError as error:
+                raise _damaged(source.path, f"{brief(repr(record.name))}: {error}") from error
+        plain = plain_tensor(tensor, file_bytes=tensor.numel() * tensor.element_size())
         if source.dtype == "U8":
-            flats.append(tensor.reshape(-1).view(torch.uint8))
+            yield plain.reshape(-1).view(torch.uint8)
         else:
-            flats.append((torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1))
-    return flats
+            yield (torch.view_as_real(plain) if plain.is_complex() else plain).reshape(-1)
 
 
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    """The averaged model's tensors by the model's own names, mapped."""
+def _load(path: Path) -> tuple[dict[str, torch.Tensor], Checksums]:
+    """The averaged model's tensors by the model's own names, mapped, and the checksums of their parts."""
     import torch
 
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise _damaged(path, f"torch cannot load it ({str(error).splitlines()[0]})") from error
-    tensors = {}
+        file_bytes, state = path.stat().st_size, load_torch_file(path)
+    except (ValueError, FileNotFoundError) as error:
+        raise _damaged(path, str(error)) from error
+    except OSError as error:
+        raise SnapshotError(f"{path} cannot be read: {error}", path=path) from error
+    tensors, mapped = {}, []
     for key, value in state.items() if isinstance(state, dict) else ():
+        if not isinstance(value, torch.Tensor):
+            continue
+        mapped.append(value)
+        try:
+            plain_tensor(value, file_bytes=file_bytes)
+        except ValueError as error:
+            raise _damaged(path, f"{brief(repr(key))}: {error}") from error
         # Everything else is a counter, or the model that was trained.
-        if key.startswith(_PREFIX) and isinstance(value, torch.Tensor):
+        if isinstance(key, str) and key.startswith(_PREFIX):
             tensors[key.removeprefix(_PREFIX)] = value
+            if str(value.dtype).removeprefix("torch.") not in _CODES:
+                raise _damaged(path, f"{brief(repr(key))} has the type {value.dtype}, which cannot be read here")
+    try:
+        checksums = check_places(path, mapped)
+    except (ValueError, OSError) as error:
+        raise _damaged(path, str(error)) from error
     if not any(_is_averaged(_code(tensor)) for tensor in tensors.values()):
         raise _damaged(path, f"no floating tensor in it has a name that starts with {_PREFIX!r}")
-    return tensors
+    return tensors, checksums
+
+
+def _record(name: str, tensor: torch.Tensor) -> TensorRecord:
+    return TensorRecord(
+        name=name,
+        keys=(name,),
+        dtype=_code(tensor),
+        shape=tuple(tensor.shape),
+        role="averaged" if _is_averaged(_code(tensor)) else "copied",
+    )
 
 
 def _damaged(path: Path, found: str) -> SnapshotDamaged:

@@ -1,0 +1,1 @@
+"""Hostile files: what the readers say to bytes that nobody vouches for."""

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.fuzz.engine import fuzz
+from tests.fuzz.targets import TARGETS
+
+FORMAT, JSON, TORCH = "snapshots.format", "snapshots.bounded_json", "snapshots.torch_files"
+SOURCES = "synthesis.sources"
+
+# A check that is taken away, and the reader that must be seen to be wrong then.
+PLANTED = {
+    "checksum of the header": ("snapshot", FORMAT, 'if blob[_CRC_BEGIN:crc_end] != b"%08x" % crc32:', "if False:"),
+    "fields of another type": (
+        "snapshot",
+        FORMAT,
+        "except (ValueError, TypeError) as error:",
+        "except ValueError as error:",
+    ),
+    "size of the file": ("snapshot", FORMAT, "if file_bytes != end + layout.data_bytes:", "if False:"),
+    "one byte string for a layout": ("snapshot", FORMAT, "if layout.header_json != header_json:", "if False:"),
+    "checksums of the chunks": ("snapshot", SOURCES, "if self._crc != source.crc32[self._chunk]:", "if False:"),
+    "missing facts": ("snapshot", FORMAT, "except KeyError as error:", "except ZeroDivisionError as error:"),
+    "no bytes after the tensors": ("average.safetensors", "loading", "if position != file_bytes:", "if False:"),
+    "whole numbers as sizes": (
+        "average.safetensors",
+        "loading",
+        "if type(numbers) is not list or not all(type(each) is int and 0 <= each < 2**63 for each in numbers):",
+        "if False:",
+    ),
+    "no gaps between the tensors": ("average.safetensors", "loading", "if each.begin != position:", "if False:"),
+    "depth": ("average.safetensors", JSON, "except RecursionError:", "except ZeroDivisionError:"),
+    "names once": ("average.safetensors", JSON, "if len(found) < len(pairs):", "if False:"),
+    "checksums of an average": ("average.pt", "loading", "    check_numbers(path)\n", ""),
+    "checksums of an old snapshot": ("legacy", TORCH, "if found not in expected:", "if False:"),
+    "any error of torch": (
+        "legacy",
+        TORCH,
+        "except Exception as error:  # whatever the pickle in it leads to",
+        "except RuntimeError as error:",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_reader_is_wrong_about_a_hostile_file(tmp_path, name):
+    report = fuzz(TARGETS[name](tmp_path), seed=0, executions=150)
+    assert not report.findings, {found.message for found in report.findings.values()}
+    assert report.taken >= 2
+    assert len(report.corpus) >= 5
+
+
+@pytest.mark.parametrize("missing", PLANTED)
+def test_check_that_is_missing_is_noticed(tmp_path, missing):
+    name, module, found, replacement = PLANTED[missing]
+    target = TARGETS[name](tmp_path, {module: [(found, replacement)]})
+    assert fuzz(target, seed=0, executions=3000, stop_at_first=True).findings
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_same_seed_tries_the_same_files(tmp_path, name):
+    reports = []
+    for run in "ab":
+        (tmp_path / run).mkdir()
+        reports.append(fuzz(TARGETS[name](tmp_path / run), seed=3, executions=50))
+    assert reports[0] == reports[1]
