@@ -8,7 +8,7 @@ import os
 import pytest
 
 from nitrous_ema.snapshots import files as files_module
-from nitrous_ema.snapshots.files import FileSystem, read_fully, write_fully
+from nitrous_ema.snapshots.files import FileSystem, read_fully, rename_to_new, sync_folder, write_fully
 
 
 @pytest.fixture
@@ -127,3 +127,86 @@ def test_folders_are_made_once_and_made_durable(files, tmp_path):
         files.fsync_folder(tmp_path / "file")
     files.unlink(tmp_path / "file")
     assert files.list(tmp_path) == ["new"]
+
+
+def test_disk_begins_with_a_part_of_a_file_and_nothing_changes(files, tmp_path):
+    descriptor = files.open_exclusive(tmp_path / "new")
+    try:
+        write_fully(files, descriptor, b"x" * 10_000, 0)
+        files.start_writeback(descriptor, 4096, 5000)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        pytest.skip("this system has no such call")
+    finally:
+        files.close(descriptor)
+    assert (tmp_path / "new").read_bytes() == b"x" * 10_000
+
+
+def test_writeback_of_what_is_no_file_is_an_oserror(files):
+    with pytest.raises(OSError, match="Bad file descriptor") as caught:
+        files.start_writeback(-1, 0, 10)
+    assert caught.value.errno in (errno.EBADF, errno.ENOSYS)
+
+
+def test_free_bytes_are_those_for_an_ordinary_user(files, tmp_path, monkeypatch):
+    told = os.statvfs(tmp_path)
+    numbers = [512, 4096, 1000, 300, 200, *tuple(told)[5:]]  # f_bsize, f_frsize, f_blocks, f_bfree, f_bavail
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(numbers))
+    assert files.free_bytes(tmp_path) == 200 * 4096
+
+
+def test_file_system_without_blocks_does_not_tell_what_is_free(files, tmp_path, monkeypatch):
+    numbers = [4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255]
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(numbers))
+    with pytest.raises(OSError, match="not supported") as caught:
+        files.free_bytes(tmp_path)
+    assert caught.value.errno == errno.ENOTSUP
+
+
+@pytest.mark.parametrize("refuses", [True, False], ids=["renameat2", "without renameat2"])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_rename_to_a_new_name_changes_nothing_if_the_name_is_taken(tmp_path, refuses, kind):
+    class Old(FileSystem):
+        def rename_new(self, source, target):
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    files = FileSystem() if refuses else Old()
+    for name in "ab":
+        (tmp_path / name).mkdir() if kind == "folder" else (tmp_path / name).write_text(name)
+    with pytest.raises(FileExistsError):
+        rename_to_new(files, tmp_path / "a", tmp_path / "b")
+    assert sorted(files.list(tmp_path)) == ["a", "b"]
+    rename_to_new(files, tmp_path / "a", tmp_path / "c")
+    assert sorted(files.list(tmp_path)) == ["b", "c"]
+    with pytest.raises(FileNotFoundError):
+        rename_to_new(files, tmp_path / "a", tmp_path / "d")
+
+
+def test_folder_is_removed_only_if_it_is_empty(files, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    with pytest.raises(OSError, match="not empty") as caught:
+        files.remove_folder(tmp_path / "folder")
+    assert caught.value.errno in (errno.ENOTEMPTY, errno.EEXIST)
+    files.unlink(tmp_path / "folder" / "file")
+    files.remove_folder(tmp_path / "folder")
+    assert not files.exists(tmp_path / "folder")
+
+
+def test_link_is_looked_at_itself(files, tmp_path):
+    (tmp_path / "link").symlink_to("nothing")
+    assert files.lstat(tmp_path / "link").st_size == len("nothing")
+
+
+@pytest.mark.parametrize(("number", "is_told"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_folder_sync_fails_only_where_there_is_one(tmp_path, number, is_told):
+    class Failing(FileSystem):
+        def fsync_folder(self, path):
+            raise OSError(number, os.strerror(number))
+
+    if is_told:
+        with pytest.raises(OSError, match="Input"):
+            sync_folder(Failing(), tmp_path)
+    else:
+        sync_folder(Failing(), tmp_path)

@@ -2,7 +2,7 @@
 
 from nitrous_ema.snapshots.files import FileSystem
 from nitrous_ema.snapshots.format import Entry, Header, Layout, Span, Stamp, TensorRecord, new_run_id
-from nitrous_ema.snapshots.snapshot import Incomplete, Problem, Snapshot
+from nitrous_ema.snapshots.snapshot import Incomplete, Listing, Problem, Snapshot, Temporary
 from nitrous_ema.snapshots.store import SnapshotStore
 
 __all__ = [
@@ -11,11 +11,13 @@ __all__ = [
     "Header",
     "Incomplete",
     "Layout",
+    "Listing",
     "Problem",
     "Snapshot",
     "SnapshotStore",
     "Span",
     "Stamp",
+    "Temporary",
     "TensorRecord",
     "new_run_id",
 ]

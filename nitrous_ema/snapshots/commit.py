@@ -3,6 +3,7 @@
 A snapshot's life on disk, per rank; no step waits for another rank:
 
 step of ``write``                                  after a crash here, a reader finds
+look whether there is room for it                  nothing
 make the snapshot's folder                         an empty folder: incomplete
 create a name that starts with a dot (O_EXCL)      the same; nobody looks at such names
 preallocate, write chunks, write header            the same, whatever part of it reached the disk
@@ -23,6 +24,12 @@ S4  A final name is never overwritten, not by a race either: the test_name_taken
     random, so only a copy of the same process could step between.
     A hard link would refuse as well, but fewer file systems have
     them, and a crash between link and unlink leaves a second name.
+S6  What does not fit is refused before anything of it is on     test_snapshot_that_does_not_fit_leaves_nothing_behind
+    disk.
+
+The disk is told to begin with each chunk while the next one is prepared (``start_writeback``), so that the fsync finds
+little left to do. It is a hint: it makes nothing durable, and where it is missing it is not tried again for that file.
+Its ``EIO`` or ``ENOSPC`` is the disk's word about the bytes, though, and costs the file as that of a write would.
 """
 
 from __future__ import annotations
@@ -31,6 +38,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -38,7 +46,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from nitrous_ema.errors import SnapshotError, SnapshotWriteError
-from nitrous_ema.snapshots.files import FileSystem, write_fully
+from nitrous_ema.processes import signature
+from nitrous_ema.sizes import amount
+from nitrous_ema.snapshots.files import FileSystem, rename_to_new, sync_folder, write_fully
 from nitrous_ema.snapshots.format import (
     Header,
     Layout,
@@ -59,30 +69,29 @@ _log = logging.getLogger(__name__)
 _Filled = TypeVar("_Filled")
 
 _NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT))
-_UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
+_BYTES_LOST = _NO_SPACE | {errno.EIO}
+_TEMPORARY = re.compile(r"\.(?:probe|rank-[0-9-]+of-[0-9]+\.safetensors)\.([0-9a-f.]+)-[0-9a-f]{16}")
 
 
 class Committer:
-    """Writes into one folder of snapshots. Making one of these touches nothing.
+    """The calls of ``SnapshotStore`` that write into its folder; what they promise stands there.
 
     Args:
         root: The folder, as an absolute path.
         files: The file system.
+        make_room: Called when the disk is full, to remove what is of no use any more.
     """
 
-    def __init__(self, root: Path, files: FileSystem) -> None:
+    def __init__(self, root: Path, files: FileSystem, make_room: Callable[[], object] = lambda: None) -> None:
         self.root = root
         self.files = files
+        self._make_room = make_room
 
     def prepare(self) -> None:
-        """Create the folder with its parents, durably, and prove that files can be written there.
-
-        Raises:
-            SnapshotError: It cannot be done; says why, and what to do.
-        """
+        """Create the folder with its parents, durably, and prove that files can be written there."""
         try:
             self._make_root()
-            probe = self.root / f".probe-{os.getpid()}-{secrets.token_hex(8)}"
+            probe = self.root / temporary_name("probe")
             descriptor = self.files.open_exclusive(probe)
             try:
                 self._finish(descriptor, lambda: write_fully(self.files, descriptor, b"probe", 0))
@@ -90,56 +99,69 @@ class Committer:
                 self.files.unlink(probe)
         except OSError as error:
             raise SnapshotError(
-                f"Snapshots cannot be written to {self.root}: {error}. {_remedy(error)}", path=self.root
+                f"Snapshots cannot be written to {self.root}: {error}. {remedy(error)}", path=self.root
             ) from error
 
     def write(self, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]) -> Snapshot:
-        """Write one rank's file and return when it is durable under its final name. Blocks; safe from any thread.
-
-        Args:
-            layout: Where everything lies in the data.
-            stamp: What is particular to this snapshot.
-            chunks: Called to get the data: C-contiguous buffers, one for each of ``layout.chunks``, in order and of
-                its size. Called a second time, for the same data, if the first attempt fails.
-
-        Returns:
-            The snapshot, with the file of this rank only.
-
-        Raises:
-            SnapshotWriteError: Two attempts failed, or the name is taken; the cause is chained. No file was left under
-                a temporary name, as far as the disk allowed.
-            RuntimeError: ``chunks`` does not give what the layout says (our bug).
-        """
+        """Write one rank's file and return when it is durable under its final name."""
         final = self.root / folder_name(stamp.step, stamp.run) / rank_file_name(stamp.rank, stamp.world_size)
         try:
-            self._make_folder(final.parent)
             if self.files.exists(final):
                 raise _taken(final, stamp.step)
+            self._check_room(header_bytes(layout, stamp) + layout.data_bytes)
             header = self._write_file(final, layout, stamp, chunks)
         except OSError as error:
             raise _write_error(final, stamp.step, f"was not written: {error}", error) from error
         try:
-            self._sync_folder(final.parent)
-            self._sync_folder(self.root)
+            sync_folder(self.files, final.parent)
+            sync_folder(self.files, self.root)
         except OSError as error:
             what = f"is whole, but its name may be lost if the machine stops: {error}"
             raise _write_error(final, stamp.step, what, error) from error
         return Snapshot(paths=(final,), headers=(header,))
 
     def close_run(self, run: str) -> None:
-        """Note durably that this run writes no more snapshots. Doing it again changes nothing.
+        """Note durably that this run writes no more snapshots."""
+        self.write_note(self.root / f"closed-{run}")
+
+    def write_note(self, note: Path) -> None:
+        """Make an empty file in ROOT, durably; what it says is its name. Doing it again changes nothing.
 
         Raises:
-            SnapshotError: The note could not be written.
+            SnapshotError: It could not be written.
         """
-        note = self.root / f"closed-{run}"
         try:
             with contextlib.suppress(FileExistsError):
                 descriptor = self.files.open_exclusive(note)
                 self._finish(descriptor, lambda: None)
-            self._sync_folder(self.root)
+            sync_folder(self.files, self.root)
         except OSError as error:
-            raise SnapshotError(f"{note} could not be written: {error}. {_remedy(error)}", path=note) from error
+            raise SnapshotError(f"{note} could not be written: {error}. {remedy(error)}", path=note) from error
+
+    def free_bytes(self) -> int | None:
+        """Bytes that may still be written to the disk of the folder; None where that is not told."""
+        try:
+            return self.files.free_bytes(self.root)
+        except OSError:
+            return None
+
+    def _check_room(self, needed_bytes: int) -> None:
+        """Raise ``ENOSPC`` if a file would not fit, also without what is of no use any more."""
+        free_bytes = self.free_bytes()
+        if free_bytes is not None and free_bytes < needed_bytes:
+            self._free_some()
+            free_bytes = self.free_bytes()
+        if free_bytes is not None and free_bytes < needed_bytes:
+            raise OSError(
+                errno.ENOSPC,
+                f"{os.strerror(errno.ENOSPC)}: {amount(needed_bytes)} are needed, {amount(free_bytes)} are free",
+            )
+
+    def _free_some(self) -> None:
+        try:
+            self._make_room()
+        except (OSError, SnapshotError) as error:
+            _log.warning("%s is full, and what was dropped there could not be removed: %s", self.root, error)
 
     def _write_file(
         self, final: Path, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]
@@ -149,6 +171,8 @@ class Committer:
         except OSError as error:
             _log.warning("%s could not be written (%s); writing it once more, as a new file", final, error)
             first = error
+        if first.errno in _NO_SPACE:
+            self._free_some()
         try:
             return self._attempt(final, layout, stamp, chunks)
         except OSError as error:
@@ -158,7 +182,8 @@ class Committer:
     def _attempt(
         self, final: Path, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]
     ) -> Header:
-        temporary = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(8)}")
+        self._make_folder(final.parent)  # here, so that it is made again if somebody has removed it while it was empty
+        temporary = final.with_name(temporary_name(final.name))
         descriptor = self.files.open_exclusive(temporary)
         try:
             header = self._finish(descriptor, lambda: self._fill(descriptor, layout, stamp, chunks))
@@ -191,24 +216,29 @@ class Committer:
         except OSError as error:
             if error.errno in _NO_SPACE:
                 raise
-        crc32 = []
+        crc32, is_paced = [], True
         for span, view in _matched(layout, chunks()):
             crc32.append(zlib.crc32(view))
             write_fully(self.files, descriptor, view, data_begin + span.begin)
+            is_paced = is_paced and self._start_writeback(descriptor, data_begin + span.begin, len(view))
         write_fully(self.files, descriptor, encode_header(layout, stamp, crc32), 0)
         return Header(layout=layout, stamp=stamp, crc32=tuple(crc32), data_begin=data_begin, file_bytes=file_bytes)
 
+    def _start_writeback(self, descriptor: int, offset: int, size_bytes: int) -> bool:
+        """Whether the hint was taken."""
+        try:
+            self.files.start_writeback(descriptor, offset, size_bytes)
+        except OSError as error:
+            if error.errno in _BYTES_LOST:
+                raise
+            return False
+        return True
+
     def _publish(self, temporary: Path, final: Path, step: int) -> None:
         try:
-            self.files.rename_new(temporary, final)
+            rename_to_new(self.files, temporary, final)
         except FileExistsError as error:
             raise _taken(final, step) from error
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-            if self.files.exists(final):
-                raise _taken(final, step) from error
-            self.files.rename(temporary, final)
 
     def _make_folder(self, folder: Path) -> None:
         with contextlib.suppress(FileExistsError):
@@ -220,21 +250,23 @@ class Committer:
         there = [folder for folder in folders if self.files.exists(folder)]
         for folder in folders[len(there) :]:
             self._make_folder(folder)
-            self._sync_folder(folder.parent)
+            sync_folder(self.files, folder.parent)
         for folder in there[1:]:
             # Whoever made it may have been killed before the fsync, or be a rank that has not come to it yet. Most are
             # much older, and not everybody may open what lies above them.
             with contextlib.suppress(OSError):
                 self.files.fsync_folder(folder.parent)
 
-    def _sync_folder(self, folder: Path) -> None:
-        try:
-            self.files.fsync_folder(folder)
-        except OSError as error:
-            # Some network file systems have no such operation: their names are durable when the call that makes them
-            # returns, or never; either way nothing more can be done.
-            if error.errno not in _UNSUPPORTED:
-                raise
+
+def temporary_name(name: str) -> str:
+    """A name for what is not finished: nobody reads it, and it tells who wrote it."""
+    return f".{name}.{signature()}-{secrets.token_hex(8)}"
+
+
+def signature_of(name: str) -> str | None:
+    """Who wrote a temporary file, as ``processes.signature`` says it; None for any other name."""
+    found = _TEMPORARY.fullmatch(name)
+    return found[1] if found else None
 
 
 def _matched(layout: Layout, buffers: Iterable[ReadableBuffer]) -> Iterator[tuple[Span, memoryview]]:
@@ -256,7 +288,7 @@ def _matched(layout: Layout, buffers: Iterable[ReadableBuffer]) -> Iterator[tupl
 
 
 def _write_error(final: Path, step: int, what: str, cause: OSError) -> SnapshotWriteError:
-    return SnapshotWriteError(f"{final} {what}. {_remedy(cause)}", path=final, step=step)
+    return SnapshotWriteError(f"{final} {what}. {remedy(cause)}", path=final, step=step)
 
 
 def _taken(final: Path, step: int) -> SnapshotWriteError:
@@ -268,7 +300,8 @@ def _taken(final: Path, step: int) -> SnapshotWriteError:
     )
 
 
-def _remedy(error: OSError) -> str:
+def remedy(error: OSError) -> str:
+    """What to do about a failed call."""
     if error.errno in _NO_SPACE:
         return "Free some space there, or choose another folder."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

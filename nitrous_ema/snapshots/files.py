@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 _AT_FDCWD = -100  # linux/fcntl.h: a relative path starts at the working directory
 _RENAME_NOREPLACE = 1  # linux/fs.h
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+
+UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
+"""What a call fails with where kernel or file system do not offer it."""
 
 
 class FileSystem:
@@ -42,6 +46,25 @@ class FileSystem:
         Not ``os.posix_fallocate``: where the file system cannot reserve, that one writes zeros instead.
         """
         _check(_c_function("fallocate64", "fallocate")(descriptor, 0, _c_int64(0), _c_int64(size_bytes)))
+
+    def free_bytes(self, path: Path) -> int:
+        """Bytes that may still be written to the file system that holds ``path``.
+
+        ``ENOTSUP`` where it does not tell: some network file systems say that they have no blocks at all.
+        """
+        told = os.statvfs(path)
+        if told.f_blocks == 0:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), os.fspath(path))
+        return told.f_bavail * told.f_frsize
+
+    def start_writeback(self, descriptor: int, offset: int, size_bytes: int) -> None:
+        """Have the disk begin with a part of a file, by ``sync_file_range(2)``; ``ENOSYS`` where there is no such call.
+
+        Makes nothing durable. It does not wait for the disk to end: that would take the news of a failed write away
+        from ``fsync``.
+        """
+        part = (_c_int64(offset), _c_int64(size_bytes))
+        _check(_c_function("sync_file_range")(descriptor, *part, _SYNC_FILE_RANGE_WRITE))
 
     def write_at(self, descriptor: int, buffer: ReadableBuffer, offset: int) -> int:
         """Write at a position; returns the number of bytes written, which may be fewer than given."""
@@ -79,6 +102,10 @@ class FileSystem:
         """Create one folder; ``FileExistsError`` if the name is taken."""
         os.mkdir(path)
 
+    def remove_folder(self, path: Path) -> None:
+        """Remove an empty folder; ``ENOTEMPTY`` if it holds anything."""
+        os.rmdir(path)
+
     def fsync_folder(self, path: Path) -> None:
         """Make the names in a folder durable."""
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -91,9 +118,39 @@ class FileSystem:
         """Names in a folder, in no particular order."""
         return os.listdir(path)
 
+    def lstat(self, path: Path) -> os.stat_result:
+        """Kind, size and times of what has this name; of a link itself, not of what it leads to."""
+        return os.lstat(path)
+
     def exists(self, path: Path) -> bool:
         """Whether the name is taken, by a dangling link too."""
         return os.path.lexists(path)
+
+
+def rename_to_new(files: FileSystem, source: Path, target: Path) -> None:
+    """Rename, or raise ``FileExistsError`` and change nothing if the name is taken.
+
+    Where the system cannot refuse by itself, the name is looked up just before.
+    """
+    try:
+        files.rename_new(source, target)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        if files.exists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(target)) from error
+        files.rename(source, target)
+
+
+def sync_folder(files: FileSystem, folder: Path) -> None:
+    """Make the names in a folder durable, where the file system knows how to."""
+    try:
+        files.fsync_folder(folder)
+    except OSError as error:
+        # Some network file systems have no such operation: their names are durable when the call that makes them
+        # returns, or never; either way nothing more can be done.
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 def write_fully(files: FileSystem, descriptor: int, buffer: ReadableBuffer, offset: int) -> None:

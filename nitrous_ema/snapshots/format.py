@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from nitrous_ema.errors import SnapshotDamaged
+from nitrous_ema.snapshots.bounded_json import brief, parse_json
 
 FORMAT_VERSION = 1
 ALIGNMENT_BYTES = 4096  # of the data in the file: page cache, O_DIRECT
@@ -44,6 +45,7 @@ CHUNK_BYTES = 16 * 2**20
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
 MAX_HEADER_VALUES = 2_000_000  # bounds what a hostile header makes of memory; some 50 000 tensors in four profiles
 MAX_CHUNKS = 2**17
+MAX_GAMMA = 1e9  # a billionth of the training time; products of some larger ones are no float64
 
 DTYPE_BYTES: dict[str, int] = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -62,6 +64,7 @@ Lineage = tuple[tuple[str, int | None], ...]
 
 _RUN = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}-[0-9a-f]{8}")
 _FOLDER = re.compile(rf"step-([0-9]{{12,18}})-({_RUN.pattern})")
+_HIDDEN = re.compile(rf"\.trash-({_FOLDER.pattern})(?:\.[0-9a-f]{{8}})?")
 _RANK_FILE = re.compile(r"rank-([0-9]{5,9})-of-([0-9]{5,9})\.safetensors")
 _OPENING = b'{"__metadata__":{"header_crc32":"'
 _UNSIGNED = b"00000000"  # stands for the checksum while it is computed
@@ -162,6 +165,8 @@ class Layout:
         for name, numbers in (("gammas", self.gammas), ("sigma_rels", self.sigma_rels)):
             if not _is_tuple_of(numbers, float) or not all(map(math.isfinite, numbers)):
                 raise ValueError(f"{name} is {numbers!r}; expected a tuple of finite floats")
+        if not all(-0.5 < gamma <= MAX_GAMMA for gamma in self.gammas):
+            raise ValueError(f"gammas is {self.gammas!r}; expected exponents in (-0.5, {MAX_GAMMA:g}]")
         if not self.gammas or len(self.gammas) != len(self.sigma_rels):
             raise ValueError(
                 f"{len(self.gammas)} gammas and {len(self.sigma_rels)} sigma_rels; expected one each per profile"
@@ -451,8 +456,10 @@ def decode_header(blob: bytes, *, path: Path, file_bytes: int) -> Header:
     """
     try:
         return _decode(blob, file_bytes)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise damaged(path, f"its header cannot be believed: {error}") from error
+    except KeyError as error:
+        raise damaged(path, f"its header cannot be believed: {brief(str(error))} is missing") from error
+    except (ValueError, TypeError) as error:
+        raise damaged(path, f"its header cannot be believed: {brief(str(error))}") from error
 
 
 def _header_end(prefix: bytes, file_bytes: int) -> int:
@@ -585,6 +592,24 @@ def parse_folder_name(name: str) -> tuple[int, str] | None:
     return (int(found[1]), found[2]) if found and folder_name(int(found[1]), found[2]) == name else None
 
 
+def hidden_name(name: str) -> str:
+    """Name of a snapshot's folder that no listing shows any more."""
+    return f".trash-{name}"
+
+
+def parse_hidden_name(name: str) -> tuple[int, str] | None:
+    """Step and run of a hidden snapshot's folder, also one that is being removed; None for any other name."""
+    found = _HIDDEN.fullmatch(name)
+    return parse_folder_name(found[1]) if found else None
+
+
+def places(path: Path) -> tuple[Path, ...]:
+    """Where to look for a file, in this order: a snapshot's may have been hidden since, or hidden and brought back."""
+    if parse_folder_name(path.parent.name) is None:
+        return (path,)
+    return path, path.parent.with_name(hidden_name(path.parent.name)) / path.name, path
+
+
 def rank_file_name(rank: int, world_size: int) -> str:
     """Name of one rank's file in the folder."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
@@ -640,9 +665,7 @@ def _text(value: Any) -> str:
 
 def _parse_part(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     """The object that this JSON is, and its metadata."""
-    if text.count(b",") > MAX_HEADER_VALUES:
-        raise ValueError(f"it has more than {MAX_HEADER_VALUES} values")
-    header = json.loads(text)
+    header = parse_json(text, max_values=MAX_HEADER_VALUES)
     facts = header["__metadata__"]
     if type(facts) is not dict or not all(type(fact) is str for fact in facts.values()):
         raise ValueError("its metadata are not texts by name")
@@ -650,7 +673,7 @@ def _parse_part(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _parse(text: str) -> Any:
-    return json.loads(text)
+    return parse_json(text, max_values=MAX_HEADER_VALUES)  # counted again: the outer text may escape its commas
 
 
 def _is_tuple_of(values: object, kind: type) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nitrous_ema.snapshots.format import Header, Layout, Stamp
+from nitrous_ema.errors import SnapshotDamaged, SnapshotMismatch
+from nitrous_ema.processes import Fate
+from nitrous_ema.snapshots.format import Header, Layout, Lineage, Stamp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,29 @@ class Incomplete:
 
     path: Path
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """One training history, as far as its files can be believed."""
+
+    lineage: Lineage
+    """Its runs, each with the step at which it was left; of a run with damaged snapshots only, just that run. Empty if
+    the folder has no snapshot."""
+    snapshots: tuple[Snapshot, ...]
+    """The good ones, ascending by step."""
+    damaged: tuple[SnapshotDamaged | SnapshotMismatch, ...]
+    """What is wrong with the others, by step; each has a ``path`` and a ``step``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Temporary:
+    """A file that is being written, or that a process left when it died."""
+
+    path: Path
+    bytes: int
+    writer: Fate
+    """What became of its writer. Only a file whose writer is "gone" is removed when the next run starts."""
 
 
 @dataclass(frozen=True, slots=True)

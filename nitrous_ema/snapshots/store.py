@@ -16,9 +16,10 @@ import stat
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotNotFound
+from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.commit import Committer
 from nitrous_ema.snapshots.files import FileSystem, read_fully
 from nitrous_ema.snapshots.format import (
@@ -30,17 +31,31 @@ from nitrous_ema.snapshots.format import (
     decode_header,
     folder_name,
     header_end,
+    hidden_name,
     parse_folder_name,
     parse_rank_file_name,
+    places,
     rank_file_name,
 )
-from nitrous_ema.snapshots.snapshot import Incomplete, Problem, Snapshot
+from nitrous_ema.snapshots.retire import Retirer
+from nitrous_ema.snapshots.snapshot import Incomplete, Listing, Problem, Snapshot, Temporary
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+_Folders = dict[str, dict[int, Path]]  # by run and step
+_Answer = TypeVar("_Answer")
+
 _READ_BYTES = 4 * 2**20
 _NO_FAULT_OF_THE_FILE = frozenset((errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM))
+
+
+class _Gone(Exception):
+    """A folder that was listed is there no more, under none of its names."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.folder = folder
 
 
 class SnapshotStore:
@@ -54,14 +69,14 @@ class SnapshotStore:
     def __init__(self, root: str | os.PathLike[str], *, files: FileSystem | None = None) -> None:
         self.root = Path(root).absolute()  # stays the same folder when the process changes its own
         self.files = files or FileSystem()
-        self._committer = Committer(self.root, self.files)
+        self._committer = Committer(self.root, self.files, make_room=lambda: self.remove_hidden())
+        self._retirer = Retirer(self._committer)
 
     # Reading
 
     def runs(self) -> list[str]:
         """Runs that own a committed snapshot, oldest first; damaged ones count, since they were committed."""
-        folders = self._folders()
-        return [run for run in sorted(folders) if self._owned(folders[run]) is not None]
+        return self._ask(lambda folders: [run for run in sorted(folders) if self._owned(folders[run]) is not None])
 
     def snapshots(self, run: str | None = None, *, exclude: Collection[int] = ()) -> list[Snapshot]:
         """Committed snapshots of one training history, ascending by step.
@@ -81,13 +96,16 @@ class SnapshotStore:
             SnapshotDamaged: One of them has a wrong size or header. Its data is not read here.
             SnapshotMismatch: One of them tells another history.
         """
-        folders = self._folders()
-        lineage = self._lineage(run, folders, exclude)
-        found: dict[int, Snapshot] = {}
-        for step, folder in _members(lineage, folders):
-            if step not in found and step not in exclude and (snapshot := self._committed(folder, lineage)):
-                found[step] = snapshot
-        return [found[step] for step in sorted(found)]
+
+        def listed(folders: _Folders) -> list[Snapshot]:
+            lineage = self._lineage(run, folders, exclude)
+            found: dict[int, Snapshot] = {}
+            for step, folder in _members(lineage, folders):
+                if step not in found and step not in exclude and (snapshot := self._committed(folder, lineage)):
+                    found[step] = snapshot
+            return [found[step] for step in sorted(found)]
+
+        return self._ask(listed)
 
     def get(self, step: int | None = None, run: str | None = None, *, exclude: Collection[int] = ()) -> Snapshot:
         """One committed snapshot of a training history, as ``snapshots`` defines it.
@@ -102,7 +120,9 @@ class SnapshotStore:
             SnapshotDamaged: This snapshot has a wrong size or header. Its data is not read here.
             SnapshotMismatch: It tells another history.
         """
-        folders = self._folders()
+        return self._ask(lambda folders: self._get(step, run, exclude, folders))
+
+    def _get(self, step: int | None, run: str | None, exclude: Collection[int], folders: _Folders) -> Snapshot:
         lineage = self._lineage(run, folders, exclude)
         members = [member for member in _members(lineage, folders) if member[0] not in exclude]
         # Stable: of several snapshots of one step the youngest run's comes first.
@@ -121,19 +141,51 @@ class SnapshotStore:
         left_out = f". Left out by exclude: {sorted(exclude)}" if exclude else ""
         raise SnapshotNotFound(f"{self.root} {what}{left_out}.", path=self.root, nearest=nearest)
 
+    def examine(self, run: str | None = None) -> Listing:
+        """The same for tools: what cannot be believed is listed too, and raises nothing.
+
+        Args:
+            run: The last run of the history; by default the newest run that owns a snapshot, be it a damaged one.
+
+        Raises:
+            SnapshotNotFound: No such folder, or ``run`` owns no snapshot.
+        """
+        return self._ask(lambda folders: self._list(run, folders))
+
+    def _list(self, run: str | None, folders: _Folders) -> Listing:
+        try:
+            lineage = self._lineage(run, folders, ())
+        except SnapshotDamaged as error:  # and it has no other
+            known = parse_folder_name(error.path.parent.name)
+            lineage = ((known[1], None),) if known else ()
+        found: dict[int, Snapshot] = {}
+        damaged: dict[int, SnapshotDamaged | SnapshotMismatch] = {}
+        for step, folder in _members(lineage, folders):
+            if step in found or step in damaged:
+                continue
+            try:
+                if snapshot := self._committed(folder, lineage):
+                    found[step] = snapshot
+            except (SnapshotDamaged, SnapshotMismatch) as error:
+                damaged[step] = error
+        return Listing(
+            lineage=lineage,
+            snapshots=tuple(found[step] for step in sorted(found)),
+            damaged=tuple(damaged[step] for step in sorted(damaged)),
+        )
+
     def unrelated_runs(self, run: str | None = None) -> list[str]:
         """Runs that own a snapshot but have no part in the history of ``run`` (default: the newest), oldest first."""
-        related = dict(self._lineage(run, self._folders(), ()))
+        related = dict(self._ask(lambda folders: self._lineage(run, folders, ())))
         return [other for other in self.runs() if other not in related]
 
     def incomplete(self) -> list[Incomplete]:
         """Folders of all runs that hold no snapshot (yet), by step, with the reason."""
-        found = []
-        for folder in self._every_folder():
-            examined = self._examine(folder)
-            if isinstance(examined, Incomplete):
-                found.append(examined)
-        return found
+        return self._ask(
+            lambda folders: [
+                examined for folder in _all(folders) if isinstance(examined := self._examine(folder), Incomplete)
+            ]
+        )
 
     def verify(self) -> list[Problem]:
         """Read every byte under a final name, also of runs and snapshots that a listing leaves out.
@@ -146,8 +198,8 @@ class SnapshotStore:
             SnapshotNotFound: No such folder.
         """
         problems: list[Problem] = []
-        for folder in self._every_folder():
-            for name in sorted(self._names(folder)):
+        for folder in _all(self._folders()):
+            for name in sorted(self._names(folder)[0]):
                 if parse_rank_file_name(name):
                     problems += self._verify_file(folder / name)
         return problems
@@ -157,9 +209,13 @@ class SnapshotStore:
     def prepare(self) -> None:
         """Create the folder with its parents, durably, and prove that files can be written there.
 
+        Before that it cleans up, as far as it can: temporary files of processes that are provably dead are removed, and
+        what was hidden more than ten minutes ago.
+
         Raises:
             SnapshotError: It cannot be done; says why, and what to do.
         """
+        self._retirer.clean_up()  # first: the disk may be full of it
         self._committer.prepare()
 
     def write(self, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]) -> Snapshot:
@@ -189,42 +245,151 @@ class SnapshotStore:
         """
         self._committer.close_run(run)
 
+    def free_bytes(self) -> int | None:
+        """Bytes that may still be written to the disk of the folder; None where that is not told, or there is none."""
+        return self._committer.free_bytes()
+
+    # What leaves the folder
+
+    def pin(self, step: int, run: str, *, must_exist: bool = True) -> None:
+        """Leave a durable note that a snapshot must stay. Doing it again changes nothing.
+
+        A hidden snapshot comes back, if nobody has begun to remove it.
+
+        Args:
+            step: Its step.
+            run: The run that wrote it.
+            must_exist: False for one that is still being written.
+
+        Raises:
+            SnapshotNotFound: There is no such snapshot (any more), and no note was left.
+            SnapshotError: The note could not be written.
+        """
+
+        def is_there() -> bool:
+            return not must_exist or not isinstance(self._examine_anew(self.root / folder_name(step, run)), Incomplete)
+
+        if not self._retirer.pin(step, run, is_there):
+            nearest = self._ask(lambda folders: self._nearest(step, sorted(folders.get(run, {}).items())))
+            there = " and ".join(map(str, nearest)) or "none"
+            raise SnapshotNotFound(
+                f"{self.root} has no snapshot of step {step} of run {run} to pin; nearest steps there: {there}.",
+                path=self.root,
+                nearest=nearest,
+            )
+
+    def unpin(self, step: int, run: str) -> None:
+        """Remove that note, durably; nothing happens if there is none.
+
+        Raises:
+            SnapshotError: The note could not be removed.
+        """
+        self._retirer.unpin(step, run)
+
+    def pins(self) -> frozenset[tuple[int, str]]:
+        """Step and run of all notes."""
+        return self._retirer.pins(self._root_names())
+
+    def hide(self, snapshots: Iterable[Snapshot]) -> int:
+        """Have snapshots listed no more; their bytes stay until ``remove_hidden``. One that is gone is passed over.
+
+        Args:
+            snapshots: Of this folder; all ranks of each go at once.
+
+        Returns:
+            Bytes hidden by this call.
+
+        Raises:
+            SnapshotError: One of them is pinned, or the newest of the folder (nothing was hidden then, unless it was
+                pinned just now); or the system refuses.
+        """
+        chosen = tuple(snapshots)
+        newest = None
+        with contextlib.suppress(SnapshotError):  # a damaged newest one cannot be asked to be hidden
+            newest = self.get() if chosen else None
+        return self._retirer.hide(chosen, newest)
+
+    def hidden(self) -> list[Path]:
+        """Folders of hidden snapshots, by name; removal of some may have begun."""
+        return self._retirer.hidden()
+
+    def remove_hidden(self, *, older_than_seconds: float = 0.0) -> int:
+        """Unlink what was hidden; of several processes that do this each does a part. A pinned one is brought back.
+
+        Args:
+            older_than_seconds: Leave alone what was hidden later than that ago: somebody may be reading it.
+
+        Returns:
+            Bytes freed by this call.
+
+        Raises:
+            SnapshotError: The system refuses. What could be removed was.
+        """
+        return self._retirer.remove_hidden(older_than_seconds)
+
+    def temporary(self) -> list[Temporary]:
+        """Files that are being written, or that processes left when they died."""
+        return self._retirer.temporary()
+
     # Looking at folders
 
-    def _folders(self) -> dict[str, dict[int, Path]]:
-        """Folders with a snapshot's name, by run and step."""
-        folders: dict[str, dict[int, Path]] = {}
+    def _ask(self, question: Callable[[_Folders], _Answer]) -> _Answer:
+        """The answer to a question about the folders, asked again when one of them is removed meanwhile."""
+        gone: set[Path] = set()
+        while True:
+            folders = self._folders()
+            for steps in folders.values():
+                for step in [step for step, folder in steps.items() if folder in gone]:
+                    del steps[step]
+            try:
+                return question(folders)
+            except _Gone as error:
+                gone.add(error.folder)
+
+    def _root_names(self) -> list[str]:
         try:
-            names = self.files.list(self.root)
+            return self.files.list(self.root)
         except (FileNotFoundError, NotADirectoryError) as error:
             message = f"{self.root} is not a folder of snapshots: {error.strerror}. Check the path."
             raise SnapshotNotFound(message, path=self.root, nearest=()) from error
         except OSError as error:
             raise SnapshotError(f"{self.root} cannot be listed: {error}", path=self.root) from error
-        for name in names:
+
+    def _folders(self) -> _Folders:
+        """Folders with a snapshot's name, by run and step."""
+        folders: _Folders = {}
+        for name in self._root_names():
             if parsed := parse_folder_name(name):
                 step, run = parsed
                 folders.setdefault(run, {})[step] = self.root / name
         return folders
 
-    def _every_folder(self) -> list[Path]:
-        return sorted(folder for steps in self._folders().values() for folder in steps.values())
-
-    def _names(self, folder: Path) -> list[str]:
-        try:
-            return self.files.list(folder)
-        except (FileNotFoundError, NotADirectoryError):
-            return []  # removed since its name was read, or never a folder
-        except OSError as error:
-            raise SnapshotError(f"{folder} cannot be listed: {error}", path=folder) from error
+    def _names(self, folder: Path) -> tuple[list[str], bool]:
+        """Names in a snapshot's folder, which may be hidden by now; and whether it still has its own name."""
+        for place in (folder, folder.with_name(hidden_name(folder.name))):
+            try:
+                return self.files.list(place), place == folder
+            except FileNotFoundError:
+                if place == folder and self.files.exists(folder):
+                    return [], True  # a link to nothing
+            except NotADirectoryError:
+                return [], True  # never a folder
+            except OSError as error:
+                if error.errno == errno.ELOOP:
+                    return [], True  # a link to itself
+                raise SnapshotError(f"{folder} cannot be listed: {error}", path=folder) from error
+        return [], False
 
     def _examine(self, folder: Path) -> Snapshot | Incomplete | SnapshotDamaged:
-        """What a folder holds. A snapshot that is being removed meanwhile is looked for once more."""
+        """What a listed folder holds, also if it is hidden meanwhile. Raises ``_Gone`` if it is removed meanwhile."""
         for _ in range(2):
             ranks: dict[int, set[int]] = {}
-            for rank, world_size in filter(None, map(parse_rank_file_name, self._names(folder))):
+            names, is_listed = self._names(folder)
+            for rank, world_size in filter(None, map(parse_rank_file_name, names)):
                 ranks.setdefault(world_size, set()).add(rank)
             complete = [world_size for world_size in sorted(ranks) if len(ranks[world_size]) == world_size]
+            if not complete and not is_listed:
+                raise _Gone(folder)
             if not complete:
                 return Incomplete(folder, _what_is_missing(ranks))
             paths = tuple(folder / rank_file_name(rank, complete[0]) for rank in range(complete[0]))
@@ -236,7 +401,16 @@ class SnapshotStore:
                 return error
             disagreement = _disagreement(headers)
             return Incomplete(folder, disagreement) if disagreement else Snapshot(paths=paths, headers=headers)
+        if not self.files.exists(folder):
+            raise _Gone(folder)
         return Incomplete(folder, "its files were removed while it was read")
+
+    def _examine_anew(self, folder: Path) -> Snapshot | Incomplete | SnapshotDamaged:
+        """The same of a folder that nobody has listed: a hidden one is none."""
+        if self.files.exists(folder):
+            with contextlib.suppress(_Gone):
+                return self._examine(folder)
+        return Incomplete(folder, "it is not there")
 
     def _committed(self, folder: Path, lineage: Lineage) -> Snapshot | None:
         examined = self._examine(folder)
@@ -247,9 +421,11 @@ class SnapshotStore:
         runs = [run for run, _ in lineage]
         if examined.stamp.lineage[:-1] != lineage[: runs.index(examined.run)]:
             raise SnapshotMismatch(
-                f"{folder} has the lineage {examined.stamp.lineage}, but run {runs[-1]} has {lineage}. "
+                f"{folder} has the lineage {brief(str(examined.stamp.lineage))}, but run {runs[-1]} has "
+                f"{brief(str(lineage))}. "
                 f"Leave it out with exclude=[{examined.step}].",
                 path=folder,
+                step=examined.step,
             )
         return examined
 
@@ -264,7 +440,7 @@ class SnapshotStore:
                 damage = damage or examined
         return damage
 
-    def _lineage(self, run: str | None, folders: dict[str, dict[int, Path]], exclude: Collection[int]) -> Lineage:
+    def _lineage(self, run: str | None, folders: _Folders, exclude: Collection[int]) -> Lineage:
         """History of a run as its snapshots tell it; empty if ``run`` is None and the folder has no snapshot."""
         for candidate in sorted(folders, reverse=True) if run is None else [run]:
             owned = self._owned(folders.get(candidate, {}))
@@ -303,16 +479,7 @@ class SnapshotStore:
     @contextlib.contextmanager
     def _reading(self, path: Path) -> Iterator[tuple[int, int]]:
         """Descriptor and size of a file. ``FileNotFoundError`` passes, all else is told as the file's damage."""
-        try:
-            descriptor = self.files.open_read(path)
-        except FileNotFoundError:
-            if self.files.exists(path):
-                raise damaged(path, "it is a link to nothing") from None
-            raise
-        except OSError as error:
-            if error.errno in _NO_FAULT_OF_THE_FILE:
-                raise SnapshotError(f"{path} cannot be opened: {error}", path=path) from error
-            raise damaged(path, f"it cannot be opened: {error}") from error
+        descriptor = self._open(path)
         try:
             status = self.files.stat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -323,6 +490,23 @@ class SnapshotStore:
         finally:
             with contextlib.suppress(OSError):
                 self.files.close(descriptor)
+
+    def _open(self, path: Path) -> int:
+        for place in places(path):
+            try:
+                return self.files.open_read(place)
+            except FileNotFoundError:
+                if self.files.exists(place):
+                    raise damaged(path, "it is a link to nothing") from None
+            except OSError as error:
+                if error.errno in _NO_FAULT_OF_THE_FILE:
+                    raise SnapshotError(
+                        f"{path} cannot be opened: {error}. It is not known to be damaged: let this user read it, or "
+                        "this process open more files, and look again.",
+                        path=path,
+                    ) from error
+                raise damaged(path, f"it cannot be opened: {error}") from error
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
 
     def _read_header(self, path: Path) -> Header:
         with self._reading(path) as (descriptor, file_bytes):
@@ -360,7 +544,11 @@ class SnapshotStore:
         return crc32
 
 
-def _members(lineage: Lineage, folders: dict[str, dict[int, Path]]) -> list[tuple[int, Path]]:
+def _all(folders: _Folders) -> list[Path]:
+    return sorted(folder for steps in folders.values() for folder in steps.values())
+
+
+def _members(lineage: Lineage, folders: _Folders) -> list[tuple[int, Path]]:
     """Steps and folders of a history, the youngest run first."""
     return [
         (step, folder)
@@ -388,5 +576,5 @@ def _disagreement(headers: tuple[Header, ...]) -> str | None:
         ]
         for name, found, expected in facts:
             if found != expected:
-                return f"ranks 0 and {rank} disagree on {name}: {expected} and {found}"
+                return f"ranks 0 and {rank} disagree on {name}: {brief(str(expected))} and {brief(str(found))}"
     return None

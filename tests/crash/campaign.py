@@ -27,8 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for name in runs.NAMES:
         of_run = Tally()
-        seeds = runs.NUM_KILLS if name == runs.KILLED else options.seeds if name in runs.SEEDED else 1
-        for seed in range(seeds):
+        for seed in runs.KILLS.get(name, range(options.seeds if name in runs.SEEDED else 1)):
             of_run.add(check_crashes(runs.record(name, subject, seed), subject, depth))
         _print(name, of_run)
         total.add(of_run)

@@ -7,6 +7,7 @@ continued which. The store must say exactly what the oracle says.
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +15,23 @@ from pathlib import Path
 
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound, SnapshotWriteError
 from tests.crash import runs
-from tests.crash.disk import Crashed, Disk, Failed, Linked, Promised, Synced, is_final
+from tests.crash.disk import (
+    Crashed,
+    Disk,
+    Failed,
+    Linked,
+    Promised,
+    PromisedGone,
+    Synced,
+    Violation,
+    Withdrawn,
+    is_final,
+)
 from tests.crash.runs import ROOT, D, Player, Recording
 from tests.crash.states import CrashPoint, crash_points, states
 from tests.crash.subject import Subject
 
-
-class Violation(AssertionError):
-    """A promise that was not kept."""
+_IN_TRASH = re.compile(r"/\.trash-(step-[0-9]+-[0-9T]+\.[0-9]+-[0-9a-f]+)(\.[0-9a-f]+)?/")
 
 
 @dataclass
@@ -61,6 +71,12 @@ class _Truth:
     """Those with final names, by path."""
     folders: list[Path] = field(default_factory=list)
     committed: set[tuple[int, str]] = field(default_factory=set)
+    hidden: dict[str, bytes] = field(default_factory=dict)
+    """Files of hidden snapshots, by the paths that they had."""
+    unlinking: dict[str, bytes] = field(default_factory=dict)
+    """The same of those that are being removed."""
+    trash: list[Path] = field(default_factory=list)
+    pins: set[tuple[int, str]] = field(default_factory=set)
 
 
 def check_crashes(recording: Recording, subject: Subject, depth: Depth | None = None) -> Tally:
@@ -91,6 +107,15 @@ def check_crashes(recording: Recording, subject: Subject, depth: Depth | None = 
     return tally
 
 
+def check_end(recording: Recording, subject: Subject) -> None:
+    """Look at the disk as it is when the run has ended; no crash. Raises ``Violation``."""
+    promises = [entry for entry in recording.disk.log if isinstance(entry, (Promised, Withdrawn, PromisedGone))]
+    state = recording.disk.now()
+    check_state(state, state.walk(), promises, recording, subject)
+    check_trace(recording)
+    check_told(recording)
+
+
 def _as_a_writer_sees(entry: tuple[str, bytes | None]) -> tuple[str, bytes | None]:
     """Nobody opens a temporary file that is there (see ``check_state``); its name may matter."""
     return (entry[0], b"") if "/." in entry[0] else entry
@@ -105,10 +130,13 @@ def check_state(
 ) -> list[tuple[int, str]]:
     """Promises are kept, and readers say what is there. Returns what the default listing holds."""
     truth = _look(listing, recording)
-    _expect_promises_kept(dict(listing), promises)
+    _expect_promises_kept(dict(listing), truth, promises)
     for path, content in truth.files.items():
         if content not in recording.disk.finished.get(path, ()):
             raise Violation(f"{path} has its final name and is not whole")
+    for path, content in (*truth.hidden.items(), *truth.unlinking.items()):
+        if content not in recording.disk.finished.get(path, ()):
+            raise Violation(f"{path} is hidden and not whole")
     disk = Disk(state, most_bytes=recording.disk.most_bytes)
     store = subject.store.SnapshotStore(ROOT, files=disk)
     try:
@@ -132,6 +160,13 @@ def _look(listing: Sequence[tuple[str, bytes | None]], recording: Recording) -> 
         name = path.rpartition("/")[2]
         if content is None and name.startswith("step-"):
             truth.folders.append(Path(path))
+        elif content is None and name.startswith(".trash-"):
+            truth.trash.append(Path(path))
+        elif name.startswith("pin-"):
+            truth.pins.add(_step_and_run(path))
+        elif content is not None and (trash := _IN_TRASH.search(path)):
+            hidden = truth.unlinking if trash[2] else truth.hidden
+            hidden[path.replace(trash[0], f"/{trash[1]}/")] = content
         elif content is not None and is_final(path):
             truth.files[path] = content
             present[path.rpartition("/")[0]] += 1
@@ -146,12 +181,56 @@ def _step_and_run(folder: str) -> tuple[int, str]:
     return int(step), run
 
 
-def _expect_promises_kept(listing: Mapping[str, bytes | None], promises: Sequence[Promised]) -> None:
-    for path, content in promises:
+@dataclass
+class _Standing:
+    """What is promised after all that was said."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+    asked_to_go: set[str] = field(default_factory=set)
+    pinned: dict[str, bytes] = field(default_factory=dict)
+    """Files of pinned snapshots; each is where it was, or hidden for a while."""
+
+
+def _standing(promises: Sequence[Promised | Withdrawn | PromisedGone]) -> _Standing:
+    standing, ever = _Standing(), {}
+    for each in promises:
+        folder = each.path.replace("/pin-", "/step-")
+        if isinstance(each, Promised):
+            ever[each.path] = standing.files[each.path] = each.content
+            standing.gone.discard(each.path)
+            if folder != each.path:
+                standing.gone.discard(folder)
+                standing.pinned |= {path: held for path, held in ever.items() if path.startswith(f"{folder}/")}
+        elif isinstance(each, Withdrawn):
+            for path in [path for path in standing.files if f"{path}/".startswith(f"{each.path}/")]:
+                del standing.files[path]
+            standing.asked_to_go.add(each.path)
+            if folder != each.path:
+                standing.pinned = {path: held for path, held in standing.pinned.items() if not path.startswith(folder)}
+        elif not any(path.startswith(f"{each.path}/") for path in standing.pinned):
+            standing.gone.add(each.path)
+    return standing
+
+
+def _expect_promises_kept(
+    listing: Mapping[str, bytes | None], truth: _Truth, promises: Sequence[Promised | Withdrawn | PromisedGone]
+) -> None:
+    standing = _standing(promises)
+    for path, content in standing.files.items():
         if path not in listing:
             raise Violation(f"{path} was acknowledged and is lost")
         if content and listing[path] != content:
             raise Violation(f"{path} was acknowledged and holds something else")
+    for path in standing.gone:
+        if path in listing and path.replace("/step-", "/pin-") not in {*listing} - {path}:
+            raise Violation(f"{path} was acknowledged to be gone and is there")
+    for path, content in standing.pinned.items():
+        if content not in (listing.get(path), truth.hidden.get(path)):
+            raise Violation(f"{path} is pinned and lost")
+    for folder in truth.folders:
+        if str(folder) in standing.asked_to_go and _step_and_run(str(folder)) not in truth.committed:
+            raise Violation(f"remains of {folder} are there")
 
 
 def _expect_readers_tell(store: object, truth: _Truth, recording: Recording) -> list[tuple[int, str]]:
@@ -179,6 +258,8 @@ def _expect_readers_tell(store: object, truth: _Truth, recording: Recording) -> 
     incomplete = [folder for folder in truth.folders if _step_and_run(str(folder)) not in truth.committed]
     _expect("incomplete()", sorted(each.path for each in store.incomplete()), sorted(incomplete))
     _expect("verify()", store.verify(), [])
+    _expect("hidden()", store.hidden(), sorted(truth.trash))
+    _expect("pins()", store.pins(), truth.pins)
     return newest
 
 
@@ -201,15 +282,18 @@ def _check_restart(
     """A new process writes to the same folder; returns the number of disks after its own crash, if it has one."""
     disk = Disk(state)
     disk.finished = {path: set(contents) for path, contents in recording.disk.finished.items()}
-    truth = _look(state.walk(), recording)
+    found = _look(state.walk(), recording)
+    player = Player(subject, disk, recording.world_size)
+    player.prepare()
+    truth = _look(disk.now().walk(), recording)
+    _expect_clean(found, truth, disk)
     owners = sorted({run for _, run in truth.committed})
     newest = _history(truth, recording, owners[-1]) if owners else []
     step, run = newest[-1] if newest else (0, "")  # go on from the last snapshot that is there
     past = tuple((name, min(left or step, step)) for name, left in recording.lineages.get(run, ()))
     lineages = {**recording.lineages, D: (*past, (D, None))}
     restarted = Recording(recording.name, state, disk, lineages, recording.world_size, ())
-    player = Player(subject, disk, recording.world_size, lineages)
-    player.prepare()
+    player.lineages = lineages
     for rank in range(recording.world_size):
         player.write(step + 5, D, rank)
     player.close(D)
@@ -219,6 +303,7 @@ def _check_restart(
     after = disk.now()
     listing = after.walk()
     new = [promise for promise in disk.log if isinstance(promise, Promised)]
+    # What was there stays, also what somebody had asked to be hidden.
     untouched = [Promised(path, content) for path, content in truth.files.items()]
     listed = check_state(after, listing, [*promises, *untouched, *new], restarted, subject)
     _expect("what is listed after a restart", listed, [*newest, (step + 5, D)])
@@ -232,6 +317,23 @@ def _check_restart(
                 seen.add(key)
                 check_state(crashed, listing, [*promises, *untouched, *point.promises], restarted, subject)
     return len(seen)
+
+
+def _expect_clean(before: _Truth, after: _Truth, disk: Disk) -> None:
+    """A run that starts touches no snapshot, brings back what is pinned, and removes what is of no use."""
+    pinned = {
+        path: held
+        for path, held in before.hidden.items()
+        if _step_and_run(path.rpartition("/")[0]) in before.pins and Path(path).parent not in before.folders
+    }
+    _expect("what a run finds when it has started", sorted(after.files), sorted(before.files | pinned))
+    if after.files != before.files | pinned:
+        raise Violation("a run that starts changes what it finds")
+    left = [
+        path for path, _ in disk.now().walk() if path.rpartition("/")[2].startswith((".rank-", ".probe", ".trash-"))
+    ]
+    if left:
+        raise Violation(f"a run has started and leaves {left}")
 
 
 def check_trace(recording: Recording) -> None:
@@ -250,9 +352,13 @@ def check_trace(recording: Recording) -> None:
             raise Violation(f"{recording.name}: a file on which a call failed got its final name")
     if recording.disk.open:
         raise Violation(f"{recording.name}: descriptors were left open: {recording.disk.open}")
+    if recording.disk.hurt:
+        raise Violation(f"{recording.name}: somebody's open file was removed: {recording.disk.hurt}")
     before = {path for path, _ in recording.start.walk()}
-    left = recording.is_clean and [
-        path for path, _ in recording.disk.now().walk() if "/." in path and path not in before
+    left = [
+        path
+        for path, _ in recording.disk.now().walk()
+        if path.rpartition("/")[2].startswith((".rank-", ".probe")) and path not in before
     ]
     if left:
         raise Violation(f"{recording.name}: temporary files were left: {left}")
@@ -262,7 +368,7 @@ def check_told(recording: Recording) -> None:
     """Every snapshot was acknowledged or told failed, and a failure that one new file heals is not told."""
     _expect(f"{recording.name}: the number of failures told", len(recording.failures), recording.num_told)
     for failure in recording.failures:
-        if not isinstance(failure, SnapshotWriteError) or failure.path is None or failure.step is None:
+        if failure.path is None or (isinstance(failure, SnapshotWriteError) and failure.step is None):
             raise Violation(f"{recording.name}: {failure!r} does not say what failed") from failure
 
 
@@ -378,7 +484,9 @@ def check_taken_name(subject: Subject, folder: Path) -> None:
     names = iter("0011")
     subject.commit.secrets.token_hex = lambda size_bytes: next(names)
     player.store.prepare()
-    foreign = folder / f"step-000000000010-{runs.A}" / f".rank-00000-of-00001.safetensors.{subject.store.os.getpid()}-0"
+    foreign = (
+        folder / f"step-000000000010-{runs.A}" / f".rank-00000-of-00001.safetensors.{subject.processes.signature()}-0"
+    )
     foreign.parent.mkdir()
     foreign.write_bytes(b"x" * 9000)
     bytes_ = runs.content(player.layout.data_bytes, 10, runs.A, 0)

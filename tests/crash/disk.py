@@ -16,6 +16,12 @@ from typing import NamedTuple
 from nitrous_ema.snapshots.files import FileSystem
 
 TOP = 0  # inode of the folder "/"
+LONG_AGO, NOW = 0.0, 1e6
+"""In seconds: when what a disk started with was changed, and when the rest was."""
+
+
+class Violation(AssertionError):
+    """A promise that was not kept."""
 
 
 class Linked(NamedTuple):
@@ -25,6 +31,15 @@ class Linked(NamedTuple):
     name: str
     inode: int | None
     is_folder: bool = False
+
+
+class Moved(NamedTuple):
+    """A folder has another name in its parent. One change: no file system leaves a folder with two names, or none."""
+
+    folder: int
+    name: str
+    new_name: str
+    inode: int
 
 
 class Written(NamedTuple):
@@ -53,6 +68,18 @@ class Promised(NamedTuple):
 
     path: str
     content: bytes
+
+
+class Withdrawn(NamedTuple):
+    """The caller asks for this to be gone: what was promised of it, and of what is in it, is promised no more."""
+
+    path: str
+
+
+class PromisedGone(NamedTuple):
+    """The caller was told that this is there no more."""
+
+    path: str
 
 
 class Killed(BaseException):
@@ -87,6 +114,8 @@ class Disk(FileSystem):
         start: What is on it.
         faults: Calls that fail: (method, how many calls of it went before) -> errno. A failed write has written half.
         turns: Serializes the calls of several threads.
+        turns_to_look: A call that only looks waits for its turn as well: others may act between a look and what
+            follows from it.
         replaces_only: There is no ``renameat2``.
         most_bytes: The longest write or read that succeeds in one call.
     """
@@ -99,6 +128,7 @@ class Disk(FileSystem):
         turns: Turns | None = None,
         replaces_only: bool = False,
         most_bytes: int = 1 << 30,
+        turns_to_look: bool = False,
     ) -> None:
         self.folders = {inode: dict(names) for inode, names in start.folders.items()}
         self.contents: dict[int, bytes | bytearray] = dict(start.contents)
@@ -106,12 +136,17 @@ class Disk(FileSystem):
         self.open: dict[int, tuple[int, str]] = {}  # descriptor: inode, path
         self.was_read: set[str] = set()
         self.finished: dict[str, set[bytes]] = {}  # final path: what writers meant it to hold
+        self.meanwhile: dict[str, Callable[[], None]] = {}  # what others do just before the next call of a kind
+        self.hurt: list[str] = []  # what was unlinked while somebody had it open
+        self._changed_at: dict[int, float] = {}  # of what is not LONG_AGO
         self._faults = dict(faults or {})
         self._counts: dict[str, int] = {}
         self.turns = turns
         self._replaces_only = replaces_only
+        self._turns_to_look = turns_to_look
         self._left: int | None = None  # calls until the process is killed
         self.most_bytes = most_bytes
+        self.bytes_free = 1 << 50
         self._next = max((*self.folders, *self.contents)) + 1
 
     def now(self) -> Crashed:
@@ -122,6 +157,16 @@ class Disk(FileSystem):
         """The writer was told that this is durable."""
         self._enter("promise")
         self.log.append(Promised(path, content))
+
+    def withdraw(self, path: str) -> None:
+        """The writer asks for this to be gone."""
+        self._enter("withdraw")
+        self.log.append(Withdrawn(path))
+
+    def promise_gone(self, path: str) -> None:
+        """The writer was told that this is gone."""
+        self._enter("promise_gone")
+        self.log.append(PromisedGone(path))
 
     def kill_at(self, count: int) -> None:
         """The process is killed when it has made so many more calls that change something."""
@@ -158,6 +203,9 @@ class Disk(FileSystem):
         self._write(inode, offset, content)
         return len(content)
 
+    def start_writeback(self, descriptor: int, offset: int, size_bytes: int) -> None:
+        self._fail("start_writeback")  # a hint: nothing is durable by it, and nothing is lost if it fails
+
     def fsync(self, descriptor: int) -> None:
         inode, _ = self.open[descriptor]
         self._enter("fsync", inode)
@@ -178,6 +226,9 @@ class Disk(FileSystem):
         if name not in self.folders[folder]:
             raise _error(errno.ENOENT, source)
         inode = self.folders[folder][name]
+        if inode in self.folders:
+            self._move(folder, name, new_folder, new_name)
+            return
         if is_final(str(target)):
             self.finished.setdefault(str(target), set()).add(bytes(self.contents[inode]))
         self._link(new_folder, new_name, inode)
@@ -188,7 +239,7 @@ class Disk(FileSystem):
             raise _error(errno.EINVAL, target)
         self._enter("rename_new")
         folder, name = self._parent(target)
-        if name in self.folders[folder]:
+        if self._find(str(source)) is not None and name in self.folders[folder]:
             raise _error(errno.EEXIST, target)
         turns, self.turns = self.turns, None  # one call, so one turn
         try:
@@ -201,6 +252,11 @@ class Disk(FileSystem):
         folder, name = self._parent(path)
         if name not in self.folders[folder]:
             raise _error(errno.ENOENT, path)
+        inode = self.folders[folder][name]
+        if inode in self.folders:
+            raise _error(errno.EISDIR, path)
+        if any(inode == other for other, _ in self.open.values()):
+            self.hurt.append(str(path))
         self._link(folder, name, None)
 
     def make_folder(self, path: Path) -> None:
@@ -212,6 +268,16 @@ class Disk(FileSystem):
         self.folders[inode] = {}
         self._link(folder, name, inode)
 
+    def remove_folder(self, path: Path) -> None:
+        self._enter("remove_folder")
+        folder, name = self._parent(path)
+        inode = self.folders[folder].get(name)
+        if inode not in self.folders:
+            raise _error(errno.ENOTDIR if inode is not None else errno.ENOENT, path)
+        if self.folders[inode]:
+            raise _error(errno.ENOTEMPTY, path)
+        self._link(folder, name, None)
+
     def fsync_folder(self, path: Path) -> None:
         self._enter("fsync_folder")
         inode = self._find(str(path))
@@ -222,11 +288,16 @@ class Disk(FileSystem):
     # Calls that look
 
     def open_read(self, path: Path) -> int:
+        self._look()
         inode = self._find(str(path))
         if inode is None:
             raise _error(errno.ENOENT, path)
         self.was_read.add(path.name)
         return self._descriptor(inode, path)
+
+    def free_bytes(self, path: Path) -> int:
+        self._fail("free_bytes")
+        return self.bytes_free
 
     def stat(self, descriptor: int) -> os.stat_result:
         inode, _ = self.open[descriptor]
@@ -238,25 +309,46 @@ class Disk(FileSystem):
         memoryview(buffer)[: len(piece)] = piece
         return len(piece)
 
+    def lstat(self, path: Path) -> os.stat_result:
+        self._look()
+        inode = self._find(str(path))
+        if inode is None:
+            raise _error(errno.ENOENT, path)
+        kind = stat.S_IFDIR if inode in self.folders else stat.S_IFREG
+        size_bytes = len(self.contents.get(inode, b""))
+        changed_at = self._changed_at.get(inode, LONG_AGO)
+        return SimpleNamespace(st_mode=kind | 0o644, st_size=size_bytes, st_ctime=changed_at)
+
     def list(self, path: Path) -> list[str]:
+        self._look()
         inode = self._find(str(path))
         if inode not in self.folders:
             raise _error(errno.ENOTDIR if inode is not None else errno.ENOENT, path)
         return list(self.folders[inode])
 
     def exists(self, path: Path) -> bool:
+        self._look()
         return self._find(str(path)) is not None
 
     # Inside
 
+    def _look(self) -> None:
+        if self._turns_to_look and self.turns is not None:
+            self.turns.wait()
+
     def _enter(self, call: str, inode: int | None = None) -> None:
         """A call begins: wait for its turn, and fail if it is to fail."""
+        if others := self.meanwhile.pop(call, None):
+            others()
         if self.turns is not None:
             self.turns.wait()
         if self._left is not None:
             self._left -= 1
             if self._left < 0:
                 raise Killed
+        self._fail(call, inode)
+
+    def _fail(self, call: str, inode: int | None = None) -> None:
         count = self._counts[call] = self._counts.get(call, -1) + 1
         number = self._faults.get((call, count))
         if number is not None:
@@ -274,6 +366,15 @@ class Disk(FileSystem):
             del self.folders[folder][name]
         else:
             self.folders[folder][name] = inode
+            self._changed_at[inode] = NOW
+
+    def _move(self, folder: int, name: str, new_folder: int, new_name: str) -> None:
+        if new_folder != folder or new_name in self.folders[folder]:
+            raise NotImplementedError("our code renames folders within their parent, to new names")
+        inode = self.folders[folder].pop(name)
+        self.folders[folder][new_name] = inode
+        self._changed_at[inode] = NOW
+        self.log.append(Moved(folder, name, new_name, inode))
 
     def _new(self) -> int:
         self._next += 1

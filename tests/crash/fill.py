@@ -27,11 +27,21 @@ LAYOUT = Layout(
 )
 
 
-class WithoutPreallocation(FileSystem):
-    """So that a full disk is noticed in the middle of a file."""
+class Blind(FileSystem):
+    """A full disk is noticed when a file is preallocated."""
+
+    def free_bytes(self, path: Path) -> int:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+
+class WithoutPreallocation(Blind):
+    """A full disk is noticed in the middle of a file."""
 
     def preallocate(self, descriptor: int, size_bytes: int) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+
+NOTICED = {"before": FileSystem, "preallocating": Blind, "writing": WithoutPreallocation}
 
 
 def fill(root: Path, files: FileSystem, most: int, limit_after: int | None) -> dict[str, object]:
@@ -73,12 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.crash.fill", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--most", type=int, default=10, help="snapshots to write")
-    parser.add_argument("--no-preallocation", action="store_true")
+    parser.add_argument("--noticed", choices=NOTICED, default="before", help="when a full disk is noticed")
     parser.add_argument("--limit-after", type=int, help="from then on no file may have more than 6000 bytes")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    files = WithoutPreallocation() if options.no_preallocation else FileSystem()
-    print(json.dumps(fill(options.folder, files, options.most, options.limit_after)))
+    print(json.dumps(fill(options.folder, NOTICED[options.noticed](), options.most, options.limit_after)))
     return 0
 
 

@@ -1,8 +1,9 @@
 """Training runs that are killed at any moment, and what is in their folder then: ``python -m tests.crash.kills``.
 
 One process imports torch and forks a run at a time; half of them are killed at a random moment, half at a random file
-system call of their own. Each goes on where an earlier one saved its state, or forgets to. The weights of a step are
-known beforehand, so each snapshot must have the bits of one run that nobody killed.
+system call of their own. Each goes on where an earlier one saved its state, or from the folder, or forgets to. The
+weights of a step are known beforehand, so each snapshot must have the bits of one run that nobody killed. What was
+acknowledged must be there, unless ``keep=`` has dropped it; what was pinned must be there in any case.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import select
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +24,11 @@ from pathlib import Path
 import torch
 
 import nitrous_ema.ema
-from nitrous_ema import AsyncPostHocEMA, PostHocEMA, SnapshotStore
+from nitrous_ema import AsyncPostHocEMA, KeepGeometric, PostHocEMA, SnapshotStore
 from nitrous_ema.snapshots.files import FileSystem
+from tests.crash.journal import folder, told_hiding
 
-TIMEOUT_SECONDS = 30
+TIMEOUT_SECONDS = 120
 MOST_STEPS = 60
 EVERY_STEPS = 3
 KILLS_PER_FOLDER = 20
@@ -59,6 +62,9 @@ class Campaign:
     expected: dict[int, bytes]
     """Data of the snapshot of each step."""
     promised: set[tuple[str, int]] = field(default_factory=set)
+    hidden: set[str] = field(default_factory=set)
+    """Folders that ``keep=`` has dropped, or was about to."""
+    pinned: set[str] = field(default_factory=set)
     history: dict[str, dict[str, int | None]] = field(default_factory=dict)
     """Of each run: those it continues and itself, with the step at which each was left."""
 
@@ -71,18 +77,27 @@ class Campaign:
 def train(root: Path, say: Callable[[str], None], chance: random.Random, resume: Path) -> None:
     """Train until somebody ends it; ``say`` what is durable."""
     model = torch.nn.Linear(20, 10)
-    ema = AsyncPostHocEMA(model, checkpoint_every_num_steps=EVERY_STEPS, checkpoint_folder=root)
-    ancestor = ""
-    if resume.exists() and chance.random() < 0.7:
+    keep = chance.choice(("all", "all", 4, KeepGeometric(1.3)))
+    ema = AsyncPostHocEMA(model, checkpoint_every_num_steps=EVERY_STEPS, checkpoint_folder=root, keep=keep)
+    ancestor, how = "", chance.random()
+    if resume.exists() and how < 0.5:
         saved = torch.load(resume)
         ema.load_state_dict(saved["ema"])
         ancestor = saved["run"]
+    elif how < 0.7 and SnapshotStore(root).runs():
+        ema.restore()
+        ancestor = ema.snapshots.get(ema.step).run
+    else:
+        warnings.filterwarnings("ignore", "This run.* begins anew")  # it forgets to resume on purpose
     say(f"began {ema.run},{ancestor},{ema.step}")
     for step in range(ema.step + 1, MOST_STEPS + 1):
-        _one_step(ema, model, step)
+        one_step(ema, model, step)
         if chance.random() < 0.2:
             ema.flush(TIMEOUT_SECONDS)
             say(f"durable {step // EVERY_STEPS * EVERY_STEPS}")
+            if step % EVERY_STEPS == 0 and chance.random() < 0.2:
+                ema.pin()
+                say(f"pinned {folder(step, ema.run)}")
         if chance.random() < 0.05:
             torch.save({"ema": ema.state_dict(), "run": ema.run}, resume.with_suffix(".new"))
             os.replace(resume.with_suffix(".new"), resume)
@@ -90,28 +105,34 @@ def train(root: Path, say: Callable[[str], None], chance: random.Random, resume:
     say(f"durable {MOST_STEPS}")
 
 
-def _one_step(ema: PostHocEMA, model: torch.nn.Module, step: int) -> None:
+def one_step(ema: PostHocEMA, model: torch.nn.Module, step: int) -> None:
     ema.fence()
-    generator = torch.Generator().manual_seed(step)
+    parameters = list(model.parameters())
+    parts = weights_of_step(step).split([parameter.numel() for parameter in parameters])
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(generator=generator)
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.copy_(part.view_as(parameter))
     ema.update()
 
 
-def run_undisturbed(root: Path) -> dict[int, bytes]:
+def weights_of_step(step: int) -> torch.Tensor:
+    """The model's weights after a step, as one vector."""
+    return torch.randn(20 * 10 + 10, generator=torch.Generator().manual_seed(step))
+
+
+def run_undisturbed(root: Path, most_steps: int = MOST_STEPS, every_steps: int = EVERY_STEPS) -> dict[int, bytes]:
     """What the snapshot of each step holds when nobody kills anybody, by the synchronous class."""
 
     def reference() -> None:
         model = torch.nn.Linear(20, 10)
-        ema = PostHocEMA(model, checkpoint_every_num_steps=EVERY_STEPS, checkpoint_folder=root, update_every=1)
-        for step in range(1, MOST_STEPS + 1):
-            _one_step(ema, model, step)
+        ema = PostHocEMA(model, checkpoint_every_num_steps=every_steps, checkpoint_folder=root, update_every=1)
+        for step in range(1, most_steps + 1):
+            one_step(ema, model, step)
         ema.close()
 
-    if _wait(_fork(reference)) != 0:
+    if wait(fork(reference)) != 0:
         raise RuntimeError("the undisturbed run failed")
-    return {snapshot.step: _data(snapshot) for snapshot in SnapshotStore(root).snapshots()}
+    return {snapshot.step: data_of(snapshot) for snapshot in SnapshotStore(root).snapshots()}
 
 
 def kill_one(campaign: Campaign, chance: random.Random) -> bool:
@@ -124,17 +145,23 @@ def kill_one(campaign: Campaign, chance: random.Random) -> bool:
         if own_call is not None:
             files = Deadly(own_call + 12, before=seed < 0.5)
             nitrous_ema.ema.SnapshotStore = functools.partial(SnapshotStore, files=files)
-        train(campaign.root, lambda line: os.write(write_end, f"{line}\n".encode()), random.Random(seed), resume)
+        say = lambda line: os.write(write_end, f"{line}\n".encode())  # noqa: E731
+        with told_hiding(say):
+            train(campaign.root, say, random.Random(seed), resume)
 
-    child = _fork(run)
+    child = fork(run)
     os.close(write_end)
     run_id, patience = "", chance.randrange(1, 12)
     try:
-        for number, line in enumerate(_lines(lines)):
+        for number, line in enumerate(lines_of(lines)):
             what, value = line.split(" ", 1)
             if what == "began":
                 run_id, ancestor, step = value.split(",")
                 campaign.began(run_id, ancestor, int(step))
+            elif what == "hiding":
+                campaign.hidden.add(value)
+            elif what == "pinned":
+                campaign.pinned.add(value)
             else:
                 campaign.promised |= {(run_id, step) for step in _steps_since(campaign, run_id, int(value))}
             if own_call is None and number >= patience:
@@ -146,7 +173,7 @@ def kill_one(campaign: Campaign, chance: random.Random) -> bool:
         raise
     finally:
         os.close(lines)
-        status = _wait(child)
+        status = wait(child)
     if status not in (0, -signal.SIGKILL):
         raise RuntimeError(f"a run ended with status {status}")
     check_folder(campaign, [run_id] if run_id else [])
@@ -166,26 +193,28 @@ def check_folder(campaign: Campaign, runs: Sequence[str]) -> None:
     store = SnapshotStore(campaign.root)
     owners = store.runs()
     for run in runs:
-        mine = {step for owner, step in campaign.promised if owner == run}
+        mine = {s for owner, s in campaign.promised if owner == run and folder(s, run) not in campaign.hidden}
         found = store.snapshots(run) if run in owners else []
-        _expect(mine <= {s.step for s in found if s.run == run}, f"{run}: promised {sorted(mine)}, found {found}")
+        expect(mine <= {s.step for s in found if s.run == run}, f"{run}: promised {sorted(mine)}, found {found}")
         for snapshot in found:
             left_at = campaign.history[run].get(snapshot.run, 0)
-            _expect(left_at is None or snapshot.step <= left_at, f"{snapshot.paths[0]} is of an abandoned future")
-            _expect(_data(snapshot) == campaign.expected[snapshot.step], f"{snapshot.paths[0]} has other bits")
+            expect(left_at is None or snapshot.step <= left_at, f"{snapshot.paths[0]} is of an abandoned future")
+            expect(data_of(snapshot) == campaign.expected[snapshot.step], f"{snapshot.paths[0]} has other bits")
     store.incomplete()
+    lost = {name for name in campaign.pinned if not (campaign.root / name).is_dir()}
+    expect(not lost, f"pinned and lost: {lost}")
 
 
-def _data(snapshot: object) -> bytes:
+def data_of(snapshot: object) -> bytes:
     return snapshot.paths[0].read_bytes()[snapshot.data_begin :]
 
 
-def _expect(holds: bool, otherwise: str) -> None:
+def expect(holds: bool, otherwise: str) -> None:
     if not holds:
         raise AssertionError(otherwise)
 
 
-def _lines(descriptor: int) -> Iterator[str]:
+def lines_of(descriptor: int) -> Iterator[str]:
     """Whole lines that come through a pipe, until all its writers are gone."""
     rest = b""
     while True:
@@ -198,7 +227,7 @@ def _lines(descriptor: int) -> Iterator[str]:
         yield from (line.decode() for line in whole)
 
 
-def _fork(work: Callable[[], None]) -> int:
+def fork(work: Callable[[], None]) -> int:
     child = os.fork()
     if child == 0:
         try:
@@ -211,7 +240,7 @@ def _fork(work: Callable[[], None]) -> int:
     return child
 
 
-def _wait(child: int) -> int:
+def wait(child: int) -> int:
     """Exit status of a child that has ended or is about to: its last words have been read."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -225,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chance = random.Random(seed)
     torch.set_num_threads(1)
     torch.compiler.disable(lambda: None)  # imports for seconds when first used: here, once, and not in every run
-    killed = started = orphans = incomplete = promised = listed = 0
+    killed = started = orphans = incomplete = promised = dropped = listed = 0
     with tempfile.TemporaryDirectory() as parent:
         expected = run_undisturbed(Path(parent) / "undisturbed")
         while killed < options.kills:
@@ -236,16 +265,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 started += 1
             store = SnapshotStore(campaign.root)
             check_folder(campaign, store.runs())
-            _expect(store.verify() == [], f"verify() says {store.verify()}")
+            expect(store.verify() == [], f"verify() says {store.verify()}")
             orphans += sum(path.name.startswith(".rank-") for path in campaign.root.glob("step-*/.*"))
             incomplete += len(store.incomplete())
             promised += len(campaign.promised)
+            dropped += len(campaign.hidden & {folder(step, run) for run, step in campaign.promised})
             listed += len(list(campaign.root.glob("step-*/rank-*")))
-            _expect(killed >= most, f"only {killed} of {started} runs could be killed before they ended, seed {seed}")
+            expect(killed >= most, f"only {killed} of {started} runs could be killed before they ended, seed {seed}")
     print(
         f"{killed} of {started} runs killed, seed {seed}: {listed} snapshots, all whole; "
-        f"{promised} of them acknowledged, none lost; {incomplete} unfinished ones passed over, "
-        f"{orphans} temporary files left"
+        f"{promised} acknowledged, none lost, {dropped} of these dropped by keep=; "
+        f"{incomplete} unfinished ones passed over, {orphans} temporary files left"
     )
     return 0
 

@@ -22,15 +22,26 @@ from tests.crash.checks import (
     Violation,
     check_crashes,
     check_disagreement,
+    check_end,
     check_forgetful_disk,
     check_rot,
     check_taken_name,
 )
 from tests.crash.subject import Edits, load_modules, load_subject
 
-COMMIT, STORE, FORMAT, FILES = (f"snapshots.{name}" for name in ("commit", "store", "format", "files"))
+COMMIT, RETIRE, STORE, FORMAT, FILES = (
+    f"snapshots.{name}" for name in ("commit", "retire", "store", "format", "files")
+)
 SOURCES, WRITER = "synthesis.sources", "async_.writer"
-_SEEDS = {"twins": range(8), "twins without renameat2": range(8), runs.KILLED: (1, 3, 18)}
+_SEEDS = {
+    "twins": range(8),
+    "twins without renameat2": range(8),
+    "ranks that start together": range(4),
+    runs.KILLED: (1, 3, 18),
+    runs.KILLED_THINNING: (9, 13),
+}
+_ENDS = {name: range(100) for name in runs.RACES}
+"""Seeds of those whose faults are rare, and are seen without a crash."""
 _SHALLOW = Depth(subsets=128, samples=2, second_crash_of=1000)
 
 
@@ -45,6 +56,8 @@ class Mutation:
 
 def _crashes(name: str, edits: Edits, folder: Path) -> None:
     subject = load_subject(edits)
+    for seed in _ENDS.get(name, ()):
+        check_end(runs.record(name, subject, seed), subject)
     for seed in _SEEDS.get(name, (0,)):
         check_crashes(runs.record(name, subject, seed), subject, _SHALLOW)
 
@@ -123,14 +136,15 @@ _FINISH_AND_PUBLISH = """\
             self._publish(temporary, final, stamp.step)
 """
 _BOTH_FOLDERS = """\
-            self._sync_folder(final.parent)
-            self._sync_folder(self.root)
+            sync_folder(self.files, final.parent)
+            sync_folder(self.files, self.root)
 """
 _WRITES = """\
-        crc32 = []
+        crc32, is_paced = [], True
         for span, view in _matched(layout, chunks()):
             crc32.append(zlib.crc32(view))
             write_fully(self.files, descriptor, view, data_begin + span.begin)
+            is_paced = is_paced and self._start_writeback(descriptor, data_begin + span.begin, len(view))
         write_fully(self.files, descriptor, encode_header(layout, stamp, crc32), 0)
 """
 _HEADER_FIRST = """\
@@ -147,14 +161,34 @@ _CLOSE_FAILED = """\
         self.files.close(descriptor)
 """
 _LOOKUP = """\
-            if self.files.exists(final):
-                raise _taken(final, step) from error
+        if files.exists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(target)) from error
 """
-_TEMPORARY = 'temporary = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(8)}")'
+_TEMPORARY = "temporary = final.with_name(temporary_name(final.name))"
+_MAKE_FOLDER = """\
+        self._make_folder(final.parent)  # here, so that it is made again if somebody has removed it while it was empty
+"""
+_NOTE_THEN_LOOK = """\
+        self._committer.write_note(note)
+        hidden = self.root / hidden_name(folder_name(step, run))
+        if is_there() or self._bring_back(hidden) or is_there():  # the last one: somebody else has brought it back
+            return True
+"""
+_LOOK_THEN_NOTE = """\
+        if is_there():
+            self._committer.write_note(note)
+            return True
+"""
+_PINNED = "        if self.files.exists(self._pin(snapshot.step, snapshot.run)):\n"
+_WRITE = "            header = self._write_file(final"
 
 
 def _in_commit(missing: str, seen_by: str, *changes: tuple[str, str]) -> Mutation:
     return Mutation(missing, seen_by, {COMMIT: changes})
+
+
+def _in_retire(missing: str, seen_by: str, *changes: tuple[str, str]) -> Mutation:
+    return Mutation(missing, seen_by, {RETIRE: changes})
 
 
 def _in_store(missing: str, seen_by: str, *changes: tuple[str, str]) -> Mutation:
@@ -166,21 +200,18 @@ MUTATIONS: Sequence[Mutation] = (
     _in_commit("fsync of the file", "one rank", (_FSYNC, "")),
     _in_commit("fsync of the snapshot's folder", "one rank", (_BOTH_FOLDERS, _BOTH_FOLDERS.splitlines(True)[1])),
     _in_commit("fsync of ROOT", "one rank", (_BOTH_FOLDERS, _BOTH_FOLDERS.splitlines(True)[0])),
-    _in_commit("fsync of ROOT's parents", "one rank", ("            self._sync_folder(folder.parent)\n", "")),
+    _in_commit("fsync of ROOT's parents", "one rank", ("            sync_folder(self.files, folder.parent)\n", "")),
     _in_commit("fsync of those parents that are there already", runs.KILLED,
         ("                self.files.fsync_folder(folder.parent)\n", "                pass\n")),
     _in_commit(
-        "fsync of ROOT after the note that a run is closed",
+        "fsync of ROOT after a note (a run is closed, a snapshot is pinned)",
         "one rank",
-        ("                self._finish(descriptor, lambda: None)\n            self._sync_folder(self.root)\n",
+        ("                self._finish(descriptor, lambda: None)\n            sync_folder(self.files, self.root)\n",
          "                self._finish(descriptor, lambda: None)\n"),
     ),
-    _in_commit(
-        "a failed fsync of a folder is told",
-        "fsync of ROOT fails",
-        ("            if error.errno not in _UNSUPPORTED:\n                raise\n\n\ndef _matched",
-         "            pass\n\n\ndef _matched"),
-    ),
+    Mutation("a failed fsync of a folder is told", "fsync of ROOT fails", {
+        FILES: [("        if error.errno not in UNSUPPORTED:\n            raise\n\n\ndef write",
+                 "        pass\n\n\ndef write")]}),
     _in_commit("a temporary name, and the rename", "one rank", (_TEMPORARY, "temporary = final"), (
         "            self._publish(temporary, final, stamp.step)\n", "")),
     _in_commit("rename after the fsync", "one rank", (_FINISH_AND_PUBLISH, """\
@@ -216,9 +247,8 @@ MUTATIONS: Sequence[Mutation] = (
     _in_commit("unlink after a failure", "fsync fails once", (
         "                self.files.unlink(temporary)\n", "                pass\n")),
     Mutation("O_EXCL", "taken temporary name", {FILES: [("os.O_CREAT | os.O_EXCL | ", "os.O_CREAT | ")]}),
-    _in_commit("a rename that does not replace", "twins", (
-        "self.files.rename_new(temporary", "self.files.rename(temporary")),
-    _in_commit("the lookup where renames always replace", "twins without renameat2", (_LOOKUP, "")),
+    Mutation("a rename that does not replace", "twins", {FILES: [("files.rename_new(source", "files.rename(source")]}),
+    Mutation("the lookup where renames always replace", "twins without renameat2", {FILES: [(_LOOKUP, "")]}),
     Mutation("all of a write, in as many calls as it takes", "short writes and reads", {
         FILES: [("        view, offset = view[written:], offset + written\n", "        return\n")]}),
     Mutation("all of a read, in as many calls as it takes", "short writes and reads", {
@@ -244,6 +274,36 @@ MUTATIONS: Sequence[Mutation] = (
         "            return Snapshot(")),
     _in_store("no snapshots of an abandoned future", "resumed, later forgotten", (
         "        if left_at is None or step <= left_at\n", "")),
+    _in_retire("fsync of ROOT before snapshots are called hidden", "thinned", (
+        '                self._sync_root("Hidden', '                0 and self._sync_root("Hidden')),
+    _in_retire("fsync of ROOT between hiding and unlinking", "killed while thinning", (
+        '        self._sync_root("Nothing was removed")\n', "")),
+    _in_retire("a snapshot's folder is renamed before its files are unlinked", "killed while thinning", (
+        "            rename_to_new(self.files, folder, hidden)\n", "            self._remove(folder)\n")),
+    _in_retire("only what is called .trash-* is removed", "thinned",
+        ("if parse_hidden_name(name)]", 'if parse_hidden_name(name) or name.startswith("step-")]'),
+        ("    known = parse_hidden_name(hidden.name)\n",
+         "    known = parse_hidden_name(hidden.name) or parse_folder_name(hidden.name)\n")),
+    _in_retire("the newest snapshot is not hidden", "thinned", (
+        "        if newest is not None and (", "        if False and (")),
+    _in_retire("a pinned snapshot is not hidden", "thinned", (_PINNED, "        if False:\n")),
+    _in_retire("pins are looked at before something is removed", "pinned too late", (
+        "            elif self._is_pinned(folder):\n", "            elif False:\n")),
+    _in_retire("a pin is noted before the snapshot is looked for", "pinned meanwhile", (
+        _NOTE_THEN_LOOK, _LOOK_THEN_NOTE)),
+    _in_retire("one rename decides whether a snapshot is removed or comes back", "pinned meanwhile", (
+        "(claimed := self._claim(folder))", "(claimed := folder)")),
+    _in_retire("fsync of ROOT after a pin is taken away", "thinned", (
+        "                self.files.unlink(note)\n            sync_folder(self.files, self.root)\n",
+        "                self.files.unlink(note)\n")),
+    _in_retire("ten minutes for the readers of what others have hidden", "thinned", (
+        "self.remove_hidden(_GRACE_SECONDS)", "self.remove_hidden()")),
+    _in_retire("what was hidden long ago is removed", "thinned", (
+        "            self.remove_hidden(_GRACE_SECONDS)\n", "            pass\n")),
+    _in_retire("temporary files of the dead are removed", runs.KILLED, ('temporary.writer == "gone"', "False")),
+    _in_retire("those of the living are not", "ranks that start together", ('temporary.writer == "gone"', "True")),
+    _in_commit("a folder that was removed while it was empty is made again", "swept while writing",
+        (_MAKE_FOLDER, ""), (_WRITE, f"            self._make_folder(final.parent)\n{_WRITE}")),
     Mutation("the slot of a failed write is released", "slot of a failed write", {
         WRITER: [("            pool.release(slot)\n", "            pass\n")]}),
 )

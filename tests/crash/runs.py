@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nitrous_ema.errors import SnapshotError, SnapshotWriteError
-from tests.crash.disk import EMPTY, Crashed, Disk, Killed, Turns
+from nitrous_ema.errors import SnapshotError, SnapshotNotFound, SnapshotWriteError
+from tests.crash.disk import EMPTY, Crashed, Disk, Killed, Turns, Violation
 from tests.crash.subject import Subject
 
 ROOT = Path("/run/snapshots")
@@ -35,8 +35,6 @@ class Recording:
     """What callers were told."""
     num_told: int = 0
     """How many failures there were to tell."""
-    is_clean: bool = True
-    """Nobody was killed, so no temporary file may be left."""
 
 
 class Player:
@@ -54,6 +52,12 @@ class Player:
         self.store = subject.store.SnapshotStore(ROOT, files=disk)
         self.layout = layout(subject)
         self.failures: list[SnapshotError] = []
+        subject.processes.start()
+
+    def start_process(self) -> None:
+        """Another process goes on with the disk of one that was killed."""
+        self.disk.start_process()
+        self.subject.processes.start()
 
     def prepare(self) -> None:
         """As at construction of an EMA."""
@@ -83,10 +87,45 @@ class Player:
         meant = [whole for whole in self.disk.finished.get(path, ()) if whole.endswith(bytes_)]
         self.disk.promise(path, meant[-1] if meant else b"never written")
 
+    def hide(self, *steps: int) -> None:
+        """Have snapshots of A listed no more; what is not there any more is not asked for."""
+        there = [each for each in self.store.examine(A).snapshots if each.step in steps]
+        for each in there:
+            self.disk.withdraw(str(each.paths[0].parent))
+        try:
+            self.store.hide(there)
+        except SnapshotError as error:
+            self.failures.append(error)
+            return
+        for each in there:
+            self.disk.promise_gone(str(each.paths[0].parent))
+
+    def pin(self, step: int) -> None:
+        """Have a snapshot of A stay, if it is there."""
+        with contextlib.suppress(SnapshotNotFound):
+            self.store.pin(step, A)
+            self.disk.promise(note_of(step), b"")
+
+    def unpin(self, step: int) -> None:
+        self.disk.withdraw(note_of(step))
+        self.store.unpin(step, A)
+        self.disk.promise_gone(note_of(step))
+
+    def expect_hidden(self, count: int) -> None:
+        """There are so many hidden snapshots."""
+        found = self.store.hidden()
+        if len(found) != count:
+            raise Violation(f"hidden are {[path.name for path in found]}, expected {count} of them")
+
     def close(self, run: str = A) -> None:
         """As at the end of training."""
         self.store.close_run(run)
         self.disk.promise(f"{ROOT}/closed-{run}", b"")
+
+
+def note_of(step: int) -> str:
+    """The note that a snapshot of A is pinned."""
+    return f"{ROOT}/pin-{step:012d}-{A}"
 
 
 def content(size_bytes: int, step: int, run: str, rank: int, variant: int = 0) -> bytes:
@@ -150,9 +189,82 @@ def _killed(player: Player, seed: int) -> None:
         player.prepare()
         player.write(10)
         player.write(20)
-    player.disk.start_process()
+    player.start_process()
     player.prepare()
     player.write(10, C)
+
+
+def _thinned(player: Player, seed: int) -> None:
+    """As ``keep=`` does it: what a snapshot makes superfluous is hidden with it, and removed before the next one."""
+    player.prepare()
+    for step in (10, 20, 30, 40):
+        player.store.remove_hidden()
+        for rank in range(player.world_size):
+            player.write(step, rank=rank)
+        if step == 20:
+            player.pin(20)
+        if step == 30:
+            player.hide(10)
+            player.hide(20)  # refused
+            player.unpin(20)
+    player.hide(20, 30)
+    player.hide(40)  # refused: the newest
+    player.prepare()  # somebody else starts
+    player.expect_hidden(2)
+    player.close()
+
+
+def _thinned_by_two(player: Player, seed: int) -> None:
+    _write_all(player, 10, 20)
+    _together(player, seed, *(lambda: [player.hide(10), player.store.remove_hidden()] for _ in range(2)))
+
+
+def _pinned_meanwhile(player: Player, seed: int) -> None:
+    """A pin that comes too late for hide() may fail, or have the snapshot come back."""
+    _write_all(player, 10, 20)
+    remove, look = player.store.remove_hidden, player.store.get
+    works = (lambda: [look(), look(), player.pin(10)], lambda: [player.hide(10), remove()], lambda: [look(), remove()])
+    _together(player, seed, *works)
+    remove()
+    player.failures.clear()  # hide() may refuse
+
+
+def _pinned_too_late(player: Player, seed: int) -> None:
+    """After hide() has looked for a pin, before it renames."""
+    _write_all(player, 10, 20)
+    player.disk.meanwhile["rename_new"] = lambda: player.pin(10)
+    player.hide(10)
+    player.store.remove_hidden()
+
+
+def _killed_while_thinning(player: Player, seed: int) -> None:
+    """At its call number ``seed`` since it began to hide; the next one does the same again, and the machine stops."""
+    _write_all(player, 10, 20)
+    player.disk.kill_at(seed)
+    with contextlib.suppress(Killed):
+        player.hide(10)
+        player.store.remove_hidden()
+    player.start_process()
+    player.prepare()
+    player.hide(10)
+    player.store.remove_hidden()
+
+
+def _swept_while_writing(player: Player, seed: int) -> None:
+    """What a dead process left is removed, and its folder, while another one of the same run begins to write there."""
+    player.prepare()
+    player.disk.kill_at(4)
+    with contextlib.suppress(Killed):
+        player.write(10)
+    player.start_process()
+    _together(player, seed, lambda: player.prepare(), lambda: player.write(10))
+
+
+def _write_all(player: Player, *steps: int) -> None:
+    player.prepare()
+    for step in steps:
+        for rank in range(player.world_size):
+            player.write(step, rank=rank)
 
 
 def _threads(player: Player, seed: int) -> None:
@@ -179,8 +291,6 @@ class _Plan(NamedTuple):
     world_size: int = 1
     num_told: int = 0
     """Failures that callers must be told."""
-    is_clean: bool = True
-    """Nothing is killed, so no temporary file may be left."""
 
 
 _EIO, _ENOSPC = errno.EIO, errno.ENOSPC
@@ -191,7 +301,13 @@ _PLANS = {
     "three ranks": _Plan(_ranks, world_size=3),
     "three writer threads": _Plan(_threads),
     "ranks that start together": _Plan(_ranks_that_start_together, world_size=2),
-    "killed and started again": _Plan(_killed, is_clean=False),
+    "killed and started again": _Plan(_killed),
+    "thinned": _Plan(_thinned, num_told=2),
+    "thinned by two at once": _Plan(_thinned_by_two, {"turns_to_look": True}, world_size=2),
+    "pinned meanwhile": _Plan(_pinned_meanwhile, {"turns_to_look": True}, world_size=2),
+    "pinned too late": _Plan(_pinned_too_late, world_size=2),
+    "killed while thinning": _Plan(_killed_while_thinning, world_size=2),
+    "swept while writing": _Plan(_swept_while_writing, {"turns_to_look": True}),
     "fsync fails once": _Plan(_one_rank, {"faults": {("fsync", 2): _EIO}}),
     "fsync fails twice": _Plan(_one_rank, {"faults": {("fsync", 2): _EIO, ("fsync", 3): _EIO}}, num_told=1),
     "close fails once": _Plan(_one_rank, {"faults": {("close", 2): _EIO}}),
@@ -207,10 +323,21 @@ _PLANS = {
 }
 
 NAMES = tuple(_PLANS)
-KILLED = "killed and started again"
-NUM_KILLS = 32
-"""Moments at which that one can be killed: the seeds of its runs."""
-SEEDED = tuple(n for n in NAMES if _PLANS[n].play in (_ranks, _ranks_that_start_together, _threads, _twins))
+KILLED, KILLED_THINNING = "killed and started again", "killed while thinning"
+KILLS = {KILLED: range(32), KILLED_THINNING: range(4, 18)}
+"""Moments at which these can be killed: the seeds of their runs."""
+_AT_ONCE = (
+    _ranks,
+    _ranks_that_start_together,
+    _threads,
+    _twins,
+    _thinned_by_two,
+    _pinned_meanwhile,
+    _swept_while_writing,
+)
+RACES = ("thinned by two at once", "pinned meanwhile", "swept while writing")
+"""Those in which much depends on whose turn it is, and little on when the machine stops."""
+SEEDED = tuple(n for n in NAMES if _PLANS[n].play in _AT_ONCE)
 """Those in which several write at once: a seed decides whose turn it is."""
 
 
@@ -226,4 +353,4 @@ def record(name: str, subject: Subject, seed: int = 0) -> Recording:
     disk = Disk(**plan.options)
     player = Player(subject, disk, plan.world_size)
     plan.play(player, seed)
-    return Recording(name, EMPTY, disk, LINEAGES, plan.world_size, player.failures, plan.num_told, plan.is_clean)
+    return Recording(name, EMPTY, disk, LINEAGES, plan.world_size, player.failures, plan.num_told)

@@ -4,7 +4,8 @@ What is certain after a crash: a file's bytes and size as of its last fsync that
 the folder's last fsync. All else may be there or not, independently of each other:
 
 names    each link and unlink of a name since the folder's fsync, in order (as journals do it) or any subset of them
-         (as POSIX allows it); a rename may leave both names or neither, or come before the data of its file
+         (as POSIX allows it); a rename may leave both names or neither, or come before the data of its file; that of a
+         folder may be lost, but leaves it one name
 bytes    of a file since its fsync: nothing, all, any prefix, any sectors of 512 or 4096 bytes, any of the write calls,
          the new size with zeros, garbage wherever something was being written
 
@@ -19,7 +20,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tests.crash.disk import TOP, Crashed, Failed, Linked, Promised, Synced, Written, put
+from tests.crash.disk import (
+    TOP,
+    Crashed,
+    Failed,
+    Linked,
+    Moved,
+    Promised,
+    PromisedGone,
+    Synced,
+    Withdrawn,
+    Written,
+    put,
+)
 
 
 @dataclass
@@ -39,9 +52,9 @@ class CrashPoint:
     index: int
     last: NamedTuple | None
     names: dict[int, dict[str, int]]  # durable ones, by folder
-    pending: list[Linked]
+    pending: list[Linked | Moved]
     fates: dict[int, Fate]
-    promises: list[Promised]
+    promises: list[Promised | Withdrawn | PromisedGone]
 
 
 def crash_points(log: Sequence[NamedTuple], start: Crashed, *, honest: bool = True) -> Iterator[CrashPoint]:
@@ -67,7 +80,7 @@ def crash_points(log: Sequence[NamedTuple], start: Crashed, *, honest: bool = Tr
 
 
 def _advance(point: CrashPoint, entry: NamedTuple, honest: bool) -> None:
-    if isinstance(entry, Linked):
+    if isinstance(entry, (Linked, Moved)):
         point.pending.append(entry)
     elif isinstance(entry, Written):
         fate = point.fates.setdefault(entry.inode, Fate())
@@ -75,7 +88,7 @@ def _advance(point: CrashPoint, entry: NamedTuple, honest: bool) -> None:
         fate.made = None
     elif isinstance(entry, Failed):
         point.fates.setdefault(entry.inode, Fate()).is_dead = True
-    elif isinstance(entry, Promised):
+    elif isinstance(entry, (Promised, Withdrawn, PromisedGone)):
         point.promises.append(entry)
     elif isinstance(entry, Synced):
         fate = point.fates.get(entry.inode)
@@ -129,9 +142,16 @@ def _masks(count: int, most: int, chance: random.Random) -> Iterator[int]:
     yield from dict.fromkeys(special + drawn)
 
 
-def _apply(names: dict[int, dict[str, int]], changes: Sequence[Linked]) -> None:
-    for folder, name, inode, is_folder in changes:
-        entries = names.setdefault(folder, {})
+def _apply(names: dict[int, dict[str, int]], changes: Sequence[Linked | Moved]) -> None:
+    for change in changes:
+        entries = names.setdefault(change.folder, {})
+        if isinstance(change, Moved):
+            for name in [name for name, inode in entries.items() if inode == change.inode]:
+                del entries[name]  # its last one, whatever became of earlier renames
+            entries[change.new_name] = change.inode
+            names.setdefault(change.inode, {})
+            continue
+        _, name, inode, is_folder = change
         if inode is None:
             entries.pop(name, None)
         else:

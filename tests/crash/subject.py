@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+from tests.crash.disk import NOW
+
 PACKAGE = Path(__file__).resolve().parents[2] / "nitrous_ema"
 _IMPORT = re.compile(r"from nitrous_ema\.((?:snapshots|synthesis|async_)\.\w+) import")
 _number = itertools.count()
@@ -28,25 +30,47 @@ class Subject:
 
     store: ModuleType
     commit: ModuleType
+    retire: ModuleType
     format: ModuleType
     files: ModuleType
+    processes: Processes
+
+
+@dataclass
+class Processes:
+    """Who writes: by what it calls itself, all but the last one are dead."""
+
+    number: int = 0
+
+    def start(self) -> None:
+        """The process is another from now on; the one before has died."""
+        self.number += 1
+
+    def signature(self) -> str:
+        return f"{self.number:x}"
+
+    def fate_of_signature(self, text: str, *, untouched_seconds: float) -> str:
+        return "alive" if text == self.signature() else "gone"
 
 
 def load_subject(edits: Edits | None = None) -> Subject:
     """Copies of the modules, with these replacements made in their source.
 
-    Random names are drawn from a counter, so that every run has the same log. What a header's bytes mean is looked up
-    where it was computed before: a state of the disk costs a fraction of a millisecond instead of many.
+    Random names are drawn from a counter and processes are numbered, so that every run has the same log. What a
+    header's bytes mean is looked up where it was computed before: a state of the disk costs a fraction of a millisecond
+    instead of many.
 
     Args:
         edits: For a module such as ``"snapshots.store"``: pairs of what stands there, once, and what replaces it.
     """
     modules = load_modules("snapshots.store", edits or {})
-    store, commit = modules["snapshots.store"], modules["snapshots.commit"]
-    names = itertools.count()
-    commit.secrets = SimpleNamespace(token_hex=lambda size_bytes: f"{next(names):0{2 * size_bytes}x}")
+    store, commit, retire = (modules[f"snapshots.{name}"] for name in ("store", "commit", "retire"))
+    names, processes = itertools.count(), Processes()
+    commit.secrets = retire.secrets = SimpleNamespace(token_hex=lambda size_bytes: f"{next(names):0{2 * size_bytes}x}")
+    commit.signature, retire.fate_of_signature = processes.signature, processes.fate_of_signature
+    retire.time = SimpleNamespace(time=lambda: NOW)
     store.decode_header = _remembered(store.decode_header)
-    return Subject(store, commit, modules["snapshots.format"], modules["snapshots.files"])
+    return Subject(store, commit, retire, modules["snapshots.format"], modules["snapshots.files"], processes)
 
 
 def load_modules(name: str, edits: Edits) -> dict[str, ModuleType]:

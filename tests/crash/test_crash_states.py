@@ -5,19 +5,46 @@ The campaigns of tests/crash/checks.py, as far as a minute goes; ``python -m tes
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.crash import runs
-from tests.crash.checks import Depth, Tally, Violation, check_crashes, check_forgetful_disk, check_rot, check_state
-from tests.crash.disk import TOP, Crashed, Disk, Linked, Promised, Synced, Turns, Written
+from tests.crash.checks import (
+    Depth,
+    Tally,
+    Violation,
+    check_crashes,
+    check_end,
+    check_forgetful_disk,
+    check_rot,
+    check_state,
+)
+from tests.crash.disk import (
+    TOP,
+    Crashed,
+    Disk,
+    Linked,
+    Moved,
+    Promised,
+    PromisedGone,
+    Synced,
+    Turns,
+    Withdrawn,
+    Written,
+)
 from tests.crash.runs import record
 from tests.crash.states import crash_points, states
 from tests.crash.subject import load_subject
 
-DEPTH = Depth(subsets=192, samples=1, second_crash_of=50)
+DEPTH = Depth(subsets=96, samples=1, second_crash_of=50)
 # Start-up is where one writer may rely on what another has not made durable: in the order of seed 13, and wherever the
 # first is killed.
-MORE = [("ranks that start together", 13), *((runs.KILLED, seed) for seed in (1, 3, 6, 10, 18, 20))]
+MORE = [
+    ("ranks that start together", 13),
+    *((runs.KILLED, seed) for seed in (1, 3, 6, 10, 18, 20)),
+    *((runs.KILLED_THINNING, seed) for seed in (9, 13, 15)),  # each time something else is not durable
+]
 RUNS = [*((name, 0) for name in runs.NAMES), *MORE]
 
 
@@ -37,6 +64,12 @@ def test_no_crash_loses_what_was_acknowledged_or_shows_what_is_torn(subject, tal
     tally = tallies[name, seed] = check_crashes(record(name, subject, seed), subject, DEPTH)
     assert tally.distinct > 100
     assert tally.restarts >= 10
+
+
+@pytest.mark.parametrize("name", runs.RACES)
+def test_in_no_order_of_calls_is_a_pinned_or_a_new_snapshot_lost(subject, name):
+    for seed in range(100):
+        check_end(record(name, subject, seed), subject)
 
 
 def test_tens_of_thousands_of_disks_were_looked_at(tallies):
@@ -107,6 +140,33 @@ def test_a_folder_may_be_lost_with_all_that_was_synced_in_it():
     assert found == {frozenset(), frozenset({("/f", None), ("/f/a", b"x")})}
 
 
+def test_a_renamed_folder_has_one_of_its_names_and_is_whole():
+    made = (Linked(TOP, "f", FOLDER, True), Synced(TOP), Linked(FOLDER, "a", FILE), Synced(FOLDER))
+    twice = (Moved(TOP, "f", "g", FOLDER), Moved(TOP, "g", "h", FOLDER))
+    assert disks(*made, *twice) == {frozenset({(f"/{name}", None), (f"/{name}/a", b"")}) for name in "fgh"}
+    assert disks(*made, *twice, Synced(TOP)) == {frozenset({("/h", None), ("/h/a", b"")})}
+    assert len(disks(*made, *twice, Linked(FOLDER, "a", None))) == 6  # unlinked before its folder's name is durable
+
+
+def test_hidden_snapshot_that_is_back_or_a_pinned_one_that_is_lost_is_a_violation(subject):
+    recording = record("one rank", subject)
+    good, promises = recording.disk.now(), [e for e in recording.disk.log if isinstance(e, Promised)]
+    folder = promises[1].path.rpartition("/")[0]
+    note = Promised(folder.replace("step-", "pin-"), b"")
+    asked = [*promises, Withdrawn(folder)]
+    check_state(good, good.walk(), asked, recording, subject)
+    with pytest.raises(Violation, match="was acknowledged to be gone and is there"):
+        check_state(good, good.walk(), [*asked, PromisedGone(folder)], recording, subject)
+    pinned = Disk(good)
+    pinned.open_exclusive(Path(note.path))
+    check_state(pinned.now(), pinned.now().walk(), [*asked, PromisedGone(folder), note], recording, subject)
+    pinned.unlink(Path(promises[1].path))
+    with pytest.raises(Violation, match="is pinned and lost"):
+        check_state(pinned.now(), pinned.now().walk(), [*promises, note, Withdrawn(folder)], recording, subject)
+    with pytest.raises(Violation, match="remains of"):
+        check_state(pinned.now(), pinned.now().walk(), asked, recording, subject)
+
+
 def test_a_lost_promise_and_a_torn_file_are_violations(subject):
     recording = record("one rank", subject)
     good = recording.disk.now()
@@ -141,7 +201,14 @@ def test_disk_in_memory_is_a_file_system(subject, tmp_path):
         store.prepare()
         player.write(10)
         player.write(10)  # taken
+        for step in (20, 30, 40):
+            player.write(step)
         store.close_run(runs.A)
+        store.pin(30, runs.A)
+        store.hide([store.get(10)])
+        assert store.remove_hidden(older_than_seconds=60) == 0
+        assert store.remove_hidden() > 0
+        store.hide([store.get(20)])
         assert len(player.failures) == 1
     found = {
         str(path.relative_to(tmp_path)): path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")

@@ -1,0 +1,289 @@
+"""Who takes part in a soak (``tests.crash.soak``), each a process of its own: writer, pruner, reader, synthesizer.
+
+All of them tell what they do, or are about to do, in one journal. The weights of a step are known beforehand: whatever
+is read is compared with an evaluation of the definition that shares no code with the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+import torch
+
+import nitrous_ema.ema
+from nitrous_ema import AsyncPostHocEMA, KeepBytes, KeepCount, KeepGeometric, SnapshotStore
+from nitrous_ema.async_ import synthesize_worker
+from nitrous_ema.errors import SnapshotError, SnapshotNotFound, WorkerError
+from nitrous_ema.posthoc import retain
+from nitrous_ema.profile import sigma_rel_to_gamma
+from nitrous_ema.synthesis import synthesize
+from tests.crash.journal import Journal, folder
+from tests.crash.kills import TIMEOUT_SECONDS, Deadly, data_of, expect, one_step, weights_of_step
+
+MOST_STEPS = 90
+LENGTHS = (0.06, 0.08, 0.1, 0.14)
+KEEPS = (
+    lambda: "all",
+    lambda: KeepCount(5),
+    lambda: KeepGeometric(1.2),
+    lambda: KeepBytes(40_000),  # of snapshots of 5 776 bytes: 6 at once
+)
+
+Say = Callable[[str], None]
+
+
+# The numbers
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What averages are, by definition, in float64."""
+
+    expected: dict[int, bytes]
+    """Data of the snapshot of each step, of a run that nobody disturbed."""
+    weights: np.ndarray = field(
+        default_factory=lambda: np.stack([weights_of_step(step).double().numpy() for step in range(1, MOST_STEPS + 1)])
+    )
+
+    def average(self, step: int, gamma: float) -> np.ndarray:
+        shares = np.diff((np.arange(step + 1) / step) ** (gamma + 1))
+        return shares @ self.weights[:step]
+
+    def check_snapshots(self) -> None:
+        """The undisturbed run itself is right."""
+        for step, data in self.expected.items():
+            numbers = np.frombuffer(data, np.float32).reshape(2, -1)
+            for found, sigma_rel in zip(numbers, (0.05, 0.10), strict=True):
+                wanted = self.average(step, float(sigma_rel_to_gamma(sigma_rel)))
+                expect(np.abs(found - wanted).max() < 1e-5, f"an undisturbed run has other averages at step {step}")
+
+    def check(self, found: np.ndarray, step: int, sigma_rel: float, profile_error: float, weight_l1: float) -> None:
+        """A synthesized average is what it says it is.
+
+        The weights of each step are independent normal numbers, so the error's length is, but for a few percent, the
+        profile's error times the length of the profile; float32 rounding adds to it.
+        """
+        gamma = float(sigma_rel_to_gamma(sigma_rel))
+        profile = (gamma + 1) / np.sqrt((2 * gamma + 1) * step)
+        wrong = np.linalg.norm(found - self.average(step, gamma)) / np.sqrt(found.size)
+        allowed = 1.4 * profile_error * profile + 1e-6 * (1 + weight_l1)
+        expect(bool(wrong <= allowed), f"average {sigma_rel} of step {step}: error {wrong}, expected at most {allowed}")
+
+
+# Writing
+
+
+def write_some(root: Path, journal: Journal, chance: random.Random, stopped: object, say: Say) -> None:
+    """A run that nothing happens to, so that there is something to read."""
+    model = torch.nn.Linear(20, 10)
+    with AsyncPostHocEMA(model, checkpoint_every_num_steps=1, checkpoint_folder=root) as ema:
+        for step in range(1, 6):
+            one_step(ema, model, step)
+    journal.note(f"began {ema.run} 0 1")
+    journal.note(f"durable {ema.run} 5")
+
+
+def write(root: Path, journal: Journal, chance: random.Random, stopped: object, say: Say) -> None:
+    """One life of a training run: begins somehow, goes on for a while, ends somehow."""
+    warnings.filterwarnings("ignore", message=".*holds snapshots of")
+    if chance.random() < 0.3:
+        files = Deadly(chance.randrange(30, 900), before=chance.random() < 0.5)
+        nitrous_ema.ema.SnapshotStore = functools.partial(SnapshotStore, files=files)
+    model = torch.nn.Linear(20, 10)
+    every = chance.choice((1, 2))
+    ema = AsyncPostHocEMA(
+        model, checkpoint_every_num_steps=every, checkpoint_folder=root, keep=chance.choice(KEEPS)(), max_pending=3
+    )
+    resume = root.with_suffix(".state")
+    _resume(ema, journal, chance, resume)
+    journal.note(f"began {ema.run} {ema.step} {every}")
+    begun_at, last = ema.step, chance.choice((MOST_STEPS, chance.randrange(20, MOST_STEPS)))
+    for step in range(ema.step + 1, last + 1):
+        one_step(ema, model, step)
+        say("step")
+        if chance.random() < 0.1:
+            _acknowledge(ema, journal, pin=chance.random() < 0.2 and step - begun_at > every)
+        if chance.random() < 0.05:
+            torch.save(ema.state_dict(), resume.with_suffix(".new"))
+            os.replace(resume.with_suffix(".new"), resume)
+    if chance.random() < 0.2:
+        os._exit(0)
+    ema.close(TIMEOUT_SECONDS)
+    journal.note(f"durable {ema.run} {ema.step}")
+
+
+def _resume(ema: AsyncPostHocEMA, journal: Journal, chance: random.Random, state: Path) -> None:
+    how = chance.choice(("restore", "load", "start afresh"))
+    if how == "load" and state.exists():
+        ema.load_state_dict(torch.load(state))
+    elif how == "restore":
+        runs = ema.snapshots.runs()
+        run = chance.choice([None, *runs[-3:]])
+        with removed_ones_are_no_failure(ema.snapshots.root, journal, run):
+            steps = [snapshot.step for snapshot in ema.snapshots.snapshots(run)]
+            ema.restore(chance.choice([None, *steps]), run)
+
+
+def _acknowledge(ema: AsyncPostHocEMA, journal: Journal, *, pin: bool) -> None:
+    if pin:
+        ema.pin()
+    ema.flush(TIMEOUT_SECONDS)
+    journal.note(f"durable {ema.run} {ema.step}")
+    if pin:
+        own = max(step for step, run in ema.snapshots.pins() if run == ema.run)
+        journal.note(f"pinned {folder(own, ema.run)}")
+
+
+# Pruning
+
+
+def prune(root: Path, journal: Journal, chance: random.Random, stopped: Callable[[], bool], say: Say) -> None:
+    """Thin histories by library and by command, pin and unpin, until told to stop."""
+    store = SnapshotStore(root)
+    while not stopped():
+        run = chance.choice([None, None, *store.runs()])
+        action = chance.choice((_thin, _thin, _pin, _unpin, _command))
+        with removed_ones_are_no_failure(root, journal, run):
+            action(store, journal, chance, run)
+        say("round")
+
+
+def _thin(store: SnapshotStore, journal: Journal, chance: random.Random, run: str | None) -> None:
+    pins, snapshots = store.pins(), store.examine(run).snapshots
+    pinned = [place for place, each in enumerate(snapshots) if (each.step, each.run) in pins]
+    keep = max(chance.randrange(3, 12), len(pinned) + 1)
+    retention = retain(
+        [each.t for each in snapshots], snapshots[-1].layout.gammas, keep=min(keep, len(snapshots)), pinned=pinned
+    )
+    try:
+        store.hide([snapshots[place] for place in retention.dropped])
+    except SnapshotError as error:  # somebody pinned one since
+        expect("pin" in str(error) and store.pins() > pins, f"hide() says {error!r}")
+    if chance.random() < 0.7:
+        store.remove_hidden(older_than_seconds=chance.choice((0.0, 0.05)))
+
+
+def _pin(store: SnapshotStore, journal: Journal, chance: random.Random, run: str | None) -> None:
+    snapshot = chance.choice(store.examine(run).snapshots)
+    store.pin(snapshot.step, snapshot.run)
+    journal.note(f"pinned {folder(snapshot.step, snapshot.run)}")
+
+
+def _unpin(store: SnapshotStore, journal: Journal, chance: random.Random, run: str | None) -> None:
+    for step, owner in chance.sample(sorted(store.pins()), k=len(store.pins()) // 2):
+        journal.note(f"unpinning {folder(step, owner)}")
+        store.unpin(step, owner)
+
+
+def _command(store: SnapshotStore, journal: Journal, chance: random.Random, run: str | None) -> None:
+    """The command, in a process of its own."""
+    arguments = ["prune", str(store.root), *(["--run", run] if run else [])]
+    arguments += chance.choice((["--keep", "8"], ["--budget", "60kB"], ["--error", "0.01"], ["--keep", "4", "--json"]))
+    command = [sys.executable, "-m", "tests.crash.journal", str(journal.path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    if done.returncode == 3:
+        raise SnapshotNotFound(done.stderr, path=store.root, nearest=())
+    too_many_pins = done.returncode == 2 and "pinned" in done.stderr
+    expect(done.returncode == 0 or too_many_pins, f"{arguments} ended with {done.returncode}: {done.stderr}")
+
+
+# Reading
+
+
+@contextlib.contextmanager
+def removed_ones_are_no_failure(root: Path, journal: Journal, run: str | None) -> Iterator[None]:
+    """An error is fine if it names a snapshot that is gone because somebody hid it, or a run that lost some."""
+    try:
+        yield
+    except (SnapshotNotFound, WorkerError, FileNotFoundError) as error:
+        hidden = journal.read().hidden
+        named = set(re.findall(r"step-\d{12}-[\w.-]+[\w]", str(error)))
+        # Who reads a file by its path is refused once that is hidden; the package is not before it is removed.
+        is_gone = _is_hidden if isinstance(error, FileNotFoundError) else _is_removed
+        if named and named <= hidden and all(is_gone(root, name) for name in named):
+            return
+        if run is not None and not named and any(name.endswith(f"-{run}") for name in hidden):
+            return
+        raise
+
+
+def _is_hidden(root: Path, name: str) -> bool:
+    return not (root / name).exists()
+
+
+def _is_removed(root: Path, name: str) -> bool:
+    return not any(any((root / place).glob("rank-*")) for place in (name, f".trash-{name}"))
+
+
+def read(
+    root: Path, journal: Journal, chance: random.Random, stopped: Callable[[], bool], say: Say, truth: Truth
+) -> None:
+    """List and read in every way there is, until told to stop."""
+    store, newest = SnapshotStore(root), ("", 0)
+    while not stopped():
+        pinned = set(journal.read().pinned)
+        snapshot = store.get()
+        expect((snapshot.run, snapshot.step) >= newest, f"newest was {newest}, is {(snapshot.run, snapshot.step)}")
+        newest = snapshot.run, snapshot.step
+        run = chance.choice([None, *store.runs()])
+        with removed_ones_are_no_failure(root, journal, run):
+            _check_listing(store, journal, truth, run)
+        with removed_ones_are_no_failure(root, journal, run):
+            examined = store.examine(run)
+            expect(not examined.damaged, f"damaged: {examined.damaged}")
+        problems = store.verify()
+        expect(problems == [], f"verify() says {problems}")
+        store.incomplete()
+        # One that was pinned while it was being hidden comes back when somebody removes what is hidden.
+        # It may be renamed between two looks at the folder, but not each time.
+        gone = {name for name in pinned if not any(list(root.glob(f"*{name}*/rank-*")) for look in range(5))}
+        expect(not gone & journal.read().pinned, f"pinned and gone: {gone}")
+        with removed_ones_are_no_failure(root, journal, run):
+            _check_average(store, chance, run, truth)
+        say("round")
+
+
+def _check_listing(store: SnapshotStore, journal: Journal, truth: Truth, run: str | None) -> None:
+    snapshots = store.snapshots(run)
+    steps = [snapshot.step for snapshot in snapshots]
+    expect(bool(steps) and steps == sorted(set(steps)), f"steps of {run}: {steps}")
+    for snapshot in snapshots:
+        with removed_ones_are_no_failure(store.root, journal, run):
+            expect(data_of(snapshot) == truth.expected[snapshot.step], f"{snapshot.paths[0]} has other bits")
+
+
+def _check_average(store: SnapshotStore, chance: random.Random, run: str | None, truth: Truth) -> None:
+    lengths = chance.sample(LENGTHS, 2)
+    made = synthesize(store, sigma_rels=lengths, run=run, dtype=np.float64)
+    for index, length in enumerate(lengths):
+        report = made.plan.report
+        error, l1 = float(report.profile_error[index]), float(report.weight_l1[index])
+        truth.check(made.flats[index], made.plan.target.step, length, error, l1)
+
+
+def synthesize_by_worker(
+    root: Path, journal: Journal, chance: random.Random, stopped: Callable[[], bool], say: Say, truth: Truth
+) -> None:
+    """Start one worker after the other, until told to stop."""
+    while not stopped():
+        run = chance.choice([None, *SnapshotStore(root).runs()])
+        with tempfile.TemporaryDirectory() as out, removed_ones_are_no_failure(root, journal, run):
+            job = synthesize_worker.launch(root, out=out, sigma_rels=LENGTHS, run=run, dtype="float32")
+            for output in job.result(TIMEOUT_SECONDS):
+                found = safetensors.numpy.load_file(output.path)
+                numbers = np.concatenate([found["weight"].ravel(), found["bias"]])
+                truth.check(numbers, output.step, output.sigma_rel, output.profile_error, output.weight_l1)
+        say("round")
