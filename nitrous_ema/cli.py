@@ -1,27 +1,34 @@
 """The command ``nitrous-ema``.
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 3 no such folder or snapshot, 4 damaged snapshot, 130 interrupted. What
-was asked for goes to stdout, all else to stderr. Only the subcommands that need torch import it.
+was asked for goes to stdout, all else to stderr. Only the subcommands that need torch import it, and none imports numpy
+before the synthesis has set its thread limits.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nitrous_ema import __version__
-from nitrous_ema.errors import NitrousError, SnapshotDamaged, SnapshotError, SnapshotNotFound
+from nitrous_ema import __version__, exits
+from nitrous_ema.commands.terminal import say
+from nitrous_ema.sizes import parse_bytes
 
-if TYPE_CHECKING:
-    from nitrous_ema.snapshots.snapshot import Problem, Snapshot
-    from nitrous_ema.snapshots.store import SnapshotStore
-
-EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_DAMAGED, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+_PRUNE = (
+    "Keeps the snapshots that matter for the lengths that are wanted, of the newest run (or --run) and of what it "
+    "continues, and removes the others. The newest snapshot and pinned ones always stay. Errors are distances between "
+    "the profile that a synthesis gives and the one asked for, relative to the latter."
+)
+_VERIFY = (
+    "Reads every byte of every snapshot, whatever run it belongs to. One line per damaged file, which says what to do; "
+    "exit status 4 if there is one, else 0."
+)
+_INSPECT = "Lists runs, snapshots, profiles and sizes by the files' headers; damage in the data is seen by verify only."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,29 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status, as the module says.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    try:
-        # These two read the rest by themselves, also what argparse would take for an option of ours.
-        if given[:1] == ["synthesize"]:
-            return _synthesize(given[1:])
-        if given[:1] == ["demo"]:
-            return _demo(given[1:])
-        options = _parser().parse_args(given)
-        run: Callable[[argparse.Namespace], int] = options.run
-        return run(options)
-    except SystemExit as stop:  # argparse has said what is wrong, or has printed the help
-        return stop.code if isinstance(stop.code, int) else EXIT_USAGE
-    except KeyboardInterrupt:
-        return _failed("interrupted.", EXIT_INTERRUPTED)
-    except SnapshotNotFound as error:
-        return _failed(str(error), EXIT_NOT_FOUND)
-    except SnapshotDamaged as error:
-        return _failed(str(error), EXIT_DAMAGED)
-    except BrokenPipeError:
-        # The reader has seen enough; without this the interpreter complains once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
-    except (NitrousError, OSError) as error:
-        return _failed(str(error), EXIT_FAILED)
+    return exits.status_of(lambda: _run(given), lambda why: say(f"error: {why}"))
+
+
+def _run(given: list[str]) -> int:
+    # These two read the rest by themselves, also what argparse would take for an option of ours.
+    if given[:1] == ["synthesize"]:
+        return _synthesize(given[1:])
+    if given[:1] == ["demo"]:
+        return _demo(given[1:])
+    options = _parser().parse_args(given)
+    run: Callable[[argparse.Namespace], int] = options.run_command
+    return run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,21 +67,54 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("demo", help="train on handwritten digits, then choose an EMA length (about two minutes)")
     commands.add_parser("synthesize", help="write averages of any length from a folder of snapshots")
 
-    verify = commands.add_parser(
-        "verify", help="read every byte of a folder's snapshots and compare checksums", description=_VERIFY
-    )
-    verify.add_argument("folder", type=Path, metavar="DIR", help="the snapshot folder")
-    verify.set_defaults(run=_verify)
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str, more: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=more, allow_abbrev=False)
+        added.add_argument("folder", type=Path, metavar="DIR", help="the snapshot folder")
+        added.set_defaults(run_command=run)
+        return added
 
-    inspect = commands.add_parser("inspect", help="list the runs and snapshots in a folder", description=_INSPECT)
-    inspect.add_argument("folder", type=Path, metavar="DIR", help="the snapshot folder")
+    command("verify", _verify, "read every byte of a folder's snapshots and compare checksums", _VERIFY)
+    inspect = command("inspect", _inspect, "list the runs and snapshots in a folder", _INSPECT)
+    inspect.add_argument("--run", metavar="ID", help="run that the others are seen from; the newest by default")
+    inspect.add_argument("--all", action="store_true", help="every snapshot, however many there are")
     inspect.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    inspect.set_defaults(run=_inspect)
+    _add_prune_options(command("prune", _prune, "remove the snapshots that matter least", _PRUNE))
     return parser
 
 
-_VERIFY = "Reads every byte of every snapshot. One line per damaged file; exit status 4 if there is one, else 0."
-_INSPECT = "Lists runs, snapshots, profiles and sizes by the files' headers; damage in the data is seen by verify only."
+def _add_prune_options(prune: argparse.ArgumentParser) -> None:
+    steps: dict[str, Any] = {"type": exits.argument(_steps), "action": "extend", "default": [], "metavar": "STEP,..."}
+    amount = prune.add_mutually_exclusive_group()
+    amount.add_argument("--keep", type=exits.argument(_count), metavar="N", help="snapshots that stay")
+    amount.add_argument(
+        "--budget", type=exits.argument(parse_bytes), metavar="BYTES", help="bytes that stay at most, such as 100GB"
+    )
+    amount.add_argument(
+        "--error", type=exits.argument(_positive), metavar="E", help="largest error in the range, such as 0.01 for 1 %%"
+    )
+    add = prune.add_argument
+    add(
+        "--sigma-rel",
+        type=exits.argument(_range),
+        metavar="LO-HI",
+        help="lengths wanted later; by default from the shortest tracked one to 2.5 times the longest, at most 0.25",
+    )
+    add("--run", metavar="ID", help="last run of the history to prune; the newest by default")
+    add("--pin", **steps, help="steps that stay from now on, with what they need as targets; may be all that is asked")
+    add("--unpin", **steps, help="steps that need not stay any longer")
+    add("--exclude", **steps, help="steps to leave alone and not to count on, damaged ones for example")
+    add(
+        "--grace",
+        type=exits.argument(_seconds),
+        default=0.0,
+        metavar="SECONDS",
+        help="wait before what is hidden is removed",
+    )
+    add("--dry-run", action="store_true", help="say what would be done, and change nothing")
+    add("--json", action="store_true", help="one JSON object instead of text")
+
+
+# ---- the commands
 
 
 def _demo(arguments: Sequence[str]) -> int:
@@ -101,126 +130,72 @@ def _synthesize(arguments: Sequence[str]) -> int:
     return synthesize_worker.main(arguments)
 
 
-# ---- verify
-
-
 def _verify(options: argparse.Namespace) -> int:
-    from nitrous_ema.snapshots.store import SnapshotStore
+    from nitrous_ema.commands import verify
 
-    store = SnapshotStore(options.folder)
-    by_file: dict[Path, list[Problem]] = {}
-    for problem in store.verify():
-        by_file.setdefault(problem.path, []).append(problem)
-    for problems in by_file.values():
-        more = f" {len(problems) - 1} more of its chunks are damaged." if len(problems) > 1 else ""
-        _print(problems[0].message + more)
-    for incomplete in store.incomplete():
-        _say(f"{incomplete.path} is not a snapshot (yet) and was passed over: {incomplete.reason}.")
-    if by_file:
-        return EXIT_DAMAGED
-    _print("every snapshot is whole" if store.runs() else f"{options.folder} holds no snapshot")
-    return 0
-
-
-# ---- inspect
+    return verify.run(options)
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from nitrous_ema.snapshots.store import SnapshotStore
+    from nitrous_ema.commands import inspect
 
-    store = SnapshotStore(options.folder)
-    damaged: dict[str, str] = {}
-    runs = [_described_run(store, run, damaged) for run in store.runs()]
-    found = {
-        "folder": str(store.root),
-        "runs": runs,
-        "incomplete": [{"path": str(each.path), "reason": each.reason} for each in store.incomplete()],
-        "damaged": [{"path": path, "message": message} for path, message in damaged.items()],
-    }
-    if options.json:
-        _print(json.dumps(found, indent=2))
-    else:
-        _print("\n".join(_lines(found)))
-    return 0
+    return inspect.run(options)
 
 
-def _described_run(store: SnapshotStore, run: str, damaged: dict[str, str]) -> dict[str, Any]:
-    """A run and its own snapshots; what is wrong with any of them is added to ``damaged``, by path."""
-    snapshots = [each for each in _readable(store, run, damaged) if each.run == run]
-    described: dict[str, Any] = {"run": run, "closed": (store.root / f"closed-{run}").exists()}
-    if snapshots:
-        layout = snapshots[-1].layout
-        described |= {
-            "lineage": [list(ancestor) for ancestor in snapshots[-1].stamp.lineage],
-            "sigma_rels": list(layout.sigma_rels),
-            "gammas": list(layout.gammas),
-            "checkpoint_dtype": layout.checkpoint_dtype,
-            "tensors": len(layout.records),
-            "average_elements": layout.average_elements,
-            "bytes": sum(each.bytes for each in snapshots),
-        }
-    described["snapshots"] = [
-        {"step": each.step, "t": each.t, "bytes": each.bytes, "path": str(each.paths[0].parent)} for each in snapshots
-    ]
-    return described
+def _prune(options: argparse.Namespace) -> int:
+    from nitrous_ema.commands import prune
+
+    return prune.run(options)
 
 
-def _readable(store: SnapshotStore, run: str, damaged: dict[str, str]) -> list[Snapshot]:
-    """The history of a run without the snapshots that cannot be read."""
-    from nitrous_ema.snapshots.format import parse_folder_name
-
-    excluded: set[int] = set()
-    while True:
-        try:
-            return store.snapshots(run, exclude=excluded)
-        except SnapshotNotFound:
-            return []  # nothing but damaged ones
-        except SnapshotError as error:  # damaged, or of another history
-            folders = (error.path.parent.name, error.path.name)
-            steps = {named[0] for named in map(parse_folder_name, folders) if named} - excluded
-            if not steps:
-                raise
-            damaged[str(error.path)] = str(error)
-            excluded |= steps
+# ---- what options say
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
-    """What ``inspect`` found, for people."""
-    lines = [found["folder"] if found["runs"] else f"{found['folder']} holds no snapshot"]
-    for run in found["runs"]:
-        lines += ["", f"run {run['run']}{' (closed)' if run['closed'] else ''}"]
-        if not run["snapshots"]:
-            continue
-        ancestors = [f"{name} up to step {step}" for name, step in run["lineage"][:-1]]
-        if ancestors:
-            lines.append(f"  continues  {', '.join(ancestors)}")
-        profiles = zip(run["sigma_rels"], run["gammas"], strict=True)
-        lines += [
-            f"  profiles   {', '.join(f'sigma_rel {sigma:g} (gamma {gamma:.4g})' for sigma, gamma in profiles)}",
-            f"  tensors    {run['tensors']}; {run['average_elements']:,} averaged numbers per profile as "
-            f"{run['checkpoint_dtype']}",
-            f"  snapshots  {len(run['snapshots'])}, {run['bytes'] / 1e6:,.1f} MB",
-        ]
-        lines += [f"    step {each['step']:>9}   t {each['t']:>9}   {each['bytes'] / 1e6:>9,.1f} MB"
-                  for each in run["snapshots"]]  # fmt: skip
-    for title, entries, key in (("incomplete", "incomplete", "reason"), ("damaged", "damaged", "message")):
-        lines += [f"\n{title}"] * bool(found[entries])
-        lines += [f"  {each['path']}: {each[key]}" for each in found[entries]]
-    return lines
+def _steps(text: str) -> list[int]:
+    steps = [word.strip() for word in text.split(",")]
+    if not all(re.fullmatch("[0-9]{1,18}", step) for step in steps):
+        raise ValueError(f"{text!r} is no list of steps; expected one such as 5000 or 5000,10000")
+    return [int(step) for step in steps]
 
 
-def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+def _count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,18}", text) or int(text) < 1:
+        raise ValueError(f"{text!r}: expected how many snapshots stay, at least 1")
+    return int(text)
 
 
-def _say(line: str) -> None:
-    sys.stderr.write(f"nitrous-ema: {line}\n")
+def _number(text: str, expected: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"{text!r}: expected {expected}")
+    return number
 
 
-def _failed(why: str, status: int) -> int:
-    _say(f"error: {why}")
-    return status
+def _positive(text: str) -> float:
+    number = _number(text, what := "a relative error above 0, such as 0.01 for 1 %")
+    if number == 0:
+        raise ValueError(f"{text!r}: expected {what}")
+    return number
+
+
+def _seconds(text: str) -> float:
+    return _number(text, "seconds, 0 or more")
+
+
+def _range(text: str) -> tuple[float, float]:
+    number = r"([0-9]*\.?[0-9]+(?:[eE]-?[0-9]+)?)"
+    found = re.fullmatch(rf"{number}-{number}", text)
+    if found is None:
+        raise ValueError(f"{text!r} is no range; expected the shortest and the longest length, such as 0.03-0.25")
+    low, high = float(found[1]), float(found[2])
+    if low > high:
+        raise ValueError(f"{text!r}: expected the shorter length first, as in {found[2]}-{found[1]}")
+    if low <= 0 or high >= 12**-0.5:
+        raise ValueError(f"{text!r}: lengths lie between 0 and 12 ** -0.5 = 0.2887, without these two")
+    return low, high
 
 
 if __name__ == "__main__":

@@ -108,3 +108,10 @@ def write_run(
 def snapshot_file(root: Path, step: int) -> Path:
     (found,) = root.glob(f"step-{step:012d}-*/rank-*.safetensors")
     return found
+
+
+def damage(file: Path, *, at: float) -> None:
+    """Flip a bit at a fraction of the file."""
+    content = bytearray(file.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 1
+    file.write_bytes(content)

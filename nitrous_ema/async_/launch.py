@@ -13,14 +13,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
+from nitrous_ema import exits
 from nitrous_ema.errors import WorkerError
 
 _MODULE = "nitrous_ema.async_.synthesize_worker"
 _KEPT_STDERR_CHARACTERS = 16_000
 _KILL_AFTER_SECONDS = 10.0
-_EXIT_USAGE = 2
-EXIT_DAMAGED = 4
-"""Exit status for a snapshot that does not hold what was written."""
 WARNING = "synthesize: warning: "
 """How the worker begins a line on stderr that warns of the averages it is going to write."""
 
@@ -103,7 +101,7 @@ class Job:
             raise TimeoutError(f"the synthesis has not ended after {timeout} seconds; it goes on.") from None
         if any(drain.is_alive() for drain in self._drains):
             raise TimeoutError(f"the synthesis has ended, but not its output after {timeout} seconds; wait again.")
-        if status == _EXIT_USAGE:
+        if status == exits.USAGE:
             raise ValueError(_last_message(self._stderr))
         if status != 0:
             raise WorkerError(

@@ -17,36 +17,32 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from nitrous_ema.async_.launch import EXIT_DAMAGED, WARNING, Job, Output, launch
-from nitrous_ema.errors import NitrousError, SnapshotDamaged, SnapshotNotFound
+from nitrous_ema import exits
+from nitrous_ema.async_.launch import WARNING, Job, Output, launch
+from nitrous_ema.processes import fate
+from nitrous_ema.sizes import amount, parse_bytes
 
 if TYPE_CHECKING:
     from nitrous_ema.synthesis.plan import Plan
 
-__all__ = ["Job", "Output", "launch", "main", "parse_bytes", "parse_lengths"]
-
-EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_INTERRUPTED = 1, 2, 3, 130
+__all__ = ["Job", "Output", "launch", "main", "parse_lengths"]
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
-_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _MAX_LENGTHS = 10_000  # of one list: a typing mistake in an ellipsis should not fill the disk
 _NICENESS = 10
 _LOWEST_BEST_EFFORT = 7  # of ionice; the idle class could wait for ever beside a busy trainer
-_SAME_START_SECONDS = 2.0  # the system's boot time, from which start times are computed, is rounded
 _PROGRESS_SECONDS = 0.5
 
 
@@ -59,28 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, as the module says.
     """
-    try:
-        options = _parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has said what is wrong, or has printed the help
-        return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     with _sigterm_interrupts():
-        try:
-            _run(options)
-        except KeyboardInterrupt:
-            return _failed("interrupted; outputs that are not listed on stdout were not written.", EXIT_INTERRUPTED)
-        except _UsageError as error:
-            return _failed(str(error), EXIT_USAGE)
-        except SnapshotNotFound as error:
-            return _failed(str(error), EXIT_NOT_FOUND)
-        except SnapshotDamaged as error:
-            return _failed(str(error), EXIT_DAMAGED)
-        except BrokenPipeError:
-            # Whoever read our output is gone; without this the interpreter complains once more when it closes stdout.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return _failed("stdout was closed before all outputs were written.", EXIT_FAILED)
-        except (NitrousError, OSError) as error:
-            return _failed(str(error), EXIT_FAILED)
-    return 0
+        return exits.status_of(
+            lambda: _run(_parser().parse_args(argv)),
+            _tell_error,
+            interrupted="interrupted; outputs that are not listed on stdout were not written.",
+            unread="stdout was closed before all outputs were written.",
+        )
 
 
 def parse_lengths(text: str) -> list[float]:
@@ -103,27 +84,11 @@ def parse_lengths(text: str) -> list[float]:
     return list(dict.fromkeys(float(length) for length in lengths))
 
 
-def parse_bytes(text: str) -> int:
-    """Read an amount of memory: ``1GiB``, ``500 MB``, ``1073741824``.
-
-    Raises:
-        ValueError: Not such an amount.
-    """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if found is None or found[2].upper() not in _UNITS:
-        raise ValueError(f"{text!r} is no amount of memory; expected one such as 1GiB, 500MB or 1073741824")
-    return int(Decimal(found[1]) * _UNITS[found[2].upper()])
-
-
-class _UsageError(Exception):
-    """The command line asks for something that cannot be."""
-
-
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
     from nitrous_ema.outputs import check_outputs, write_outputs
 
     began = time.monotonic()
-    with _usage_errors():
+    with exits.usage_errors():
         plan = _plan(options)
         paths = _paths(options, plan)
         dtype = DTYPES[options.dtype] if options.dtype else None
@@ -143,6 +108,7 @@ def _run(options: argparse.Namespace) -> None:
     finally:
         if progress is not None:
             progress.end()
+    return exits.DONE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -156,17 +122,18 @@ def _parser() -> argparse.ArgumentParser:
     add("snapshots", type=Path, metavar="SNAPSHOTS", help="the snapshot folder")
     lengths.add_argument(
         "--sigma-rel",
-        type=_argument(parse_lengths),
+        type=exits.argument(parse_lengths),
         help="lengths, as fractions of the training time: 0.05,0.06,...,0.15",
     )
-    lengths.add_argument("--gamma", type=_argument(parse_lengths), help="lengths, as exponents of the profile")
+    lengths.add_argument("--gamma", type=exits.argument(parse_lengths), help="lengths, as exponents of the profile")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the outputs; made if it is not there")
     add("--step", type=int, help="step at which the averages end; the newest snapshot by default")
     add("--run", help="run whose snapshots are read, with its ancestors; the newest by default")
     add("--exclude", type=int, nargs="+", action="extend", default=[], metavar="STEP", help="steps to leave out")
     add("--dtype", choices=list(DTYPES), help="type of floating tensors; by default as in the model")
     add("--format", choices=("safetensors", "pt"), default="safetensors", help="kind of file (default: safetensors)")
-    add("--memory", type=_argument(parse_bytes), default=1 << 30, metavar="SIZE", help="to stay within (default: 1GiB)")
+    size = exits.argument(parse_bytes)
+    add("--memory", type=size, default=1 << 30, metavar="SIZE", help="to stay within (default: 1GiB)")
     add("--progress", action="store_true", help="tell the progress also where stderr is no terminal")
     add(
         "--nice",
@@ -175,10 +142,9 @@ def _parser() -> argparse.ArgumentParser:
         help="low CPU and I/O priority; by default while the trainer lives on this machine",
     )
     profiles = parser.add_mutually_exclusive_group()
-    profiles.add_argument(
-        "--sigma-rels", type=_argument(parse_lengths), help="the tracked profiles of a folder of {i}.{step}.pt files"
-    )
-    profiles.add_argument("--gammas", type=_argument(parse_lengths), help="the same, as exponents")
+    listed = exits.argument(parse_lengths)
+    profiles.add_argument("--sigma-rels", type=listed, help="the tracked profiles of a folder of {i}.{step}.pt files")
+    profiles.add_argument("--gammas", type=listed, help="the same, as exponents")
     return parser
 
 
@@ -236,7 +202,7 @@ def _tell_plan(options: argparse.Namespace, plan: Plan) -> None:
     steps = len({column.step for column in plan.columns})
     _say(
         f"step {target.step} of run {target.run}: {len(plan.gammas)} averages from {len(plan.columns)} columns of "
-        f"{steps} snapshots, {_amount(plan.bytes_to_read)} to read"
+        f"{steps} snapshots, {amount(plan.bytes_to_read)} to read"
     )
     if unrelated:
         _say(f"left out unrelated runs (--run takes one of them): {', '.join(unrelated)}")
@@ -246,7 +212,7 @@ def _tell_plan(options: argparse.Namespace, plan: Plan) -> None:
 
 def _give_way(when: str, trainer: Mapping[str, str | int | float]) -> None:
     """Lower this process's priority, so that a training on the same machine does not notice it."""
-    if when == "never" or (when == "auto" and not _lives_here(trainer)):
+    if when == "never" or (when == "auto" and fate(trainer) != "alive"):
         return
     import psutil
 
@@ -255,18 +221,6 @@ def _give_way(when: str, trainer: Mapping[str, str | int | float]) -> None:
         process.nice(max(_NICENESS, process.nice()))
         if hasattr(process, "ionice"):
             process.ionice(psutil.IOPRIO_CLASS_BE, _LOWEST_BEST_EFFORT)
-
-
-def _lives_here(trainer: Mapping[str, str | int | float]) -> bool:
-    if trainer.get("host") != socket.gethostname():
-        return False
-    import psutil
-
-    try:
-        started = float(psutil.Process(int(trainer["pid"])).create_time())
-        return abs(started - float(trainer["started"])) < _SAME_START_SECONDS
-    except (psutil.Error, KeyError, ValueError):
-        return False
 
 
 class _Progress:
@@ -283,22 +237,13 @@ class _Progress:
         self._told = now
         rate = done / max(now - self._began, 1e-9)
         left = f"{(total - done) / rate:.0f} s left" if done < total else f"{now - self._began:.1f} s"
-        line = f"read {_amount(done)} of {_amount(total)} ({done / total:.0%}), {_amount(rate)}/s, {left}"
+        line = f"read {amount(done)} of {amount(total)} ({done / total:.0%}), {amount(rate)}/s, {left}"
         sys.stderr.write(f"\r{line}\x1b[K" if self._on_terminal else f"{line}\n")
         sys.stderr.flush()
 
     def end(self) -> None:
         if self._on_terminal:
             sys.stderr.write("\n")
-
-
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """A ValueError in here is the user's; elsewhere it would be a bug, and keeps its traceback."""
-    try:
-        yield
-    except ValueError as error:
-        raise _UsageError(str(error)) from error
 
 
 @contextmanager
@@ -316,18 +261,6 @@ def _sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _argument(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """For argparse, which shows the message of its own error class only."""
-
-    def parsed(text: str) -> object:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parsed
 
 
 def _decimal(word: str, text: str) -> Decimal:
@@ -353,21 +286,12 @@ def _between(first: Decimal, second: Decimal, last: Decimal, text: str) -> list[
     return [second + step * index for index in range(1, int(count))]
 
 
-def _amount(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.2f} GiB"
-
-
 def _say(line: str) -> None:
     sys.stderr.write(f"synthesize: {line}\n")
 
 
-def _failed(why: str, status: int) -> int:
+def _tell_error(why: str) -> None:
     _say(f"error: {why}")
-    return status
 
 
 def use_one_thread_per_product() -> None:

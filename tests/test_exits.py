@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+
+from nitrous_ema import exits
+from nitrous_ema.errors import ClosedError, SnapshotDamaged, SnapshotMismatch, SnapshotNotFound
+
+
+def ending(error: BaseException):
+    def work() -> int:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (exits.UsageError("text"), 2),
+        (SnapshotNotFound("text", path=None, nearest=()), 3),
+        (SnapshotDamaged("text", path=None, step=1, chunk=None), 4),
+        (SnapshotMismatch("text", path=None), 1),
+        (ClosedError("text"), 1),
+        (PermissionError("text"), 1),
+        (KeyboardInterrupt("text"), 130),
+    ],
+)
+def test_every_error_has_its_status_and_is_told_once(error, status):
+    told = []
+    assert exits.status_of(ending(error), told.append, interrupted="text") == status
+    assert told == ["text"]
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, 0), (2, 2), (None, 2), ("words", 2)])
+def test_parser_that_stops_has_told_already(code, status):
+    told = []
+    assert exits.status_of(ending(SystemExit(code)), told.append) == status
+    assert told == []
+
+
+def test_work_that_ends_well_has_its_own_status():
+    assert exits.status_of(lambda: 4, pytest.fail) == 4
+
+
+def test_bug_keeps_its_traceback():
+    with pytest.raises(ValueError, match="ours"):
+        exits.status_of(ending(ValueError("ours")), pytest.fail)
+
+
+def test_value_error_of_what_the_user_gave_is_wrong_usage():
+    def work() -> int:
+        with exits.usage_errors():
+            raise ValueError("yours")
+
+    told = []
+    assert exits.status_of(work, told.append) == 2
+    assert told == ["yours"]
