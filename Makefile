@@ -4,7 +4,9 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
+SOAK_FLAGS ?=
 BENCH_FLAGS ?=
+FUZZ_FLAGS ?= --seconds 300
 BENCHES ?= $(patsubst bench/%.py,bench.%,$(sort $(wildcard bench/bench_*.py)))
 
 VENV := .venv
@@ -18,7 +20,7 @@ LOCK := $(if $(shell command -v flock),flock $(VENV).lock)
 WITH_PYTHON := PYTHONPATH="$(CURDIR):$(CURDIR)/$(PEERS):$$PYTHONPATH" $(PYTHON)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check crash bench test-cuda bench-cuda clean
+.PHONY: help venv demo test check crash soak fuzz bench test-cuda bench-cuda clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -39,6 +41,12 @@ crash: venv  ## long crash campaigns: every crash state, every mutation, hundred
 	@$(BIN)/python -m tests.crash.campaign
 	@$(BIN)/python -m tests.crash.mutations
 	@$(BIN)/python -m tests.crash.kills --kills 400
+
+soak: venv  ## training runs, readers and a pruner in one folder for minutes (SOAK_FLAGS="--seconds 3600")
+	@$(BIN)/python -W ignore -m tests.crash.soak $(SOAK_FLAGS)
+
+fuzz: venv  ## long coverage-guided fuzzing of everything that reads files (FUZZ_FLAGS="--seconds 300 --seed 0")
+	@$(BIN)/python -W ignore -m tests.fuzz.campaign $(FUZZ_FLAGS)
 
 bench: venv  ## side by side with ema-pytorch and nitrous-ema 0.0.1 (BENCHES=bench.bench_one BENCH_FLAGS=...)
 	@set -e; for bench in $(BENCHES); do $(BIN)/python -m $$bench $(BENCH_FLAGS); done

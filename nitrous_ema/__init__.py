@@ -14,6 +14,10 @@ __version__ = "1.0.0"
 __all__ = [
     "AsyncPostHocEMA",
     "KarrasEMA",
+    "KeepAll",
+    "KeepBytes",
+    "KeepCount",
+    "KeepGeometric",
     "NitrousError",
     "NitrousWarning",
     "PostHocEMA",
@@ -27,11 +31,16 @@ if TYPE_CHECKING:
     from nitrous_ema.ema import KarrasEMA, PostHocEMA
     from nitrous_ema.errors import NitrousError, NitrousWarning
     from nitrous_ema.loading import load_average
+    from nitrous_ema.posthoc.keep_rules import KeepAll, KeepBytes, KeepCount, KeepGeometric
     from nitrous_ema.snapshots.store import SnapshotStore
 else:  # hidden from type checkers, to which a module's __getattr__ would make every misspelled name an Any
     _HOMES = {
         "AsyncPostHocEMA": "nitrous_ema.async_.service",
         "KarrasEMA": "nitrous_ema.ema",
+        "KeepAll": "nitrous_ema.posthoc.keep_rules",
+        "KeepBytes": "nitrous_ema.posthoc.keep_rules",
+        "KeepCount": "nitrous_ema.posthoc.keep_rules",
+        "KeepGeometric": "nitrous_ema.posthoc.keep_rules",
         "NitrousError": "nitrous_ema.errors",
         "NitrousWarning": "nitrous_ema.errors",
         "PostHocEMA": "nitrous_ema.ema",

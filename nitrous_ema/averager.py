@@ -12,14 +12,18 @@ A2  Buffers change in forward, so a background lane never     test_batch_norm_st
 A3  The caller's copies are written again only after the      test_copies_are_not_overwritten_while_they_are_read
     lane has read them.
 A4  After a lane has failed the averages are refused until a  test_averages_are_refused_after_a_failure
-    state is loaded.
+    state is loaded or a snapshot restored.                   test_restore_heals_a_failed_lane
 A5  Queued work holds no reference to this object, so that    test_dropped_ema_leaves_no_thread_or_hook_behind
     dropping the EMA ends it, on the thread that dropped it.
+
+Longer than the house's 300 lines: what may happen to averages, and in which order, is one table.
 """
 
 from __future__ import annotations
 
 import os
+import time
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +35,8 @@ from torch.nn import Module
 
 from nitrous_ema.arena import Arena, snapshot_layout
 from nitrous_ema.dispatch import Dispatch
-from nitrous_ema.ending import shut_down
-from nitrous_ema.errors import ClosedError, NitrousError
+from nitrous_ema.ending import DrainRequest, shut_down
+from nitrous_ema.errors import ClosedError, NitrousError, NitrousWarning, SnapshotWriteError
 from nitrous_ema.guard import Guard, ReadMode, install_hooks
 from nitrous_ema.history import History
 from nitrous_ema.live import LiveTensors
@@ -111,7 +115,12 @@ class Averager:
         self._parameters = [tensor.name for tensor in tracked if tensor.is_parameter and tensor.role != "skipped"]
         self._refusal: NitrousError | None = None  # why nothing may be updated or read for now
         self._closed = False
-        self._failure: BaseException | None = None  # what a lane failed with
+        self._failure: BaseException | None = None  # what a lane or restore() failed with
+        self._failed = "averaging"  # which of the two
+        self._look_around: Callable[[str], str | None] = lambda run: None
+        self.drain_request = DrainRequest()
+        self.drain_timeout_seconds: float | None = None
+        """How long a requested drain may take."""
         self._process = os.getpid()
         self.viewers: weakref.WeakSet[Viewer] = weakref.WeakSet()
         self._checked: Mapping[str, Tensor] | None = None  # live tensors whose devices were found right
@@ -119,9 +128,15 @@ class Averager:
         remove_hooks = install_hooks(self.guard, unwrap(model)) if self.guard is not None else _nothing
         self._finalizer = weakref.finalize(self, shut_down, self._dispatch, self.guard, remove_hooks, self._process)
 
-    def attach(self, sink: Sink) -> None:
-        """Give it somewhere to put snapshots; without, none are taken."""
+    def attach(self, sink: Sink, look_around: Callable[[str], str | None] = lambda run: None) -> None:
+        """Give it somewhere to put snapshots; without, none are taken.
+
+        Args:
+            sink: Takes them.
+            look_around: Given the run, says what is to be warned of when that begins without a state.
+        """
         self._dispatch.sinks.append(sink)
+        self._look_around = look_around
 
     @property
     def _sink(self) -> Sink | None:
@@ -154,11 +169,15 @@ class Averager:
             if self.guard is not None:
                 self.guard.before_update()
             live = self._live()
+        if self.history.is_fresh:
+            self._begin()
         weights = self.schedule.advance(t_delta)
         if live is not None and weights is not None:
             self._average(live, weights)
         every = self.policy.checkpoint_every_steps
-        if every is not None and self.schedule.step % every == 0:
+        if self.drain_request.take():
+            self._drain()
+        elif every is not None and self.schedule.step % every == 0:
             self._checkpoint()
         if weights is not None:
             self.schedule.warn_of_small(weights)
@@ -302,22 +321,56 @@ class Averager:
                 live, value = writable(tracked.live(), average)
                 live.copy_(value)
 
-    def prepare_loading(self) -> None:
-        """The averages are about to be set from outside: whatever is queued or failed does not matter any more."""
+    def prepare_loading(self, what: str = "load_state_dict()", *, with_snapshots: bool = False) -> bool:
+        """The averages are about to be set from outside: whatever is queued or failed does not matter any more.
+
+        Args:
+            what: Named in errors.
+            with_snapshots: Wait also until snapshots that were taken are on disk.
+
+        Returns:
+            False in a forked child, where this object does nothing.
+        """
         if self._process != os.getpid():
-            return
+            return False
         if self._closed:
-            raise ClosedError("load_state_dict(): the EMA was closed. Construct another one.")
+            raise ClosedError(f"{what}: the EMA was closed. Construct another one.")
         if self._refusal is not None:
-            raise type(self._refusal)(f"load_state_dict(): {self._refusal}")
-        self._dispatch.drain(with_snapshots=False)
-        self._failure = self._dispatch.take_error() or self._failure  # stands until something has been loaded
+            raise type(self._refusal)(f"{what}: {self._refusal}")
+        self._dispatch.drain(with_snapshots=with_snapshots)
+        self._note_error()  # stands until something has been loaded
+        return True
 
     def loaded(self) -> None:
         """They have been set."""
         self._failure = None
 
+    def fail(self, what: str, error: BaseException) -> None:
+        """They have been set in part only."""
+        self._failure, self._failed = error, what
+
     # ---- inside
+
+    def _begin(self) -> None:
+        self.history.is_fresh = False
+        told = self._look_around(self.history.run)
+        if told is not None:  # before anything counts: where warnings are errors, this update is refused
+            warnings.warn(told, NitrousWarning, stacklevel=4)
+
+    def _drain(self) -> None:
+        """What ``drain_request`` asks for, at the end of an update."""
+        timeout = self.drain_timeout_seconds
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._dispatch.drain(timeout)  # first, so that there is room for one more snapshot whatever ``on_full`` says
+        try:
+            if self.schedule.updates:
+                self._checkpoint()
+        except SnapshotWriteError:
+            self.drain_request.answer()  # there is nothing left to wait for, and whoever asked is told
+            raise
+        self._dispatch.drain(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+        self.drain_request.answer()
+        self._raise_failures("update()", failed_writes=False)
 
     def _live(self) -> Mapping[str, Tensor]:
         """Every tensor that is averaged or copied, as the model holds it now."""
@@ -350,17 +403,23 @@ class Averager:
             with neutral_modes():
                 self._dispatch.queue(live, weights, copy_all=self.guard is not None and self.guard.copies)
         except BaseException as error:
-            self._failure = error  # part of the work may be queued: also Ctrl-C leaves averages that are not right
+            self.fail("averaging", error)  # part may be queued: also Ctrl-C leaves averages that are not right
             if not isinstance(error, Exception):
                 raise
             self._raise_failures("update()")
 
+    def _note_error(self) -> None:
+        error = self._dispatch.take_error()
+        if error is not None:
+            self.fail("averaging", error)
+
     def _raise_failures(self, what: str, *, failed_writes: bool = True) -> None:
-        self._failure = self._dispatch.take_error() or self._failure
+        self._note_error()
         if self._failure is not None:
+            snapshots = ", or go back to a snapshot (restore)" if self._sink is not None else ""
             raise NitrousError(
-                f"{what}: averaging failed ({self._failure}); the averages are not what the training made of them. "
-                "Load a state that was saved before (load_state_dict)."
+                f"{what}: {self._failed} failed ({self._failure}); the averages are not what the training made of "
+                f"them. Load a state that was saved before (load_state_dict){snapshots}."
             ) from self._failure
         if failed_writes and self._sink is not None:
             self._sink.raise_failures()

@@ -54,6 +54,7 @@ class Averages(Module):
             NitrousError: The EMA is closed, averages are swapped into the model, or averaging failed.
             SnapshotWriteError: A snapshot could not be written: in the background one of an earlier step, told once;
                 otherwise the one of this step, which is then counted and averaged all the same.
+            TimeoutError: There was no room for a snapshot, or a requested drain did not end, in ``wait_timeout``.
 
         Nothing has changed when one of the first three is raised.
         """

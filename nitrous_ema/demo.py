@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,8 +25,8 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
-from nitrous_ema import AsyncPostHocEMA, load_average
-from nitrous_ema.errors import MissingExtraError, WorkerError
+from nitrous_ema import AsyncPostHocEMA, SnapshotStore, load_average
+from nitrous_ema.errors import MissingExtraError, NitrousWarning, WorkerError
 from nitrous_ema.plot import plot_images, plot_losses
 
 SIGMA_RELS = "0.01,0.02,...,0.10,0.125,...,0.20,0.25"
@@ -268,11 +269,16 @@ def _run(settings: DemoSettings, out: Path) -> Iterator[str]:
     model = Denoiser(settings.channels, settings.blocks, float(training.pixels.std()))
     size = sum(parameter.numel() for parameter in model.parameters())
     yield f"Training a denoiser of {size:,} parameters on {len(training.labels):,} digits, {settings.steps:,} steps."
+    snapshots = out / "snapshots"
+    if snapshots.exists() and SnapshotStore(snapshots).runs():
+        yield f"{snapshots} has earlier runs; this one begins anew beside them."
     began = time.monotonic()
-    run = train(model, training, settings, out / "snapshots")
-    yield f"Trained in {time.monotonic() - began:.0f} s, with snapshots written to {out / 'snapshots'} meanwhile."
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This run.* begins anew", NitrousWarning)  # it does so on purpose
+        run = train(model, training, settings, snapshots)
+    yield f"Trained in {time.monotonic() - began:.0f} s, with snapshots written to {snapshots} meanwhile."
 
-    averages = synthesize(out / "snapshots", run, out / "averages")
+    averages = synthesize(snapshots, run, out / "averages")
     last = averages[-1]
     yield (
         f"Synthesized {len(averages)} averages that end at step {last['step']:,}, in one pass over "

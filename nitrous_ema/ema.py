@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -17,9 +19,12 @@ from torch.nn import Module
 from nitrous_ema.averaged_model import AveragedModel
 from nitrous_ema.averager import Averager, AveragingPolicy
 from nitrous_ema.averages import Averages
-from nitrous_ema.errors import NitrousWarning, SnapshotError
+from nitrous_ema.errors import NitrousWarning, SnapshotDamaged, SnapshotError
 from nitrous_ema.guard import ReadMode
+from nitrous_ema.keeping import Keeper
 from nitrous_ema.pipeline import InlineLane, InlineSink, Lane, Sink, neutral_modes
+from nitrous_ema.posthoc.keep_rules import Keep
+from nitrous_ema.restoring import restore, told_of_other_runs
 from nitrous_ema.schedule import StepSizeCorrection
 from nitrous_ema.settings import Settings, profiles
 from nitrous_ema.snapshots.format import Layout
@@ -144,6 +149,9 @@ class PostHocEMA(Averages):
         checkpoint_every_num_steps: Calls of update() between snapshots (also a float such as 1e10), or "manual".
         checkpoint_folder: Where snapshots go; created if need be.
         checkpoint_dtype: Type of the averages in snapshots: float32, float64, float16 or bfloat16.
+        keep: Which snapshots stay as training goes on: ``"all"``; a number of them, >= 2; an amount of bytes such as
+            ``"100GB"``; or a rule (``KeepGeometric``, ``KeepCount``, ``KeepBytes``). Chosen among all of this run and
+            of those that it continues.
         ema_model: A function that builds the module of an average, for models that cannot be copied; or one module,
             which then shows the first profile.
         update_every: Calls of update() from one applied update to the next.
@@ -156,9 +164,9 @@ class PostHocEMA(Averages):
         step_size_correction: ``"exact"``, or True or False for the numbers of nitrous-ema 0.0.1 (see ``schedule``).
 
     Raises:
-        ValueError: An argument is outside its range; a filter matches nothing.
+        ValueError: An argument is outside its range; a filter matches nothing; ``keep`` has no room for 3 snapshots.
         UntrackableModelError: A tensor cannot be averaged, or there is none.
-        SnapshotError: Snapshots cannot be written to the folder.
+        SnapshotError: Snapshots cannot be written to the folder, or not even one fits on its disk.
     """
 
     def __init__(
@@ -170,6 +178,7 @@ class PostHocEMA(Averages):
         checkpoint_folder: str | os.PathLike[str] = "./ema-checkpoints",
         checkpoint_dtype: torch.dtype = torch.float32,
         *,
+        keep: Keep = "all",
         ema_model: Template | None = None,
         update_every: int = 100,
         frozen: bool = False,
@@ -186,6 +195,7 @@ class PostHocEMA(Averages):
             checkpoint_every_num_steps=checkpoint_every_num_steps,
             checkpoint_folder=checkpoint_folder,
             checkpoint_dtype=checkpoint_dtype,
+            keep=keep,
             update_every=update_every,
             frozen=frozen,
             param_or_buffer_names_no_ema=param_or_buffer_names_no_ema,
@@ -195,14 +205,14 @@ class PostHocEMA(Averages):
             move_ema_to_online_device=move_ema_to_online_device,
             step_size_correction=step_size_correction,
         )
-        self._start(model, settings, ema_model, lambda store, layout: InlineSink(store))
+        self._start(model, settings, ema_model, lambda keeper, layout: InlineSink(keeper))
 
     def _start(
         self,
         model: Module,
         settings: Settings,
         ema_model: Template | None,
-        make_sink: Callable[[SnapshotStore, Layout], Sink],
+        make_sink: Callable[[Keeper, Layout], Sink],
         *,
         read: ReadMode | None = None,
         make_lane: Callable[[torch.device], Lane] = lambda device: InlineLane(),
@@ -211,9 +221,14 @@ class PostHocEMA(Averages):
         super().__init__(averager)
         self._settings = settings
         self._store = SnapshotStore(settings.checkpoint_folder)
+        self._keeper = Keeper(self._store, settings.keeping())
         try:
+            self._keeper.check(averager.arena.layout, averager.history.first_stamp())
             self._store.prepare()
-            averager.attach(make_sink(self._store, averager.arena.layout))
+            self._keeper.judge_room(averager.arena.layout, averager.history.first_stamp(), stacklevel=3)
+            averager.attach(
+                make_sink(self._keeper, averager.arena.layout), look_around=partial(told_of_other_runs, self._store)
+            )
         except BaseException:
             averager.close()  # whoever keeps the exception keeps the averager; its hooks and threads must go now
             raise
@@ -239,6 +254,99 @@ class PostHocEMA(Averages):
         """
         return self._averager.checkpoint()
 
+    def pin(self, step: int | None = None) -> None:
+        """Have a snapshot stay whatever ``keep`` says, and with it the neighbours that averages ending there need.
+
+        A note in the snapshot folder, so that it holds for ``nitrous-ema prune`` and for runs that continue this one.
+
+        Args:
+            step: Of a snapshot in this run's history; the newest by default. It may still be on its way to disk.
+
+        Raises:
+            SnapshotNotFound: No snapshot of that step; names the nearest ones.
+            SnapshotError: The note could not be written.
+        """
+        if not self._averager.is_usable("pin()", reading=True):
+            return
+        with self._keeper.paused(self.run) as coming:
+            step = coming[-1] if step is None and coming else step
+            if step in coming:
+                self._store.pin(step, self.run, must_exist=False)
+            else:
+                found = self._target(step)
+                self._store.pin(found.step, found.run)
+
+    def unpin(self, step: int) -> None:
+        """Have a pinned snapshot of this run's history stay only as long as ``keep`` says. Does nothing if it is none.
+
+        Raises:
+            SnapshotError: The note could not be removed.
+        """
+        if not self._averager.is_usable("unpin()", reading=True):
+            return
+        for run, left_at in self._averager.history.lineage:
+            if left_at is None or step <= left_at:
+                self._store.unpin(step, run)
+
+    def restore(self, step: int | None = None, run: str | None = None) -> int:
+        """Go back to a snapshot: averages, copied tensors, step, time and lineage are again those that it was taken of.
+
+        For whoever has no saved ``state_dict()`` of the EMA. As after ``load_state_dict``, this run continues the
+        snapshot's, and snapshots taken after it are a future that was left. The online model is not touched: give it
+        its own weights of that step. Waits until everything that was queued is done and on disk.
+
+        Averages come back to the bit from files of their own type (``checkpoint_dtype=torch.float32``, or float64 for
+        models of float64); rounded ones are warned of (NitrousWarning).
+
+        Args:
+            step: Of a snapshot in the run's history; the newest by default.
+            run: The run to go on with. By default this one if it has snapshots, else the newest one in the folder.
+
+        Returns:
+            The step at which training goes on.
+
+        Raises:
+            SnapshotNotFound: No such snapshot or run; names the nearest ones.
+            SnapshotMismatch: It has other profiles or does not fit the model; names what differs.
+            SnapshotDamaged: It does not hold what was written.
+            NitrousError: The EMA is closed, or an average is in the model's place.
+
+        Nothing has changed when one of these is raised, unless the file was damaged while it was being read: then the
+        averages are refused until something was loaded.
+        """
+        given: Any = step  # numpy's integers are fine
+        if given is not None and (isinstance(given, bool) or not isinstance(given, Integral)):
+            raise TypeError(f"step is {step!r}; expected the step of a snapshot, or None for the newest.")
+        averager = self._averager
+        if not averager.prepare_loading("restore()", with_snapshots=True):
+            return self.step
+        if run is None and averager.history.written and self.run in self._store.runs():
+            run = self.run
+        try:
+            snapshot = self._store.get(step, run)
+            with neutral_modes():
+                told = restore(averager, snapshot)
+        except SnapshotDamaged as error:
+            error.args = (f"restore(): {error} Another snapshot is restored by restore(step=...).",)
+            raise
+        if told is not None:
+            warnings.warn(told, NitrousWarning, stacklevel=2)
+        return snapshot.step
+
+    def request_drain(self) -> None:
+        """Have the next update() take a snapshot and wait until everything is on disk; then ``drained`` is True.
+
+        Only sets a flag, so that it may be called from a signal handler and from any thread. Meant for SIGTERM: the
+        training loop ends when it sees ``drained``. That update waits for at most ``wait_timeout`` seconds, then raises
+        TimeoutError; nothing is lost by then, and the end of the interpreter waits once more. May be used again.
+        """
+        self._averager.drain_request.ask()
+
+    @property
+    def drained(self) -> bool:
+        """Whether a drain that was requested has been done, and none was requested since."""
+        return self._averager.drain_request.is_answered
+
     @property
     def gammas(self) -> tuple[float, ...]:
         """Exponents of the tracked profiles."""
@@ -262,7 +370,8 @@ class PostHocEMA(Averages):
     def close(self, timeout: float | None = None) -> None:
         """Flush, then end: threads stop, hooks are removed, further updates are refused. Closing again does nothing.
 
-        Notes in the folder that this run writes no more snapshots, so that whoever follows it can stop.
+        Notes in the folder that this run writes no more snapshots, so that whoever follows it can stop, and removes
+        what ``keep`` has dropped last.
 
         Args:
             timeout: Seconds to wait at most; None waits as long as it takes.
@@ -285,6 +394,7 @@ class PostHocEMA(Averages):
             warnings.warn(
                 f"{error} Whoever follows this run will not see that it has ended.", NitrousWarning, stacklevel=4
             )
+        self._keeper.end(stacklevel=4)
 
     def synthesize_ema_model(
         self,

@@ -15,6 +15,37 @@ from nitrous_ema.pipeline import BackgroundThread, Lane
 _log = logging.getLogger(__name__)
 
 
+class DrainRequest:
+    """Somebody wants everything on disk and training to end; answered by the training thread at its next update().
+
+    ``ask`` may come at any bytecode of any thread, from a signal handler too: it sets a flag and nothing else.
+    """
+
+    def __init__(self) -> None:
+        self._is_asked = False  # set by anybody, cleared by the training thread alone
+        self._is_answered = False  # the training thread's
+
+    def ask(self) -> None:
+        """Ask for it."""
+        self._is_asked = True
+
+    def take(self) -> bool:
+        """Whether it was asked for since the last time; the caller is going to do it."""
+        if not self._is_asked:
+            return False
+        self._is_asked = False  # one that is asked for right here is answered too: nothing has been done yet
+        return True
+
+    def answer(self) -> None:
+        """It was done."""
+        self._is_answered = True
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether it was done, and not asked for again since."""
+        return self._is_answered and not self._is_asked
+
+
 def shut_down(dispatch: Dispatch, guard: Guard | None, remove_hooks: Callable[[], None], process: int) -> None:
     """End everything that an averager had started; runs when it is closed, dropped, or the interpreter exits.
 

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from torch import Tensor
 
 from nitrous_ema.arena import Arena
 from nitrous_ema.errors import SnapshotWriteError
+from nitrous_ema.keeping import Keeper
 from nitrous_ema.snapshots.format import Stamp
-from nitrous_ema.snapshots.store import SnapshotStore
-from nitrous_ema.stats import Ledger, Stats
+from nitrous_ema.stats import Stats
 from nitrous_ema.tracked import TORCH_DTYPES
 
 Work = Callable[[], None]
@@ -94,7 +93,11 @@ class Sink(Protocol):
         """What became of the snapshots so far; updates are not counted here."""
 
     def raise_failures(self) -> None:
-        """Raise a write that failed in the background, each once. Raises SnapshotWriteError."""
+        """Raise a write that failed in the background, and warn of what could not be dropped, each once.
+
+        Raises:
+            SnapshotWriteError: The write.
+        """
 
     def flush(self, timeout_seconds: float | None = None) -> None:
         """Block until every taken snapshot is written or failed. Raises TimeoutError."""
@@ -158,17 +161,19 @@ class ReachedMark:
 class InlineSink:
     """Writes each snapshot before it returns, through one page of pageable memory.
 
+    Args:
+        keeper: Writes it, and drops others.
+
     Raises:
         SnapshotWriteError: From ``take``; the averages are untouched.
     """
 
-    def __init__(self, store: SnapshotStore) -> None:
-        self._store = store
-        self._ledger = Ledger()
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+        self._ledger = keeper.ledger
 
     def take(self, pending: Pending, lane: Callable[[torch.device], Lane]) -> bool:
         """Write it."""
-        started = time.monotonic()
 
         def chunks() -> Iterator[memoryview]:
             layout = pending.arena.layout
@@ -181,11 +186,10 @@ class InlineSink:
                 yield page.numpy().data[: end - begin]
 
         try:
-            snapshot = self._store.write(pending.arena.layout, pending.stamp, chunks)
+            self._keeper.write(pending.arena.layout, pending.stamp, chunks)
         except SnapshotWriteError as failure:
             self._ledger.add(failed=1, last_error=str(failure))
             raise
-        self._ledger.add(snapshots=1, bytes_written=snapshot.bytes, seconds_writing=time.monotonic() - started)
         return True
 
     def has_lost(self, step: int) -> bool:
@@ -200,7 +204,8 @@ class InlineSink:
         return self._ledger.read()
 
     def raise_failures(self) -> None:
-        """``take`` raises by itself."""
+        """``take`` raises by itself; what could not be dropped is a warning."""
+        self._keeper.warn_of_failures(stacklevel=4)
 
     def flush(self, timeout_seconds: float | None = None) -> None:
         """Nothing is pending."""

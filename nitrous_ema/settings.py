@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from nitrous_ema.averager import AveragingPolicy
+from nitrous_ema.posthoc.keep_rules import Keep, KeepRule, keep_rule
 from nitrous_ema.profile import gamma_to_sigma_rel, sigma_rel_to_gamma
 from nitrous_ema.schedule import StepSizeCorrection
 from nitrous_ema.tracked import CHECKPOINT_DTYPES, NameFilter, TrackingPolicy
@@ -32,6 +33,8 @@ class Settings:
     """Where snapshots go; created if need be."""
     checkpoint_dtype: torch.dtype = torch.float32
     """Type of the averages in snapshots."""
+    keep: Keep = "all"
+    """Which snapshots stay as training goes on; see ``posthoc.keep_rules``."""
     update_every: int = 100
     """Calls of update() from one applied update to the next."""
     step_size_correction: StepSizeCorrection = "exact"
@@ -64,6 +67,7 @@ class Settings:
         if self.checkpoint_dtype not in CHECKPOINT_DTYPES:
             known = ", ".join(map(str, CHECKPOINT_DTYPES))
             raise ValueError(f"checkpoint_dtype is {self.checkpoint_dtype!r}; expected one of {known}.")
+        keep_rule(self.keep)  # says what is wrong with it
 
     def averaging(self) -> AveragingPolicy:
         """How averages are kept. Raises ValueError for profiles that make no sense."""
@@ -80,6 +84,10 @@ class Settings:
             allow_different_devices=self.allow_different_devices,
             move_to_online_device=self.move_ema_to_online_device,
         )
+
+    def keeping(self) -> KeepRule:
+        """Which snapshots stay."""
+        return keep_rule(self.keep)
 
     def tracking(self) -> TrackingPolicy:
         """Which tensors leave the default role."""

@@ -13,19 +13,23 @@ class Stats:
     updates: int = 0
     """Updates that were applied, since the first one of the run."""
     snapshots: int = 0
-    """Snapshots that are on disk."""
+    """Snapshots that were written to disk."""
     pending: int = 0
     """Snapshots that are on their way."""
     skipped: int = 0
     """Snapshots not taken because every slot was busy (``on_full="skip"``)."""
     failed: int = 0
     """Snapshots that could not be written."""
+    dropped: int = 0
+    """Snapshots that ``keep=`` has dropped, also those of earlier runs that this one continued."""
     bytes_written: int = 0
-    """Bytes of the snapshots on disk."""
+    """Bytes of all snapshots that were written."""
+    bytes_freed: int = 0
+    """Bytes that removing dropped snapshots has freed; those dropped last stay until the next one is written."""
     seconds_waited: float = 0.0
     """Time that checkpoint() made its caller wait for a free slot."""
     seconds_writing: float = 0.0
-    """Time that writers spent on the snapshots on disk, from the first byte to the acknowledgement."""
+    """Time that writers spent on these snapshots, from the first byte to the acknowledgement."""
     last_error: str | None = None
     """What the last failure said."""
 

@@ -10,6 +10,7 @@ import pytest
 hypothesis.settings.register_profile(
     "house",
     deadline=None,  # a busy machine is no bug
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # for the same reason
     derandomize="CI" in os.environ,  # the same commit gives the same verdict; at home every run tries new examples
     print_blob=True,
 )

@@ -104,6 +104,7 @@ def test_same_seed_gives_the_same_table_in_a_used_folder_too(done):
         torch.manual_seed(12345)  # what the caller does with torch's generator has no influence
         again = quick(folder)
     assert table(again) == table(report)
+    assert [len([line for line in each if "has earlier runs" in line]) for each in (report, again)] == [0, 1]
 
 
 def test_verdict_says_so_when_the_raw_weights_are_better():

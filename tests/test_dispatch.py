@@ -19,7 +19,7 @@ def ema(tmp_path):
     service.update()
     yield service
     with pytest.raises(NitrousError, match="averaging failed"):
-        service.close(timeout=20)
+        service.close(timeout=60)
 
 
 @pytest.mark.parametrize(

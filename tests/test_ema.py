@@ -25,7 +25,7 @@ from nitrous_ema import AsyncPostHocEMA, KarrasEMA, NitrousError, NitrousWarning
 from nitrous_ema.errors import ClosedError, SnapshotError, SnapshotNotFound, SnapshotWriteError, UntrackableModelError
 from nitrous_ema.posthoc import synthesis_report
 from nitrous_ema.profile import gamma_to_sigma_rel, sigma_rel_to_gamma
-from nitrous_ema.snapshots.files import FileSystem
+from tests.fakes import FaultyFiles, use_files
 from tests.laggy.runner import assert_right_on_laggy
 from tests.models import Net, Tied, Vector, safetensors_of, set_weights
 from tests.peers import REPOSITORY
@@ -272,7 +272,8 @@ def test_resumed_run_is_synthesized_with_its_ancestors_and_without_their_abandon
     whole = make(model, checkpoint_every_num_steps=10)
     train(whole, model, range(60))
     first = make(model, checkpoint_every_num_steps=10)
-    train(first, model, range(30))
+    with pytest.warns(NitrousWarning, match="begins anew"):
+        train(first, model, range(30))
     state = copy.deepcopy(dict(first.state_dict()))
     train(first, model, range(100, 130))  # a future that is left
     second = make(model, checkpoint_every_num_steps=10)
@@ -365,17 +366,13 @@ def test_failed_snapshot_is_told_and_the_averages_go_on(make, tmp_path):
     assert stats.last_error == str(error.value)
 
 
-class FullDisk(FileSystem):
-    def write_at(self, *_):
-        raise OSError(28, "No space left on device")
-
-
-def test_failed_snapshot_leaves_the_callers_modes(make):
+def test_failed_snapshot_leaves_the_callers_modes(make, monkeypatch):
     """The data is produced by a generator: left in the middle, it must not keep gradients off."""
-    model = Net()
-    ema = make(model)
+    files = FaultyFiles()
+    use_files(monkeypatch, files)
+    ema = make(Net())
     ema.update()
-    ema.snapshots.files = FullDisk()
+    files.broken = True
     with pytest.raises(SnapshotWriteError) as error:
         ema.checkpoint()
     assert torch.is_grad_enabled()

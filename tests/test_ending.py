@@ -16,10 +16,10 @@ def test_end_that_cannot_be_noted_is_a_warning(tmp_path, on_error):
     ema = AsyncPostHocEMA(nn.Linear(3, 2), checkpoint_folder=tmp_path / "snapshots", on_error=on_error)
     ema.update()
     ema.checkpoint()
-    ema.flush(timeout=20)
+    ema.flush(timeout=60)
     shutil.rmtree(tmp_path / "snapshots")
     with pytest.warns(NitrousWarning, match="has ended"):
-        ema.close(timeout=20)
+        ema.close(timeout=60)
     ema.close()
 
 
@@ -36,4 +36,4 @@ def test_interrupt_inside_a_lane_leaves_no_lock_behind(tmp_path):
         interrupt()
     assert type(lane._lock).__module__ == "_thread"  # entered and left in C
     assert type(ema._averager._sink._pool._lock).__module__ == "_thread"
-    ema.close(timeout=20)
+    ema.close(timeout=60)

@@ -55,6 +55,29 @@ def test_state_without_a_lineage_has_no_ancestors():
     assert history.lineage == ((history.run, None),)
 
 
+def test_run_that_continues_a_newer_one_takes_a_name_that_sorts_after_it():
+    """Readers take the newest run: it must be the one that goes on."""
+    older, newer = History(), History()
+    older.run, newer.run = "20260101T000000.000000-ffffffff", "29990101T000000.999999-ffffffff"  # a clock that is ahead
+    older.continue_from(newer.state(), 60)
+    assert older.run > newer.run
+    assert older.run.startswith("29990101T000001.000000-")
+    assert older.lineage == ((newer.run, 60), (older.run, None))
+
+
+def test_lineage_with_names_that_are_not_ours_is_kept():
+    history = History()
+    history.continue_from([["somebody", None]], 60)
+    assert history.ancestors == (("somebody", 60),)
+
+
+def test_history_is_fresh_until_a_state_is_taken_up():
+    history = History()
+    assert history.is_fresh
+    history.continue_from((), 0)
+    assert not history.is_fresh
+
+
 def test_stamp_names_step_times_run_and_process():
     history, schedule = History(), Schedule([7.0], 2, "exact")
     for _ in range(4):

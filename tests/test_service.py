@@ -525,17 +525,17 @@ ENDS = {
 }
 FORKS = """
 import os, signal, threading
-signal.alarm(40)  # ends the process; faulthandler's own thread would not survive the fork
+signal.alarm(250)  # ends the process; faulthandler's own thread would not survive the fork
 ema.flush()
 from torch.utils.data import DataLoader, Dataset
 
 averager = ema._averager
 lane = averager._dispatch.lane(torch.device("cpu"))
 gate = threading.Event()
-lane.run(lambda: gate.wait(20))  # pending when the process forks: the child has no thread that would do it
+lane.run(lambda: gate.wait(200))  # pending when the process forks: the child has no thread that would do it
 pid = os.fork()
 if pid == 0:
-    signal.alarm(20)
+    signal.alarm(120)
     optimizer.step()
     model.load_state_dict(model.state_dict())
     ema.update(); ema.fence(); ema.flush(); ema.state_dict()
@@ -580,7 +580,7 @@ def ended(tmp_path_factory):
 
 
 def _ended(process):
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=300)
     return process.returncode, errors
 
 

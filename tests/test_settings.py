@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from nitrous_ema.posthoc.keep_rules import KeepAll, KeepBytes, KeepCount
 from nitrous_ema.profile import sigma_rel_to_gamma
 from nitrous_ema.settings import Settings, profiles
 
@@ -83,6 +84,22 @@ def test_manual_takes_no_snapshot_by_itself():
 def test_odd_intervals_between_snapshots_are_refused(every):
     with pytest.raises(ValueError, match=r"checkpoint_every_num_steps is .* or 'manual'"):
         Settings(checkpoint_every_num_steps=every)
+
+
+@pytest.mark.parametrize(("keep", "rule"), [("all", KeepAll()), (32, KeepCount(32)), ("1GB", KeepBytes("1GB"))])
+def test_what_to_keep_may_be_said_in_short(keep, rule):
+    assert Settings(keep=keep).keeping() == rule
+
+
+@pytest.mark.parametrize("keep", [0, "none", "32"])
+def test_odd_numbers_to_keep_are_refused(keep):
+    with pytest.raises(ValueError, match=r"keep is|count is 0"):
+        Settings(keep=keep)
+
+
+def test_what_is_no_rule_is_refused():
+    with pytest.raises(TypeError, match=r"keep is 1\.05; expected 'all'"):
+        Settings(keep=1.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn, "float16", None])

@@ -9,6 +9,7 @@ import torch
 from nitrous_ema.arena import snapshot_layout
 from nitrous_ema.async_.staging import SlotPool, SlotState, deadline_after, order_writes
 from nitrous_ema.async_.writer import BackgroundSink, WritePolicy
+from nitrous_ema.keeping import Keeper
 from nitrous_ema.pipeline import InlineLane
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.tracked import track
@@ -82,19 +83,19 @@ def test_slot_is_sealed_when_every_device_has_queued_its_copies(pool):
 
 def test_a_snapshot_that_cannot_be_staged_gives_its_slot_back_once(pool):
     slot = pool.claim(0)
-    pool.abandon(slot)
-    pool.abandon(slot)
+    assert pool.abandon(slot)
+    assert not pool.abandon(slot)
     assert pool.num_busy() == 0
     again = pool.claim(0)
     pool.expect(again, None, {CPU: []})
     pool.filled(again)
-    pool.abandon(again)  # sealed: the writer's now
+    assert not pool.abandon(again)  # sealed: the writer's now
     assert again.state is SlotState.SEALED
 
 
 def test_slot_stays_taken_until_its_file_is_committed(layout, tmp_path):
     files = StalledFiles()
-    sink = BackgroundSink(SnapshotStore(tmp_path, files=files), layout, WritePolicy(max_pending=1), pin=False)
+    sink = BackgroundSink(Keeper(SnapshotStore(tmp_path, files=files)), layout, WritePolicy(max_pending=1), pin=False)
     pool = sink._pool
     pending, _ = pending_snapshot(make_model("batch norm"), layout)
     assert sink.take(pending(1), lambda device: InlineLane())

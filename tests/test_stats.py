@@ -12,7 +12,7 @@ def test_counts_of_all_threads_are_added_up():
     start = threading.Barrier(4)
 
     def count() -> None:
-        start.wait(timeout=10)
+        start.wait(timeout=60)
         for _ in range(500):
             ledger.add(snapshots=1, bytes_written=3, seconds_writing=0.5)
 
@@ -20,7 +20,7 @@ def test_counts_of_all_threads_are_added_up():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=60)
     assert ledger.read() == Stats(snapshots=2000, bytes_written=6000, seconds_writing=1000.0)
 
 

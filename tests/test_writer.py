@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from nitrous_ema.async_ import writer
 from nitrous_ema.async_.staging import SlotPool
 from nitrous_ema.async_.writer import BackgroundSink, WritePolicy
 from nitrous_ema.errors import NitrousError, NitrousWarning, SnapshotWriteError
+from nitrous_ema.keeping import Keeper
 from nitrous_ema.pipeline import InlineLane, Pending
+from nitrous_ema.posthoc.keep_rules import KeepAll, KeepCount
+from nitrous_ema.resources import AvailableMemory
 from nitrous_ema.snapshots.format import Stamp
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.tracked import track
@@ -37,14 +41,17 @@ def pending_snapshot(model, layout):
 class Rig:
     """A sink with its store and something to write."""
 
-    def __init__(self, folder, files=None, **policy):
+    def __init__(self, folder, files=None, rule=None, **policy):
         model = make_model("batch norm")
         with small_pieces(chunk_bytes=256):
             self.layout = snapshot_layout(track(model), (6.94, 16.97), (0.1, 0.05), torch.float32)
         self.pending, self.arena = pending_snapshot(model, self.layout)
         self.store = SnapshotStore(folder, files=files)
         self.sink = BackgroundSink(
-            self.store, self.layout, WritePolicy(**{"wait_timeout": TIMEOUT_SECONDS, **policy}), pin=False
+            Keeper(self.store, rule or KeepAll()),
+            self.layout,
+            WritePolicy(**{"wait_timeout": TIMEOUT_SECONDS, **policy}),
+            pin=False,
         )
 
     def take(self, step):
@@ -153,6 +160,33 @@ def test_a_lane_that_cannot_stage_gives_the_slot_back(rig):
             rig.sink.take(rig.pending(1), lambda device: BrokenLane())
     assert rig.sink.stats().pending == 0
     assert rig.take(1)
+
+
+def test_a_snapshot_that_cannot_be_staged_holds_no_later_one_up(rig):
+    """Under a rule each waits for those taken before it."""
+
+    class BrokenLane(InlineLane):
+        def copy_out(self, work, abandon):
+            abandon()
+
+    rig = rig(max_pending=2, rule=KeepCount(2))
+    rig.sink.take(rig.pending(1), lambda device: BrokenLane())
+    for step in (2, 3, 4):
+        rig.take(step)
+    rig.sink.flush(TIMEOUT_SECONDS)
+    assert len(rig.store.snapshots()) == 2
+
+
+def test_what_could_not_be_dropped_is_told_and_no_failure(rig, monkeypatch):
+    rig = rig(rule=KeepCount(2))
+    monkeypatch.setattr(rig.store, "hide", lambda *_: 1 / 0)
+    for step in (1, 2, 3):
+        rig.take(step)
+    rig.sink.flush(TIMEOUT_SECONDS)
+    with pytest.warns(NitrousWarning, match="ZeroDivisionError.*Training goes on"):
+        rig.sink.raise_failures()
+    assert rig.sink.stats().failed == 0
+    assert len(rig.store.snapshots()) == 3
 
 
 def test_full_queue_waits_no_longer_than_asked(rig):
@@ -289,6 +323,16 @@ def test_pageable_memory_is_told_where_there_is_no_pinned(rig, monkeypatch):
     monkeypatch.setattr(writer, "SlotPool", no_pinned)
     with pytest.warns(NitrousWarning, match=r"No pinned host memory for 2 snapshots .*out of pinned memory"):
         writer._make_pool(rig().layout, 2, pin=True)
+
+
+@pytest.mark.parametrize(("cgroup", "named"), [(None, "are available"), (Path("/groups/a"), "control group /groups/a")])
+def test_slots_beyond_the_available_memory_are_refused_with_who_limits_it(rig, monkeypatch, cgroup, named):
+    layout = rig().layout
+    available = AvailableMemory(2 * layout.data_bytes, cgroup)
+    monkeypatch.setattr(writer, "available_memory", lambda: available)
+    writer._make_pool(layout, 2, pin=False)
+    with pytest.raises(NitrousError, match=rf"for 3 snapshots.*{named}.*Lower max_pending.*checkpoint_dtype"):
+        writer._make_pool(layout, 3, pin=False)
 
 
 def test_no_host_memory_at_all_is_one_clear_error(rig, monkeypatch):

@@ -11,20 +11,22 @@ from typing import Literal
 import torch
 from torch.nn import Module
 
+from nitrous_ema import exits
 from nitrous_ema.async_.lane import AcceleratorLane, ThreadLane
-from nitrous_ema.async_.launch import EXIT_DAMAGED, launch
+from nitrous_ema.async_.launch import launch
 from nitrous_ema.async_.writer import BackgroundSink, WritePolicy
 from nitrous_ema.averager import Averager
 from nitrous_ema.ema import PostHocEMA, Template
 from nitrous_ema.errors import NitrousWarning, SnapshotDamaged, WorkerError
 from nitrous_ema.guard import ReadMode
+from nitrous_ema.keeping import Keeper
 from nitrous_ema.loading import load_tensors
 from nitrous_ema.pipeline import InlineLane, Lane
+from nitrous_ema.posthoc.keep_rules import Keep
 from nitrous_ema.schedule import StepSizeCorrection
 from nitrous_ema.settings import Settings
 from nitrous_ema.snapshots.format import Layout
 from nitrous_ema.snapshots.snapshot import Snapshot
-from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.tracked import NameFilter
 
 
@@ -48,7 +50,7 @@ class AsyncPostHocEMA(PostHocEMA):
         num_writers: Threads that write snapshots.
 
     Raises:
-        ValueError: An argument is outside its range; a filter matches nothing.
+        ValueError: An argument is outside its range; a filter matches nothing; ``keep`` has no room for 3 snapshots.
         UntrackableModelError: A tensor cannot be averaged, or there is none.
         SnapshotError: Snapshots cannot be written to the folder.
         NitrousError: There is no host memory for the slots.
@@ -63,6 +65,7 @@ class AsyncPostHocEMA(PostHocEMA):
         checkpoint_folder: str | os.PathLike[str] = "./ema-checkpoints",
         checkpoint_dtype: torch.dtype = torch.float32,
         *,
+        keep: Keep = "all",
         ema_model: Template | None = None,
         update_every: int = 1,
         frozen: bool = False,
@@ -85,6 +88,7 @@ class AsyncPostHocEMA(PostHocEMA):
             checkpoint_every_num_steps=checkpoint_every_num_steps,
             checkpoint_folder=checkpoint_folder,
             checkpoint_dtype=checkpoint_dtype,
+            keep=keep,
             update_every=update_every,
             frozen=frozen,
             param_or_buffer_names_no_ema=param_or_buffer_names_no_ema,
@@ -103,10 +107,11 @@ class AsyncPostHocEMA(PostHocEMA):
         )
         pin = any(parameter.device.type != "cpu" for parameter in model.parameters())
 
-        def make_sink(store: SnapshotStore, layout: Layout) -> BackgroundSink:
-            return BackgroundSink(store, layout, writing, pin)
+        def make_sink(keeper: Keeper, layout: Layout) -> BackgroundSink:
+            return BackgroundSink(keeper, layout, writing, pin)
 
         self._start(model, settings, ema_model, make_sink, read=read, make_lane=make_lane)
+        self._averager.drain_timeout_seconds = wait_timeout
 
     def _synthesize(self, averager: Averager, gamma: float, target: Snapshot) -> Sequence[str]:
         """Have the worker do it, in a process of its own, and load what it wrote."""
@@ -129,7 +134,7 @@ class AsyncPostHocEMA(PostHocEMA):
             try:
                 (output,) = job.result()
             except WorkerError as error:
-                if error.exit_code != EXIT_DAMAGED:
+                if error.exit_code != exits.DAMAGED:
                     raise
                 raise SnapshotDamaged(str(error), path=self.snapshots.root, step=None, chunk=None) from error
             load_tensors(tensors, output.path)

@@ -71,15 +71,7 @@ class SlotPool:
         # A lock of its own: a Condition's __enter__ is Python, and Ctrl-C inside it would leave it held for ever.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._slots = [
-            Slot(
-                [
-                    torch.empty(end - begin, dtype=torch.uint8, device="cpu", pin_memory=pin)
-                    for begin, end in layout.chunks
-                ]
-            )
-            for _ in range(num_slots)
-        ]
+        self._slots = [Slot([_page(end - begin, pin) for begin, end in layout.chunks]) for _ in range(num_slots)]
 
     def claim(self, timeout_seconds: float | None) -> Slot | None:
         """A free slot, which becomes FILLING; None if there was none in time (0: do not wait)."""
@@ -106,11 +98,13 @@ class SlotPool:
                 slot.state = SlotState.SEALED
             return slot.unfilled == 0
 
-    def abandon(self, slot: Slot) -> None:
-        """Give a slot back whose copies could not be queued; doing so for each device does no harm."""
+    def abandon(self, slot: Slot) -> bool:
+        """Give a slot back whose copies could not be queued; False if that was done, or the slot is the writer's."""
         with self._lock:
-            if slot.state is SlotState.FILLING:
+            is_ours = slot.state is SlotState.FILLING
+            if is_ours:
                 self._free_again(slot)
+            return is_ours
 
     def release(self, slot: Slot) -> None:
         """Give a slot back whose file is committed or given up."""
@@ -147,6 +141,14 @@ class SlotPool:
     def _check(self, slot: Slot, expected: SlotState) -> None:
         if slot.state is not expected:
             raise RuntimeError(f"a slot is {slot.state.value}, not {expected.value}: this is a bug in nitrous_ema.")
+
+
+def _page(size_bytes: int, pin: bool) -> Tensor:
+    if pin:
+        return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+    # Written to now: otherwise the first copy waits for the system to find every page, and the next update behind it
+    # (2 s instead of 0.45 s for 0.7 GB, measured).
+    return torch.empty(size_bytes, dtype=torch.uint8, device="cpu").fill_(0)
 
 
 def order_writes(layout: Layout, marks: Sequence[Sequence[Mark]]) -> Callable[[int, int], None]:

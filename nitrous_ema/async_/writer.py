@@ -22,16 +22,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-import psutil
 import torch
 
 from nitrous_ema.arena import Arena
 from nitrous_ema.async_.staging import Slot, SlotPool, deadline_after, order_writes
 from nitrous_ema.errors import NitrousError, NitrousWarning, SnapshotWriteError
+from nitrous_ema.keeping import Keeper
 from nitrous_ema.pipeline import BackgroundThread, Lane, Pending, stage_chunk
-from nitrous_ema.snapshots.format import Layout
+from nitrous_ema.resources import available_memory
+from nitrous_ema.sizes import amount
+from nitrous_ema.snapshots.format import Layout, Stamp
 from nitrous_ema.snapshots.store import SnapshotStore
-from nitrous_ema.stats import Ledger, Stats
+from nitrous_ema.stats import Stats
 
 _log = logging.getLogger(__name__)
 
@@ -69,21 +71,22 @@ class BackgroundSink:
     """Takes snapshots into slots and writes them with threads of its own.
 
     Args:
-        store: Where to.
+        keeper: Writes them, and drops others.
         layout: Of the files.
         policy: How.
         pin: Use pinned host memory; falls back to pageable memory, and says so, where that fails.
     """
 
-    def __init__(self, store: SnapshotStore, layout: Layout, policy: WritePolicy, pin: bool) -> None:
+    def __init__(self, keeper: Keeper, layout: Layout, policy: WritePolicy, pin: bool) -> None:
         self._policy = policy
         self._layout = layout
         self._pool = _make_pool(layout, policy.max_pending, pin)
-        self._ledger = Ledger()
+        self._keeper = keeper
+        self._ledger = keeper.ledger
         self._failures: queue.SimpleQueue[SnapshotWriteError] = queue.SimpleQueue()
         self._sealed: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
         self._lost: set[int] = set()  # steps; added by writers, discarded by the training thread
-        work = partial(_write_all, self._sealed, self._pool, store, self._ledger, self._failures, self._lost)
+        work = partial(_write_all, self._sealed, self._pool, keeper, self._failures, self._lost)
         self._threads = [BackgroundThread(work, f"writer-{index}") for index in range(policy.num_writers)]
         for thread in self._threads:
             thread.start()
@@ -99,7 +102,8 @@ class BackgroundSink:
         if slot is None:
             return False
         self._lost.discard(pending.stamp.step)
-        abandon = partial(self._pool.abandon, slot)
+        abandon = partial(_abandon, slot, self._pool, self._keeper, pending.stamp)
+        self._keeper.expect(pending.stamp)
         try:
             lanes = {device: lane(device) for device in pending.arena.devices}
             marks = {device: [lanes[device].mark() for _ in slot.pages] for device in lanes}
@@ -123,7 +127,11 @@ class BackgroundSink:
         return order_writes(self._layout, marks) if marks else None
 
     def raise_failures(self) -> None:
-        """Tell every write that failed since the last call: raise, or warn, as the policy says."""
+        """Tell every write that failed since the last call: raise, or warn, as the policy says.
+
+        What could not be dropped is a warning in any case: no snapshot is lost by it.
+        """
+        self._keeper.warn_of_failures(stacklevel=4)
         failures = []
         while not self._failures.empty():
             failures.append(self._failures.get())
@@ -183,12 +191,13 @@ class BackgroundSink:
 
 
 def _make_pool(layout: Layout, num_slots: int, pin: bool) -> SlotPool:
-    needed = f"{num_slots} snapshots (max_pending) of {layout.data_bytes / 2**20:.1f} MiB each"
-    available = psutil.virtual_memory().available
-    if num_slots * layout.data_bytes > available:
+    needed = f"{num_slots} snapshots (max_pending) of {amount(layout.data_bytes)} each"
+    available = available_memory()
+    if num_slots * layout.data_bytes > available.bytes:
+        left = "are available" if available.cgroup is None else f"are left by the control group {available.cgroup}"
         raise NitrousError(
-            f"No host memory for {needed}: {available / 2**20:.1f} MiB are available. Lower max_pending, or store "
-            "averages in half the bytes (checkpoint_dtype=torch.float16)."
+            f"No host memory for {needed}: {amount(available.bytes)} {left}. Lower max_pending, or store averages in "
+            "half the bytes (checkpoint_dtype=torch.float16)."
         )
     if pin:
         try:
@@ -219,22 +228,27 @@ def _fill(
         sealed.put(slot)
 
 
+def _abandon(slot: Slot, pool: SlotPool, keeper: Keeper, stamp: Stamp) -> None:
+    """Give up a snapshot whose copies could not be queued, unless the writer has it already."""
+    if pool.abandon(slot):
+        keeper.forget(stamp)
+
+
 def _write_all(
     sealed: queue.SimpleQueue[Slot | None],
     pool: SlotPool,
-    store: SnapshotStore,
-    ledger: Ledger,
+    keeper: Keeper,
     failures: queue.SimpleQueue[SnapshotWriteError],
     lost: set[int],
 ) -> None:
     """What a writer thread does, until it gets None."""
     while (slot := sealed.get()) is not None:
         try:
-            _write(slot, store, ledger)
+            _write(slot, keeper)
         except BaseException as error:
-            failure = error if isinstance(error, SnapshotWriteError) else _unforeseen(slot, store, error)
+            failure = error if isinstance(error, SnapshotWriteError) else _unforeseen(slot, keeper.store, error)
             lost.add(failure.step)
-            ledger.add(failed=1, last_error=str(failure))
+            keeper.ledger.add(failed=1, last_error=str(failure))
             failures.put(failure)
             del failure
         finally:
@@ -242,13 +256,11 @@ def _write_all(
             del slot
 
 
-def _write(slot: Slot, store: SnapshotStore, ledger: Ledger) -> None:
+def _write(slot: Slot, keeper: Keeper) -> None:
     pending = slot.pending
     if pending is None:
         raise RuntimeError("a sealed slot carries nothing: this is a bug in nitrous_ema.")
-    started = time.monotonic()
-    snapshot = store.write(pending.arena.layout, pending.stamp, partial(_chunks, slot))
-    ledger.add(snapshots=1, bytes_written=snapshot.bytes, seconds_writing=time.monotonic() - started)
+    snapshot = keeper.write(pending.arena.layout, pending.stamp, partial(_chunks, slot))
     _log.info("snapshot of step %d is on disk: %s", pending.stamp.step, snapshot.paths[0])
 
 

@@ -1,135 +1,30 @@
-"""Which snapshots to keep, while training goes on and afterwards, by what the averages lose.
+"""Which snapshots of a finished run to keep: the best of a number, or the fewest for an error.
 
-The squared error of an average is a sum over the intervals between kept times, so what a step is worth is known
-exactly: the cost of the interval that its going would leave, less that of the two it would join.
+The squared error of an average is a sum over the intervals between kept times, so the best set of steps is a shortest
+path over the times. What to keep while training goes on is told by ``keep_rules``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nitrous_ema.posthoc.interval_cost import IntervalCost
+from nitrous_ema.posthoc.keep_rules import wanted_lengths
 from nitrous_ema.posthoc.kept_paths import Places
 from nitrous_ema.posthoc.path_search import fewest_times, least_error
-from nitrous_ema.posthoc.selection import Solver, log_ratio
-from nitrous_ema.profile import FloatArray, exponents, gamma_to_sigma_rel, numbers_between, sigma_rel_to_gamma
+from nitrous_ema.posthoc.selection import Solver
+from nitrous_ema.profile import FloatArray, exponents, numbers_between, sigma_rel_to_gamma
 
-__all__ = ["KeepAll", "KeepCount", "KeepGeometric", "KeepRule", "Retention", "count_within", "retain"]
+__all__ = ["Retention", "count_within", "retain"]
 
-_LENGTHS = 16
-_LONGEST, _REACH = 0.25, 2.5
 # Guided models want 0.015 to 0.045 (arXiv:2312.02696, Table 6); 0.28 is next to the plain mean.
 _LENGTHS_TO_TELL = (0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.045, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.28)
 # Where all steps together miss the wanted error, the rest may miss it by this much more.
 _MORE_THAN_ALL = 1.1
 _LOSS_TO_TELL = 0.05
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# While training goes on
-
-
-class KeepRule(Protocol):
-    """Tells on each arrival which kept steps go. It has no memory: what is kept is all it looks at."""
-
-    def drop(self, t: Sequence[float] | FloatArray, pinned: Collection[int] = ()) -> tuple[int, ...]:
-        """Places in ``t`` of the steps to drop.
-
-        Args:
-            t: Times of all kept steps, ascending; the last one has just arrived and is never dropped.
-            pinned: Places of steps that are never dropped.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class KeepAll:
-    """Keep every step."""
-
-    def drop(self, t: Sequence[float] | FloatArray, pinned: Collection[int] = ()) -> tuple[int, ...]:
-        """Nothing."""
-        return ()
-
-
-@dataclass(frozen=True, slots=True)
-class KeepGeometric:
-    """Keep steps whose times grow by a ratio: O(log t) of them, with the same error at every time."""
-
-    ratio: float
-    """Each kept step is at least this many times as late as the one before, > 1. The newest is always kept."""
-
-    def __post_init__(self) -> None:
-        numbers_between("ratio", self.ratio, 1.0, remedy="1.05 keeps 47 steps per tenfold of training.")
-
-    def drop(self, t: Sequence[float] | FloatArray, pinned: Collection[int] = ()) -> tuple[int, ...]:
-        """Steps nearer than the ratio to the last one that stays before them."""
-        dropped, last = [], -np.inf
-        for place, time in enumerate(t[:-1]):
-            if place in pinned or time >= self.ratio * last * (1 - 1e-9):
-                last = time
-            else:
-                dropped.append(place)
-        return tuple(dropped)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeepCount:
-    """Keep at most a number of steps: with each arrival the one goes that costs least.
-
-    It minimizes ``sum (error**2 + loss)**exponent`` over lengths in the range, for the newest step and each pinned one
-    as targets, where ``loss`` is what dropping adds to ``error**2``. It needs not know how long training will be; its
-    worst error was 1.2 to 2.4 times that of the best set of that size. Costs O(steps * lengths) an arrival.
-    """
-
-    count: int
-    """Steps to keep, >= 2. Pinned ones count; if they alone are more, only they and the newest are kept."""
-    gammas: tuple[float, ...]
-    """Exponents of the tracked profiles."""
-    sigma_rels: tuple[float, float] | None = None
-    """Shortest and longest length that is wanted later; by default from the shortest tracked one to 2.5 times the
-    longest, but not past 0.25."""
-    exponent: float = 2.0
-    """1 looks at the mean squared error over the range, more at the worst. 1 is better for two profiles and
-    lengths far beyond the longest tracked one."""
-
-    def __post_init__(self) -> None:
-        if self.count < 2:
-            raise ValueError(f"count is {self.count!r}; expected at least 2: the newest step and one more.")
-        numbers_between("exponent", self.exponent, 0.0, remedy="2 is a good choice.")
-        _lengths(exponents("gammas", self.gammas), self.sigma_rels)
-
-    def drop(self, t: Sequence[float] | FloatArray, pinned: Collection[int] = ()) -> tuple[int, ...]:
-        """The steps that cost least, one after the other."""
-        gammas = exponents("gammas", self.gammas)
-        cost = IntervalCost.of(gammas, sigma_rel_to_gamma(_lengths(gammas, self.sigma_rels)))
-        times = np.asarray(t, dtype=np.float64)
-        fixed = np.zeros(times.size, dtype=bool)
-        fixed[[*pinned, times.size - 1]] = True
-        targets = times[fixed]
-        kept = np.arange(times.size)
-        while kept.size > self.count and not fixed[kept].all():
-            score = self._scores(cost, times[kept], targets)
-            score[fixed[kept]] = np.inf
-            kept = np.delete(kept, int(score.argmin()))
-        return tuple(np.setdiff1d(np.arange(times.size), kept).tolist())
-
-    def _scores(self, cost: IntervalCost, t: FloatArray, targets: FloatArray) -> FloatArray:
-        """What is left to minimize when each step goes, [steps]; that of the last one means nothing."""
-        log_t = log_ratio(t, t[-1])
-        width = np.diff(log_t, prepend=-np.inf)
-        alone, joined = cost.of_widths(width), cost.of_widths(width[:-1] + width[1:])
-        scores = np.zeros(t.size)
-        for log_t_r in log_ratio(targets, t[-1]):
-            weight = cost.weights(log_t, np.full(cost.powers.shape, log_t_r))
-            present = alone * weight
-            loss = joined * weight[1:] - present[:-1] - present[1:]
-            scores[:-1] += ((present.sum(0) + np.maximum(loss, 0.0)) ** self.exponent).sum(1)
-        return scores
 
 
 def count_within(budget_bytes: int, snapshot_bytes: int) -> int:
@@ -145,10 +40,6 @@ def count_within(budget_bytes: int, snapshot_bytes: int) -> int:
             'for at least 2. Raise the budget, or store snapshots as "BF16" or of fewer profiles.'
         )
     return count
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Finished runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -209,7 +100,7 @@ def retain(
         As ``select_steps``.
     """
     tracked = exponents("gammas", gammas).ravel()
-    lengths, times_wanted = _lengths(tracked, sigma_rels), _times_wanted(t, pinned)
+    lengths, times_wanted = wanted_lengths(tracked, sigma_rels), _times_wanted(t, pinned)
     told = np.union1d(lengths, _LENGTHS_TO_TELL)
     in_range = np.flatnonzero((told >= lengths[0]) & (told <= lengths[-1]))
     solver = _solver(t, tracked, times_wanted, told[in_range])
@@ -277,19 +168,6 @@ def _within(solver: Solver, error: float, required: Places) -> tuple[Places, flo
     allowed = np.where(error_before <= limit, limit, _MORE_THAN_ALL * error_before)
     found = fewest_times(solver.question(allowed**2, error_before**2, required), solver.judge(allowed**2))
     return found.places, float(found.lower_bound), _told_missed(error_before, limit)
-
-
-def _lengths(gammas: FloatArray, sigma_rels: tuple[float, float] | None) -> FloatArray:
-    """Lengths over a range, evenly spaced in their logarithm, [lengths]."""
-    if sigma_rels is None:
-        tracked = np.asarray(gamma_to_sigma_rel(gammas))
-        low, high = float(tracked.min()), float(max(tracked.max(), min(_REACH * tracked.max(), _LONGEST)))
-    else:
-        low, high = (float(s) for s in sigma_rels)
-        if low > high:
-            raise ValueError(f"sigma_rels is {sigma_rels!r}; expected the shortest length first, then the longest.")
-    sigma_rel_to_gamma((low, high))  # says what is wrong with them
-    return np.unique(np.geomspace(low, high, _LENGTHS)) if low < high else np.array([low])
 
 
 def _told_missed(error_before: FloatArray, limit: float) -> list[str]:

@@ -94,6 +94,8 @@ def plan_synthesis(
         Karras et al. 2023, arXiv:2312.02696, Algorithm 3.
     """
     lengths = _lengths(gammas, sigma_rels)
+    if not target.average_spans:
+        raise SnapshotMismatch(f"{target.path} holds no averaged tensor; there is nothing to sum.", path=target.path)
     candidates = [
         (moment, profile) for moment in snapshots if moment.t <= target.t for profile in range(len(moment.gammas))
     ]
@@ -158,7 +160,8 @@ def plan_from_store(
     snapshots = store.snapshots(run, exclude=exclude)
     target = next((each for each in reversed(snapshots) if step in (None, each.step)), None)
     if target is None:
-        target = store.get(step, run, exclude=exclude)  # raises, naming what there is
+        store.get(step, run, exclude=exclude)  # raises, naming what there is; if not, it was committed a moment ago
+        return plan_from_store(store, gammas=gammas, sigma_rels=sigma_rels, step=step, run=run, exclude=exclude)
     moments = [stored_moment(snapshot) for snapshot in snapshots if snapshot.t <= target.t]
     plan = plan_synthesis(moments, target=stored_moment(target), gammas=gammas, sigma_rels=sigma_rels, excluded=exclude)
     return replace(plan, trainer=snapshots[-1].stamp.trainer)

@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Protocol
 from zlib import crc32
 
-from nitrous_ema.errors import SnapshotNotFound
-from nitrous_ema.snapshots.format import DTYPE_BYTES, Lineage, TensorRecord, damaged
+from nitrous_ema.errors import SnapshotError, SnapshotNotFound
+from nitrous_ema.snapshots.format import DTYPE_BYTES, Lineage, TensorRecord, damaged, places
 
 _MAX_KEPT_OPEN = 128  # of the 1024 that a process usually may; with more files each read opens its own
 _PIECE_BYTES = 1 << 19  # checksummed while it is still in the core's cache
@@ -125,10 +125,10 @@ class OpenFiles:
         """Fill ``out`` from ``offset`` on; returns the bytes read, fewer than asked where the file ends."""
         kept = self._kept.get(path)
         if kept is not None:
-            return _read_into(kept, offset, out)
+            return _read_into(path, kept, offset, out)
         own = _open(path)
         try:
-            return _read_into(own, offset, out)
+            return _read_into(path, own, offset, out)
         finally:
             os.close(own)
 
@@ -138,20 +138,27 @@ class OpenFiles:
 
 
 def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    except FileNotFoundError as missing:
-        raise SnapshotNotFound(
-            f"{path}: listed a moment ago, gone now; snapshots were removed while this ran. Synthesize again.",
-            path=path,
-            nearest=(),
-        ) from missing
+    for place in places(path):
+        try:
+            return os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe of that name is not waited for
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise SnapshotError(f"{path} cannot be opened: {error}", path=path) from error
+    raise SnapshotNotFound(
+        f"{path}: listed a moment ago, gone now; snapshots were removed while this ran. Synthesize again.",
+        path=path,
+        nearest=(),
+    )
 
 
-def _read_into(descriptor: int, offset: int, out: memoryview) -> int:
+def _read_into(path: Path, descriptor: int, offset: int, out: memoryview) -> int:
     done = 0
     while done < len(out):
-        count = os.preadv(descriptor, [out[done:]], offset + done)
+        try:
+            count = os.preadv(descriptor, [out[done:]], offset + done)
+        except OSError as error:
+            raise damaged(path, f"it cannot be read: {error}") from error
         if count == 0:
             break
         done += count

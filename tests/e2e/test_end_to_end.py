@@ -18,7 +18,7 @@ import safetensors.numpy
 from nitrous_ema.profile import sigma_rel_to_gamma
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 120
+TIMEOUT = 300
 LENGTHS = (0.05, 0.075, 0.12)
 
 # Tied weights, a buffer that is averaged, one that counts, one that is in no state_dict.

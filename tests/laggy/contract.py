@@ -14,7 +14,7 @@ import torch
 
 from tests.laggy import device as laggy
 
-TIMEOUT_SECONDS = 20
+TIMEOUT_SECONDS = 60
 PROBES: dict[str, Callable[[], None]] = {}
 
 

@@ -14,7 +14,7 @@ import torch
 ELEMENTS = 4096
 STEPS = 6
 WEIGHT = 0.25
-TIMEOUT_SECONDS = 20
+TIMEOUT_SECONDS = 60
 
 BUGS = {
     "no wait before reading": "the side stream reads parameters that the optimizer has not written yet",
