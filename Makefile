@@ -28,8 +28,8 @@ help:  ## this list
 demo: venv  ## train, snapshot, synthesize and choose an EMA length on real digits (DEMO_FLAGS=...)
 	@$(BIN)/python -m nitrous_ema demo $(DEMO_FLAGS)
 
-test: venv  ## all tests this machine can run (PYTEST_FLAGS="-k words -x")
-	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+test: venv  ## all tests this machine can run (PYTEST_FLAGS="-k words -x -n 8")
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
 
 check: venv  ## format, lint, types and import direction
 	$(BIN)/ruff format --check .

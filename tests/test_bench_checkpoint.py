@@ -65,8 +65,8 @@ def test_saved_states_of_torch_are_the_averages(tmp_path):
         (folder,) = made[DCP].folder.iterdir()
         checkpoint.load(read, checkpoint_id=folder, no_dist=True)
     key, live = next(iter(model.state_dict().items()))
-    assert torch.allclose(read["0"][key], live - 0.99)
-    assert torch.allclose(read["1"][key], live - 0.999)
+    assert torch.allclose(read["0"][key], live - 0.99, atol=1e-5)
+    assert torch.allclose(read["1"][key], live - 0.999, atol=1e-5)
 
 
 def test_both_ways_to_make_host_memory_durable_write_the_same_bytes(tmp_path):

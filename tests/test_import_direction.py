@@ -48,6 +48,7 @@ LAYERS = (
     "snapshots.snapshot",
     "snapshots.commit",
     "snapshots.retire",
+    "snapshots.examine",
     "snapshots.store",
     "snapshots.legacy",
     "snapshots",

@@ -41,23 +41,26 @@ def changed(**parts):
 
 
 @pytest.mark.parametrize(
-    ("text", "untouched_seconds", "expected"),
+    ("changes", "untouched_seconds", "expected"),
     [
-        (changed(), FOREVER, "alive"),
-        (changed(started="5"), 0, "gone"),
-        (changed(pid=str(2**22 + 1)), 0, "gone"),
-        (changed(pid=str(10**30)), 0, "unknown"),
-        (changed(namespace="1", pid=str(2**22 + 1)), FOREVER, "elsewhere"),
-        (changed(kernel="0" * 16), FOREVER, "gone"),
-        (changed(kernel="0" * 16), 0, "elsewhere"),
-        (changed(kernel="0" * 16, host="0" * 16), FOREVER, "elsewhere"),
-        ("1234", FOREVER, "unknown"),
-        (changed() + ".5", FOREVER, "unknown"),
-        ("", FOREVER, "unknown"),
+        ({}, FOREVER, "alive"),
+        ({"started": "5"}, 0, "gone"),
+        ({"pid": str(2**22 + 1)}, 0, "gone"),
+        ({"pid": str(10**30)}, 0, "unknown"),
+        ({"namespace": "1", "pid": str(2**22 + 1)}, FOREVER, "elsewhere"),
+        ({"kernel": "0" * 16}, FOREVER, "gone"),
+        ({"kernel": "0" * 16}, 0, "elsewhere"),
+        ({"kernel": "0" * 16, "host": "0" * 16}, FOREVER, "elsewhere"),
     ],
 )
-def test_process_is_gone_only_if_that_is_certain(text, untouched_seconds, expected):
-    assert fate_of_signature(text, untouched_seconds=untouched_seconds) == expected
+def test_process_is_gone_only_if_that_is_certain(changes, untouched_seconds, expected):
+    assert fate_of_signature(changed(**changes), untouched_seconds=untouched_seconds) == expected
+
+
+@pytest.mark.parametrize("text", ["1234", "", lambda: changed() + ".5"], ids=["pid alone", "nothing", "one part more"])
+def test_process_of_something_that_is_no_signature_is_unknown(text):
+    text = text() if callable(text) else text
+    assert fate_of_signature(text, untouched_seconds=FOREVER) == "unknown"
 
 
 def test_signature_is_one_process_only_and_known_when_it_has_died():

@@ -252,7 +252,7 @@ def test_next_prune_removes_what_an_interrupted_one_left(folder, capsys, monkeyp
         (["--keep", "3", "--pin", "70"], 3, "60 and 80"),
         (["--keep", "3", "--unpin", "500"], 3, "200"),
         (["--keep", "3", "--grace", "-1"], 2, "seconds"),
-        (["--keep", "3", "--run", NEWEST], 3, RUN),
+        (["--keep", "3", "--run", NEWEST], 3, RUN.partition("-")[0]),  # what stands behind that is random
         (["--keep", "3", "--exclude", ",".join(map(str, STEPS))], 3, "no snapshot"),
     ],
 )

@@ -44,7 +44,9 @@ def elided(rows: Sequence[Sequence[str]], *, most: int, word: str) -> list[Seque
 def paragraph(title: str, text: str) -> list[str]:
     """Text behind a title, in lines of readable length."""
     indent = " " * (len(title) + 1)
-    return textwrap.wrap(f"{title} {text}", _WIDTH, subsequent_indent=indent, break_long_words=False)
+    return textwrap.wrap(
+        f"{title} {text}", _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def percent(error: float, *, rounded_down: bool = False) -> str:

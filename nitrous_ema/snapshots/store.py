@@ -1,6 +1,7 @@
 """The folder of snapshots: what is in it, and which of it belongs together.
 
-What a reader finds at each moment of a write stands in ``commit``.
+What a reader finds at each moment of a write stands in ``commit``, what one of a removal in ``retire``; what a single
+folder holds is the matter of ``examine``.
 
 S5  Readers only read: no call of theirs creates or changes a name.  test_reading_changes_nothing_on_disk
 
@@ -10,32 +11,23 @@ Longer than the house's 300 lines: what counts as a snapshot, and what belongs t
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import stat
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotNotFound
 from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.commit import Committer
-from nitrous_ema.snapshots.files import FileSystem, read_fully
+from nitrous_ema.snapshots.examine import Examiner, Gone
+from nitrous_ema.snapshots.files import FileSystem
 from nitrous_ema.snapshots.format import (
-    Header,
     Layout,
     Lineage,
     Stamp,
-    damaged,
-    decode_header,
     folder_name,
-    header_end,
-    hidden_name,
     parse_folder_name,
     parse_rank_file_name,
-    places,
-    rank_file_name,
 )
 from nitrous_ema.snapshots.retire import Retirer
 from nitrous_ema.snapshots.snapshot import Incomplete, Listing, Problem, Snapshot, Temporary
@@ -45,17 +37,6 @@ if TYPE_CHECKING:
 
 _Folders = dict[str, dict[int, Path]]  # by run and step
 _Answer = TypeVar("_Answer")
-
-_READ_BYTES = 4 * 2**20
-_NO_FAULT_OF_THE_FILE = frozenset((errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM))
-
-
-class _Gone(Exception):
-    """A folder that was listed is there no more, under none of its names."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.folder = folder
 
 
 class SnapshotStore:
@@ -69,6 +50,7 @@ class SnapshotStore:
     def __init__(self, root: str | os.PathLike[str], *, files: FileSystem | None = None) -> None:
         self.root = Path(root).absolute()  # stays the same folder when the process changes its own
         self.files = files or FileSystem()
+        self._examiner = Examiner(self.files)
         self._committer = Committer(self.root, self.files, make_room=lambda: self.remove_hidden())
         self._retirer = Retirer(self._committer)
 
@@ -183,7 +165,9 @@ class SnapshotStore:
         """Folders of all runs that hold no snapshot (yet), by step, with the reason."""
         return self._ask(
             lambda folders: [
-                examined for folder in _all(folders) if isinstance(examined := self._examine(folder), Incomplete)
+                examined
+                for folder in _all(folders)
+                if isinstance(examined := self._examiner.examine(folder), Incomplete)
             ]
         )
 
@@ -199,9 +183,9 @@ class SnapshotStore:
         """
         problems: list[Problem] = []
         for folder in _all(self._folders()):
-            for name in sorted(self._names(folder)[0]):
+            for name in sorted(self._examiner.names(folder)[0]):
                 if parse_rank_file_name(name):
-                    problems += self._verify_file(folder / name)
+                    problems += self._examiner.verify_file(folder / name)
         return problems
 
     # Writing
@@ -267,7 +251,9 @@ class SnapshotStore:
         """
 
         def is_there() -> bool:
-            return not must_exist or not isinstance(self._examine_anew(self.root / folder_name(step, run)), Incomplete)
+            return not must_exist or not isinstance(
+                self._examiner.examine_anew(self.root / folder_name(step, run)), Incomplete
+            )
 
         if not self._retirer.pin(step, run, is_there):
             nearest = self._ask(lambda folders: self._nearest(step, sorted(folders.get(run, {}).items())))
@@ -343,7 +329,7 @@ class SnapshotStore:
                     del steps[step]
             try:
                 return question(folders)
-            except _Gone as error:
+            except Gone as error:
                 gone.add(error.folder)
 
     def _root_names(self) -> list[str]:
@@ -364,56 +350,8 @@ class SnapshotStore:
                 folders.setdefault(run, {})[step] = self.root / name
         return folders
 
-    def _names(self, folder: Path) -> tuple[list[str], bool]:
-        """Names in a snapshot's folder, which may be hidden by now; and whether it still has its own name."""
-        for place in (folder, folder.with_name(hidden_name(folder.name))):
-            try:
-                return self.files.list(place), place == folder
-            except FileNotFoundError:
-                if place == folder and self.files.exists(folder):
-                    return [], True  # a link to nothing
-            except NotADirectoryError:
-                return [], True  # never a folder
-            except OSError as error:
-                if error.errno == errno.ELOOP:
-                    return [], True  # a link to itself
-                raise SnapshotError(f"{folder} cannot be listed: {error}", path=folder) from error
-        return [], False
-
-    def _examine(self, folder: Path) -> Snapshot | Incomplete | SnapshotDamaged:
-        """What a listed folder holds, also if it is hidden meanwhile. Raises ``_Gone`` if it is removed meanwhile."""
-        for _ in range(2):
-            ranks: dict[int, set[int]] = {}
-            names, is_listed = self._names(folder)
-            for rank, world_size in filter(None, map(parse_rank_file_name, names)):
-                ranks.setdefault(world_size, set()).add(rank)
-            complete = [world_size for world_size in sorted(ranks) if len(ranks[world_size]) == world_size]
-            if not complete and not is_listed:
-                raise _Gone(folder)
-            if not complete:
-                return Incomplete(folder, _what_is_missing(ranks))
-            paths = tuple(folder / rank_file_name(rank, complete[0]) for rank in range(complete[0]))
-            try:
-                headers = tuple(map(self._read_header, paths))
-            except FileNotFoundError:
-                continue
-            except SnapshotDamaged as error:
-                return error
-            disagreement = _disagreement(headers)
-            return Incomplete(folder, disagreement) if disagreement else Snapshot(paths=paths, headers=headers)
-        if not self.files.exists(folder):
-            raise _Gone(folder)
-        return Incomplete(folder, "its files were removed while it was read")
-
-    def _examine_anew(self, folder: Path) -> Snapshot | Incomplete | SnapshotDamaged:
-        """The same of a folder that nobody has listed: a hidden one is none."""
-        if self.files.exists(folder):
-            with contextlib.suppress(_Gone):
-                return self._examine(folder)
-        return Incomplete(folder, "it is not there")
-
     def _committed(self, folder: Path, lineage: Lineage) -> Snapshot | None:
-        examined = self._examine(folder)
+        examined = self._examiner.examine(folder)
         if isinstance(examined, SnapshotDamaged):
             raise examined
         if isinstance(examined, Incomplete):
@@ -433,7 +371,7 @@ class SnapshotStore:
         """The last committed snapshot of one run; a damaged one if it has no other."""
         damage = None
         for step in sorted(steps, reverse=True):
-            examined = self._examine(steps[step])
+            examined = self._examiner.examine(steps[step])
             if isinstance(examined, Snapshot):
                 return examined
             if isinstance(examined, SnapshotDamaged):
@@ -469,79 +407,10 @@ class SnapshotStore:
         before = sorted((member for member in members if member[0] < step), reverse=True)
         after = sorted(member for member in members if member[0] > step)
         nearest = (
-            next((near for near in side if isinstance(self._examine(near[1]), Snapshot)), None)
+            next((near for near in side if isinstance(self._examiner.examine(near[1]), Snapshot)), None)
             for side in (before, after)
         )
         return tuple(near[0] for near in nearest if near)
-
-    # Reading files
-
-    @contextlib.contextmanager
-    def _reading(self, path: Path) -> Iterator[tuple[int, int]]:
-        """Descriptor and size of a file. ``FileNotFoundError`` passes, all else is told as the file's damage."""
-        descriptor = self._open(path)
-        try:
-            status = self.files.stat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise damaged(path, "it is not a regular file")
-            yield descriptor, status.st_size
-        except OSError as error:
-            raise damaged(path, f"it cannot be read: {error}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                self.files.close(descriptor)
-
-    def _open(self, path: Path) -> int:
-        for place in places(path):
-            try:
-                return self.files.open_read(place)
-            except FileNotFoundError:
-                if self.files.exists(place):
-                    raise damaged(path, "it is a link to nothing") from None
-            except OSError as error:
-                if error.errno in _NO_FAULT_OF_THE_FILE:
-                    raise SnapshotError(
-                        f"{path} cannot be opened: {error}. It is not known to be damaged: let this user read it, or "
-                        "this process open more files, and look again.",
-                        path=path,
-                    ) from error
-                raise damaged(path, f"it cannot be opened: {error}") from error
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
-
-    def _read_header(self, path: Path) -> Header:
-        with self._reading(path) as (descriptor, file_bytes):
-            prefix = bytes(read_fully(self.files, descriptor, bytearray(8), 0))
-            end = header_end(prefix, path=path, file_bytes=file_bytes)
-            blob = bytes(read_fully(self.files, descriptor, bytearray(end), 0))
-        header = decode_header(blob, path=path, file_bytes=file_bytes)
-        stamp = header.stamp
-        own = (folder_name(stamp.step, stamp.run), rank_file_name(stamp.rank, stamp.world_size))
-        if own != (path.parent.name, path.name):
-            raise damaged(path, f"it was written as {'/'.join(own)}")
-        return header
-
-    def _verify_file(self, path: Path) -> Iterator[Problem]:
-        known = parse_folder_name(path.parent.name)
-        step = known[0] if known else 0
-        try:
-            header = self._read_header(path)
-            with self._reading(path) as (descriptor, _):
-                for chunk, (span, expected) in enumerate(zip(header.layout.chunks, header.crc32, strict=True)):
-                    found = self._crc32(descriptor, header.data_begin + span.begin, span.end - span.begin)
-                    if found != expected:
-                        message = f"its checksum is {found:08x}, expected {expected:08x}"
-                        yield Problem(path, step, chunk, str(damaged(path, message, chunk=chunk)))
-        except FileNotFoundError:
-            return  # removed meanwhile
-        except SnapshotError as error:
-            yield Problem(path, step, None, str(error))
-
-    def _crc32(self, descriptor: int, offset: int, size_bytes: int) -> int:
-        crc32, buffer = 0, bytearray(min(size_bytes, _READ_BYTES))
-        for begin in range(0, size_bytes, _READ_BYTES):
-            piece = memoryview(buffer)[: size_bytes - begin]
-            crc32 = zlib.crc32(read_fully(self.files, descriptor, piece, offset + begin), crc32)
-        return crc32
 
 
 def _all(folders: _Folders) -> list[Path]:
@@ -556,25 +425,3 @@ def _members(lineage: Lineage, folders: _Folders) -> list[tuple[int, Path]]:
         for step, folder in sorted(folders.get(run, {}).items())
         if left_at is None or step <= left_at
     ]
-
-
-def _what_is_missing(ranks: dict[int, set[int]]) -> str:
-    if not ranks:
-        return "it holds no finished file"
-    world_size = max(ranks, key=lambda size: len(ranks[size]))
-    first = next(rank for rank in range(world_size) if rank not in ranks[world_size])
-    return f"it holds {len(ranks[world_size])} of {world_size} files; {rank_file_name(first, world_size)} is missing"
-
-
-def _disagreement(headers: tuple[Header, ...]) -> str | None:
-    """Why the files of several ranks are no snapshot together. Step, run and number of ranks are in their names."""
-    first = headers[0]
-    for rank, other in enumerate(headers):
-        facts = [("layout", other.layout.sha256, first.layout.sha256)]
-        facts += [
-            (name, getattr(other.stamp, name), getattr(first.stamp, name)) for name in ("t", "t_first", "lineage")
-        ]
-        for name, found, expected in facts:
-            if found != expected:
-                return f"ranks 0 and {rank} disagree on {name}: {brief(str(expected))} and {brief(str(found))}"
-    return None

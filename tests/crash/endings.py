@@ -251,6 +251,7 @@ def end(work: Callable[[Path], None], folder: Path) -> tuple[int, str] | None:
             os.dup2(descriptor, number)
         for descriptor in (stdin_read, stdin, stdout, stdout_write, stderr):
             os.close(descriptor)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job inherits as ignored
         faulthandler.register(signal.SIGALRM, chain=True)  # not its timer, whose thread is missed in a fork
         signal.alarm(3 * TIMEOUT_SECONDS)
         work(folder)

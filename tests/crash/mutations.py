@@ -29,8 +29,8 @@ from tests.crash.checks import (
 )
 from tests.crash.subject import Edits, load_modules, load_subject
 
-COMMIT, RETIRE, STORE, FORMAT, FILES = (
-    f"snapshots.{name}" for name in ("commit", "retire", "store", "format", "files")
+COMMIT, RETIRE, EXAMINE, STORE, FORMAT, FILES = (
+    f"snapshots.{name}" for name in ("commit", "retire", "examine", "store", "format", "files")
 )
 SOURCES, WRITER = "synthesis.sources", "async_.writer"
 _SEEDS = {
@@ -191,6 +191,10 @@ def _in_retire(missing: str, seen_by: str, *changes: tuple[str, str]) -> Mutatio
     return Mutation(missing, seen_by, {RETIRE: changes})
 
 
+def _in_examine(missing: str, seen_by: str, *changes: tuple[str, str]) -> Mutation:
+    return Mutation(missing, seen_by, {EXAMINE: changes})
+
+
 def _in_store(missing: str, seen_by: str, *changes: tuple[str, str]) -> Mutation:
     return Mutation(missing, seen_by, {STORE: changes})
 
@@ -255,7 +259,7 @@ MUTATIONS: Sequence[Mutation] = (
         FILES: [("        filled += count\n    return", "        filled += count\n        break\n    return")]}),
     _in_commit("header after the data", "disk that forgets, in order", (_WRITES, _HEADER_FIRST)),
     _in_commit("checksums of the chunks, written", "one rank", ("crc32.append(zlib.crc32(view))", "crc32.append(0)")),
-    _in_store("checksums of the chunks, compared by verify()", "flipped bits, cut and moved files", (
+    _in_examine("checksums of the chunks, compared by verify()", "flipped bits, cut and moved files", (
         "                    if found != expected:\n                        message",
         "                    if False:\n                        message")),
     Mutation("checksums of the chunks, compared in synthesis", "streaming a changed chunk", {
@@ -264,12 +268,12 @@ MUTATIONS: Sequence[Mutation] = (
         FORMAT: [('    if blob[_CRC_BEGIN:crc_end] != b"%08x" % crc32:\n', "    if False:\n")]}),
     Mutation("size of the file, compared", "flipped bits, cut and moved files", {
         FORMAT: [("    if file_bytes != end + layout.data_bytes:\n", "    if False:\n")]}),
-    _in_store("name of the file, compared", "flipped bits, cut and moved files", (
+    _in_examine("name of the file, compared", "flipped bits, cut and moved files", (
         "        if own != (path.parent.name, path.name):\n", "        if False:\n")),
-    _in_store("all ranks", "two ranks",
+    _in_examine("all ranks", "two ranks",
         ("if len(ranks[world_size]) == world_size]", "if ranks[world_size]]"),
         ("for rank in range(complete[0]))", "for rank in sorted(ranks[complete[0]]))")),
-    _in_store("ranks that agree", "ranks that disagree", (
+    _in_examine("ranks that agree", "ranks that disagree", (
         "            return Incomplete(folder, disagreement) if disagreement else Snapshot(",
         "            return Snapshot(")),
     _in_store("no snapshots of an abandoned future", "resumed, later forgotten", (

@@ -69,7 +69,8 @@ def load_subject(edits: Edits | None = None) -> Subject:
     commit.secrets = retire.secrets = SimpleNamespace(token_hex=lambda size_bytes: f"{next(names):0{2 * size_bytes}x}")
     commit.signature, retire.fate_of_signature = processes.signature, processes.fate_of_signature
     retire.time = SimpleNamespace(time=lambda: NOW)
-    store.decode_header = _remembered(store.decode_header)
+    examine = modules["snapshots.examine"]
+    examine.decode_header = _remembered(examine.decode_header)
     return Subject(store, commit, retire, modules["snapshots.format"], modules["snapshots.files"], processes)
 
 
