@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +35,7 @@ from torch.nn import Module
 from nitrous_ema.arena import Arena, snapshot_layout
 from nitrous_ema.dispatch import Dispatch
 from nitrous_ema.ending import DrainRequest, shut_down
-from nitrous_ema.errors import ClosedError, NitrousError, NitrousWarning, SnapshotWriteError
+from nitrous_ema.errors import ClosedError, NitrousError, SnapshotWriteError, warn
 from nitrous_ema.guard import Guard, ReadMode, install_hooks
 from nitrous_ema.history import History
 from nitrous_ema.live import LiveTensors
@@ -355,7 +354,7 @@ class Averager:
         self.history.is_fresh = False
         told = self._look_around(self.history.run)
         if told is not None:  # before anything counts: where warnings are errors, this update is refused
-            warnings.warn(told, NitrousWarning, stacklevel=4)
+            warn(told)
 
     def _drain(self) -> None:
         """What ``drain_request`` asks for, at the end of an update."""

@@ -7,7 +7,6 @@ Drop-in for nitrous-ema 0.0.1, whose arguments and methods these are. Everything
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from numbers import Integral
@@ -19,7 +18,7 @@ from torch.nn import Module
 from nitrous_ema.averaged_model import AveragedModel
 from nitrous_ema.averager import Averager, AveragingPolicy
 from nitrous_ema.averages import Averages
-from nitrous_ema.errors import NitrousWarning, SnapshotDamaged, SnapshotError
+from nitrous_ema.errors import SnapshotDamaged, SnapshotError, warn
 from nitrous_ema.guard import ReadMode
 from nitrous_ema.keeping import Keeper
 from nitrous_ema.pipeline import InlineLane, InlineSink, Lane, Sink, neutral_modes
@@ -151,7 +150,7 @@ class PostHocEMA(Averages):
         checkpoint_dtype: Type of the averages in snapshots: float32, float64, float16 or bfloat16.
         keep: Which snapshots stay as training goes on: ``"all"``; a number of them, >= 2; an amount of bytes such as
             ``"100GB"``; or a rule (``KeepGeometric``, ``KeepCount``, ``KeepBytes``). Chosen among all of this run and
-            of those that it continues.
+            of those that it continues, but for what it shares with a run that was closed at a later step.
         ema_model: A function that builds the module of an average, for models that cannot be copied; or one module,
             which then shows the first profile.
         update_every: Calls of update() from one applied update to the next.
@@ -225,7 +224,7 @@ class PostHocEMA(Averages):
         try:
             self._keeper.check(averager.arena.layout, averager.history.first_stamp())
             self._store.prepare()
-            self._keeper.judge_room(averager.arena.layout, averager.history.first_stamp(), stacklevel=3)
+            self._keeper.judge_room(averager.arena.layout, averager.history.first_stamp())
             averager.attach(
                 make_sink(self._keeper, averager.arena.layout), look_around=partial(told_of_other_runs, self._store)
             )
@@ -268,6 +267,7 @@ class PostHocEMA(Averages):
         """
         if not self._averager.is_usable("pin()", reading=True):
             return
+        step = _checked(step)
         with self._keeper.paused(self.run) as coming:
             step = coming[-1] if step is None and coming else step
             if step in coming:
@@ -282,11 +282,14 @@ class PostHocEMA(Averages):
         Raises:
             SnapshotError: The note could not be removed.
         """
+        given = _checked(step)
+        if given is None:
+            raise TypeError("step is None; expected the step of a pinned snapshot.")
         if not self._averager.is_usable("unpin()", reading=True):
             return
         for run, left_at in self._averager.history.lineage:
-            if left_at is None or step <= left_at:
-                self._store.unpin(step, run)
+            if left_at is None or given <= left_at:
+                self._store.unpin(given, run)
 
     def restore(self, step: int | None = None, run: str | None = None) -> int:
         """Go back to a snapshot: averages, copied tensors, step, time and lineage are again those that it was taken of.
@@ -314,9 +317,7 @@ class PostHocEMA(Averages):
         Nothing has changed when one of these is raised, unless the file was damaged while it was being read: then the
         averages are refused until something was loaded.
         """
-        given: Any = step  # numpy's integers are fine
-        if given is not None and (isinstance(given, bool) or not isinstance(given, Integral)):
-            raise TypeError(f"step is {step!r}; expected the step of a snapshot, or None for the newest.")
+        step = _checked(step)
         averager = self._averager
         if not averager.prepare_loading("restore()", with_snapshots=True):
             return self.step
@@ -330,7 +331,7 @@ class PostHocEMA(Averages):
             error.args = (f"restore(): {error} Another snapshot is restored by restore(step=...).",)
             raise
         if told is not None:
-            warnings.warn(told, NitrousWarning, stacklevel=2)
+            warn(told)
         return snapshot.step
 
     def request_drain(self) -> None:
@@ -391,10 +392,8 @@ class PostHocEMA(Averages):
         try:
             self._store.close_run(self.run)
         except SnapshotError as error:  # a warning: every snapshot is safe, and another failure may be on its way up
-            warnings.warn(
-                f"{error} Whoever follows this run will not see that it has ended.", NitrousWarning, stacklevel=4
-            )
-        self._keeper.end(stacklevel=4)
+            warn(f"{error} Whoever follows this run will not see that it has ended.")
+        self._keeper.end()
 
     def synthesize_ema_model(
         self,
@@ -430,7 +429,7 @@ class PostHocEMA(Averages):
         with neutral_modes():
             told = self._synthesize(averager, gammas[0], self._target(step))
         for sentence in told:
-            warnings.warn(sentence, NitrousWarning, stacklevel=2)
+            warn(sentence)
         (template,) = self.ema_models[0]._template
         return KarrasEMA._view(averager, 0, None if isinstance(template, Module) else template)
 
@@ -465,3 +464,12 @@ class PostHocEMA(Averages):
 
     def _prefixes(self) -> Mapping[int, str]:
         return {profile: f"ema_models.{profile}." for profile in range(len(self.gammas))}
+
+
+def _checked(step: Any) -> int | None:
+    """A step as a plain int (numpy's integers are fine), or None."""
+    if step is None:
+        return None
+    if isinstance(step, bool) or not isinstance(step, Integral):
+        raise TypeError(f"step is {step!r}; expected the step of a snapshot (an integer).")
+    return int(step)

@@ -7,9 +7,13 @@ attributes, so that a caller can act on it without reading the message.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+_PACKAGE = str(Path(__file__).parent / "_")[:-1]  # with the separator
 
 
 class NitrousError(Exception):
@@ -23,6 +27,14 @@ class NitrousError(Exception):
 
 class NitrousWarning(UserWarning):
     """Root of the package's warnings: something was done differently from what was asked, or will surprise."""
+
+
+def warn(message: str) -> None:
+    """Warn the user, by a ``NitrousWarning`` that names the line outside of this package from which it was called."""
+    depth, frame = 2, sys._getframe(1)  # 1 would be this line
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, NitrousWarning, stacklevel=depth)
 
 
 class ClosedError(NitrousError, RuntimeError):

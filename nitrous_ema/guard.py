@@ -31,7 +31,6 @@ from __future__ import annotations
 import gc
 import os
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -42,7 +41,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from nitrous_ema.errors import NitrousWarning, UnsafeReadError
+from nitrous_ema.errors import UnsafeReadError, warn
 
 ReadMode = Literal["auto", "guarded", "copied"]
 
@@ -95,11 +94,9 @@ class Guard:
         if self._read == "guarded":
             raise UnsafeReadError(f"{mistake} {_REMEDY}", name=self._mistaken_name)
         self._read = "copied"
-        warnings.warn(
+        warn(
             f"{mistake} Parameters are copied at each update() from now on, which costs one more copy of them in their "
-            f"own type; read='copied' says that this is meant. {_REMEDY}",
-            NitrousWarning,
-            stacklevel=5,
+            f"own type; read='copied' says that this is meant. {_REMEDY}"
         )
 
     def before_update(self) -> None:

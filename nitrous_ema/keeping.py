@@ -30,15 +30,14 @@ import logging
 import queue
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from nitrous_ema.errors import NitrousError, NitrousWarning, SnapshotNotFound
+from nitrous_ema.errors import NitrousError, SnapshotNotFound, warn
 from nitrous_ema.posthoc.keep_rules import KeepAll, KeepRule
 from nitrous_ema.room import judge_room
-from nitrous_ema.snapshots.format import Layout, Lineage, Stamp, header_bytes
+from nitrous_ema.snapshots.format import Layout, Lineage, Stamp, header_bytes, parse_folder_name
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.stats import Ledger
@@ -79,10 +78,10 @@ class Keeper:
         """Raise ValueError if the rule makes no sense for snapshots of this size."""
         self._rule.check(layout.gammas, header_bytes(layout, stamp) + layout.data_bytes)
 
-    def judge_room(self, layout: Layout, stamp: Stamp, *, stacklevel: int) -> None:
+    def judge_room(self, layout: Layout, stamp: Stamp) -> None:
         """Say how many snapshots of this size fit on the disk; see ``room``, whose errors and warnings these are."""
         snapshot_bytes = header_bytes(layout, stamp) + layout.data_bytes
-        judge_room(self.store, snapshot_bytes, self._rule.most_snapshots(snapshot_bytes), stacklevel=stacklevel + 1)
+        judge_room(self.store, snapshot_bytes, self._rule.most_snapshots(snapshot_bytes))
 
     def expect(self, stamp: Stamp) -> None:
         """A snapshot was taken and will be written later, or forgotten."""
@@ -114,11 +113,11 @@ class Keeper:
                 self._failed("What keep= drops could not be hidden", error)
             return snapshot
 
-    def end(self, *, stacklevel: int) -> None:
+    def end(self) -> None:
         """No more snapshots will be written: remove what was hidden last. A failure is told as a warning."""
         if self._drops:
             self._remove_hidden()
-            self.warn_of_failures(stacklevel + 1)
+            self.warn_of_failures()
 
     @contextmanager
     def paused(self, run: str) -> Iterator[list[int]]:
@@ -128,10 +127,10 @@ class Keeper:
                 coming = [step for of, step in self._coming if of == run]
             yield coming
 
-    def warn_of_failures(self, stacklevel: int) -> None:
+    def warn_of_failures(self) -> None:
         """Tell what could not be dropped since the last call, as a ``NitrousWarning`` each."""
         while not self._failures.empty():
-            warnings.warn(self._failures.get(), NitrousWarning, stacklevel=stacklevel + 1)
+            warn(self._failures.get())
 
     @contextmanager
     def _turn(self, stamp: Stamp) -> Iterator[None]:
@@ -198,13 +197,23 @@ class Keeper:
     def _failed(self, what: str, error: Exception) -> None:
         cause = str(error) if isinstance(error, (NitrousError, OSError)) else repr(error)
         told = f"{self.store.root}: {what} ({cause}). Training goes on; the next snapshot, or prune, tries again."
-        _log.warning("%s", told)
         self._failures.put(told)
 
 
 def _of_history(store: SnapshotStore, lineage: Lineage) -> list[Snapshot]:
-    """Whole snapshots of a history, ascending by step; its youngest run may own none yet. Damaged ones stay as is."""
-    left_at = dict(lineage)
+    """Whole snapshots of a history, ascending by step; its youngest run may own none yet. Damaged ones stay as is.
+
+    So does what it shares with a run that was closed after this history had left it: that one is finished, and somebody
+    may want averages of its end. (A run that was killed and resumed from an earlier step was not closed.)
+    """
+    names = store.files.list(store.root)
+    last_step = {run: step for step, run in sorted(filter(None, map(parse_folder_name, names)))}
+    finished = [
+        place
+        for place, (run, left) in enumerate(lineage)
+        if left is not None and f"closed-{run}" in names and last_step.get(run, 0) > left
+    ]
+    left_at = dict(lineage[max(finished, default=-1) + 1 :])
     for run, _ in reversed(lineage):
         try:
             found = store.examine(run).snapshots

@@ -205,7 +205,7 @@ class InlineSink:
 
     def raise_failures(self) -> None:
         """``take`` raises by itself; what could not be dropped is a warning."""
-        self._keeper.warn_of_failures(stacklevel=4)
+        self._keeper.warn_of_failures()
 
     def flush(self, timeout_seconds: float | None = None) -> None:
         """Nothing is pending."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import warnings
 
-from nitrous_ema.errors import NitrousWarning, SnapshotError
+from nitrous_ema.errors import SnapshotError, warn
 from nitrous_ema.sizes import amount
 from nitrous_ema.snapshots.format import parse_folder_name
 from nitrous_ema.snapshots.store import SnapshotStore
@@ -21,7 +20,7 @@ _REMEDY = (
 )
 
 
-def judge_room(store: SnapshotStore, snapshot_bytes: int, most_snapshots: int | None, *, stacklevel: int = 1) -> None:
+def judge_room(store: SnapshotStore, snapshot_bytes: int, most_snapshots: int | None) -> None:
     """Say how many snapshots fit, and object if these are none, or fewer than will be wanted.
 
     Nothing is judged where the file system does not tell what is free.
@@ -31,7 +30,6 @@ def judge_room(store: SnapshotStore, snapshot_bytes: int, most_snapshots: int | 
             has a bound: it drops them as others come.
         snapshot_bytes: Size of one, on the disk of this process.
         most_snapshots: How many may be on disk at once; None: any number.
-        stacklevel: Of the warning; 1 names the caller.
 
     Raises:
         SnapshotError: Not even one fits.
@@ -52,4 +50,4 @@ def judge_room(store: SnapshotStore, snapshot_bytes: int, most_snapshots: int | 
         told = f"besides the {there} that are there, and keep= lets {most_snapshots} be there at once"
     else:
         return
-    warnings.warn(f"{facts}: only {fitting} fit, {told}. {_REMEDY}", NitrousWarning, stacklevel=stacklevel + 1)
+    warn(f"{facts}: only {fitting} fit, {told}. {_REMEDY}")

@@ -18,12 +18,11 @@ step_size_correction old average kept by an applied update                      
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, cast
 
-from nitrous_ema.errors import NitrousWarning
+from nitrous_ema.errors import warn
 from nitrous_ema.profile import gamma_to_sigma_rel, update_weight
 
 Time = int | float
@@ -114,13 +113,11 @@ class Schedule:
             return
         self.least_weight = 0.0
         sigma_rel = gamma_to_sigma_rel(self.gammas[weights.index(weight)])
-        warnings.warn(
+        warn(
             f"The newest weights now count only {weight:.1e} in the average with sigma_rel {sigma_rel:.3f}: in float32 "
             f"it does not follow changes below {2**-24 / weight:.1e} of a weight. Average less often: with "
             f"step_size_correction='exact', update_every={10 * self.update_every} gives the same profile, more "
-            "precisely and at a tenth of the cost.",
-            NitrousWarning,
-            stacklevel=4,
+            "precisely and at a tenth of the cost."
         )
 
     def state(self) -> dict[str, Time]:
@@ -182,11 +179,9 @@ class Schedule:
         # The product of (1 - 1/n)^(gamma+1) over n = 1, 1+k, ... falls as t^-((gamma+1)/k): another power function.
         real = [gamma_to_sigma_rel((gamma + 1) / self.update_every - 1) for gamma in self.gammas]
         asked = [gamma_to_sigma_rel(gamma) for gamma in self.gammas]
-        warnings.warn(
+        warn(
             f"step_size_correction=False with update_every={self.update_every} does not give the asked profiles: "
-            f"sigma_rel {_listed(asked)} becomes {_listed(real)}. Use step_size_correction='exact'.",
-            NitrousWarning,
-            stacklevel=2,
+            f"sigma_rel {_listed(asked)} becomes {_listed(real)}. Use step_size_correction='exact'."
         )
 
 

@@ -56,10 +56,14 @@ class Settings:
         for name in ("frozen", "allow_different_devices", "move_ema_to_online_device"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False.")
-        if not os.fspath(self.checkpoint_folder):
-            raise ValueError("checkpoint_folder is empty; expected a folder for the snapshots.")
+        folder = self.checkpoint_folder
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"checkpoint_folder is {folder!r}; expected a folder for the snapshots, as a path.")
+        if not os.fspath(folder) or "\0" in str(folder):
+            raise ValueError(f"checkpoint_folder is {folder!r}; expected a folder for the snapshots.")
         every = self.checkpoint_every_num_steps
-        if every != "manual" and not (isinstance(every, (int, float)) and every >= 1 and every == every // 1):
+        is_number = isinstance(every, (int, float)) and not isinstance(every, bool)
+        if every != "manual" and not (is_number and every >= 1 and every == every // 1):
             raise ValueError(
                 f"checkpoint_every_num_steps is {every!r}; expected a whole number of update() calls (1 or more, also "
                 "as a float such as 1e10) or 'manual'."

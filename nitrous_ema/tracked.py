@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import difflib
 import sys
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -30,7 +29,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
-from nitrous_ema.errors import NitrousWarning, UntrackableModelError
+from nitrous_ema.errors import UntrackableModelError, warn
 from nitrous_ema.snapshots.format import TensorRecord
 
 Role = Literal["averaged", "copied", "skipped"]
@@ -188,11 +187,9 @@ class Structure:
         known = {key for tensor in self._tracked for key in tensor.keys}
         added = [name for name in now if name not in known]
         if added:
-            warnings.warn(
+            warn(
                 f"{added[0]!r} and {len(added) - 1} more tensors were added since tracking began and are not averaged. "
-                "Make a new EMA after changing the model.",
-                NitrousWarning,
-                stacklevel=2,
+                "Make a new EMA after changing the model."
             )
         self._links = _links(self._model)
 
@@ -349,11 +346,9 @@ def _role(found: _Found, policy: TrackingPolicy) -> Role:
     if not found.persistent:
         return "copied"  # a cache that the model rebuilds, often a mask with -inf: averaging would give nan
     if not found.is_parameter and not torch.isfinite(tensor.detach().abs().float()).all():
-        warnings.warn(
+        warn(
             f"Buffer {found.keys[0]!r} holds inf or nan, of which no average exists; it is copied at each update "
-            "instead. Name it in param_or_buffer_names_no_ema to say that this is meant.",
-            NitrousWarning,
-            stacklevel=2,
+            "instead. Name it in param_or_buffer_names_no_ema to say that this is meant."
         )
         return "copied"
     return "averaged"

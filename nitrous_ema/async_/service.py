@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 from collections.abc import Collection, Sequence
 from typing import Literal
 
@@ -17,7 +16,7 @@ from nitrous_ema.async_.launch import launch
 from nitrous_ema.async_.writer import BackgroundSink, WritePolicy
 from nitrous_ema.averager import Averager
 from nitrous_ema.ema import PostHocEMA, Template
-from nitrous_ema.errors import NitrousWarning, SnapshotDamaged, WorkerError
+from nitrous_ema.errors import SnapshotDamaged, WorkerError, warn
 from nitrous_ema.guard import ReadMode
 from nitrous_ema.keeping import Keeper
 from nitrous_ema.loading import load_tensors
@@ -52,7 +51,7 @@ class AsyncPostHocEMA(PostHocEMA):
     Raises:
         ValueError: An argument is outside its range; a filter matches nothing; ``keep`` has no room for 3 snapshots.
         UntrackableModelError: A tensor cannot be averaged, or there is none.
-        SnapshotError: Snapshots cannot be written to the folder.
+        SnapshotError: Snapshots cannot be written to the folder, or not even one fits on its disk.
         NitrousError: There is no host memory for the slots.
     """
 
@@ -149,9 +148,5 @@ def make_lane(device: torch.device) -> Lane:
     try:
         return AcceleratorLane(device)
     except (RuntimeError, NotImplementedError, AttributeError) as error:
-        warnings.warn(
-            f"{device} has no streams and events for background work ({error}); averaging runs inside update().",
-            NitrousWarning,
-            stacklevel=2,
-        )
+        warn(f"{device} has no streams and events for background work ({error}); averaging runs inside update().")
         return InlineLane()

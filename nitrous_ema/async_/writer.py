@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import queue
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +25,7 @@ import torch
 
 from nitrous_ema.arena import Arena
 from nitrous_ema.async_.staging import Slot, SlotPool, deadline_after, order_writes
-from nitrous_ema.errors import NitrousError, NitrousWarning, SnapshotWriteError
+from nitrous_ema.errors import NitrousError, SnapshotWriteError, warn
 from nitrous_ema.keeping import Keeper
 from nitrous_ema.pipeline import BackgroundThread, Lane, Pending, stage_chunk
 from nitrous_ema.resources import available_memory
@@ -131,7 +130,7 @@ class BackgroundSink:
 
         What could not be dropped is a warning in any case: no snapshot is lost by it.
         """
-        self._keeper.warn_of_failures(stacklevel=4)
+        self._keeper.warn_of_failures()
         failures = []
         while not self._failures.empty():
             failures.append(self._failures.get())
@@ -142,7 +141,7 @@ class BackgroundSink:
                 failures[0].args = (f"{failures[0]} Also: {other}",)
             raise failures[0]
         for failure in failures:
-            warnings.warn(f"{failure} Training goes on without this snapshot.", NitrousWarning, stacklevel=6)
+            warn(f"{failure} Training goes on without this snapshot.")
 
     def stats(self) -> Stats:
         """Counts of now, without those of updates."""
@@ -203,11 +202,7 @@ def _make_pool(layout: Layout, num_slots: int, pin: bool) -> SlotPool:
         try:
             return SlotPool(layout, num_slots, pin=True)
         except (RuntimeError, MemoryError) as error:
-            warnings.warn(
-                f"No pinned host memory for {needed} ({error}); using pageable memory, from which copies block.",
-                NitrousWarning,
-                stacklevel=5,
-            )
+            warn(f"No pinned host memory for {needed} ({error}); using pageable memory, from which copies block.")
     try:
         return SlotPool(layout, num_slots, pin=False)
     except (RuntimeError, MemoryError) as error:

@@ -7,9 +7,9 @@ exactly: the cost of the interval that its going would leave, less that of the t
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
-from typing import Protocol, runtime_checkable
+from numbers import Integral
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -64,17 +64,25 @@ def keep_rule(keep: Keep) -> KeepRule:
     """
     if isinstance(keep, KeepRule) and not isinstance(keep, type):
         return keep
-    if isinstance(keep, int) and not isinstance(keep, bool):
-        return KeepCount(keep)
+    given: Any = keep  # numpy's integers are fine
+    if not isinstance(keep, bool) and isinstance(given, Integral):
+        return KeepCount(int(given))
     if isinstance(keep, str) and keep == "all":
         return KeepAll()
-    if isinstance(keep, str) and not keep.strip().isdecimal():
-        with suppress(ValueError):
-            return KeepBytes(keep)
+    if isinstance(keep, str) and not keep.strip().isdecimal() and _is_amount(keep):
+        return KeepBytes(keep)
     raise (ValueError if isinstance(keep, str) else TypeError)(
         f"keep is {keep!r}; expected 'all', a number of snapshots such as 32, an amount of bytes such as '100GB', or a "
         "rule such as KeepGeometric(1.05)."
     )
+
+
+def _is_amount(text: str) -> bool:
+    try:
+        parse_bytes(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +238,12 @@ def wanted_lengths(gammas: FloatArray, sigma_rels: tuple[float, float] | None) -
         tracked = np.asarray(gamma_to_sigma_rel(gammas))
         low, high = float(tracked.min()), float(max(tracked.max(), min(_REACH * tracked.max(), _LONGEST)))
     else:
-        low, high = (float(s) for s in sigma_rels)
+        try:
+            low, high = (float(s) for s in sigma_rels)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"sigma_rels is {sigma_rels!r}; expected the shortest and the longest length, e.g. (0.03, 0.25)."
+            ) from error
         if low > high:
             raise ValueError(f"sigma_rels is {sigma_rels!r}; expected the shortest length first, then the longest.")
     sigma_rel_to_gamma((low, high))  # says what is wrong with them

@@ -183,5 +183,9 @@ def _told_losses(told: FloatArray, in_range: Places, before: FloatArray, after: 
     lost = np.setdiff1d(np.flatnonzero((after > _LOSS_TO_TELL) & (after > 2 * before)), in_range)
     if not lost.size:
         return []
-    which = "; ".join(f"{told[k]:g} ({100 * before[k]:.2g} % -> {100 * after[k]:.2g} %)" for k in lost)
+    which = "; ".join(f"{told[k]:g} ({_percent(before[k])} -> {_percent(after[k])})" for k in lost)
     return [f"Lengths outside the range are lost at the newest step: {which}. Widen the range if they are wanted."]
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.0f} %" if fraction >= 0.1 else f"{100 * fraction:.2g} %"

@@ -169,7 +169,7 @@ class Committer:
         try:
             return self._attempt(final, layout, stamp, chunks)
         except OSError as error:
-            _log.warning("%s could not be written (%s); writing it once more, as a new file", final, error)
+            _log.info("%s could not be written (%s); writing it once more, as a new file", final, error)
             first = error
         if first.errno in _NO_SPACE:
             self._free_some()

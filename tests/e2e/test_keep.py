@@ -295,3 +295,60 @@ def test_closing_removes_what_was_dropped_last(train, cls):
     ema.close(TIMEOUT_SECONDS)
     assert ema.snapshots.hidden() == []
     assert len(on_disk(ema)) == 4
+
+
+@BOTH
+def test_branch_leaves_what_it_shares_with_a_finished_run_alone(train, cls):
+    finished = train(cls)
+    list(run(finished, 20))
+    finished.close(TIMEOUT_SECONDS)
+    branch = train(cls, keep=4)
+    branch.restore(10)
+    list(run(branch, 25))
+    branch.close(TIMEOUT_SECONDS)
+    store = SnapshotStore(branch.snapshots.root)
+    assert [each.step for each in store.snapshots(finished.run)] == list(range(1, 21))
+    assert len([each for each in store.snapshots(branch.run) if each.run == branch.run]) == 4
+
+
+@BOTH
+def test_run_that_goes_on_from_the_end_of_a_closed_one_thins_its_history_too(train, cls):
+    first = train(cls)
+    list(run(first, 10))
+    first.close(TIMEOUT_SECONDS)
+    second = train(cls, keep=4)
+    second.restore()
+    list(run(second, 15))
+    second.close(TIMEOUT_SECONDS)
+    assert len(on_disk(second)) == 4
+
+
+@BOTH
+@pytest.mark.parametrize("step", ["2", 2.0, True])
+def test_step_that_is_no_integer_is_refused(train, cls, step):
+    ema = train(cls)
+    list(run(ema, 2))
+    for call in (ema.pin, ema.unpin, ema.restore):
+        with pytest.raises(TypeError, match="expected the step of a snapshot"):
+            call(step)
+    with pytest.raises(TypeError, match="expected the step of a pinned snapshot"):
+        ema.unpin(None)
+    assert ema.snapshots.pins() == frozenset()
+
+
+@BOTH
+@pytest.mark.parametrize("call", ["flush", "close"])
+def test_warning_names_the_line_that_called(train, cls, call):
+    class Broken(KeepCount):
+        def drop(self, t, **_):
+            raise KeyError("a mistake in it")
+
+    ema = train(cls, keep=Broken(2))
+    list(run(ema, 1))
+    ema.flush(TIMEOUT_SECONDS)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        list(run(ema, 2))
+        getattr(ema, call)()
+    assert all("a mistake in it" in str(warning.message) for warning in told)
+    assert {warning.filename for warning in told} == {__file__}
