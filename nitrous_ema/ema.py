@@ -2,6 +2,8 @@
 
 Drop-in for nitrous-ema 0.0.1, whose arguments and methods these are. Everything happens before ``update()`` returns;
 ``AsyncPostHocEMA`` is the same machine with its work in the background.
+
+Longer than the house's 300 lines: it is mostly what users read, arguments and docstrings of the public methods.
 """
 
 from __future__ import annotations
