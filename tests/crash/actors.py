@@ -98,7 +98,7 @@ def write_some(root: Path, journal: Journal, chance: random.Random, stopped: obj
 
 def write(root: Path, journal: Journal, chance: random.Random, stopped: object, say: Say) -> None:
     """One life of a training run: begins somehow, goes on for a while, ends somehow."""
-    warnings.filterwarnings("ignore", message=".*holds snapshots of")
+    warnings.filterwarnings("ignore", message="This run.* begins anew")
     if chance.random() < 0.3:
         files = Deadly(chance.randrange(30, 900), before=chance.random() < 0.5)
         nitrous_ema.ema.SnapshotStore = functools.partial(SnapshotStore, files=files)
@@ -117,8 +117,9 @@ def write(root: Path, journal: Journal, chance: random.Random, stopped: object, 
         if chance.random() < 0.1:
             _acknowledge(ema, journal, pin=chance.random() < 0.2 and step - begun_at > every)
         if chance.random() < 0.05:
-            torch.save(ema.state_dict(), resume.with_suffix(".new"))
-            os.replace(resume.with_suffix(".new"), resume)
+            new = resume.with_suffix(f".new-{os.getpid()}")  # two writers may live at once
+            torch.save(ema.state_dict(), new)
+            os.replace(new, resume)
     if chance.random() < 0.2:
         os._exit(0)
     ema.close(TIMEOUT_SECONDS)
@@ -183,7 +184,9 @@ def _pin(store: SnapshotStore, journal: Journal, chance: random.Random, run: str
 
 
 def _unpin(store: SnapshotStore, journal: Journal, chance: random.Random, run: str | None) -> None:
-    for step, owner in chance.sample(sorted(store.pins()), k=len(store.pins()) // 2):
+    told = journal.read().pinned  # a pin of which its owner has said nothing yet is still being set
+    pins = sorted(pin for pin in store.pins() if folder(*pin) in told)
+    for step, owner in chance.sample(pins, k=len(pins) // 2):
         journal.note(f"unpinning {folder(step, owner)}")
         store.unpin(step, owner)
 
