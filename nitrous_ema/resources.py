@@ -38,11 +38,6 @@ _V1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_f
 _V2 = _Names("memory.max", "memory.current", "inactive_file")
 
 
-def available_memory_bytes(root: Path = Path("/")) -> int:
-    """Bytes of ``available_memory``."""
-    return available_memory(root).bytes
-
-
 def available_memory(root: Path = Path("/")) -> AvailableMemory:
     """The least of what the machine has available and what this process's control groups leave, at every level.
 
