@@ -20,7 +20,7 @@ from torch import nn
 
 from bench import contestants, models
 from bench.contestants import ASYNC, EMA_PYTORCH, FLOOR, FOREACH, NITROUS_001, SYNC, Averaging
-from bench.harness import Measure, Report, compare, parser, start, synchronizer, timed
+from bench.harness import Comparison, Measure, Report, compare, duration, parser, start, synchronizer, timed
 
 NO_EMA = "no EMA"
 
@@ -42,6 +42,8 @@ SIZES = (
     Size(name="tiny MLP", make=models.tiny, rounds=25, repeats=21),
     Size(name="1000 tensors", make=models.many, rounds=12, repeats=3),
     Size(name="ResNet-18", make=models.resnet, rounds=15, repeats=3),
+    Size(name="ViT-Ti/16", make=models.vit_ti, rounds=25, repeats=5),
+    Size(name="ViT-S/16", make=models.vit_s, rounds=15, repeats=3),
     Size(name="ViT-B/16", make=models.vit, rounds=10, repeats=1),
 )
 LARGE = Size(name="300M in one tensor", make=models.flat, rounds=8, repeats=1, everyone=False)
@@ -152,9 +154,18 @@ def one_training_step(
         comparison = compare(measures, rounds=rounds)
     note = (
         f"Forward, backward and AdamW on inputs of {training.inputs}, then update(). A sample is {training.steps} "
-        "steps in a row until all averaging is done, per step."
+        f"steps in a row until all averaging is done, per step.\n{_async_to_sync(comparison)}"
     )
     report.add(f"one training step: {training.name}", comparison, baseline=NO_EMA, note=note)
+
+
+def _async_to_sync(comparison: Comparison) -> str:
+    """What the asynchronous class adds to a step, against what the synchronous one does."""
+    more = comparison.difference(ASYNC, SYNC)  # of the steps, and so of what is added to them, round by round
+    added = [comparison.difference(name, NO_EMA).median for name in (ASYNC, SYNC)]
+    ratio = f"{added[0] / added[1]:.2f} times as much" if min(added) > 0 else "no ratio: one of them added nothing"
+    spread = f"{duration(more.median)} [{duration(more.q1)} - {duration(more.q3)}]"
+    return f"{ASYNC} adds {spread} more than {SYNC} does (below 0: less); at the medians {ratio}."
 
 
 def _measures(rivals: dict[str, Averaging], repeats: int, device: torch.device) -> dict[str, Measure]:

@@ -25,18 +25,21 @@ class Residual(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT-B/16: 12 blocks of width 768."""
+    """As in torchvision, with the same tensors; by default ViT-B/16."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, width: int = 768, depth: int = 12, heads: int = 12, patch: int = 16, image: int = 224, classes: int = 1000
+    ) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, 768, 16, 16)
-        self.token = nn.Parameter(torch.zeros(1, 1, 768))
-        self.positions = nn.Parameter(torch.zeros(1, 197, 768))
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.zeros(1, (image // patch) ** 2 + 1, width))
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(768, 12, 3072, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(12)
+            nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(768)
-        self.head = nn.Linear(768, 1000)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.patches(x).flatten(2).transpose(1, 2)
@@ -74,8 +77,18 @@ def resnet() -> nn.Module:
     )
 
 
+def vit_ti() -> nn.Module:
+    """ViT-Ti/16: 5.7 million parameters."""
+    return VisionTransformer(width=192, heads=3)
+
+
+def vit_s() -> nn.Module:
+    """ViT-S/16: 22 million parameters."""
+    return VisionTransformer(width=384, heads=6)
+
+
 def vit() -> nn.Module:
-    """ViT-B/16."""
+    """ViT-B/16: 87 million parameters."""
     return VisionTransformer()
 
 

@@ -2,21 +2,24 @@
 
 A *profile's flat space* is all averaged tensors of the model back to back, in the model's order, in elements; it is the
 same for every profile and is what a snapshot file's section holds. It is cut into *groups*: maximal runs of tensors
-that share a device and an accumulation type (float64 where the tensor is float64, float32 otherwise). Each group has
-one flat buffer per profile, so that writing a snapshot copies buffers, not tensors.
+that share a device, their parameters' device and an accumulation type (float64 where the tensor is float64, float32
+otherwise). Each group has one flat buffer per profile, so that writing a snapshot copies buffers, not tensors.
 
 A tensor lies in its buffer in its parameter's own memory order (channels_last, transposed), so that averaging runs over
-both as flat memory; files are row-major, and ``pieces`` permutes where the two differ. A parameter that is expanded or
-has holes is averaged in row-major order. complex64 counts as pairs of float32, in groups of its own: a complex view
-must begin at an even element, and ``torch.save`` refuses tensors of two types that share their memory.
+both as flat memory; files are row-major, and ``pieces`` gives strided views where the two differ. A parameter that is
+expanded or has holes is averaged in row-major order. complex64 counts as pairs of float32, in groups of its own: a
+complex view must begin at an even element, and ``torch.save`` refuses tensors of two types that share their memory.
 
 Copied tensors lie in byte buffers, one per run of tensors with one device and type, in the order of the file's last
 section.
+
+A little longer than the house's 300 lines: the same cut of a range serves reading and writing.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +28,8 @@ from torch import Tensor
 
 from nitrous_ema.snapshots.format import Layout
 from nitrous_ema.tracked import TrackedTensor, dtype_code
+
+_ROW_ELEMENTS_CPU = 64  # every profile begins at a multiple of 256 bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +45,8 @@ class Group:
     tensors: list[AveragedTensor]
     flats: list[Tensor]
     """One buffer per profile, 1-d; its last tensor's end is its size."""
+    together: Tensor | None = None
+    """In host memory, the same as [profiles, elements], as long as no buffer was moved (``share_memory_``)."""
 
     @property
     def numel(self) -> int:
@@ -124,20 +131,16 @@ class Arena:
         """Elements ``[begin, end)`` of a profile's flat space as the file has them, in pieces; of one device if given.
 
         Yields:
-            (first element relative to ``begin``, 1-d row-major tensor of the accumulation type). Neighbours that are
-            row-major come as one view; a tensor in another order comes as a temporary.
+            (first element relative to ``begin``, view of the accumulation type). The file has the elements of a view
+            in its row-major order. Neighbours that are row-major here as well come as one 1-d view; a tensor in another
+            order comes as a few views that are not contiguous, at most one more than twice its axes.
         """
         for group in self.groups:
             if device is not None and group.device != device:
                 continue
             low, high = max(begin, group.begin), min(end, group.begin + group.numel)
-            for first, last, tensor in _row_major_runs(group, low - group.begin, high - group.begin):
-                flat = group.flats[profile]
-                if tensor is not None:
-                    view = flat[tensor.begin : tensor.end].as_strided(tensor.shape, tensor.strides)
-                    yield group.begin + first - begin, view.reshape(-1)[first - tensor.begin : last - tensor.begin]
-                else:
-                    yield group.begin + first - begin, flat[first:last]
+            for first, view in _row_major_views(group, profile, low - group.begin, high - group.begin):
+                yield group.begin + first - begin, view
 
     def copied_pieces(self, begin: int, end: int, device: torch.device | None = None) -> Iterator[tuple[int, Tensor]]:
         """Bytes ``[begin, end)`` of the copied tensors: (first byte relative to ``begin``, 1-d uint8 view)."""
@@ -150,17 +153,8 @@ class Arena:
 
     def fill(self, profile: int, begin: int, values: Tensor) -> None:
         """Write row-major elements from ``begin`` on into a profile: the reverse of ``pieces``."""
-        end = begin + values.numel()
-        for group in self.groups:
-            low, high = max(begin, group.begin), min(end, group.begin + group.numel)
-            for first, last, tensor in _row_major_runs(group, low - group.begin, high - group.begin):
-                part = values[group.begin + first - begin : group.begin + last - begin]
-                flat = group.flats[profile]
-                if tensor is None:
-                    flat[first:last].copy_(part)
-                else:
-                    indices = _memory_order(tensor)[first - tensor.begin : last - tensor.begin]
-                    flat[tensor.begin : tensor.end][indices.to(flat.device)] = part.to(flat)
+        for first, view in self.pieces(profile, begin, begin + values.numel()):
+            view.copy_(values[first : first + view.numel()].view(view.shape))
 
     def fill_copied(self, begin: int, values: Tensor) -> None:
         """Write bytes from ``begin`` on of the copied tensors: the reverse of ``copied_pieces``.
@@ -178,6 +172,7 @@ class Arena:
         """Move every buffer. Views taken before keep the old ones."""
         for group in self.groups:
             group.device, group.flats = device, [flat.to(device) for flat in group.flats]
+            group.together = group.together if device.type == "cpu" else None
         for copies in self.copy_groups:
             copies.device, copies.flat = device, copies.flat.to(device)
 
@@ -188,12 +183,13 @@ class Arena:
             dtype = accumulation_dtype(tracked.dtype)
             was_complex = bool(groups) and groups[-1].tensors[-1].tracked.dtype.is_complex
             is_other = tracked.dtype.is_complex != was_complex
-            if not groups or is_other or (groups[-1].device, groups[-1].dtype) != (place, dtype):
+            moved = bool(groups) and groups[-1].tensors[-1].tracked.live().device != tracked.live().device
+            if not groups or is_other or moved or (groups[-1].device, groups[-1].dtype) != (place, dtype):
                 begin = groups[-1].begin + groups[-1].numel if groups else 0
                 groups.append(Group(place, dtype, index, begin, [], []))
             groups[-1].tensors.append(_placed(tracked, groups[-1].numel))
         for group in groups:
-            group.flats = [torch.zeros(group.numel, dtype=group.dtype, device=group.device) for _ in self.layout.gammas]
+            group.flats, group.together = _buffers(group, len(self.layout.gammas))
         return groups
 
     def _make_copy_groups(self, device: torch.device | None) -> list[CopyGroup]:
@@ -201,7 +197,9 @@ class Arena:
         for tracked in self.copied:
             place = device or tracked.live().device
             end = groups[-1].tensors[-1][2] if groups else 0
-            if not groups or (groups[-1].device, groups[-1].tensors[-1][0].dtype) != (place, tracked.dtype):
+            last = groups[-1].tensors[-1][0] if groups else tracked
+            moved = last.live().device != tracked.live().device
+            if not groups or moved or (groups[-1].device, last.dtype) != (place, tracked.dtype):
                 groups.append(CopyGroup(place, (groups[-1].begin + end) if groups else 0, [], torch.empty(0)))
                 end = 0
             nbytes = math.prod(tracked.shape) * tracked.dtype.itemsize
@@ -236,6 +234,16 @@ def memory_order(tensor: Tensor, like: AveragedTensor) -> Tensor:
     return real.as_strided((like.end - like.begin,), (1,))
 
 
+def _buffers(group: Group, profiles: int) -> tuple[list[Tensor], Tensor | None]:
+    """Zeros for every profile, and all of them as one tensor where there is one."""
+    if group.device.type != "cpu":
+        return [torch.zeros(group.numel, dtype=group.dtype, device=group.device) for _ in range(profiles)], None
+    row = -(-group.numel // _ROW_ELEMENTS_CPU) * _ROW_ELEMENTS_CPU
+    together = torch.zeros((profiles, row), dtype=group.dtype, device="cpu")[:, : group.numel]
+    # A storage for each, by way of numpy: torch.save of a view writes the whole of its storage.
+    return [torch.from_numpy(flat.numpy()) for flat in together], together
+
+
 def _placed(tracked: TrackedTensor, begin: int) -> AveragedTensor:
     live = tracked.live().detach()
     real = torch.view_as_real(live) if live.is_complex() else live
@@ -255,22 +263,45 @@ def _is_dense(tensor: Tensor) -> bool:
     return expected > 0
 
 
-def _row_major_runs(group: Group, begin: int, end: int) -> Iterator[tuple[int, int, AveragedTensor | None]]:
-    """Cut ``[begin, end)`` of a group into (first, last, tensor to permute or None for a run that is row-major)."""
-    run = begin
-    for tensor in group.tensors:
+def _row_major_views(group: Group, profile: int, begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
+    """Cut ``[begin, end)`` of a group, as a file has it, into views of its buffer: (first element, view)."""
+    flat, run = group.flats[profile], begin
+    index = max(bisect_right(group.tensors, begin, key=lambda tensor: tensor.begin) - 1, 0)
+    while index < len(group.tensors) and (tensor := group.tensors[index]).begin < end:
         low, high = max(begin, tensor.begin), min(end, tensor.end)
-        if tensor.is_row_major or low >= high:
-            continue
-        if run < low:
-            yield run, low, None
-        yield low, high, tensor
-        run = high
+        if not tensor.is_row_major and low < high:
+            if run < low:
+                yield run, flat[run:low]
+            whole = flat[tensor.begin : tensor.end].as_strided(tensor.shape, tensor.strides)
+            for first, view in _boxes(whole, low - tensor.begin, high - tensor.begin):
+                yield tensor.begin + first, view
+            run = high
+        index += 1
     if run < end:
-        yield run, end, None
+        yield run, flat[run:end]
 
 
-def _memory_order(tensor: AveragedTensor) -> Tensor:
-    """For each element in row-major order, its place in memory relative to the tensor's begin."""
-    places = torch.arange(tensor.end - tensor.begin, device="cpu").as_strided(tensor.shape, tensor.strides)
-    return places.reshape(-1)
+def _boxes(tensor: Tensor, begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
+    """Cut elements ``[begin, end)`` of a tensor, counted in row-major order, into views: (first element, view).
+
+    That is the rest of a row, whole rows, and the start of a row, where a row is all that one index of the first axis
+    selects; what there is of a row is cut in the same way.
+    """
+    if begin < end and end - begin == tensor.numel():
+        yield begin, tensor
+    elif begin < end:
+        row = tensor.numel() // len(tensor)
+        first, last = -(-begin // row), end // row  # of the whole rows, if first < last
+        rest_end = min(first * row, end)
+        yield from _boxes_of_row(tensor, row, begin, rest_end)
+        if first < last:
+            yield first * row, tensor[first:last]
+        yield from _boxes_of_row(tensor, row, max(last * row, rest_end), end)
+
+
+def _boxes_of_row(tensor: Tensor, row: int, begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
+    """The same for a range that lies in one row of so many elements."""
+    if begin < end:
+        start = begin - begin % row
+        for first, view in _boxes(tensor[start // row], begin - start, end - start):
+            yield start + first, view

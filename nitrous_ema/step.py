@@ -2,22 +2,29 @@
 
 A group is walked in *batches*: pieces of its flat memory small enough that the second profile finds the parameters in
 cache (CPU), and large enough that launches do not count (accelerators). A batch is also the unit that waits for a
-snapshot copy of the same range (``before_batch``), and bounds the scratch through which parameters go that cannot be
-read directly, so that no full-size copy of them is ever made.
+snapshot copy of the same range, and bounds the scratch through which parameters go that cannot be read directly, so
+that no full-size copy of them is ever made.
 
 Through scratch go, in *runs* of neighbours, parameters of another type than the average (foreach lerp takes one type)
 and, on the CPU, small ones: its foreach lerp is a loop over tensors, and one ``cat`` and one lerp per run of small
 tensors take a sixth of the time (measured, 1000 tensors of 1000 elements).
 
+On the CPU, all profiles move by one lerp per run, where their buffers allow it: half the calls, and one read of the
+parameters (``test_step.py``: ``test_profiles_that_move_together_get_the_bits_of_a_lerp_each``).
+
 The arithmetic of an element depends on nothing but its own average, its parameter and the weight: however the work is
 cut, the bits are the same (``test_step.py``: ``test_batch_size_does_not_change_a_bit``).
+
+A little longer than the house's 300 lines: the interface of a step stands with the one that every device has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +33,9 @@ from nitrous_ema.arena import Group, memory_order
 
 _BATCH_ELEMENTS_CPU = 1 << 20  # 2^18 takes 5 to 15 % longer, 2^16 20 %; larger ones nothing less
 _BATCH_ELEMENTS_ACCELERATOR = 1 << 23
+_ALIGNED_BYTES = 16
 _SMALL_ELEMENTS_CPU = 1 << 14  # gathered with its neighbours; limits of 2^12 to 2^18 were equally fast
+_GATHERED_AT_LEAST = 4  # fewer neighbours are averaged one by one: a ``cat`` takes as long as two small lerps
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +73,17 @@ class _Batch:
     runs: list[_Run]
     averages: list[list[Tensor]]
     """Per profile, one 1-d view per run."""
+    together: list[Tensor]
+    """One [profiles, elements] view per run; none where the group has no such view."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Kept:
+    """Parameters of a batch that were copied."""
+
+    batch: int
+    flat: list[Tensor]
+    """Per piece."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,6 +94,47 @@ class Sources:
     """The tensors themselves: kept until the update that reads them has run."""
     flat: list[list[Tensor | None]]
     """None where a tensor has another memory order than its average and must be permuted when it is read."""
+
+
+class Step(Protocol):
+    """One averaging step of one group, in batches; see ``GroupStep``."""
+
+    @property
+    def batches(self) -> Sequence[tuple[int, int]]:
+        """First and last element of each batch, relative to the group, in order."""
+
+    def sources(self, tensors: Sequence[Tensor]) -> Any:
+        """Where the parameters of one update are; holds them.
+
+        Args:
+            tensors: One per tensor of the group, with the shape and type that was tracked. The same objects mean the
+                same places in memory: of parameters, whose storage may be replaced, give an alias.
+        """
+
+    def run(self, sources: Any, weights: Sequence[float], batches: Sequence[int] | None = None) -> None:
+        """Move averages towards parameters, on the current stream.
+
+        Args:
+            sources: What ``sources`` returned for this update.
+            weights: Weight of the parameters per profile, in (0, 1]; at 1 they are copied.
+            batches: Which; None: all.
+        """
+
+    def kept_bytes(self, batch: int) -> int:
+        """Scratch that ``keep`` needs for a batch, in bytes."""
+
+    def keep(self, sources: Any, batch: int, scratch: Tensor) -> Any:
+        """Copy the parameters of a batch, in their own types, on the current stream.
+
+        Args:
+            sources: What ``sources`` returned for this update.
+            batch: Which.
+            scratch: uint8, at least ``kept_bytes``, aligned to 16 bytes; on the group's device, or pinned host memory
+                if the group is in host memory.
+        """
+
+    def run_kept(self, kept: Any, weights: Sequence[float]) -> None:
+        """What ``run`` does, to the bit, from the parameters that ``keep`` has copied."""
 
 
 class GroupStep:
@@ -93,49 +154,81 @@ class GroupStep:
         for b, batch in enumerate(self._batches):
             for p, piece in enumerate(batch.pieces):
                 self._places[piece.tensor].append((b, p, piece))
+        self.batches = [(batch.begin, batch.end) for batch in self._batches]
         self._scratch: Tensor | None = None  # allocated when a parameter of another type is first met
-        self._resolved: list[tuple[int, tuple[int, ...]] | None] = [None] * len(group.tensors)
+        self._resolved: list[Tensor | None] = [None] * len(group.tensors)
         self._flat: list[list[Tensor | None]] = [[None] * len(batch.pieces) for batch in self._batches]
 
     def sources(self, tensors: Sequence[Tensor]) -> Sources:
-        """Flat views on the parameters of this group, made anew only for storages that were replaced.
+        """Flat views on the parameters of this group, made anew only for tensors that were replaced.
 
         Args:
-            tensors: One per tensor of the group, on its device, with the shape and type that was tracked.
+            tensors: See ``Step``; on the group's device, or to be kept only.
         """
-        places = [(tensor.data_ptr(), tensor.stride()) for tensor in tensors]
-        if places != self._resolved:
+        if not are_same(tensors, self._resolved):
             flat = [list(batch) for batch in self._flat]  # work that is queued keeps reading the old lists
-            for index, (place, before) in enumerate(zip(places, self._resolved, strict=True)):
-                if place != before:
-                    self._resolve(index, tensors[index], flat)
-            self._flat, self._resolved = flat, [*places]
+            for index, (tensor, before) in enumerate(zip(tensors, self._resolved, strict=True)):
+                if tensor is not before:
+                    self._resolve(index, tensor, flat)
+            self._flat, self._resolved = flat, [*tensors]
         return Sources(tensors, self._flat)
 
-    def run(
-        self, sources: Sources, weights: Sequence[float], before_batch: Callable[[int, int], None] | None = None
-    ) -> None:
-        """Move every average towards its parameter.
-
-        Args:
-            sources: What ``sources`` returned for this update.
-            weights: Weight of the parameters per profile, in (0, 1]; at 1 they are copied.
-            before_batch: Called with the first and last element (of the group) of each batch before it is written.
-        """
+    def run(self, sources: Sources, weights: Sequence[float], batches: Sequence[int] | None = None) -> None:
+        """Move averages towards parameters; see ``Step``."""
         permuted: dict[int, Tensor] = {}
-        for batch, flats in zip(self._batches, sources.flat, strict=True):
-            if before_batch is not None:
-                before_batch(batch.begin, batch.end)
-            read = [
-                flat if flat is not None else self._permuted(sources, piece, permuted)
-                for flat, piece in zip(flats, batch.pieces, strict=True)
-            ]
-            read = [self._readable(run, read[run.first : run.last]) for run in batch.runs]
-            for averages, weight in zip(batch.averages, weights, strict=True):
-                if weight == 1.0:
-                    torch._foreach_copy_(averages, read)
-                else:
-                    torch._foreach_lerp_(averages, read, weight)
+        column = self._column(weights)
+        for index in range(len(self._batches)) if batches is None else batches:
+            self._average(self._batches[index], self._read(sources, index, permuted), weights, column)
+
+    def kept_bytes(self, batch: int) -> int:
+        """See ``Step``."""
+        return sum(_aligned(self._piece_bytes(piece)) for piece in self._batches[batch].pieces)
+
+    def keep(self, sources: Sources, batch: int, scratch: Tensor) -> _Kept:
+        """Copy the parameters of a batch; see ``Step``."""
+        views, begin = [], 0
+        for piece in self._batches[batch].pieces:
+            end = begin + self._piece_bytes(piece)
+            views.append(scratch[begin:end].view(_real(self._group.tensors[piece.tensor].tracked.dtype)))
+            begin += _aligned(end - begin)
+        for view, flat in zip(views, self._read(sources, batch, {}), strict=True):
+            view.copy_(flat, non_blocking=True)
+        return _Kept(batch, views)
+
+    def run_kept(self, kept: _Kept, weights: Sequence[float]) -> None:
+        """Average from what was kept; see ``Step``."""
+        self._average(self._batches[kept.batch], kept.flat, weights, self._column(weights))
+
+    def _read(self, sources: Sources, batch: int, permuted: dict[int, Tensor]) -> list[Tensor]:
+        """The parameters of a batch as flat memory, in the order of the averages."""
+        return [
+            flat if flat is not None else self._permuted(sources, piece, permuted)
+            for flat, piece in zip(sources.flat[batch], self._batches[batch].pieces, strict=True)
+        ]
+
+    def _column(self, weights: Sequence[float]) -> Tensor | None:
+        """The weights for a lerp of all profiles at once; None where each must be averaged alone."""
+        together = self._group.together
+        if together is None or len(weights) == 1 or 1.0 in weights:
+            return None
+        if any(row.data_ptr() != flat.data_ptr() for row, flat in zip(together, self._group.flats, strict=True)):
+            return None
+        return torch.tensor(weights, dtype=self._group.dtype, device="cpu")[:, None]
+
+    def _average(self, batch: _Batch, flat: list[Tensor], weights: Sequence[float], column: Tensor | None) -> None:
+        read = [self._readable(run, flat[run.first : run.last]) for run in batch.runs]
+        if column is not None:
+            for together, parameters in zip(batch.together, read, strict=True):
+                together.lerp_(parameters, column)
+            return
+        for averages, weight in zip(batch.averages, weights, strict=True):
+            if weight == 1.0:
+                torch._foreach_copy_(averages, read)
+            else:
+                torch._foreach_lerp_(averages, read, weight)
+
+    def _piece_bytes(self, piece: _Piece) -> int:
+        return (piece.end - piece.begin) * _real(self._group.tensors[piece.tensor].tracked.dtype).itemsize
 
     def _resolve(self, index: int, tensor: Tensor, flat: list[list[Tensor | None]]) -> None:
         like = self._group.tensors[index]
@@ -167,7 +260,7 @@ class GroupStep:
 
     def _cut(self) -> list[_Batch]:
         size, numel = self._batch_elements, self._group.numel
-        batches = [_Batch(begin, min(begin + size, numel), [], [], []) for begin in range(0, numel, size)]
+        batches = [_Batch(begin, min(begin + size, numel), [], [], [], []) for begin in range(0, numel, size)]
         for index, tensor in enumerate(self._group.tensors):
             begin = tensor.begin
             while begin < tensor.end:
@@ -179,6 +272,8 @@ class GroupStep:
             batch.runs.extend(self._runs(batch.pieces))
             sizes = [run.end - run.begin for run in batch.runs]
             batch.averages.extend(list(torch.split(flat[batch.begin : batch.end], sizes)) for flat in self._group.flats)
+            if self._group.together is not None:
+                batch.together.extend(torch.split(self._group.together[:, batch.begin : batch.end], sizes, dim=1))
         return batches
 
     def _runs(self, pieces: Sequence[_Piece]) -> list[_Run]:
@@ -189,14 +284,31 @@ class GroupStep:
             number, piece = numbered
             dtype = self._group.tensors[piece.tensor].tracked.dtype
             is_small = on_cpu and piece.end - piece.begin <= _SMALL_ELEMENTS_CPU
-            real = torch.float32 if dtype.is_complex else dtype
-            is_direct = not is_small and real == self._group.dtype
+            is_direct = not is_small and _real(dtype) == self._group.dtype
             return is_direct, is_small, dtype, number if is_direct else -1
 
         runs, begin = [], 0
-        for (is_direct, is_small, _, _), numbered in groupby(enumerate(pieces), kind):
+        for (is_direct, is_small, dtype, _), numbered in groupby(enumerate(pieces), kind):
             members = list(numbered)
-            end = begin + sum(piece.end - piece.begin for _, piece in members)
-            runs.append(_Run(members[0][0], members[-1][0] + 1, begin, end, is_direct, is_small))
-            begin = end
+            is_alone = is_small and len(members) < _GATHERED_AT_LEAST and _real(dtype) == self._group.dtype
+            for part in [[member] for member in members] if is_alone else [members]:
+                end = begin + sum(piece.end - piece.begin for _, piece in part)
+                runs.append(
+                    _Run(part[0][0], part[-1][0] + 1, begin, end, is_direct or is_alone, is_small and not is_alone)
+                )
+                begin = end
         return runs
+
+
+def are_same(tensors: Sequence[Tensor], others: Sequence[Tensor | None]) -> bool:
+    """Whether these are the very same objects."""
+    return len(tensors) == len(others) and all(map(operator.is_, tensors, others))
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    """The type of a tensor's elements as they are averaged: complex ones are pairs."""
+    return torch.float32 if dtype.is_complex else dtype
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNED_BYTES) * _ALIGNED_BYTES

@@ -71,9 +71,28 @@ def test_what_is_filled_in_row_major_order_is_read_so_and_shown_as_tensors(order
     read = torch.full_like(values, torch.nan)
     for begin in range(0, len(values), pieces):
         for first, piece in arena.pieces(1, begin, min(begin + pieces, len(values))):
-            read[begin + first : begin + first + len(piece)] = piece
+            read[begin + first : begin + first + piece.numel()] = piece.flatten()
     torch.testing.assert_close(read, values.float().double(), rtol=1e-7, atol=0)
     assert all(not average.any() for _, average in arena.averages(0))
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 64])
+def test_pieces_are_few_and_views_of_the_averages_whatever_their_memory_order(orders, pieces):
+    arena = arena_of(orders)
+    storages = {group.flats[1].data_ptr() for group in arena.groups}
+    most = sum(2 * len(tensor.shape) + 1 for group in arena.groups for tensor in group.tensors)
+    for begin in range(0, arena.layout.average_elements, pieces):
+        found = list(arena.pieces(1, begin, min(begin + pieces, arena.layout.average_elements)))
+        assert {piece.untyped_storage().data_ptr() for _, piece in found} <= storages
+        assert len(found) <= min(pieces, most)
+
+
+def test_a_piece_of_a_permuted_tensor_is_at_most_one_more_view_than_twice_its_axes():
+    model = nn.ParameterList([nn.Parameter(torch.empty(7, 5, 6, 4).permute(3, 1, 0, 2))])
+    arena = arena_of(model, profiles=1)
+    found = [len(list(arena.pieces(0, begin, end))) for begin in range(0, 840, 13) for end in range(begin + 1, 841, 17)]
+    assert max(found) == 2 * 4 - 1
+    assert min(found) == 1
 
 
 def test_averages_lie_back_to_back_in_one_buffer_per_type_and_profile(orders):
