@@ -1,4 +1,6 @@
-"""How much memory this process may still use: what the machine has, and what its control group leaves.
+"""How much memory this process may still use, and with how many it shares that.
+
+It is what the machine has, and what the process's control group leaves.
 
 In a container the machine's free memory is not for us alone to take: the kernel kills whoever goes beyond the limit of
 the control group. Nothing here raises: what cannot be read, or says something else than expected, limits nothing.
@@ -6,6 +8,7 @@ the control group. Nothing here raises: what cannot be read, or says something e
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,6 +54,16 @@ def available_memory(root: Path = Path("/")) -> AvailableMemory:
             if left is not None and left < least.bytes:
                 least = AvailableMemory(left, folder)
     return least
+
+
+def processes_per_machine() -> int:
+    """How many processes of this training run share this machine, if ``torchrun`` has started it; else 1.
+
+    Source: torch.distributed.run, "Environment Variables".
+    """
+    with suppress(ValueError):
+        return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return 1
 
 
 def _levels(root: Path) -> Iterator[tuple[Path, _Names]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -383,6 +384,19 @@ def test_buffers_that_do_not_fit_the_layout_are_our_bug(store, wrong):
     with pytest.raises(RuntimeError, match="bug in nitrous_ema"):
         store.write(SMALL, stamp(), wrong)
     assert [path for path in store.root.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("size", [1, 100, 256])
+def test_chunks_may_come_in_parts(store, size):
+    snapshot = store.write(SMALL, stamp(), lambda: (part for chunk in chunks_of()() for part in _parts(chunk, size)))
+    assert store.verify() == []
+    assert snapshot.paths[0].read_bytes()[snapshot.data_begin :] == b"".join(chunks_of()())
+    assert list(snapshot.headers[0].crc32) == [zlib.crc32(chunk) for chunk in chunks_of()()]
+
+
+def _parts(chunk, size):
+    view = memoryview(chunk)
+    return [view[begin : begin + size] for begin in range(0, len(view), size)]
 
 
 def test_error_from_the_source_of_the_data_passes_unchanged_and_leaves_nothing(tmp_path):

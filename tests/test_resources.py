@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from nitrous_ema.resources import available_memory
+from nitrous_ema.resources import available_memory, processes_per_machine
 
 MACHINE = 10_000_000
 FILES = {
@@ -136,6 +136,14 @@ def test_system_that_says_nothing_of_groups_limits_nothing(host, name, content):
     path = host.root / "proc/self" / name
     path.unlink() if content is None else path.write_text(content)
     assert found(host) == (MACHINE, None)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, 1), ("8", 8), ("1", 1), ("0", 1), ("-3", 1), ("many", 1)])
+def test_processes_of_a_machine_are_what_torchrun_says(monkeypatch, value, expected):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+    assert processes_per_machine() == expected
 
 
 def test_real_machine_has_some_memory_and_not_more_than_is_there():

@@ -2,21 +2,24 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
 from nitrous_ema.arena import snapshot_layout
-from nitrous_ema.async_.staging import SlotPool, SlotState, deadline_after, order_writes
+from nitrous_ema.async_ import staging
+from nitrous_ema.async_.staging import DeviceCopies, SlotCopies, SlotPool, SlotState, deadline_after, page_spans
 from nitrous_ema.async_.writer import BackgroundSink, WritePolicy
 from nitrous_ema.keeping import Keeper
 from nitrous_ema.pipeline import InlineLane
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.tracked import track
-from tests.fakes import TIMEOUT_SECONDS, Gate, StalledFiles, make_model, small_pieces
+from tests.fakes import TIMEOUT_SECONDS, FaultyFiles, Gate, StalledFiles, make_model, small_pieces
+from tests.models import Vector
 from tests.test_writer import pending_snapshot
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
 
 @pytest.fixture
@@ -30,14 +33,15 @@ def pool(layout):
     return SlotPool(layout, 2, pin=False)
 
 
-class CountingMark:
-    """A mark that is reached when its gate is opened, and remembers who asked."""
+class LoggedMark:
+    """Reached once its gate was opened after it was recorded; remembers who asked."""
 
     def __init__(self, name="", log=None):
-        self.name, self.log, self.gate = name, log if log is not None else [], Gate()
+        self.name, self.log, self.gate = name, log if log is not None else [], Gate(is_open=True)
 
     def record(self):
         self.log.append(("record", self.name))
+        self.gate.shut()
 
     def order(self):
         self.log.append(("order", self.name))
@@ -46,10 +50,54 @@ class CountingMark:
         self.log.append(("wait", self.name))
         self.gate.pass_through()
 
+    def is_reached(self):
+        self.log.append(("ask", self.name))
+        return self.gate.is_open()
+
+
+def logged_copies(num_pages, slot=0, log=None):
+    """Copies that are all queued, and their marks."""
+    marks = [LoggedMark((slot, page), log) for page in range(num_pages)]
+    copies = DeviceCopies(marks)
+    for _ in marks:
+        copies.record()
+    return copies, marks
+
 
 def test_a_slot_has_a_page_for_each_chunk(pool, layout):
     slot = pool.claim(0)
     assert [page.numel() for page in slot.pages] == [end - begin for begin, end in layout.chunks]
+    assert pool.spans == layout.chunks
+
+
+@pytest.mark.parametrize("numbers", [1, 1024, 1025, 3 * 2**18, 2**20 + 5, 2**22 + 2**13 + 77])
+def test_pinned_slots_take_what_the_file_takes_to_a_page_per_section(monkeypatch, numbers):
+    taken = []
+
+    def rounded_up(size_bytes, pin):  # as torch's allocator of pinned memory does
+        assert pin
+        taken.append(1 << (size_bytes - 1).bit_length())
+        return torch.empty(size_bytes, dtype=torch.uint8)
+
+    monkeypatch.setattr(staging, "_page", rounded_up)
+    with small_pieces(chunk_bytes=2**20):
+        layout = snapshot_layout(track(Vector(numbers)), (6.94, 16.97), (0.1, 0.05), torch.float32)
+    pool = SlotPool(layout, 3, pin=True)
+    in_pages = sum(-(-(end - begin) // 4096) * 4096 for begin, end in layout.sections)
+    assert 3 * layout.data_bytes <= sum(taken) <= 3 * in_pages
+    assert sum(taken) == 3 * layout.data_bytes or numbers * 4 % 4096
+    assert len(taken) == 3 * len(pool.spans) <= 3 * len(layout.sections) * (layout.chunks[-1].end // 2**20 + 10)
+
+
+@pytest.mark.parametrize("numbers", [1, 1024, 1025, 2**20 + 5])
+def test_pages_cover_the_data_in_order_and_none_lies_across_two_chunks(numbers):
+    with small_pieces(chunk_bytes=2**16):
+        layout = snapshot_layout(track(Vector(numbers)), (6.94, 16.97), (0.1, 0.05), torch.float32)
+    spans = page_spans(layout, pin=True)
+    assert [span.begin for span in spans] == [0, *(span.end for span in spans[:-1])]
+    assert spans[-1].end == layout.data_bytes
+    assert {chunk.end for chunk in layout.chunks} <= {span.end for span in spans}
+    assert all(begin % 4 == 0 for begin, _ in spans)
 
 
 def test_a_claimed_slot_is_nobody_elses(pool):
@@ -63,10 +111,10 @@ def test_slot_in_the_wrong_state_is_named_as_a_bug(pool):
     slot = pool.claim(0)
     with pytest.raises(RuntimeError, match="filling, not sealed: this is a bug"):
         pool.release(slot)
-    pool.expect(slot, None, {CPU: []})
-    assert pool.filled(slot)
+    pool.expect(slot, None, {CPU: LoggedMark})
+    assert pool.filled(slot, None)
     with pytest.raises(RuntimeError, match="sealed, not filling: this is a bug"):
-        pool.filled(slot)
+        pool.filled(slot, None)
     pool.release(slot)
     with pytest.raises(RuntimeError, match="free, not sealed: this is a bug"):
         pool.release(slot)
@@ -74,10 +122,10 @@ def test_slot_in_the_wrong_state_is_named_as_a_bug(pool):
 
 def test_slot_is_sealed_when_every_device_has_queued_its_copies(pool):
     slot = pool.claim(0)
-    pool.expect(slot, None, {CPU: [], torch.device("cuda:0"): []})
-    assert not pool.filled(slot)
+    pool.expect(slot, None, {CPU: LoggedMark, CUDA: LoggedMark})
+    assert not pool.filled(slot, None)
     assert slot.state is SlotState.FILLING
-    assert pool.filled(slot)
+    assert pool.filled(slot, None)
     assert slot.state is SlotState.SEALED
 
 
@@ -87,10 +135,24 @@ def test_a_snapshot_that_cannot_be_staged_gives_its_slot_back_once(pool):
     assert not pool.abandon(slot)
     assert pool.num_busy() == 0
     again = pool.claim(0)
-    pool.expect(again, None, {CPU: []})
-    pool.filled(again)
+    pool.expect(again, None, {CPU: LoggedMark})
+    pool.filled(again, None)
     assert not pool.abandon(again)  # sealed: the writer's now
     assert again.state is SlotState.SEALED
+
+
+def test_copies_of_a_snapshot_that_was_given_up_seal_no_other(pool, layout):
+    pending, _ = pending_snapshot(make_model("batch norm"), layout)
+    given_up, other = pending(1), pending(2)
+    slot = pool.claim(0)
+    pool.expect(slot, given_up, {CPU: LoggedMark, CUDA: LoggedMark})
+    assert not pool.filled(slot, given_up)
+    pool.abandon(slot)
+    assert pool.claim(0) is slot
+    pool.expect(slot, other, {CPU: LoggedMark})
+    assert not pool.filled(slot, given_up)  # the other device comes late
+    assert slot.state is SlotState.FILLING
+    assert pool.filled(slot, other)
 
 
 def test_slot_stays_taken_until_its_file_is_committed(layout, tmp_path):
@@ -111,11 +173,36 @@ def test_slot_stays_taken_until_its_file_is_committed(layout, tmp_path):
     sink.close(TIMEOUT_SECONDS)
 
 
+def test_slot_is_not_free_before_its_copies_are_over(layout, tmp_path):
+    """Also where its file was given up at the first page."""
+
+    class DeviceLane(InlineLane):
+        def __init__(self):
+            self.marks = []
+
+        def mark(self):
+            self.marks.append(LoggedMark())
+            return self.marks[-1]
+
+    files, lane = FaultyFiles(), DeviceLane()
+    sink = BackgroundSink(Keeper(SnapshotStore(tmp_path, files=files)), layout, WritePolicy(max_pending=1), pin=False)
+    files.broken = True
+    pending, _ = pending_snapshot(make_model("batch norm"), layout)
+    sink.take(pending(1), lambda device: lane)
+    lane.marks[0].gate.open()
+    lane.marks[-1].gate.wait_entered()
+    assert sink.stats().failed == 1
+    assert sink._pool.claim(0) is None
+    lane.marks[-1].gate.open()
+    sink.flush(TIMEOUT_SECONDS)
+    sink.close(TIMEOUT_SECONDS)
+
+
 def test_waiting_for_idle_names_the_steps_that_are_on_their_way(pool, layout):
     pending, _ = pending_snapshot(make_model("batch norm"), layout)
     slots = [pool.claim(0), pool.claim(0)]
     for slot, step in zip(slots, (7, 9), strict=True):
-        pool.expect(slot, pending(step), {CPU: []})
+        pool.expect(slot, pending(step), {CPU: LoggedMark})
     assert pool.wait_idle(0.01) == [7, 9]
     for slot in slots:
         pool.abandon(slot)
@@ -132,26 +219,128 @@ def test_waiting_ends_as_soon_as_the_last_slot_is_free(pool):
     waiter.join(TIMEOUT_SECONDS)
 
 
-def test_slots_are_read_from_until_their_copies_have_finished(pool):
+def claimed(pool, log, devices=(CUDA,)):
+    """A slot whose copies are all queued, and their marks."""
     slot = pool.claim(0)
-    pool.expect(slot, None, {CPU: []})
-    assert pool.reading(CPU) == [slot]
-    assert pool.reading(torch.device("cuda:0")) == []
-    slot.is_copied = True
-    assert pool.reading(CPU) == []
+    pool.expect(slot, None, {device: partial(LoggedMark, "", log) for device in devices})
+    for copies in slot.copies.values():
+        for _ in slot.pages:
+            copies.record()
+    return slot, slot.marks
 
 
-def test_write_waits_for_the_copy_of_its_chunks_only(layout):
+def test_copies_are_in_flight_until_the_last_one_has_finished(pool):
+    slot, marks = claimed(pool, [])
+    assert pool.copies_in_flight(CPU) is None
+    for mark in marks[CUDA][:-1]:
+        assert pool.copies_in_flight(CUDA) is not None
+        mark.gate.open()
+    assert pool.copies_in_flight(CUDA) is not None
+    marks[CUDA][-1].gate.open()
+    assert pool.copies_in_flight(CUDA) is None  # nobody has told the pool, and the file is not written
+    assert slot.state is SlotState.FILLING
+
+
+def test_copies_from_one_device_do_not_wait_for_those_from_another(pool):
+    _, marks = claimed(pool, [], devices=(CUDA, torch.device("cuda:1")))
+    for mark in marks[CUDA]:
+        mark.gate.open()
+    assert pool.copies_in_flight(CUDA) is None
+    assert pool.copies_in_flight(torch.device("cuda:1")) is not None
+
+
+def test_marks_are_made_once_and_recorded_again(pool):
     log = []
-    marks = [[CountingMark((slot, chunk), log) for chunk in range(len(layout.chunks))] for slot in range(2)]
-    order = order_writes(layout, marks)
-    for chunk, (begin, end) in enumerate(layout.chunks):
-        log.clear()
-        order(begin, end)
-        assert sorted(name for _, name in log) == [(0, chunk), (1, chunk)]
+    slot, marks = claimed(pool, log)
+    first = list(marks[CUDA])
+    pool.abandon(slot)
+    again, marks = claimed(pool, log)
+    assert again is slot
+    assert marks[CUDA] == first
+    assert [kind for kind, _ in log].count("record") == 2 * len(slot.pages)
+
+
+def test_copies_are_not_over_before_they_are_queued():
+    """A mark that is not recorded yet, or was so for the snapshot before, says that it is reached."""
+    copies = DeviceCopies([LoggedMark(), LoggedMark()])
+    assert not copies.are_over(1)
+    copies.record()
+    assert not copies.are_over(2)
+    assert not copies.is_all_over()
+
+
+def test_copies_of_a_slot_that_was_left_stay_over(pool):
+    log = []
+    slot, _ = claimed(pool, log)
+    before = pool.copies_in_flight(CUDA)
+    pool.abandon(slot)
+    claimed(pool, log)  # the same marks, none of them reached
     log.clear()
-    order(layout.chunks[1].end - 1, layout.chunks[3].begin + 1)
+    end = pool.spans[-1].end
+    assert before.are_over(0, end)
+    before.order(0, end)
+    assert log == []
+    assert not pool.copies_in_flight(CUDA).are_over(0, end)
+
+
+def test_write_waits_for_the_copies_of_its_range_only(layout):
+    log = []
+    chunks = layout.chunks
+    flight = SlotCopies([begin for begin, _ in chunks], [logged_copies(len(chunks), slot, log)[0] for slot in range(2)])
+    for chunk, (begin, end) in enumerate(chunks):
+        log.clear()
+        flight.order(begin, end)
+        assert sorted(log) == [("order", (0, chunk)), ("order", (1, chunk))]
+    log.clear()
+    flight.order(chunks[1].end - 1, chunks[3].begin + 1)
     assert sorted({chunk for _, (_, chunk) in log}) == [1, 2, 3]
+
+
+def test_a_range_is_free_when_all_slots_have_copied_it(layout):
+    chunks = layout.chunks
+    both = [logged_copies(len(chunks), slot) for slot in range(2)]
+    flight = SlotCopies([begin for begin, _ in chunks], [copies for copies, _ in both])
+    for chunk, (begin, end) in enumerate(chunks):
+        for _, marks in both:
+            assert not flight.are_over(begin, end)
+            assert not flight.are_over(end - 1, end)
+            marks[chunk].gate.open()
+        assert flight.are_over(begin, end)
+        assert flight.are_over(0, end)
+
+
+def test_what_is_known_to_be_over_is_not_asked_again():
+    copies, marks = logged_copies(100, log=(log := []))
+    for mark in marks[:50]:
+        mark.gate.open()
+    log.clear()
+    assert copies.are_over(50)
+    assert log == [("ask", (0, 49))]  # they finish in order
+    for last in range(51):
+        assert copies.are_over(last)
+    copies.order(0, 50)
+    assert log == [("ask", (0, 49))]
+    copies.order(40, 52)
+    assert log[1:] == [("order", (0, 50)), ("order", (0, 51))]
+
+
+def test_threads_that_ask_at_once_get_right_answers():
+    copies, marks = logged_copies(200)
+
+    def ask(_):
+        answers = []
+        for last in range(1, 201):
+            reached = marks[last - 1].gate.is_open()
+            answers.append((reached, copies.are_over(last)))
+        return answers
+
+    with ThreadPoolExecutor(4) as pool:
+        asked = pool.map(ask, range(8), timeout=TIMEOUT_SECONDS)
+        for mark in marks:
+            mark.gate.open()
+        answers = [answer for of_thread in asked for answer in of_thread]
+    assert (True, False) not in answers  # what was reached before the question
+    assert copies.is_all_over()
 
 
 def test_a_deadline_is_what_is_left_of_a_timeout():

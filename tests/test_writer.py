@@ -2,24 +2,24 @@ from __future__ import annotations
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 
 from nitrous_ema.arena import Arena, snapshot_layout
-from nitrous_ema.async_ import writer
-from nitrous_ema.async_.staging import SlotPool
+from nitrous_ema.async_ import staging
 from nitrous_ema.async_.writer import BackgroundSink, WritePolicy
+from nitrous_ema.chunks import ChunkCopier
 from nitrous_ema.errors import NitrousError, NitrousWarning, SnapshotWriteError
 from nitrous_ema.keeping import Keeper
 from nitrous_ema.pipeline import InlineLane, Pending
 from nitrous_ema.posthoc.keep_rules import KeepAll, KeepCount
-from nitrous_ema.resources import AvailableMemory
 from nitrous_ema.snapshots.format import Stamp
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.tracked import track
 from tests.fakes import TIMEOUT_SECONDS, FaultyFiles, StalledFiles, background_threads, make_model, small_pieces
+from tests.models import Vector
 
 RUN = "20261122T101530.123456-1a2b3c4d"
 
@@ -259,91 +259,139 @@ def test_closing_says_what_it_left_and_ends(rig, caplog):
     rig.sink.flush(TIMEOUT_SECONDS)
 
 
-def test_writer_waits_for_each_chunk_before_it_reads_it(rig):
-    """Each page is filled only when its mark is waited for: a device that is as late as it may be."""
-    rig = rig()
-    filled = []
+class LateLane(InlineLane):
+    """Fills each page only when its mark is waited for: a device that is as late as it may be."""
 
-    class LateMark:
-        def __init__(self, fill):
-            self.fill = fill
+    def __init__(self):
+        self.marks = []
 
-        def record(self):
-            pass
+    def mark(self):
+        self.marks.append(LateMark())
+        return self.marks[-1]
 
-        def order(self):
-            pass
 
-        def wait(self):
-            self.fill()
+class LateMark:
+    """Recording does nothing but say what was copied before, which ``wait`` does."""
 
-    class LateLane(InlineLane):
-        def __init__(self):
-            self.marks = 0
+    def __init__(self):
+        self.fill = lambda: None
 
-        def copy_out(self, work, abandon):
-            slot = work.args[0]
-            for page in slot.pages:
-                page.fill_(0xFF)  # what was there before
-            pages = enumerate(slot.pages)
+    def record(self):
+        pass
 
-            def fill_next():
-                index, page = next(pages)
-                filled.append(index)
-                writer.stage_chunk(rig.arena, index, page, non_blocking=False)
+    def order(self):
+        pass
 
-            for marks in slot.marks.values():
-                for mark in marks:
-                    mark.fill = fill_next
-            rig.sink._pool.filled(slot)
-            rig.sink._sealed.put(slot)
+    def wait(self):
+        self.fill()
 
-        def mark(self):
-            return LateMark(None)
+    def is_reached(self):
+        return False
 
-    lane = LateLane()
-    assert rig.sink.take(rig.pending(5), lambda device: lane)
+
+def make_late(monkeypatch, lane):
+    """Pages are full of ones, as in a poisoned slot, until their marks are waited for. Returns the pages filled."""
+    copy, filled, queued = ChunkCopier.copy, [], []
+
+    def copy_late(self, arena, span, page, *, non_blocking):
+        page.fill_(0xFF)
+        queued.append((span, partial(copy, self, arena, span, page, non_blocking=non_blocking)))
+        if len(queued) == len(lane.marks):
+            for mark, (of_page, fill) in zip(lane.marks, queued, strict=True):
+                mark.fill = partial(_filled, filled, of_page, fill)
+
+    monkeypatch.setattr(ChunkCopier, "copy", copy_late)
+    return filled
+
+
+def _filled(filled, span, fill):
+    filled.append(span)
+    fill()
+
+
+def snapshot_data(snapshot):
+    return snapshot.paths[0].read_bytes()[snapshot.data_begin :]
+
+
+def test_writer_waits_for_each_page_before_it_reads_it(rig, monkeypatch):
+    rig, lane = rig(max_pending=1), LateLane()
+    rig.take(5)
+    rig.sink.flush(TIMEOUT_SECONDS)
+    rig.sink._pool._slots[0].marks.clear()  # another lane's are to be made
+    filled = make_late(monkeypatch, lane)
+    assert rig.sink.take(rig.pending(6), lambda device: lane)
     rig.sink.flush(TIMEOUT_SECONDS)
     rig.sink.raise_failures()
-    assert filled == list(range(len(rig.layout.chunks)))
-    snapshot = rig.store.get(5)
-    data = snapshot.paths[0].read_bytes()[snapshot.data_begin :]
-    rig.take(6)
+    assert filled[: len(rig.layout.chunks)] == list(rig.layout.chunks)
+    assert snapshot_data(rig.store.get(6)) == snapshot_data(rig.store.get(5))
+
+
+def test_page_that_is_read_too_early_is_noticed(rig, monkeypatch):
+    """What the test above would see without the wait: it is not blind."""
+    rig, lane = rig(), LateLane()
+    make_late(monkeypatch, lane)
+    monkeypatch.setattr(LateMark, "wait", lambda self: None)
+    rig.sink.take(rig.pending(5), lambda device: lane)
     rig.sink.flush(TIMEOUT_SECONDS)
-    other = rig.store.get(6)
-    assert data == other.paths[0].read_bytes()[other.data_begin :]
+    assert set(snapshot_data(rig.store.get(5))) == {0xFF}
 
 
-def test_pageable_memory_is_told_where_there_is_no_pinned(rig, monkeypatch):
-    def no_pinned(layout, num_slots, pin):
-        if pin:
-            raise RuntimeError("out of pinned memory")
-        return SlotPool(layout, num_slots, pin=False)
-
-    monkeypatch.setattr(writer, "SlotPool", no_pinned)
-    with pytest.warns(NitrousWarning, match=r"No pinned host memory for 2 snapshots .*out of pinned memory"):
-        writer._make_pool(rig().layout, 2, pin=True)
-
-
-@pytest.mark.parametrize(("cgroup", "named"), [(None, "are available"), (Path("/groups/a"), "control group /groups/a")])
-def test_slots_beyond_the_available_memory_are_refused_with_who_limits_it(rig, monkeypatch, cgroup, named):
-    layout = rig().layout
-    available = AvailableMemory(2 * layout.data_bytes, cgroup)
-    monkeypatch.setattr(writer, "available_memory", lambda: available)
-    writer._make_pool(layout, 2, pin=False)
-    with pytest.raises(NitrousError, match=rf"for 3 snapshots.*{named}.*Lower max_pending.*checkpoint_dtype"):
-        writer._make_pool(layout, 3, pin=False)
+def test_others_get_their_turn_after_each_page_and_after_its_mark(rig, monkeypatch):
+    """A mark behind the kernel that lets them through would be late by whatever holds that up."""
+    calls = []
+    monkeypatch.setattr(ChunkCopier, "copy", lambda *_, **__: calls.append("copy"))
+    monkeypatch.setattr(ChunkCopier, "let_others_through", lambda _: calls.append("let others through"))
+    monkeypatch.setattr(LateMark, "record", lambda _: calls.append("record"))
+    rig, lane = rig(), LateLane()
+    rig.sink.take(rig.pending(1), lambda device: lane)
+    rig.sink.flush(TIMEOUT_SECONDS)
+    assert calls == ["copy", "record", "let others through"] * len(rig.layout.chunks)
 
 
-def test_no_host_memory_at_all_is_one_clear_error(rig, monkeypatch):
-    layout = rig().layout
+def test_pinned_slots_make_the_same_file(tmp_path, monkeypatch):
+    """Their pages are not the layout's chunks; that they are pinned plays no part here, and needs a device."""
+    monkeypatch.setattr(staging, "_page", lambda size_bytes, pin: torch.full((size_bytes,), 0xFF, dtype=torch.uint8))
+    model = Vector(7000)
+    with small_pieces(chunk_bytes=2**14):
+        layout = snapshot_layout(track(model), (6.94, 16.97), (0.1, 0.05), torch.float32)
+    pending, _ = pending_snapshot(model, layout)
+    found = []
+    for pin in (False, True):
+        (tmp_path / str(pin)).mkdir()
+        store = SnapshotStore(tmp_path / str(pin))
+        sink = BackgroundSink(Keeper(store), layout, WritePolicy(), pin)
+        sink.take(pending(1), lambda device: InlineLane())
+        sink.close(TIMEOUT_SECONDS)
+        assert store.verify() == []
+        found.append((snapshot_data(store.get(1)), store.get(1).headers[0].crc32, len(sink._pool.spans)))
+    assert found[0][:2] == found[1][:2]
+    assert found[0][2] < found[1][2]
 
-    def none(layout, num_slots, pin):
-        raise MemoryError("none left")
 
-    monkeypatch.setattr(writer, "SlotPool", none)
-    with pytest.raises(NitrousError, match=r"Lower max_pending"):
-        writer._make_pool(layout, 2, pin=False)
+def test_model_that_moves_to_an_accelerator_later_is_told_once_that_copies_block(rig):
+    class NoLane(InlineLane):
+        def copy_out(self, work, abandon):
+            abandon()
+
+    rig = rig()
+    rig.arena.groups[0].device = torch.device("cuda:0")  # says so
+    with pytest.warns(NitrousWarning, match=r"on cuda:0 now, but .*not pinned.*after moving the model"):
+        rig.sink.take(rig.pending(1), lambda device: NoLane())
+    rig.sink.take(rig.pending(2), lambda device: NoLane())
+
+
+def test_averages_on_the_cpu_have_no_copies_to_wait_for(rig):
+    """Its lane runs all in order, so none is in the way, not even one that was not begun."""
+
+    class LaterLane(InlineLane):
+        def copy_out(self, work, abandon):
+            self.work = work
+
+    rig, lane = rig(), LaterLane()
+    rig.sink.take(rig.pending(1), lambda device: lane)
+    assert rig.sink.copies_in_flight(torch.device("cpu")) is None
+    lane.work()
+    rig.sink.flush(TIMEOUT_SECONDS)
 
 
 @pytest.mark.parametrize(

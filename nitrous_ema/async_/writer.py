@@ -17,19 +17,19 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 import torch
 
-from nitrous_ema.arena import Arena
-from nitrous_ema.async_.staging import Slot, SlotPool, deadline_after, order_writes
+from nitrous_ema.async_.host_memory import make_pool
+from nitrous_ema.async_.staging import DeviceCopies, Slot, SlotCopies, SlotPool, deadline_after
+from nitrous_ema.chunks import ChunkCopier
 from nitrous_ema.errors import NitrousError, SnapshotWriteError, warn
 from nitrous_ema.keeping import Keeper
-from nitrous_ema.pipeline import BackgroundThread, Lane, Pending, stage_chunk
-from nitrous_ema.resources import available_memory
-from nitrous_ema.sizes import amount
+from nitrous_ema.pipeline import BackgroundThread, Lane, Pending
 from nitrous_ema.snapshots.format import Layout, Stamp
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.stats import Stats
@@ -79,7 +79,9 @@ class BackgroundSink:
     def __init__(self, keeper: Keeper, layout: Layout, policy: WritePolicy, pin: bool) -> None:
         self._policy = policy
         self._layout = layout
-        self._pool = _make_pool(layout, policy.max_pending, pin)
+        self._pool = make_pool(layout, policy.max_pending, pin)
+        self._copiers: dict[torch.device, ChunkCopier] = {}  # their memory is freed with the slots
+        self._is_pageable_told = pin
         self._keeper = keeper
         self._ledger = keeper.ledger
         self._failures: queue.SimpleQueue[SnapshotWriteError] = queue.SimpleQueue()
@@ -97,6 +99,7 @@ class BackgroundSink:
             NitrousError: All slots are busy and the policy is to raise.
             TimeoutError: None became free in time. The averages are untouched.
         """
+        self._tell_pageable(pending)
         slot = self._claim(pending.stamp.step)
         if slot is None:
             return False
@@ -105,10 +108,11 @@ class BackgroundSink:
         self._keeper.expect(pending.stamp)
         try:
             lanes = {device: lane(device) for device in pending.arena.devices}
-            marks = {device: [lanes[device].mark() for _ in slot.pages] for device in lanes}
-            self._pool.expect(slot, pending, marks)
-            for device in lanes:
-                lanes[device].copy_out(partial(_fill, slot, pending.arena, device, self._pool, self._sealed), abandon)
+            self._pool.expect(slot, pending, {device: lanes[device].mark for device in lanes})
+            for device, copies in slot.copies.items():
+                copier = self._copiers.setdefault(device, ChunkCopier(device, self._layout))
+                fill = partial(_fill, slot, pending, copies, copier, self._pool, self._sealed)
+                lanes[device].copy_out(fill, abandon)
         except BaseException:
             abandon()
             raise
@@ -118,12 +122,9 @@ class BackgroundSink:
         """Whether a snapshot of this step was taken and could not be written."""
         return step in self._lost
 
-    def writes_order(self, device: torch.device) -> Callable[[int, int], None] | None:
-        """What orders writes of averages after the copies in flight; None where the lane's own order does."""
-        if device.type == "cpu":
-            return None
-        marks = [slot.marks[device] for slot in self._pool.reading(device)]
-        return order_writes(self._layout, marks) if marks else None
+    def copies_in_flight(self, device: torch.device) -> SlotCopies | None:
+        """The copies that may still be reading averages there; None where the lane's own order is all there is."""
+        return None if device.type == "cpu" else self._pool.copies_in_flight(device)
 
     def raise_failures(self) -> None:
         """Tell every write that failed since the last call: raise, or warn, as the policy says.
@@ -166,6 +167,16 @@ class BackgroundSink:
         while not self._failures.empty():
             _log.error("nobody asked for this failure any more: %s", self._failures.get())
 
+    def _tell_pageable(self, pending: Pending) -> None:
+        """Warn, once, if averages have come to an accelerator after the slots were made for the CPU."""
+        device = next((device for device in pending.arena.devices if device.type != "cpu"), None)
+        if device is not None and not self._is_pageable_told:
+            self._is_pageable_told = True
+            warn(
+                f"Averages are on {device} now, but the host memory for snapshots was made for a model on the CPU and "
+                "is not pinned: checkpoint() blocks until all is copied. Make the EMA after moving the model."
+            )
+
     def _claim(self, step: int) -> Slot | None:
         policy = self._policy
         slot = self._pool.claim(0)
@@ -189,37 +200,20 @@ class BackgroundSink:
         return slot
 
 
-def _make_pool(layout: Layout, num_slots: int, pin: bool) -> SlotPool:
-    needed = f"{num_slots} snapshots (max_pending) of {amount(layout.data_bytes)} each"
-    available = available_memory()
-    if num_slots * layout.data_bytes > available.bytes:
-        left = "are available" if available.cgroup is None else f"are left by the control group {available.cgroup}"
-        raise NitrousError(
-            f"No host memory for {needed}: {amount(available.bytes)} {left}. Lower max_pending, or store averages in "
-            "half the bytes (checkpoint_dtype=torch.float16)."
-        )
-    if pin:
-        try:
-            return SlotPool(layout, num_slots, pin=True)
-        except (RuntimeError, MemoryError) as error:
-            warn(f"No pinned host memory for {needed} ({error}); using pageable memory, from which copies block.")
-    try:
-        return SlotPool(layout, num_slots, pin=False)
-    except (RuntimeError, MemoryError) as error:
-        raise NitrousError(
-            f"No host memory for {needed}: {error}. Lower max_pending, or store averages in half the bytes "
-            "(checkpoint_dtype=torch.float16)."
-        ) from error
-
-
 def _fill(
-    slot: Slot, arena: Arena, device: torch.device, pool: SlotPool, sealed: queue.SimpleQueue[Slot | None]
+    slot: Slot,
+    pending: Pending,
+    copies: DeviceCopies,
+    copier: ChunkCopier,
+    pool: SlotPool,
+    sealed: queue.SimpleQueue[Slot | None],
 ) -> None:
     """Queue the copies of what is on one device. Runs on its lane."""
-    for index, (page, mark) in enumerate(zip(slot.pages, slot.marks[device], strict=True)):
-        stage_chunk(arena, index, page, non_blocking=page.is_pinned(), device=device)
-        mark.record()
-    if pool.filled(slot):
+    for span, page in zip(pool.spans, slot.pages, strict=True):
+        copier.copy(pending.arena, span, page, non_blocking=pool.is_pinned)
+        copies.record()
+        copier.let_others_through()
+    if pool.filled(slot, pending):
         sealed.put(slot)
 
 
@@ -247,6 +241,7 @@ def _write_all(
             failures.put(failure)
             del failure
         finally:
+            _wait_copied(slot)
             pool.release(slot)
             del slot
 
@@ -255,17 +250,25 @@ def _write(slot: Slot, keeper: Keeper) -> None:
     pending = slot.pending
     if pending is None:
         raise RuntimeError("a sealed slot carries nothing: this is a bug in nitrous_ema.")
-    snapshot = keeper.write(pending.arena.layout, pending.stamp, partial(_chunks, slot))
+    snapshot = keeper.write(pending.arena.layout, pending.stamp, partial(_pages, slot))
     _log.info("snapshot of step %d is on disk: %s", pending.stamp.step, snapshot.paths[0])
 
 
-def _chunks(slot: Slot) -> Iterator[memoryview]:
+def _pages(slot: Slot) -> Iterator[memoryview]:
     """The pages in order, each after its copies have finished."""
     for index, page in enumerate(slot.pages):
-        for marks in slot.marks.values():
-            marks[index].wait()
+        for copies in slot.copies.values():
+            copies.wait(index)
         yield page.numpy().data
-    slot.is_copied = True
+
+
+def _wait_copied(slot: Slot) -> None:
+    """Block until nothing is copied into a slot any more, also where its file was given up before."""
+    for copies in slot.copies.values():
+        # A device that has failed copies no more; what it raises was told, or is by whatever the trainer does next.
+        with suppress(Exception):
+            if not copies.is_all_over():
+                copies.wait(len(slot.pages) - 1)
 
 
 def _unforeseen(slot: Slot, store: SnapshotStore, error: BaseException) -> SnapshotWriteError:

@@ -52,7 +52,6 @@ from nitrous_ema.snapshots.files import FileSystem, rename_to_new, sync_folder, 
 from nitrous_ema.snapshots.format import (
     Header,
     Layout,
-    Span,
     Stamp,
     encode_header,
     folder_name,
@@ -216,11 +215,11 @@ class Committer:
         except OSError as error:
             if error.errno in _NO_SPACE:
                 raise
-        crc32, is_paced = [], True
-        for span, view in _matched(layout, chunks()):
-            crc32.append(zlib.crc32(view))
-            write_fully(self.files, descriptor, view, data_begin + span.begin)
-            is_paced = is_paced and self._start_writeback(descriptor, data_begin + span.begin, len(view))
+        crc32, is_paced = [0] * len(layout.chunks), True
+        for chunk, begin, view in _matched(layout, chunks()):
+            crc32[chunk] = zlib.crc32(view, crc32[chunk])
+            write_fully(self.files, descriptor, view, data_begin + begin)
+            is_paced = is_paced and self._start_writeback(descriptor, data_begin + begin, len(view))
         write_fully(self.files, descriptor, encode_header(layout, stamp, crc32), 0)
         return Header(layout=layout, stamp=stamp, crc32=tuple(crc32), data_begin=data_begin, file_bytes=file_bytes)
 
@@ -269,21 +268,25 @@ def signature_of(name: str) -> str | None:
     return found[1] if found else None
 
 
-def _matched(layout: Layout, buffers: Iterable[ReadableBuffer]) -> Iterator[tuple[Span, memoryview]]:
-    """The layout's chunks with their bytes, checked."""
-    count = 0
-    for count, buffer in enumerate(buffers, start=1):
+def _matched(layout: Layout, buffers: Iterable[ReadableBuffer]) -> Iterator[tuple[int, int, memoryview]]:
+    """The buffers, checked: the number of the chunk that each is a part of, and where it begins in the data."""
+    ends = [chunk.end for chunk in layout.chunks]
+    index = begin = 0
+    for buffer in buffers:
         view = memoryview(buffer)
-        span = layout.chunks[count - 1] if count <= len(layout.chunks) else Span(0, 0)
-        if not view.c_contiguous or view.nbytes != span.end - span.begin:
+        left = ends[index] - begin if index < len(ends) else 0
+        if not view.c_contiguous or not 0 < view.nbytes <= left:
             raise RuntimeError(
-                f"Buffer {count - 1} of {len(layout.chunks)} has {view.nbytes} bytes, {view.c_contiguous=}; "
-                f"expected {span.end - span.begin} contiguous bytes. This is a bug in nitrous_ema, please report it."
+                f"A buffer for byte {begin} of the data has {view.nbytes} bytes, {view.c_contiguous=}; expected "
+                f"1 to {left} contiguous bytes. This is a bug in nitrous_ema, please report it."
             )
-        yield span, view.cast("B")
-    if count != len(layout.chunks):
+        yield index, begin, view.cast("B")
+        begin += view.nbytes
+        index += begin == ends[index]
+    if begin != layout.data_bytes:
         raise RuntimeError(
-            f"{count} buffers for {len(layout.chunks)} chunks. This is a bug in nitrous_ema, please report it."
+            f"Buffers of {begin} bytes for {layout.data_bytes} bytes of data. This is a bug in nitrous_ema, please "
+            "report it."
         )
 
 

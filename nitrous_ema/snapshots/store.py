@@ -208,8 +208,8 @@ class SnapshotStore:
         Args:
             layout: Where everything lies in the data.
             stamp: What is particular to this snapshot.
-            chunks: Called to get the data: C-contiguous buffers, one for each of ``layout.chunks``, in order and of
-                its size. Called a second time, for the same data, if the first attempt fails.
+            chunks: Called to get the data: C-contiguous buffers, each one of ``layout.chunks`` or a part of it, in
+                order. Called a second time, for the same data, if the first attempt fails.
 
         Returns:
             The snapshot, with the file of this rank only.

@@ -140,19 +140,19 @@ _BOTH_FOLDERS = """\
             sync_folder(self.files, self.root)
 """
 _WRITES = """\
-        crc32, is_paced = [], True
-        for span, view in _matched(layout, chunks()):
-            crc32.append(zlib.crc32(view))
-            write_fully(self.files, descriptor, view, data_begin + span.begin)
-            is_paced = is_paced and self._start_writeback(descriptor, data_begin + span.begin, len(view))
+        crc32, is_paced = [0] * len(layout.chunks), True
+        for chunk, begin, view in _matched(layout, chunks()):
+            crc32[chunk] = zlib.crc32(view, crc32[chunk])
+            write_fully(self.files, descriptor, view, data_begin + begin)
+            is_paced = is_paced and self._start_writeback(descriptor, data_begin + begin, len(view))
         write_fully(self.files, descriptor, encode_header(layout, stamp, crc32), 0)
 """
 _HEADER_FIRST = """\
         views = list(_matched(layout, chunks()))
-        crc32 = [zlib.crc32(view) for _, view in views]
+        crc32 = [zlib.crc32(view) for _, _, view in views]
         write_fully(self.files, descriptor, encode_header(layout, stamp, crc32), 0)
-        for span, view in views:
-            write_fully(self.files, descriptor, view, data_begin + span.begin)
+        for _, begin, view in views:
+            write_fully(self.files, descriptor, view, data_begin + begin)
 """
 _CLOSE_FAILED = """\
             with contextlib.suppress(OSError):
@@ -258,7 +258,7 @@ MUTATIONS: Sequence[Mutation] = (
     Mutation("all of a read, in as many calls as it takes", "short writes and reads", {
         FILES: [("        filled += count\n    return", "        filled += count\n        break\n    return")]}),
     _in_commit("header after the data", "disk that forgets, in order", (_WRITES, _HEADER_FIRST)),
-    _in_commit("checksums of the chunks, written", "one rank", ("crc32.append(zlib.crc32(view))", "crc32.append(0)")),
+    _in_commit("checksums of the chunks, written", "one rank", ("zlib.crc32(view, crc32[chunk])", "0")),
     _in_examine("checksums of the chunks, compared by verify()", "flipped bits, cut and moved files", (
         "                    if found != expected:\n                        message",
         "                    if False:\n                        message")),
