@@ -26,6 +26,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -39,7 +40,7 @@ from nitrous_ema.errors import ClosedError, NitrousError, SnapshotWriteError, wa
 from nitrous_ema.guard import Guard, ReadMode, install_hooks
 from nitrous_ema.history import History
 from nitrous_ema.live import LiveTensors
-from nitrous_ema.pipeline import InlineLane, Lane, Pending, Sink, neutral_modes
+from nitrous_ema.pipeline import Lane, Pending, Sink, neutral_modes
 from nitrous_ema.schedule import Schedule, StepSizeCorrection, Time
 from nitrous_ema.stats import Stats
 from nitrous_ema.tracked import TrackedTensor, TrackingPolicy, track, unwrap, writable
@@ -71,6 +72,24 @@ class AveragingPolicy:
     """Averages follow parameters that are found on another device."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Background:
+    """How averaging runs while the trainer goes on."""
+
+    make_lane: Callable[[torch.device], Lane]
+    """Makes the lane of a device."""
+    read: ReadMode = "auto"
+    """How parameters are read."""
+    scratch_bytes: int | None = None
+    """The most scratch per device for parameters that are written while their averages are copied out; None: as much
+    as the parameters take."""
+    offloads: bool = False
+    """Averages live in host memory, wherever parameters do."""
+
+
+_HOST = torch.device("cpu")
+
+
 class Viewer(Protocol):
     """Somebody who holds views of the averages."""
 
@@ -85,8 +104,7 @@ class Averager:
         model: The online model, wrapped or not. Held for as long as this object lives.
         tracking: Which tensors are averaged, copied or skipped.
         policy: How.
-        read: How a background lane reads parameters; None if lanes run inline and there is nothing to guard.
-        make_lane: Makes the lane of a device.
+        background: None if everything runs at once.
         tracked: The model's tensors, if they are known: a role may depend on the values that a buffer had.
     """
 
@@ -96,20 +114,23 @@ class Averager:
         tracking: TrackingPolicy,
         policy: AveragingPolicy,
         *,
-        read: ReadMode | None = None,
-        make_lane: Callable[[torch.device], Lane] = lambda device: InlineLane(),
+        background: Background | None = None,
         tracked: Sequence[TrackedTensor] | None = None,
     ) -> None:
         self.schedule = Schedule(policy.gammas, policy.update_every, policy.correction, policy.frozen)
         self.model, self.tracking, self.policy, self.history = model, tracking, policy, History()
         tracked = track(model, tracking) if tracked is None else tracked
         layout = snapshot_layout(tracked, policy.gammas, policy.sigma_rels, policy.checkpoint_dtype)
+        self._offloads = background is not None and background.offloads
         with neutral_modes():
-            self.arena = Arena(tracked, layout, policy.device)
+            self.arena = Arena(tracked, layout, _HOST if self._offloads else policy.device)
         if all(group.dtype == torch.float64 for group in self.arena.groups):
             self.schedule.least_weight = 0.0
-        self._dispatch = Dispatch(self.arena, make_lane, reads_later=read is not None)
-        self.guard = Guard(read, self._dispatch.order_caller) if read is not None else None
+        with neutral_modes():
+            self._dispatch = _dispatch(self.arena, background)
+        self.guard: Guard | None = None
+        if background is not None:
+            self.guard = Guard(background.read, self._dispatch.order_writers, self._dispatch.is_capturing)
         self._tensors = LiveTensors(model, tracked)
         self._parameters = [tensor.name for tensor in tracked if tensor.is_parameter and tensor.role != "skipped"]
         self._refusal: NitrousError | None = None  # why nothing may be updated or read for now
@@ -162,6 +183,7 @@ class Averager:
         """Count one step; average if an update is due, take a snapshot if one is."""
         if not self.is_usable("update()", failed_writes=False):
             return
+        self._refuse_capture("update()")
         self.schedule.check(t_delta)
         live = None
         if self.schedule.is_due:
@@ -187,6 +209,7 @@ class Averager:
         """Take a snapshot of the averages as they are now; False if the sink skipped it."""
         if not self.is_usable("checkpoint()"):
             return False
+        self._refuse_capture("checkpoint()")
         if self._sink is None:
             raise NitrousError("checkpoint(): this EMA keeps no snapshots. Use PostHocEMA or AsyncPostHocEMA.")
         if not self.schedule.updates:
@@ -205,6 +228,7 @@ class Averager:
             weights = self.schedule.catch_up()
             if weights is not None:
                 self._average(live, weights)
+        self._attempt(self._dispatch.settle, "checkpoint()")
         taken = self._sink.take(Pending(self.arena, self.history.stamp(self.schedule)), self._dispatch.lane)
         if taken:
             self.history.written.add(self.schedule.step)
@@ -218,14 +242,20 @@ class Averager:
     def stats(self) -> Stats:
         """What was done so far."""
         written = self._sink.stats() if self._sink is not None and self._process == os.getpid() else Stats()
-        return replace(written, updates=self.schedule.updates)
+        dispatch = self._dispatch
+        return replace(
+            written,
+            updates=self.schedule.updates,
+            scratch_bytes=dispatch.scratch_bytes,
+            held_up=dispatch.num_held_up,
+        )
 
     # ---- reading the averages, and ending
 
     def order_readers(self, what: str) -> None:
         """The caller's reads of the averages come after all updates so far. Raises what ``is_usable`` raises."""
         if self.is_usable(what, reading=True):
-            self._dispatch.order_caller()
+            self._dispatch.order_readers()
             self._raise_failures(what)  # also of the work that was waited for
 
     def flush(self, timeout_seconds: float | None = None) -> None:
@@ -294,7 +324,9 @@ class Averager:
         return True
 
     def move(self, device: torch.device) -> None:
-        """Move every average and copy to a device."""
+        """Move every average and copy to a device, unless they are kept in host memory on purpose."""
+        if self._offloads:
+            return
         self.order_readers("to()")
         self._dispatch.drain()
         with neutral_modes():
@@ -308,7 +340,7 @@ class Averager:
         """Set every average to the model's present weights."""
         if self.is_usable("copy_params_from_model_to_ema()"):
             self._run(self._live(), (1.0,) * len(self.policy.gammas))
-            self._dispatch.order_caller()  # whoever writes the weights next need not know that they were read
+            self._dispatch.order_writers()  # whoever writes the weights next need not know that they were read
             self._raise_failures("copy_params_from_model_to_ema()")
 
     def copy_to_model(self, profile: int) -> None:
@@ -374,7 +406,7 @@ class Averager:
     def _live(self) -> Mapping[str, Tensor]:
         """Every tensor that is averaged or copied, as the model holds it now."""
         live = self._tensors.find()
-        if live is not self._checked and not self.policy.allow_different_devices:
+        if live is not self._checked and not self._offloads and not self.policy.allow_different_devices:
             self._check_devices(live)
         self._checked = live
         return live
@@ -398,14 +430,26 @@ class Averager:
             self.guard.after_update(self._parameters, [live[name] for name in self._parameters])
 
     def _run(self, live: Mapping[str, Tensor], weights: Sequence[float]) -> None:
+        copy_all = self.guard is not None and self.guard.copies
+        self._attempt(partial(self._dispatch.queue, live, weights, copy_all=copy_all), "update()")
+
+    def _attempt(self, queue_work: Callable[[], None], what: str) -> None:
         try:
             with neutral_modes():
-                self._dispatch.queue(live, weights, copy_all=self.guard is not None and self.guard.copies)
+                queue_work()
         except BaseException as error:
             self.fail("averaging", error)  # part may be queued: also Ctrl-C leaves averages that are not right
             if not isinstance(error, Exception):
                 raise
-            self._raise_failures("update()")
+            self._raise_failures(what, failed_writes=False)
+
+    def _refuse_capture(self, what: str) -> None:
+        if self._dispatch.is_capturing():
+            raise NitrousError(
+                f"{what}: the current stream is being captured into a graph, which would replay the averaging of this "
+                "one step, with its weights, at every replay. Call it outside the captured region, after each replay; "
+                "and fence() before each replay, since no optimizer hook runs in one."
+            )
 
     def _note_error(self) -> None:
         error = self._dispatch.take_error()
@@ -422,6 +466,18 @@ class Averager:
             ) from self._failure
         if failed_writes and self._sink is not None:
             self._sink.raise_failures()
+
+
+def _dispatch(arena: Arena, background: Background | None) -> Dispatch:
+    if background is None:
+        return Dispatch(arena)
+    return Dispatch(
+        arena,
+        background.make_lane,
+        reads_later=True,
+        scratch_bytes=background.scratch_bytes,
+        offloads=background.offloads,
+    )
 
 
 def _nothing() -> None:

@@ -12,11 +12,11 @@ class CallerCopies:
     """One copy per tensor, allocated once and written again at each update.
 
     Args:
-        order_caller: Orders what the caller does next after every read by a lane so far.
+        order_writers: Orders what the caller does next after every read by a lane so far.
     """
 
-    def __init__(self, order_caller: Callable[[], None]) -> None:
-        self._order_caller = order_caller
+    def __init__(self, order_writers: Callable[[], None]) -> None:
+        self._order_writers = order_writers
         self._copies: dict[str, Tensor] = {}
 
     @property
@@ -34,11 +34,11 @@ class CallerCopies:
         Returns:
             The copies, in the type and memory order of the originals; valid until the next call.
         """
+        if self._copies:
+            self._order_writers()  # the lane may still be reading the last ones
         if not live:
             self._copies = {}
             return {}
-        if self._copies:
-            self._order_caller()  # the lane may still be reading the last ones
         self._copies = {name: self._place(name, tensor, devices[name]) for name, tensor in live.items()}
         torch._foreach_copy_([self._copies[name] for name in live], list(live.values()))
         return self._copies

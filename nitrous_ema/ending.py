@@ -69,6 +69,7 @@ def shut_down(dispatch: Dispatch, guard: Guard | None, remove_hooks: Callable[[]
         for lane in dispatch.lanes():
             ending.callback(_log_untold, lane)
             ending.callback(lane.close)
+        ending.callback(dispatch.settle)
 
 
 def _log_untold(lane: Lane) -> None:

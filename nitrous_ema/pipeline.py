@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from nitrous_ema.arena import Arena
+from nitrous_ema.chunks import ChunkCopier
 from nitrous_ema.errors import SnapshotWriteError
 from nitrous_ema.keeping import Keeper
 from nitrous_ema.snapshots.format import Stamp
 from nitrous_ema.stats import Stats
-from nitrous_ema.tracked import TORCH_DTYPES
 
 Work = Callable[[], None]
 
@@ -40,18 +39,40 @@ class Mark(Protocol):
     def wait(self) -> None:
         """Block this thread until it is reached."""
 
+    def is_reached(self) -> bool:
+        """Whether it is, as far as the host knows now; never blocks. Of one never recorded: True."""
+
 
 class Lane(Protocol):
-    """An ordered queue of averaging work on one device. Called by the training thread."""
+    """An ordered queue of averaging work on one device.
 
-    def run(self, work: Work) -> None:
-        """Queue work that reads parameters and writes averages, after all that the caller has queued so far."""
+    Called by the training thread, and by threads that step optimizers; never by two at once.
+    """
+
+    def run(self, work: Work, *, reads_parameters: bool = True, abandon: Work | None = None) -> None:
+        """Queue work that writes averages, after all that the caller has queued so far.
+
+        Args:
+            work: To be run.
+            reads_parameters: It reads parameters, or copies of them that the caller made; False if all that it reads
+                is the lane's own.
+            abandon: Called if it cannot be run.
+        """
 
     def copy_out(self, work: Work, abandon: Work) -> None:
         """Queue work that reads the averages as they are after the last ``run``; ``abandon`` if it cannot be run."""
 
-    def order_caller(self) -> None:
-        """What the caller does next with parameters or averages comes after every ``run`` so far."""
+    def keep(self, work: Work) -> None:
+        """Do work that copies parameters, where the caller is; every later ``run`` and ``order_writer`` comes after it."""
+
+    def order_writer(self) -> None:
+        """What the caller does next with parameters comes after every ``run`` so far that reads them."""
+
+    def order_reader(self) -> None:
+        """What the caller does next with averages comes after every ``run`` so far."""
+
+    def is_capturing(self) -> bool:
+        """Whether what the caller does now is recorded, to be replayed later, instead of done."""
 
     def mark(self) -> Mark:
         """A new mark for work on this lane."""
@@ -74,6 +95,20 @@ class Pending:
     stamp: Stamp
 
 
+class CopiesInFlight(Protocol):
+    """Snapshot copies that may still be reading averages of one device."""
+
+    def order(self, begin: int, end: int) -> None:
+        """What is queued from here on the current stream comes after those that read ``[begin, end)``.
+
+        Args:
+            begin, end: Bytes of the file's data.
+        """
+
+    def are_over(self, begin: int, end: int) -> bool:
+        """Whether those have finished, as far as the host knows now; never blocks."""
+
+
 class Sink(Protocol):
     """Where snapshots go."""
 
@@ -83,11 +118,8 @@ class Sink(Protocol):
     def has_lost(self, step: int) -> bool:
         """Whether a snapshot of this step was taken and could not be written."""
 
-    def writes_order(self, device: torch.device) -> Callable[[int, int], None] | None:
-        """What a lane must call before it writes averages that lie at ``[begin, end)`` of the file's data, in bytes.
-
-        None if no snapshot copy is reading averages on this device.
-        """
+    def copies_in_flight(self, device: torch.device) -> CopiesInFlight | None:
+        """The snapshot copies that may still be reading averages on a device; None if there are none."""
 
     def stats(self) -> Stats:
         """What became of the snapshots so far; updates are not counted here."""
@@ -116,20 +148,27 @@ class BackgroundThread(threading.Thread):
 class InlineLane:
     """Runs everything at once, on the caller's own stream: order is the caller's."""
 
-    def run(self, work: Work) -> None:
+    def run(self, work: Work, *, reads_parameters: bool = True, abandon: Work | None = None) -> None:
         """Do it now."""
-        work()
+        attempt(work, abandon)
 
     def copy_out(self, work: Work, abandon: Work) -> None:
         """Do it now."""
-        try:
-            work()
-        except BaseException:
-            abandon()
-            raise
+        attempt(work, abandon)
 
-    def order_caller(self) -> None:
+    def keep(self, work: Work) -> None:
+        """Do it now."""
+        work()
+
+    def order_writer(self) -> None:
         """Nothing is ever behind the caller."""
+
+    def order_reader(self) -> None:
+        """Nothing is ever behind the caller."""
+
+    def is_capturing(self) -> bool:
+        """What is recorded here was called here, by one who knows."""
+        return False
 
     def mark(self) -> Mark:
         """A mark that is always reached."""
@@ -145,6 +184,16 @@ class InlineLane:
         """Nothing to end."""
 
 
+def attempt(work: Work, abandon: Work | None) -> None:
+    """Do work now; ``abandon``, and raise, if it raises."""
+    try:
+        work()
+    except BaseException:
+        if abandon is not None:
+            abandon()
+        raise
+
+
 class ReachedMark:
     """The mark of a lane whose queue order already is all the order there is to keep."""
 
@@ -156,6 +205,10 @@ class ReachedMark:
 
     def wait(self) -> None:
         """Nothing to wait for."""
+
+    def is_reached(self) -> bool:
+        """Always."""
+        return True
 
 
 class InlineSink:
@@ -177,13 +230,15 @@ class InlineSink:
 
         def chunks() -> Iterator[memoryview]:
             layout = pending.arena.layout
+            copiers = [ChunkCopier(device, layout) for device in pending.arena.devices]
             with neutral_modes():
                 page = torch.empty(layout.chunk_bytes, dtype=torch.uint8, device="cpu")
-            for index, (begin, end) in enumerate(layout.chunks):
+            for span in layout.chunks:
                 # Not around the yield: after a failed write nobody would leave the modes again.
                 with neutral_modes():
-                    stage_chunk(pending.arena, index, page, non_blocking=False)
-                yield page.numpy().data[: end - begin]
+                    for copier in copiers:
+                        copier.copy(pending.arena, span, page, non_blocking=False)
+                yield page.numpy().data[: span.end - span.begin]
 
         try:
             self._keeper.write(pending.arena.layout, pending.stamp, chunks)
@@ -196,7 +251,7 @@ class InlineSink:
         """``take`` raises by itself."""
         return False
 
-    def writes_order(self, device: torch.device) -> None:
+    def copies_in_flight(self, device: torch.device) -> None:
         """Nothing is in flight when ``take`` has returned."""
 
     def stats(self) -> Stats:
@@ -212,45 +267,6 @@ class InlineSink:
 
     def close(self, timeout_seconds: float | None = None) -> None:
         """Nothing to end."""
-
-
-def stage_chunk(
-    arena: Arena, index: int, page: Tensor, *, non_blocking: bool, device: torch.device | None = None
-) -> None:
-    """Copy one chunk of the file's data to host memory.
-
-    Args:
-        arena: The averages; read on the current stream.
-        index: Which of the layout's chunks.
-        page: uint8 on the CPU, at least as large as the chunk.
-        non_blocking: Return before the bytes are there (from an accelerator, into pinned memory).
-        device: Only what is on this device; default everything.
-    """
-    layout = arena.layout
-    chunk = layout.chunks[index]
-    profile_bytes = layout.sections[0].end
-    if chunk.begin >= profile_bytes * len(layout.gammas):
-        _stage_copied(arena, chunk.begin, chunk.end, page, non_blocking, device)
-        return
-    dtype = TORCH_DTYPES[layout.checkpoint_dtype]
-    profile, offset = divmod(chunk.begin, profile_bytes)
-    begin = offset // dtype.itemsize
-    elements = page[: chunk.end - chunk.begin].view(dtype)
-    for first, piece in arena.pieces(profile, begin, begin + elements.numel(), device):
-        if piece.device.type != "cpu":
-            piece = piece.to(dtype)  # on the device: half the bytes to move, and a copy between types would block
-        elements[first : first + piece.numel()].copy_(piece, non_blocking=non_blocking)
-
-
-def _stage_copied(
-    arena: Arena, begin: int, end: int, page: Tensor, non_blocking: bool, device: torch.device | None
-) -> None:
-    start = arena.layout.sections[-1].begin + arena.layout.padding_bytes
-    if begin < start:
-        page[: start - begin].zero_()
-    shift = max(start - begin, 0)
-    for first, piece in arena.copied_pieces(max(begin - start, 0), end - start, device):
-        page[shift + first : shift + first + piece.numel()].copy_(piece, non_blocking=non_blocking)
 
 
 @contextmanager

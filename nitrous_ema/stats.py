@@ -30,6 +30,10 @@ class Stats:
     """Time that checkpoint() made its caller wait for a free slot."""
     seconds_writing: float = 0.0
     """Time that writers spent on these snapshots, from the first byte to the acknowledgement."""
+    scratch_bytes: int = 0
+    """Device memory held for parameters that the trainer wrote while a snapshot copy still read their averages."""
+    held_up: int = 0
+    """How often the trainer had to wait for a snapshot copy, since that scratch had reached its limit."""
     last_error: str | None = None
     """What the last failure said."""
 

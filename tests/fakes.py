@@ -53,6 +53,9 @@ class Gate:
     def open(self) -> None:
         self._open.set()
 
+    def is_open(self) -> bool:
+        return self._open.is_set()
+
     def shut(self) -> None:
         self.entered.clear()
         self._open.clear()
@@ -66,8 +69,8 @@ class GatedLane(ThreadLane):
         self.copy_gate = copy or Gate(is_open=True)
         super().__init__()
 
-    def run(self, work: Work) -> None:
-        super().run(partial(_after, self.run_gate, work))
+    def run(self, work: Work, **options: Any) -> None:
+        super().run(partial(_after, self.run_gate, work), **options)
 
     def copy_out(self, work: Work, abandon: Work) -> None:
         super().copy_out(partial(_after, self.copy_gate, work), abandon)
@@ -78,13 +81,19 @@ class LateLane(ThreadLane):
 
     def __init__(self) -> None:
         self._may_work = threading.Event()
-        self.waits = 0  # calls of order_caller()
+        self.waits = 0  # calls of order_writer() and order_reader()
         super().__init__()
 
-    def order_caller(self) -> None:
+    def order_writer(self) -> None:
         self.waits += 1
         self._may_work.set()
-        super().order_caller()
+        super().order_writer()
+        self._may_work.clear()
+
+    def order_reader(self) -> None:
+        self.waits += 1
+        self._may_work.set()
+        super().order_reader()
         self._may_work.clear()
 
     def drain(self, timeout_seconds: float | None = None) -> None:

@@ -65,9 +65,13 @@ class LateCopies(ThreadLane):
         self.gate.shut()
         super().copy_out(lambda: (self.gate.pass_through(), work()), abandon)
 
-    def order_caller(self):
+    def order_writer(self):
         self.gate.open()
-        super().order_caller()
+        super().order_writer()
+
+    def order_reader(self):
+        self.gate.open()
+        super().order_reader()
 
     def drain(self, timeout_seconds=None):
         self.gate.open()

@@ -6,12 +6,13 @@ What only shows with lanes in the background (A2 to A5 of its docstring) is in t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from nitrous_ema.averager import Averager, AveragingPolicy
+from nitrous_ema.averager import Averager, AveragingPolicy, Background
 from nitrous_ema.errors import ClosedError, NitrousError, UntrackableModelError
 from nitrous_ema.pipeline import InlineLane, Pending
 from nitrous_ema.stats import Stats
@@ -32,7 +33,7 @@ class RecordingSink:
             self.taken.append((pending.stamp.step, pending.stamp.t, pending.arena.average(0, "head.bias").clone()))
         return self.answer
 
-    def writes_order(self, device: torch.device) -> None:
+    def copies_in_flight(self, device: torch.device) -> None:
         return None
 
     def stats(self) -> Stats:
@@ -56,16 +57,16 @@ class BreakingLane(InlineLane):
 
     breaks = False
 
-    def run(self, work: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], None], **options: Any) -> None:
         if self.breaks:
             raise MemoryError("no memory for the step")
-        work()
+        super().run(work, **options)
 
 
 def averager_of(model: nn.Module, sink: RecordingSink | None = None, *, make_lane=None, **policy) -> Averager:
     defaults = {"gammas": (6.94,), "sigma_rels": (0.1,), "update_every": 1, "correction": "exact"}
-    lanes = {} if make_lane is None else {"make_lane": make_lane}
-    averager = Averager(model, TrackingPolicy(), AveragingPolicy(**{**defaults, **policy}), **lanes)
+    background = None if make_lane is None else Background(make_lane=make_lane, read="copied")
+    averager = Averager(model, TrackingPolicy(), AveragingPolicy(**{**defaults, **policy}), background=background)
     if sink is not None:
         averager.attach(sink)
     return averager
@@ -201,3 +202,25 @@ def test_frozen_copy_has_the_roles_of_the_tensors_and_its_own_averages():
 def test_float64_averages_do_not_warn_of_small_weights():
     assert averager_of(Net().double()).schedule.least_weight == 0.0
     assert averager_of(Net()).schedule.least_weight > 0.0
+
+
+class CapturingLane(InlineLane):
+    """The caller is recording a graph while it is told so."""
+
+    captures = False
+
+    def is_capturing(self) -> bool:
+        return self.captures
+
+
+@pytest.mark.parametrize("call", [Averager.update, Averager.checkpoint])
+def test_nothing_is_put_into_a_graph_that_is_being_captured(call):
+    lane = CapturingLane()
+    averager = averager_of(Net(), RecordingSink(), make_lane=lambda device: lane)
+    averager.update()
+    lane.captures = True
+    with pytest.raises(NitrousError, match=r"captured into a graph.*outside.*fence\(\)"):
+        call(averager)
+    lane.captures = False
+    assert averager.schedule.step == 1
+    averager.update()

@@ -8,8 +8,9 @@ Who waits for whom on an accelerator, and by which event:
 
 L1  Averaging reads parameters after what the      _ready  test_update_reads_the_weights_of_its_own_step
     caller has queued before.
-L2  The caller writes parameters after averaging   _done   test_optimizer_does_not_write_what_is_still_read
-    has read them.
+L2  The caller writes parameters after averaging   _read   test_optimizer_does_not_write_what_is_still_read
+    has read them; it waits for no work that reads         test_optimizer_does_not_wait_for_a_snapshot_copy
+    none of them.
 L3  A snapshot copy reads averages after the last  _done   test_snapshot_holds_the_averages_of_its_step
     update wrote them, or the caller loaded them.  _ready
 L4  Averages are written after the snapshot copy   marks   test_next_update_waits_for_the_snapshot_copy
@@ -17,11 +18,17 @@ L4  Averages are written after the snapshot copy   marks   test_next_update_wait
 L5  The caller reads averages after the last       _done   test_averages_can_be_read_at_any_time
     update wrote them, and the next update writes  _ready
     them after that read.
-L6  The stream and the device that were current            test_current_stream_and_device_are_left_alone
+L6  Averaging reads what the caller has kept for   _kept   test_kept_parameters_are_averaged_after_they_were_kept
+    it after that was kept, and whoever writes             test_parameters_are_written_after_they_were_kept
+    parameters does so after it too, on whatever
+    stream either is.
+L7  The stream and the device that were current            test_current_stream_and_device_are_left_alone
     stay so.
 
 The current stream is asked for at every call: users run under other streams. Streams and events live as long as the
 lane, and every tensor that queued work uses is held until then or outlives it, so no ``record_stream`` is needed.
+
+Longer than the house's 300 lines: both lanes answer the same table.
 """
 
 from __future__ import annotations
@@ -35,7 +42,7 @@ from typing import Any
 
 import torch
 
-from nitrous_ema.pipeline import BackgroundThread, Mark, ReachedMark, Work
+from nitrous_ema.pipeline import BackgroundThread, Mark, ReachedMark, Work, attempt
 
 _MAX_QUEUED = 16
 _POLL_SECONDS = 0.001
@@ -58,28 +65,45 @@ class ThreadLane:
         self._queued = 0  # pieces of work ever queued
         self._done = 0  # of these, how many have ended
         self._last_run = 0  # the value of _queued right after the last run()
+        self._last_read = 0  # the same of the last run() that reads parameters
         self._error: BaseException | None = None
         self._passed_over = 0  # work up to this one came after an error that was taken: it is not run either
         self._closed = False
         self._thread = BackgroundThread(self._work, "averaging")
         self._thread.start()
 
-    def run(self, work: Work) -> None:
+    def run(self, work: Work, *, reads_parameters: bool = True, abandon: Work | None = None) -> None:
         """Queue averaging work."""
         with self._lock:
-            self._put(work, None)
+            self._put(work, abandon)
             self._last_run = self._queued
+            if reads_parameters:
+                self._last_read = self._queued
 
     def copy_out(self, work: Work, abandon: Work) -> None:
         """Queue work that reads the averages; ``abandon`` is called if it cannot be run."""
         with self._lock:
             self._put(work, abandon)
 
-    def order_caller(self) -> None:
+    def keep(self, work: Work) -> None:
+        """Do it now: what the caller has done is done."""
+        work()
+
+    def order_writer(self) -> None:
+        """Block until every ``run`` that reads parameters is done; what was queued later is not waited for."""
+        with self._lock:
+            last = self._last_read
+            self._changed.wait_for(lambda: self._done >= last)
+
+    def order_reader(self) -> None:
         """Block until every ``run`` so far is done; a snapshot copy that was queued later is not waited for."""
         with self._lock:
             last = self._last_run
             self._changed.wait_for(lambda: self._done >= last)
+
+    def is_capturing(self) -> bool:
+        """Nothing is ever captured on the CPU."""
+        return False
 
     def mark(self) -> Mark:
         """Work runs in order, so every mark is reached when work after it runs."""
@@ -128,7 +152,7 @@ class ThreadLane:
                 self._changed.notify_all()
             if item is None:
                 return
-            error = _attempt(*item, failed=failed)
+            error = _error_of(*item, failed=failed)
             del item  # what it holds must not live until the next one comes
             with self._lock:
                 self._error = self._error or error
@@ -136,19 +160,18 @@ class ThreadLane:
                 self._changed.notify_all()
 
 
-def _attempt(work: Work, abandon: Work | None, *, failed: bool) -> BaseException | None:
+def _error_of(work: Work, abandon: Work | None, *, failed: bool) -> BaseException | None:
     """Run one piece of work, unless something before it failed. Returns what it raised."""
-    error: BaseException | None = None
+    if failed:
+        if abandon is not None:
+            abandon()
+        return None
     try:
-        if not failed:
-            with torch.no_grad():  # modes are the thread's own; this one starts with gradients on
-                work()
-            return None
-    except BaseException as raised:
-        error = raised
-    if abandon is not None:
-        abandon()
-    return error
+        with torch.no_grad():  # modes are the thread's own; this one starts with gradients on
+            attempt(work, abandon)
+    except BaseException as error:
+        return error
+    return None
 
 
 class AcceleratorLane:
@@ -163,19 +186,25 @@ class AcceleratorLane:
         self._update_stream = torch.Stream(device=device)
         self._copy_stream = torch.Stream(device=device)
         self._ready = torch.Event(device)  # recorded after what the caller has queued
+        self._read = torch.Event(device)  # recorded after the last averaging work that reads parameters
+        self._kept = torch.Event(device)  # recorded after the last copies of parameters that the caller has made
         self._done = torch.Event(device)  # recorded after the last averaging work
-        self._has_run = False  # waiting for an event that was never recorded is no wait
+        # Waiting for an event that was never recorded is no wait.
+        self._has_read = self._has_kept = self._has_run = False
 
-    def run(self, work: Work) -> None:
+    def run(self, work: Work, *, reads_parameters: bool = True, abandon: Work | None = None) -> None:
         """Queue averaging work on the side stream."""
         self._ready.record(_current_stream(self._device))
         self._update_stream.wait_event(self._ready)
         try:
             with _entered(self._update_stream):
-                work()
+                attempt(work, abandon)
         finally:
             self._done.record(self._update_stream)
             self._has_run = True
+            if reads_parameters:
+                self._read.record(self._update_stream)
+                self._has_read = True
 
     def copy_out(self, work: Work, abandon: Work) -> None:
         """Queue work that reads the averages on the copy stream."""
@@ -183,17 +212,37 @@ class AcceleratorLane:
         self._copy_stream.wait_event(self._ready)
         if self._has_run:
             self._copy_stream.wait_event(self._done)
-        try:
-            with _entered(self._copy_stream):
-                work()
-        except BaseException:
-            abandon()
-            raise
+        with _entered(self._copy_stream):
+            attempt(work, abandon)
 
-    def order_caller(self) -> None:
+    def keep(self, work: Work) -> None:
+        """Queue it on the caller's current stream."""
+        caller = _current_stream(self._device)
+        if self._has_kept:
+            caller.wait_event(self._kept)  # of another stream, maybe; the event speaks for both from now on
+        work()
+        self._kept.record(caller)
+        self._has_kept = True
+        self._update_stream.wait_event(self._kept)
+
+    def order_writer(self) -> None:
+        """The caller's current stream waits, on the device, until parameters were read; the host does not."""
+        caller = _current_stream(self._device)
+        if self._has_read:
+            caller.wait_event(self._read)
+        if self._has_kept:
+            caller.wait_event(self._kept)
+
+    def order_reader(self) -> None:
         """The caller's current stream waits, on the device, for all averaging so far; the host does not."""
         if self._has_run:
             _current_stream(self._device).wait_event(self._done)
+
+    def is_capturing(self) -> bool:
+        """Whether the current stream is being captured into a graph; False where the backend has no graphs."""
+        module = torch.get_device_module(self._device)
+        is_capturing: Callable[[], bool] = getattr(module, "is_current_stream_capturing", _never)
+        return is_capturing()
 
     def mark(self) -> Mark:
         """A mark backed by an event that a host thread can wait for without spinning."""
@@ -243,6 +292,14 @@ class _DeviceMark:
     def wait(self) -> None:
         """Block this thread until it is reached; other threads run meanwhile."""
         self._event.synchronize()
+
+    def is_reached(self) -> bool:
+        """Ask the driver; nobody waits."""
+        return bool(self._event.query())
+
+
+def _never() -> bool:
+    return False
 
 
 def _current_stream(device: torch.device) -> torch.Stream:
