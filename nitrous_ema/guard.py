@@ -5,30 +5,39 @@ must be a *fence*: whoever writes is ordered after the lane (on the device; on C
 every torch optimizer's step fences; ``fence()`` is for anything else that writes.
 
 state      meaning                                                        leaves by
-IDLE       no read of the parameters is outstanding                       after_update()      -> READING
-READING    the lane may be reading them; nobody may write                 fence() or the hook -> IDLE
+IDLE       parameters were never read live                                after_update()      -> READING
+READING    the lane may be reading them, and nobody was ordered yet       fence() or the hook -> ORDERED
+ORDERED    the first writer was; each further one is as well, for he may  after_update()      -> READING
+           be on another thread or stream
 
 G1  An optimizer that holds a tracked parameter never writes    test_optimizer_waits_until_the_weights_were_read
-    before the lane has read it.
-G2  step(closure) waits after the closure's first call, not     test_closure_runs_before_the_wait
-    before: forward and backward overlap with the averaging.
+    before the lane has read it, on whatever thread or stream   test_every_writer_is_ordered_not_only_the_first
+    it steps, and however many share the parameters.            test_optimizers_on_two_streams_are_both_ordered
+G2  step(closure) of torch's optimizers waits after the         test_closure_runs_before_the_wait
+    closure's first call: forward and backward overlap with     test_optimizer_that_may_write_before_its_closure_waits
+    the averaging. Others, of which some write first (SAM),
+    wait before it.
 G3  Until a first optimizer step or fence() was seen, update()  test_first_updates_are_safe_without_any_optimizer
     fences by itself: nobody has shown yet that he will.
 G4  A write that torch's version counters see while READING,    test_guarded_names_the_weight_that_was_written
     or an update() in that state with no optimizer over the     test_guarded_refuses_a_loop_without_optimizer
-    parameters anywhere, is an error of the next call
-    ("guarded"), or one warning and copies from then on
-    ("auto").
+    parameters anywhere, or with one whose step was captured    test_replay_without_fence_is_noticed
+    into a graph, is an error of the next call ("guarded"), or
+    one warning and copies from then on ("auto").
 G5  An update() in state READING whose weights have not moved   test_step_skipped_by_a_gradient_scaler_is_no_mistake
     follows a step that a gradient scaler skipped; it is fine.
+G6  While a graph is captured nothing waits and no state        test_nothing_waits_while_a_graph_is_captured
+    changes: the wait would become part of every replay.        test_fence_before_a_replay_waits
 
-The counters are a net, not a proof: writes through ``.data``, numpy, fused optimizers' kernels and foreach on DTensors
-do not count. They are safe behind an optimizer step or ``fence()``, and nowhere else.
+The counters are a net, not a proof: writes through ``.data``, numpy, fused optimizers' kernels, graph replays and
+foreach on DTensors do not count. They are safe behind an optimizer step or ``fence()``, and nowhere else.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
+import operator
 import os
 import threading
 import weakref
@@ -56,22 +65,29 @@ class Guard:
 
     Args:
         read: ``"guarded"``, ``"auto"``, or ``"copied"``: then no lane reads live parameters, and writers are free.
-        order_writer: Orders what the calling thread does next after all reads so far.
+        order_writer: Orders what the calling thread does next after all reads so far. Called again where nothing has
+            been read since; never by two threads at once.
+        is_capturing: Whether what the calling thread does now is recorded into a graph instead of done.
     """
 
-    def __init__(self, read: ReadMode, order_writer: Callable[[], None]) -> None:
+    def __init__(
+        self, read: ReadMode, order_writer: Callable[[], None], is_capturing: Callable[[], bool] = lambda: False
+    ) -> None:
         if read not in ("auto", "guarded", "copied"):
             raise ValueError(f"read is {read!r}; expected 'auto', 'guarded' or 'copied'.")
         self._read = read
         self._order_writer = order_writer
+        self._is_capturing = is_capturing
         self._process = os.getpid()
         self._lock = threading.RLock()  # optimizers in backward step on autograd's threads
         # All guarded by _lock:
-        self._reading = False
+        self._has_read = False  # not IDLE
+        self._reading = False  # READING
         self._writer_is_known = False  # an optimizer step or fence() was seen
+        self._captured: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # whose steps a graph may replay
         self._tensors: Sequence[Tensor] = ()
         self._names: Sequence[str] = ()
-        self._versions: list[int] = []
+        self._versions: list[int] | None = []  # None: a capture has moved the counters without any write
         self._mistake: str | None = None  # seen where nothing may be raised; told at the next call
         self._mistaken_name = ""
         self._identities: set[int] = set()
@@ -87,10 +103,10 @@ class Guard:
         Raises:
             UnsafeReadError: See G4.
         """
+        if self._mistake is None:  # asked at every call on the EMA
+            return
         with self._lock:
             mistake, self._mistake = self._mistake, None
-        if mistake is None:
-            return
         if self._read == "guarded":
             raise UnsafeReadError(f"{mistake} {_REMEDY}", name=self._mistaken_name)
         self._read = "copied"
@@ -104,13 +120,8 @@ class Guard:
         with self._lock:
             if self._reading and not self.copies:
                 self._notice_writes()
-                self._versions = [_version(tensor) for tensor in self._tensors]  # what was noticed is told once
-                if not (self._mistake or self._writer_is_known or self._optimizer_exists()):
-                    self._mistake, self._mistaken_name = (
-                        "update() was called again with neither an optimizer step nor fence() in between, and no torch "
-                        "optimizer holds the model's parameters: whatever writes them may do so while they are read.",
-                        "",
-                    )
+                self._versions = _versions(self._tensors)  # what was noticed is told once
+                self._notice_absence()
         self.check()
 
     def after_update(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
@@ -118,13 +129,11 @@ class Guard:
         if self.copies:
             return
         with self._lock:
-            if len(tensors) != len(self._tensors) or any(
-                new is not old for new, old in zip(tensors, self._tensors, strict=True)
-            ):
+            if len(tensors) != len(self._tensors) or not all(map(operator.is_, tensors, self._tensors)):
                 self._tensors, self._names = tensors, names
                 self._identities = {id(tensor) for tensor in tensors}
-            self._versions = [_version(tensor) for tensor in tensors]
-            self._reading = True
+            self._versions = _versions(tensors)
+            self._has_read = self._reading = True
             if not self._writer_is_known:
                 self._order_writer()
 
@@ -133,30 +142,57 @@ class Guard:
         if self._process != os.getpid():
             return  # a forked child has none of the threads that it could wait for
         with self._lock:
-            if not self._reading:
+            if not self._has_read or self._is_capturing():
                 return
-            if not self.copies:  # else it is the last live read, before copies were taken up
+            if self._reading and not self.copies:  # else it is the last live read, before copies were taken up
                 self._notice_writes()
             self._order_writer()
             self._reading = False
             self._writer_is_known = self._writer_is_known or self._mistake is None
 
-    def concerns(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer's next step may write parameters that are being read."""
-        return self._reading and self._process == os.getpid() and _holds(optimizer, self._identities)
+    def is_concerned(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer's next step may write parameters that are being read; not while it is captured."""
+        if self._process != os.getpid():
+            return False
+        if self._is_capturing():
+            with self._lock:
+                self._captured.add(optimizer)
+                self._versions = None
+            return False
+        return self._has_read and _holds(optimizer, self._identities)
 
     def _notice_writes(self) -> None:
+        if self._mistake is not None or self._versions is None:
+            return
+        now = _versions(self._tensors)
+        if now == self._versions:
+            return
+        moved = map(operator.ne, now, self._versions)
+        name = next(itertools.compress(self._names, moved))
+        self._note(
+            f"{name!r} was written between update() and the next optimizer step or fence(), while the EMA may "
+            "still have been reading it (a model that changes its weights in forward, or code that writes them "
+            "without an optimizer). The averages may hold that one update's weights as they were changed.",
+            name,
+        )
+
+    def _notice_absence(self) -> None:
+        """Of whoever should have come between two updates."""
         if self._mistake is not None:
             return
-        for name, tensor, version in zip(self._names, self._tensors, self._versions, strict=True):
-            if _version(tensor) != version:
-                self._mistake, self._mistaken_name = (
-                    f"{name!r} was written between update() and the next optimizer step or fence(), while the EMA may "
-                    "still have been reading it (a model that changes its weights in forward, or code that writes them "
-                    "without an optimizer). The averages may hold that one update's weights as they were changed.",
-                    name,
-                )
-                return
+        if any(_holds(optimizer, self._identities) for optimizer in self._captured):
+            self._note(
+                "update() was called again with no fence() in between, and the step of an optimizer that holds the "
+                "model's parameters was captured into a graph: a replay writes them while they may still be read."
+            )
+        elif not (self._writer_is_known or self._optimizer_exists()):
+            self._note(
+                "update() was called again with neither an optimizer step nor fence() in between, and no torch "
+                "optimizer holds the model's parameters: whatever writes them may do so while they are read."
+            )
+
+    def _note(self, mistake: str, name: str = "") -> None:
+        self._mistake, self._mistaken_name = mistake, name
 
     def _optimizer_exists(self) -> bool:
         """Whether any torch optimizer holds the parameters: asked once, when no step of one was ever seen.
@@ -164,7 +200,9 @@ class Guard:
         A gradient scaler skips steps without any sign of it, and typically the very first ones.
         """
         found = any(
-            issubclass(type(each), Optimizer) and _holds(each, self._identities)  # isinstance would wake lazy proxies
+            issubclass(type(each), Optimizer)  # isinstance would wake lazy proxies
+            and hasattr(type(each).step, "hooked")  # else its base was never initialized, and no hook sees it step
+            and _holds(each, self._identities)
             for each in gc.get_objects()
         )
         self._writer_is_known = found
@@ -177,8 +215,8 @@ def install_hooks(guard: Guard, model: Module) -> Callable[[], None]:
     The hooks hold the guard weakly and do nothing once it is gone.
     """
     reference = weakref.ref(guard)
-    # Compiled optimizers trace into their hooks, and cannot see through a weak reference. The import that this costs is
-    # paid by every optimizer's constructor as well.
+    # Compiled optimizers trace into their hooks, and cannot see through a weak reference. The import that this costs
+    # is paid by every optimizer's constructor as well.
     hook = torch.compiler.disable(_StepHook(reference).__call__)  # type: ignore[no-untyped-call]
     step = register_optimizer_step_pre_hook(hook)
     load = model.register_load_state_dict_pre_hook(_LoadHook(reference))  # type: ignore[no-untyped-call]
@@ -198,13 +236,14 @@ class _StepHook:
 
     def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         guard = self._guard()
-        if guard is None or not guard.concerns(optimizer):
+        if guard is None or not guard.is_concerned(optimizer):
             return None
-        # args[0] is the optimizer itself. Some callers name the closure.
-        if kwargs.get("closure") is not None:
-            return args, {**kwargs, "closure": _FenceAfterFirstCall(kwargs["closure"], guard)}
-        if len(args) > 1 and callable(args[1]):
-            return (args[0], _FenceAfterFirstCall(args[1], guard), *args[2:]), kwargs
+        if _calls_closure_first(optimizer):
+            # args[0] is the optimizer itself. Some callers name the closure.
+            if kwargs.get("closure") is not None:
+                return args, {**kwargs, "closure": _FenceAfterFirstCall(kwargs["closure"], guard)}
+            if len(args) > 1 and callable(args[1]):
+                return (args[0], _FenceAfterFirstCall(args[1], guard), *args[2:]), kwargs
         guard.fence()
         return None
 
@@ -214,11 +253,13 @@ class _FenceAfterFirstCall:
 
     def __init__(self, closure: Callable[[], Any], guard: Guard) -> None:
         self._closure = closure
-        self._guard = guard
+        self._guard: Guard | None = guard  # None after the first call
 
     def __call__(self) -> Any:
         result = self._closure()
-        self._guard.fence()
+        if self._guard is not None:
+            self._guard.fence()
+            self._guard = None
         return result
 
 
@@ -237,11 +278,23 @@ class _LoadHook:
         return _LoadHook, ()
 
 
+def _calls_closure_first(optimizer: Optimizer) -> bool:
+    """Whether a closure given to ``step`` is called before anything is written.
+
+    All of torch's own do that. The most used implementation of SAM (davda54/sam, ``sam.py``) writes first.
+    """
+    module = getattr(type(optimizer).step, "__module__", None) or ""  # that of the function which torch's hooks wrap
+    return module.partition(".")[0] == "torch"
+
+
 def _holds(optimizer: Optimizer, identities: set[int]) -> bool:
     groups = getattr(optimizer, "param_groups", ())  # not there yet while one is being made
-    return any(id(parameter) in identities for group in groups for parameter in group["params"])
+    return not all(identities.isdisjoint(map(id, group["params"])) for group in groups)
 
 
-def _version(tensor: Tensor) -> int:
-    """Counts in-place writes; 0 for an inference tensor, which has no counter (a frozen part of a model)."""
-    return 0 if tensor.is_inference() else tensor._version
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Counts of in-place writes; 0 for an inference tensor, which has no counter (a frozen part of a model)."""
+    try:
+        return list(map(operator.attrgetter("_version"), tensors))
+    except RuntimeError:
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

@@ -1,8 +1,11 @@
 """The model's tensors as they are now, found again at every update and checked where something has moved.
 
 Objects, storages and submodules may be replaced between two updates (``.to()``, ``load_state_dict(assign=True)``,
-``p.data = ...``). Asking a thousand tensors for shape and type costs milliseconds; asking whether they are the same
-objects at the same addresses costs a tenth of that, and nearly always they are.
+``p.data = ...``). Checking a thousand tensors one by one costs milliseconds; asking whether they are the same objects
+with the same memory (address, strides, elements) costs a tenth of that, and nearly always they are.
+
+Nobody else needs to compare: whoever prepares something for the tensors may keep it for as long as ``find`` returns the
+very same mapping, and must hold their memory meanwhile, or another tensor may come to lie at the same address.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 from torch.nn import Module
 
+from nitrous_ema.trackable import check_gathered
 from nitrous_ema.tracked import Structure, TrackedTensor
 
 
@@ -32,25 +36,35 @@ class LiveTensors:
             for tensor in self._tracked
         ]
         self._found: list[Tensor] = []
-        self._addresses: list[int] = []
+        self._memory: list[list[object]] = []
         self._by_name: Mapping[str, Tensor] = {}
 
     def find(self) -> Mapping[str, Tensor]:
         """Tensors by canonical name; the very same mapping as long as nothing has moved.
 
         Raises:
-            UntrackableModelError: One is gone or has another shape or type, or its submodule was replaced.
+            UntrackableModelError: One is gone, has another shape or type, or became something that cannot be averaged;
+                its submodule was replaced; its values may be stale.
         """
         self._structure.check()
+        check_gathered(self._tracked[0].holder)  # the hooks in question are on every submodule
         found = [holder[kind].get(attribute) for holder, kind, attribute in self._places]
         if self._are_known(found):
             return self._by_name
         self._found = [tensor.live() for tensor in self._tracked]
-        self._addresses = [tensor.data_ptr() for tensor in self._found]
+        self._memory = _memory(self._found)
         self._by_name = {tracked.name: live for tracked, live in zip(self._tracked, self._found, strict=True)}
         return self._by_name
 
     def _are_known(self, found: Sequence[Tensor | None]) -> bool:
         if len(found) != len(self._found) or not all(map(operator.is_, found, self._found)):
             return False
-        return [tensor.data_ptr() for tensor in self._found] == self._addresses
+        return _memory(self._found) == self._memory
+
+
+def _memory(tensors: Sequence[Tensor]) -> list[list[object]]:
+    return [
+        list(map(Tensor.data_ptr, tensors)),
+        list(map(Tensor.stride, tensors)),
+        list(map(Tensor.numel, tensors)),
+    ]

@@ -31,6 +31,7 @@ from torch.nn.parameter import is_lazy
 
 from nitrous_ema.errors import UntrackableModelError, warn
 from nitrous_ema.snapshots.format import TensorRecord
+from nitrous_ema.trackable import check_gathered, problem_of
 
 Role = Literal["averaged", "copied", "skipped"]
 NameFilter = Collection[str] | Callable[[str], bool]
@@ -102,15 +103,19 @@ class TrackedTensor:
         """The tensor that the model holds now.
 
         Raises:
-            UntrackableModelError: It is gone, or has another shape or type than when tracking began.
+            UntrackableModelError: It is gone, has another shape or type than when tracking began, or became something
+                that cannot be averaged.
         """
         held = (self.holder._parameters if self.is_parameter else self.holder._buffers).get(self.attribute)
+        problem = None if held is None else problem_of(held)
+        if problem is not None:
+            raise UntrackableModelError(f"{self.name!r} {problem}.", name=self.name)
         if held is None or held.shape != self.shape or held.dtype != self.dtype:
             found = "gone" if held is None else f"{held.dtype} of shape {tuple(held.shape)}"
             raise UntrackableModelError(
                 f"{self.name!r} is {found} now but was {self.dtype} of shape {tuple(self.shape)} when tracking began. "
                 "Make a new EMA after changing the model (and load its state where the shapes still agree). A trainer "
-                "that empties or swaps parameters between steps (DeepSpeed ZeRO-3, FSDP) cannot be tracked.",
+                "that empties or swaps parameters between steps cannot be tracked.",
                 name=self.name,
             )
         return held
@@ -151,10 +156,6 @@ class TrackingPolicy:
                 raise TypeError(f"{argument} is {given!r}; expected names, or () for none.")
 
 
-# A module's children, what they were, its parameters or buffers, and how many there were.
-_Link = tuple[dict[str, Module | None], dict[str, Module | None], Mapping[str, Tensor | None], int]
-
-
 class Structure:
     """Notices that a submodule was replaced, or a tensor added: what is tracked would no longer be the model.
 
@@ -166,7 +167,7 @@ class Structure:
     def __init__(self, model: Module, tracked: Sequence[TrackedTensor]) -> None:
         self._model = model
         self._tracked = tracked
-        self._links = _links(model)
+        self._note()
 
     def check(self) -> None:
         """Compare with when tracking began. Wrapping a submodule is no change.
@@ -174,7 +175,7 @@ class Structure:
         Raises:
             UntrackableModelError: A tracked tensor belongs to a submodule that is not in the model any more.
         """
-        if all(held == kept and len(tensors) == count for held, kept, tensors, count in self._links):
+        if self._children == self._noted_children and list(map(len, self._tensors)) == self._noted_counts:
             return
         now = canonical_tensors(self._model, persistent_only=False)
         for tensor in self._tracked:
@@ -191,15 +192,15 @@ class Structure:
                 f"{added[0]!r} and {len(added) - 1} more tensors were added since tracking began and are not averaged. "
                 "Make a new EMA after changing the model."
             )
-        self._links = _links(self._model)
+        self._note()
 
-
-def _links(model: Module) -> list[_Link]:
-    return [
-        (module._modules, dict(module._modules), tensors, len(tensors))
-        for module in model.modules()
-        for tensors in (module._parameters, module._buffers)
-    ]
+    def _note(self) -> None:
+        """As lists, which Python compares without a loop of ours: a thousand modules take a tenth of a millisecond."""
+        modules = list(self._model.modules())
+        self._children = [module._modules for module in modules]
+        self._noted_children = [dict(children) for children in self._children]
+        self._tensors = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
+        self._noted_counts = list(map(len, self._tensors))
 
 
 @dataclass(slots=True, eq=False)
@@ -263,13 +264,15 @@ def track(model: Module, policy: TrackingPolicy | None = None) -> tuple[TrackedT
         policy: Which tensors leave the default role.
 
     Raises:
-        UntrackableModelError: A tensor is on meta, uninitialized, quantized, sparse, complex128 or of an unknown
-            subclass or type (such a tensor may still be skipped by name), or nothing is left to average.
+        UntrackableModelError: A tensor cannot be averaged (see ``trackable``; such a tensor may still be skipped by
+            name), its values may be stale, or nothing is left to average.
         ValueError: A filter names something that the model does not have.
     """
     if not isinstance(model, Module):
         raise TypeError(f"model is {model!r:.80}; expected a torch.nn.Module.")
     policy = policy or TrackingPolicy()
+    for module in model.modules():
+        check_gathered(module)
     found = list(_walk(model))
     _check_filters(policy, found)
     tracked = tuple(_tracked(each, _role(each, policy)) for each in found)
@@ -356,22 +359,11 @@ def _role(found: _Found, policy: TrackingPolicy) -> Role:
 
 def _check_trackable(found: _Found) -> None:
     """Refuse, by name, what cannot be averaged or stored."""
-    tensor, problem = found.tensor, None
-    if is_lazy(tensor):
-        problem = "is uninitialized. Run one forward pass (or initialize the lazy modules) before making the EMA"
-    elif tensor.is_meta:
-        problem = "is on the meta device and holds no values. Materialize the model before making the EMA"
-    elif type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    problem = problem_of(found.tensor)
+    if problem is None and found.tensor.dtype not in _DTYPE_CODES:
         problem = (
-            f"is a {type(tensor).__name__}, a tensor subclass that the averaging does not know. Make the EMA before "
-            "the conversion, or skip it with ignore_names"
+            f"is {found.tensor.dtype}, which cannot be averaged or stored. Convert it, or skip it with ignore_names"
         )
-    elif tensor.is_conj() or tensor.is_neg():
-        problem = "is a conjugated or negated view. Give the model tensor.resolve_conj().resolve_neg() instead"
-    elif tensor.is_quantized or tensor.layout != torch.strided:
-        problem = f"is {tensor.dtype} with layout {tensor.layout}. Only dense, unquantized tensors can be averaged"
-    elif tensor.dtype not in _DTYPE_CODES:
-        problem = f"is {tensor.dtype}, which cannot be averaged or stored. Convert it, or skip it with ignore_names"
     if problem is not None:
         raise UntrackableModelError(f"{found.keys[0]!r} {problem}.", name=found.keys[0])
 

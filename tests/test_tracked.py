@@ -268,6 +268,15 @@ def test_replaced_submodule_is_noticed():
         structure.check()
 
 
+def test_tensor_that_was_added_is_told_of_once():
+    model = Net()
+    structure = Structure(model, track(model))
+    model.head.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    with pytest.warns(NitrousWarning, match=r"'head.scale' and 0 more tensors were added since tracking began"):
+        structure.check()
+    structure.check()
+
+
 def test_wrapping_a_submodule_is_no_replacement():
     model = Net()
     structure = Structure(model, track(model))
