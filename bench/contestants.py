@@ -5,12 +5,14 @@ No library takes snapshots here. Peers that are not installed are left out, and 
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -29,6 +31,7 @@ EMA_PYTORCH = "ema-pytorch PostHocEMA"
 EMA_FOREACH = "ema-pytorch 2 x EMA(use_foreach)"
 NITROUS_001 = "nitrous-ema 0.0.1 PostHocEMA"
 TORCH = "torch 2 x AveragedModel"
+SIDE_STREAM = "side stream as in NeMo"
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Averaging:
     update: Callable[[], Any]
     fence: Callable[[], Any] | None = None
     """Orders the caller after an update that goes on in the background; None where there is none."""
+    before_step: Callable[[], Any] | None = None
+    """What the library does at the start of an optimizer step, if it wraps the optimizer."""
 
     def update_and_fence(self) -> None:
         """One update; when it returns (on an accelerator: when the device is through), the averaging is done."""
@@ -46,7 +51,10 @@ class Averaging:
             self.fence()
 
 
-Make = Callable[[nn.Module, ExitStack], Averaging]
+class Make(Protocol):
+    """Sets a library up for a model, until the stack is left."""
+
+    def __call__(self, model: nn.Module, stack: ExitStack, update_every: int = 1) -> Averaging: ...
 
 
 def makers() -> tuple[dict[str, Make], dict[str, str]]:
@@ -56,13 +64,13 @@ def makers() -> tuple[dict[str, Make], dict[str, str]]:
     try:
         import ema_pytorch
 
-        found[EMA_PYTORCH] = lambda model, stack: _peer(ema_pytorch, model, stack, "manual")
-        found[EMA_FOREACH] = lambda model, stack: _ema_foreach(ema_pytorch, model)
+        found[EMA_PYTORCH] = partial(_peer, ema_pytorch, never="manual")
+        found[EMA_FOREACH] = partial(_ema_foreach, ema_pytorch)
     except ImportError as error:
         absent["ema-pytorch"] = str(error)
     library, reason = nitrous_001()
     if library is not None:
-        found[NITROUS_001] = lambda model, stack: _peer(library, model, stack, 1e10, step_size_correction=False)
+        found[NITROUS_001] = partial(_peer, library, never=1e10, step_size_correction=False)
     else:
         absent["nitrous-ema 0.0.1"] = reason
     found[TORCH] = _averaged_model
@@ -93,39 +101,82 @@ def foreach(model: nn.Module) -> Averaging:
     return Averaging(update)
 
 
-def _sync(model: nn.Module, stack: ExitStack) -> Averaging:
+def side_stream(model: nn.Module, stack: ExitStack, update_every: int = 1) -> Averaging:
+    """What NeMo's EMAOptimizer does, for two averages: a side stream, foreach, and a host that waits before each step.
+
+    Parameters only, averages in their type; the two multiplications and two additions are those of the source. On the
+    CPU, where that starts a thread for each update, everything happens at once.
+
+    Source:
+        NVIDIA/NeMo at 94bd3466, nemo/collections/common/callbacks/ema.py: ``ema_update``, ``EMAOptimizer.step``,
+        ``.update`` and ``.join``.
+    """
+    parameters = [each.detach() for each in model.parameters()]
+    averages = [[each.clone() for each in parameters] for _ in WEIGHTS]
+    module = torch.get_device_module(parameters[0].device)
+    stream = module.Stream() if parameters[0].device.type != "cpu" else None
+
+    def update() -> None:
+        if stream is not None:
+            stream.wait_stream(module.current_stream())
+        with module.stream(stream):
+            for average, weight in zip(averages, WEIGHTS, strict=True):
+                torch._foreach_mul_(average, 1 - weight)
+                torch._foreach_add_(average, parameters, alpha=weight)
+
+    def join() -> None:
+        if stream is not None:
+            stream.synchronize()
+
+    stack.callback(join)  # before the averages go: they were made on another stream
+    return Averaging(_every(update_every, update), fence=join, before_step=join)
+
+
+def _sync(model: nn.Module, stack: ExitStack, update_every: int = 1) -> Averaging:
     ema = PostHocEMA(
-        model, SIGMA_RELS, checkpoint_every_num_steps="manual", checkpoint_folder=_folder(stack), update_every=1
+        model,
+        SIGMA_RELS,
+        checkpoint_every_num_steps="manual",
+        checkpoint_folder=_folder(stack),
+        update_every=update_every,
     )
     stack.enter_context(ema)
     return Averaging(ema.update)
 
 
-def _async(model: nn.Module, stack: ExitStack) -> Averaging:
-    ema = AsyncPostHocEMA(model, SIGMA_RELS, checkpoint_every_num_steps="manual", checkpoint_folder=_folder(stack))
+def _async(model: nn.Module, stack: ExitStack, update_every: int = 1) -> Averaging:
+    ema = AsyncPostHocEMA(
+        model,
+        SIGMA_RELS,
+        checkpoint_every_num_steps="manual",
+        checkpoint_folder=_folder(stack),
+        update_every=update_every,
+    )
     stack.enter_context(ema)
     return Averaging(ema.update, ema.fence)
 
 
-def _peer(library: ModuleType, model: nn.Module, stack: ExitStack, never: Any, **options: Any) -> Averaging:
+def _peer(
+    library: ModuleType, model: nn.Module, stack: ExitStack, update_every: int = 1, *, never: Any, **options: Any
+) -> Averaging:
     ema = library.PostHocEMA(
         model,
         sigma_rels=SIGMA_RELS,
         checkpoint_every_num_steps=never,
         checkpoint_folder=_folder(stack),
-        update_every=1,
+        update_every=update_every,
         **options,
     )
     return Averaging(ema.update)
 
 
-def _ema_foreach(library: ModuleType, model: nn.Module) -> Averaging:
+def _ema_foreach(library: ModuleType, model: nn.Module, stack: ExitStack, update_every: int = 1) -> Averaging:
     """The library's other class, which keeps one average with a constant decay: two of them."""
     emas = [
         library.EMA(
             model,
             beta=1 - weight,
-            update_every=1,
+            update_every=update_every,
             update_after_step=0,
             include_online_model=False,
             use_foreach=True,
@@ -135,26 +186,32 @@ def _ema_foreach(library: ModuleType, model: nn.Module) -> Averaging:
     return Averaging(lambda: [ema.update() for ema in emas])
 
 
-def _averaged_model(model: nn.Module, stack: ExitStack) -> Averaging:
+def _averaged_model(model: nn.Module, stack: ExitStack, update_every: int = 1) -> Averaging:
     averages = [
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - weight), use_buffers=True) for weight in WEIGHTS
     ]
-    return Averaging(lambda: [average.update_parameters(model) for average in averages])
+    return Averaging(_every(update_every, lambda: [average.update_parameters(model) for average in averages]))
+
+
+def _every(calls: int, update: Callable[[], Any]) -> Callable[[], None]:
+    """For what has no such option: the first call and every so many after it."""
+    turns = itertools.cycle([update, *[_nothing] * (calls - 1)])
+    return lambda: next(turns)()
 
 
 def nitrous_001() -> tuple[ModuleType | None, str]:
     """The module, or None and why it is absent."""
     try:
-        import pytest
+        from tests.peers import ABSENT, find_nitrous_001
 
-        from tests.peers import load_nitrous_001
-    except ImportError as error:
+        return find_nitrous_001(), ABSENT
+    except ImportError as error:  # what it imports itself
         return None, str(error)
-    try:
-        return load_nitrous_001(), ""
-    except (pytest.skip.Exception, pytest.fail.Exception) as absent:
-        return None, str(absent)
 
 
 def _folder(stack: ExitStack) -> str:
     return stack.enter_context(tempfile.TemporaryDirectory(prefix="nitrous-ema-bench-"))
+
+
+def _nothing() -> None:
+    pass

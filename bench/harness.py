@@ -6,7 +6,9 @@ contestant gives one sample, in a new random order. Ratios and differences are t
 summarized, so that what slows the machine down for a while slows both sides of a ratio.
 
 Medians, quartiles and the fastest round are reported; nothing is left out. Garbage is collected before a comparison
-and not during it.
+and not during it. A bench that runs unattended gives ``compare`` somewhere to note failures, and a time to stop at.
+
+Longer than the house's 300 lines: whoever writes a bench reads this file, and nothing else.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import torch
 Measure = Callable[[], float]
 
 WARM_UP_ROUNDS = 3  # the first update of every library copies, and its second one may still allocate
+LEAST_ROUNDS = 2  # however little time there is
 
 
 # ---- one sample
@@ -161,15 +164,50 @@ class Comparison:
 
     def ratio(self, name: str, base: str) -> Spread:
         """Times as long as ``base``, round by round."""
-        return Spread.of([a / b for a, b in zip(self.seconds[name], self.seconds[base], strict=True)])
+        return Spread.of([a / b for a, b in self._pairs(name, base)])
 
     def difference(self, name: str, base: str) -> Spread:
         """Seconds more than ``base``, round by round."""
-        return Spread.of([a - b for a, b in zip(self.seconds[name], self.seconds[base], strict=True)])
+        return Spread.of([a - b for a, b in self._pairs(name, base)])
+
+    def _pairs(self, name: str, base: str) -> list[tuple[float, float]]:
+        return list(zip(self.seconds[name], self.seconds[base], strict=True))
+
+
+@dataclass(frozen=True)
+class Duels(Comparison):
+    """Contestants that met only one of them, each in rounds of its own."""
+
+    met: Mapping[tuple[str, str], Sequence[tuple[float, float]]]
+    """Seconds of a contestant, and of the other one that it met in the same rounds."""
+
+    @staticmethod
+    def of(base: str, comparisons: Sequence[Comparison]) -> Duels:
+        """All of these; the rounds of ``base`` are put together."""
+        mine = [each for each in comparisons if base in each.seconds]
+        seconds = {base: [sample for each in mine for sample in each.seconds[base]]}
+        met = {(base, base): [(sample, sample) for sample in seconds[base]]}
+        for each in mine:
+            for name, samples in each.seconds.items():
+                if name != base:
+                    seconds[name] = list(samples)
+                    met[name, base] = list(zip(samples, each.seconds[base], strict=True))
+                    met[base, name] = [(b, a) for a, b in met[name, base]]
+        return Duels({name: samples for name, samples in seconds.items() if samples}, met)
+
+    def _pairs(self, name: str, base: str) -> list[tuple[float, float]]:
+        return list(self.met[name, base])
 
 
 def compare(
-    contestants: Mapping[str, Measure], *, rounds: int, warm_up_rounds: int = WARM_UP_ROUNDS, seed: int = 0
+    contestants: Mapping[str, Measure],
+    *,
+    rounds: int,
+    warm_up_rounds: int = WARM_UP_ROUNDS,
+    seed: int = 0,
+    seconds_at_most: float | None = None,
+    failed: dict[str, str] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
     """Let contestants take turns.
 
@@ -178,23 +216,63 @@ def compare(
         rounds: Samples per contestant.
         warm_up_rounds: Rounds before these that do not count.
         seed: Of the order.
+        seconds_at_most: No round begins after these, but for the least number of them.
+        failed: Takes the error of a contestant that raises one, which is then left out; by default it is raised.
+        clock: Seconds.
     """
-    order, chance = list(contestants), random.Random(seed)
+    order, chance, begin = list(contestants), random.Random(seed), clock()
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         for turn in range(warm_up_rounds + rounds):
+            is_late = seconds_at_most is not None and clock() - begin > seconds_at_most
+            if is_late and turn >= warm_up_rounds + LEAST_ROUNDS:
+                break
             chance.shuffle(order)
-            for name in order:
-                sample = contestants[name]()
-                if turn >= warm_up_rounds:
+            for name in tuple(order):
+                sample = _sample(name, contestants[name], failed)
+                if sample is None:
+                    order.remove(name)
+                    del seconds[name]
+                elif turn >= warm_up_rounds:
                     seconds[name].append(sample)
     finally:
         if was_enabled:
             gc.enable()
     return Comparison(seconds)
+
+
+def _sample(name: str, measure: Measure, failed: dict[str, str] | None) -> float | None:
+    try:
+        return measure()
+    except Exception as error:
+        if failed is None:
+            raise
+        failed[name] = described(error)
+        return None
+
+
+def described(error: BaseException) -> str:
+    """An error in one line, which keeps nothing alive."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300]
+
+
+class Budget:
+    """Time that can be dealt out."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._end = clock, clock() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds; 0 if it is over."""
+        return max(0.0, self._end - self._clock())
+
+    def part(self, of: float) -> Budget:
+        """One of so many equal parts of what is left."""
+        return Budget(self.left / of, self._clock)
 
 
 # ---- the report
@@ -207,6 +285,8 @@ class Report:
     bench: str
     options: Mapping[str, Any]
     machine: Mapping[str, Any]
+    path: Path | None = None
+    """Everything is written here after each table, so that a run that is cut short has told what it knew."""
     tables: list[dict[str, Any]] = field(default_factory=list)
 
     def begin(self) -> None:
@@ -226,6 +306,7 @@ class Report:
         sample_bytes: int | None = None,
         note: str = "",
         facts: Mapping[str, Any] | None = None,
+        failed: Mapping[str, str] | None = None,
     ) -> None:
         """Summarize a comparison.
 
@@ -237,20 +318,63 @@ class Report:
             sample_bytes: What one sample moves, for rates.
             note: What a reader must know of the rows.
             facts: More about the table, for the JSON file.
+            failed: Why others have no row.
         """
+        floor, baseline = (base if base in comparison.seconds else None for base in (floor, baseline))
         rows = [_row(comparison, name, floor, baseline, sample_bytes) for name in comparison.seconds]
         bases = {"floor": floor, "baseline": baseline, "bytes": sample_bytes}
-        table = {"title": title, "note": note, **bases, **(facts or {}), "rows": rows}
-        self.tables.append(table)
-        print(render(table), flush=True)
+        self._put({"title": title, "note": note, **bases, **(facts or {}), "rows": rows, "failed": dict(failed or {})})
+
+    def add_list(
+        self,
+        title: str,
+        columns: Mapping[str, Callable[[float], str]],
+        rows: Mapping[str, Mapping[str, float]],
+        *,
+        note: str = "",
+        failed: Mapping[str, str] | None = None,
+    ) -> None:
+        """Add a table of other values than seconds per round.
+
+        Args:
+            title: What it is of.
+            columns: How each is shown, by name.
+            rows: The values of each contestant, by column.
+            note: What a reader must know of the rows.
+            failed: Why others have no row.
+        """
+        shown = [
+            {"name": name, **row, "shown": [show(row[column]) for column, show in columns.items()]}
+            for name, row in rows.items()
+        ]
+        table = {"title": title, "note": note, "columns": list(columns), "rows": shown, "failed": dict(failed or {})}
+        self._put(table)
 
     def write(self, path: Path | None) -> None:
         """Write everything as JSON: to a file, or into a folder under the bench's name."""
+        file = self._save(path)
+        if file is not None:
+            print(f"\nwritten: {file}")
+
+    @property
+    def failures(self) -> list[str]:
+        """What has no row because it failed."""
+        return [f"{table['title']}: {name}" for table in self.tables for name in table["failed"]]
+
+    def _put(self, table: dict[str, Any]) -> None:
+        self.tables.append(table)
+        print(render(table), flush=True)
+        self._save(self.path)
+
+    def _save(self, path: Path | None) -> Path | None:
         if path is None:
-            return
+            return None
         file = path / f"{self.bench}.json" if path.is_dir() else path
-        file.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        print(f"\nwritten: {file}")
+        content = {"bench": self.bench, "options": self.options, "machine": self.machine, "tables": self.tables}
+        half = file.with_name(f".{file.name}.half")
+        half.write_text(json.dumps(content, indent=1) + "\n")
+        half.replace(file)  # a reader, or whoever comes after a run that was killed, never finds half of it
+        return file
 
 
 _LEGEND = """
@@ -262,6 +386,20 @@ rate        bytes per second, at the median         of floor     percent of the 
 
 def render(table: Mapping[str, Any]) -> str:
     """A table as text."""
+    bases: list[str] = []
+    if "columns" in table:
+        lines = [["", *table["columns"]], *([row["name"], *row["shown"]] for row in table["rows"])]
+    else:
+        lines = _spreads(table)
+        bases = [f"{kind}: {table[kind]}" for kind in ("floor", "baseline") if table[kind]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    above = [f"\n== {table['title']}", *([table["note"]] if table["note"] else []), *bases]
+    return "\n".join([*above, *text, *(f"no row: {name}: {why}" for name, why in table["failed"].items())])
+
+
+def _spreads(table: Mapping[str, Any]) -> list[list[str]]:
+    """Header and rows of a table of seconds per round."""
     floor, baseline = table["floor"], table["baseline"]
     header = ["", "median", "q1-q3", "min"]
     header += ["x floor"] if floor else []
@@ -279,11 +417,7 @@ def render(table: Mapping[str, Any]) -> str:
         line += [_rate(row["bytes_per_second"])] if table.get("bytes") else []
         line += [_percent(row["rate_to_floor"])] if table.get("bytes") and floor else []
         lines.append(line)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-    bases = [f"{kind}: {name}" for kind, name in (("floor", floor), ("baseline", baseline)) if name]
-    above = [f"\n== {table['title']}", *([table["note"]] if table["note"] else []), *bases]
-    return "\n".join([*above, *text])
+    return lines
 
 
 def duration(seconds: float) -> str:
@@ -355,7 +489,7 @@ def start(bench: str, options: argparse.Namespace) -> Report:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    report = Report(bench=bench, options=shown, machine=machine(torch.device(options.device)))
+    report = Report(bench=bench, options=shown, machine=machine(torch.device(options.device)), path=options.json)
     report.begin()
     return report
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -68,13 +69,13 @@ def makers() -> tuple[list[Make], dict[str, str]]:
     absent: dict[str, str] = {}
     library, reason = contestants.nitrous_001()
     if library is not None:
-        found.append(lambda model, stack, folder: _nitrous_001(library, model, folder))
+        found.append(partial(_nitrous_001, library))
     else:
         absent["nitrous-ema 0.0.1"] = reason
     try:
         import ema_pytorch
 
-        found.append(lambda model, stack, folder: _ema_pytorch(ema_pytorch, model, folder))
+        found.append(partial(_ema_pytorch, ema_pytorch))
     except ImportError as error:
         absent["ema-pytorch"] = str(error)
     found.append(_torch)
@@ -134,7 +135,7 @@ def _async(model: nn.Module, stack: ExitStack, parent: Path) -> dict[str, Saver]
     return {ASYNC: saver}
 
 
-def _nitrous_001(library: ModuleType, model: nn.Module, parent: Path) -> dict[str, Saver]:
+def _nitrous_001(library: ModuleType, model: nn.Module, stack: ExitStack, parent: Path) -> dict[str, Saver]:
     folder = _folder(parent, "nitrous-001")
     ema = library.PostHocEMA(
         model,
@@ -148,7 +149,7 @@ def _nitrous_001(library: ModuleType, model: nn.Module, parent: Path) -> dict[st
     return {NITROUS_001: Saver(folder=folder, update=ema.update, save=ema.checkpoint)}
 
 
-def _ema_pytorch(library: ModuleType, model: nn.Module, parent: Path) -> dict[str, Saver]:
+def _ema_pytorch(library: ModuleType, model: nn.Module, stack: ExitStack, parent: Path) -> dict[str, Saver]:
     """One pair of averages, saved in the library's default type and in the one that the others use."""
     folder = _folder(parent, "ema-pytorch")
     ema = library.PostHocEMA(

@@ -16,6 +16,7 @@ from typing import NoReturn
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The environment that runs the tests, then the one `make` builds here (for tests run with another Python).
 _FOLDERS = (Path(sys.prefix) / "peers", REPOSITORY / ".venv" / "peers")
+ABSENT = f"nitrous-ema 0.0.1 is in none of {', '.join(map(str, _FOLDERS))}: `make test` installs it"
 
 
 def load_nitrous_001() -> ModuleType:
@@ -23,6 +24,11 @@ def load_nitrous_001() -> ModuleType:
 
     Where it is not installed the calling test is skipped, and in continuous integration it fails.
     """
+    return find_nitrous_001() or _absent()
+
+
+def find_nitrous_001() -> ModuleType | None:
+    """The same, or None where it is not installed: for benches, which run where there is no pytest."""
     name = "nitrous_ema_001"
     if name in sys.modules:
         return sys.modules[name]
@@ -31,16 +37,15 @@ def load_nitrous_001() -> ModuleType:
         file = folder / "nitrous_ema" / "ema.py"
         if file.is_file() and (folder / "nitrous_ema-0.0.1.dist-info").is_dir():
             return _load(name, file)
-    return _absent()
+    return None
 
 
 def _absent() -> NoReturn:
-    import pytest  # here, because benches load the peer too, where there may be no pytest
+    import pytest
 
-    absent = f"nitrous-ema 0.0.1 is in none of {', '.join(map(str, _FOLDERS))}: `make test` installs it"
     if "CI" in os.environ:
-        pytest.fail(absent)
-    pytest.skip(absent)
+        pytest.fail(ABSENT)
+    pytest.skip(ABSENT)
 
 
 def _load(name: str, file: Path) -> ModuleType:

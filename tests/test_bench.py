@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from bench.harness import (
+    Budget,
     Comparison,
+    Duels,
     Report,
     Spread,
     added_by,
@@ -124,6 +126,54 @@ def test_garbage_is_not_collected_while_contestants_run_and_is_again_afterwards(
     assert gc.isenabled()
 
 
+def test_contestant_that_fails_is_left_out_with_its_reason_and_the_others_go_on():
+    costs = iter([1.0, 2.0])
+    failed: dict[str, str] = {}
+    comparison = compare(
+        {"a": lambda: 5.0, "b": lambda: next(costs), "c": _break},
+        rounds=2,
+        warm_up_rounds=0,
+        failed=failed,
+    )
+    assert comparison.seconds.keys() == {"a", "b"}
+    assert failed == {"c": "RuntimeError: broken"}
+    assert comparison.seconds["a"] == [5.0, 5.0]
+
+
+def test_no_round_begins_when_the_time_is_over_but_for_the_least_of_them():
+    clock = FakeClock()
+
+    def measure() -> float:
+        clock.spend(10.0)
+        return 1.0
+
+    def rounds(seconds: float) -> int:
+        done = compare({"a": measure}, rounds=9, warm_up_rounds=1, seconds_at_most=seconds, clock=clock)
+        return len(done.seconds["a"])
+
+    assert [rounds(0.0), rounds(45.0), rounds(1e9)] == [2, 4, 9]
+
+
+def test_contestants_that_met_only_the_base_are_set_against_it_in_their_own_rounds():
+    first, second = {"base": [1.0, 2.0], "a": [2.0, 4.0]}, {"b": [30.0], "base": [10.0]}
+    lost = {"c": [1.0]}  # the base had failed there
+    duels = Duels.of("base", [Comparison(each) for each in (first, second, lost)])
+    assert duels.seconds == {"base": [1.0, 2.0, 10.0], "a": [2.0, 4.0], "b": [30.0]}
+    assert (duels.ratio("a", "base").median, duels.ratio("b", "base").median) == (2.0, 3.0)
+    assert duels.ratio("base", "b").median == pytest.approx(1 / 3)
+    assert duels.difference("base", "base").median == 0.0
+
+
+def test_budget_is_dealt_out_in_parts_of_what_is_left():
+    clock = FakeClock()
+    budget = Budget(12.0, clock)
+    part = budget.part(3)
+    clock.spend(3.0)
+    assert (budget.left, part.left, budget.part(3).left) == (9.0, 1.0, 3.0)
+    clock.spend(50.0)
+    assert (budget.left, budget.part(2).left) == (0.0, 0.0)
+
+
 def test_spread_is_that_of_the_textbook():
     assert Spread.of([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(median=3.0, q1=2.0, q3=4.0, min=1.0)
     assert Spread.of([7.0]) == Spread(median=7.0, q1=7.0, q3=7.0, min=7.0)
@@ -210,6 +260,24 @@ def test_json_holds_machine_options_statistics_and_every_sample(tmp_path):
     assert ours["to_floor"]["median"] == 2.0
     assert ours["to_baseline"]["median"] == 0.5
     assert ours["over_baseline"]["median"] == -3.0
+
+
+def test_everything_so_far_is_in_the_file_after_each_table(tmp_path):
+    report = Report(bench="bench_fake", options={}, machine={}, path=tmp_path)
+    for count in (1, 2):
+        report.add("a fake", Comparison({"a": [1.0]}), floor="not there", failed={"b": "why"})
+        (file,) = tmp_path.iterdir()
+        assert len(json.loads(file.read_text())["tables"]) == count
+    assert report.failures == ["a fake: b"] * 2
+    assert render(report.tables[0]).splitlines()[-1] == "no row: b: why"
+
+
+def test_list_shows_each_value_in_its_own_way():
+    report = Report(bench="bench_fake", options={}, machine={})
+    report.add_list("a fake", {"bytes": "{:.0f} B".format, "part": "{:.1%}".format}, {"a": {"bytes": 7, "part": 0.25}})
+    (table,) = report.tables
+    assert re.split(r"  +", render(table).splitlines()[-1]) == ["a", "7 B", "25.0%"]
+    assert (table["rows"][0]["bytes"], table["rows"][0]["part"]) == (7, 0.25)
 
 
 def test_json_into_a_folder_is_named_after_the_bench(tmp_path):
