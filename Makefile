@@ -7,7 +7,10 @@ DEMO_FLAGS ?=
 SOAK_FLAGS ?=
 BENCH_FLAGS ?=
 FUZZ_FLAGS ?= --seconds 300
-BENCHES ?= $(patsubst bench/%.py,bench.%,$(sort $(wildcard bench/bench_*.py)))
+RACES_FLAGS ?= --seeds 2000
+BENCHES ?= $(filter-out bench.bench_device,$(patsubst bench/%.py,bench.%,$(sort $(wildcard bench/bench_*.py))))
+CUDA_RESULTS ?= build/test-cuda.json
+CUDA_BENCHES ?= bench.bench_device bench.speed_test
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +23,7 @@ LOCK := $(if $(shell command -v flock),flock $(VENV).lock)
 WITH_PYTHON := PYTHONPATH="$(CURDIR):$(CURDIR)/$(PEERS):$$PYTHONPATH" $(PYTHON)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check crash soak fuzz bench test-cuda bench-cuda clean
+.PHONY: help venv demo test check crash soak fuzz races bench test-cuda bench-cuda clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -48,14 +51,19 @@ soak: venv  ## training runs, readers and a pruner in one folder for minutes (SO
 fuzz: venv  ## long coverage-guided fuzzing of everything that reads files (FUZZ_FLAGS="--seconds 300 --seed 0")
 	@$(BIN)/python -W ignore -m tests.fuzz.campaign $(FUZZ_FLAGS)
 
+races: venv  ## all scenarios, and all missing waits, on a fake device in thousands of orders (RACES_FLAGS="--seeds 2000")
+	@$(BIN)/python -m tests.laggy.campaign $(RACES_FLAGS)
+
 bench: venv  ## side by side with ema-pytorch and nitrous-ema 0.0.1 (BENCHES=bench.bench_one BENCH_FLAGS=...)
 	@set -e; for bench in $(BENCHES); do $(BIN)/python -m $$bench $(BENCH_FLAGS); done
 
-test-cuda:  ## the CUDA tests, with the torch that PYTHON=... has; installs nothing
-	@$(WITH_PYTHON) -m pytest -m cuda --require-cuda $(PYTEST_FLAGS)
+test-cuda:  ## the CUDA tests, with the torch that PYTHON=... has; installs nothing (CUDA_RESULTS=file.json)
+	@$(WITH_PYTHON) -m pytest tests/cuda -m cuda --require-cuda --device-results $(CUDA_RESULTS) $(PYTEST_FLAGS)
 
-bench-cuda:  ## the benches on the accelerator, with the torch that PYTHON=... has; installs nothing
-	@set -e; for bench in $(BENCHES); do $(WITH_PYTHON) -m $$bench --device cuda $(BENCH_FLAGS); done
+bench-cuda:  ## ten minutes on the accelerator, with the torch that PYTHON=... has; installs nothing (CUDA_BENCHES=...)
+	@mkdir -p build/bench
+	@status=0; for bench in $(CUDA_BENCHES); do \
+		$(WITH_PYTHON) -m $$bench --device cuda --json build/bench $(BENCH_FLAGS) || status=1; done; exit $$status
 
 venv:  ## only set up .venv (PYTHON=..., PIP_FLAGS=...)
 	@$(LOCK) $(MAKE) --silent --no-print-directory $(READY)

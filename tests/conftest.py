@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 
-import hypothesis
 import pytest
 
-hypothesis.settings.register_profile(
-    "house",
-    deadline=None,  # a busy machine is no bug
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # for the same reason
-    derandomize="CI" in os.environ,  # the same commit gives the same verdict; at home every run tries new examples
-    print_blob=True,
-)
-hypothesis.settings.load_profile("house")
+try:
+    import hypothesis
+except ModuleNotFoundError:  # a machine with a device, which has torch and pytest; no CUDA test needs it
+    hypothesis = None
+
+if hypothesis is not None:
+    hypothesis.settings.register_profile(
+        "house",
+        deadline=None,  # a busy machine is no bug
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],  # for the same reason
+        derandomize="CI" in os.environ,  # the same commit gives the same verdict; at home every run tries new examples
+        print_blob=True,
+    )
+    hypothesis.settings.load_profile("house")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -42,6 +42,7 @@ from typing import Any
 
 import torch
 
+from nitrous_ema.async_.capture import let_others_capture
 from nitrous_ema.pipeline import BackgroundThread, Mark, ReachedMark, Work, attempt
 
 _MAX_QUEUED = 16
@@ -275,6 +276,7 @@ class _DeviceMark:
         # torch.Event(blocking=True) ignores the flag, and spinning would take a core from the trainer: host waits use
         # the device module's own events. These are another structure than torch.Event, and no check keeps a generic
         # stream from misreading one: they are recorded and waited for on the current stream only, never passed one.
+        self._may_be_captured = device.type == "cuda"
         event_class: Callable[..., Any] = torch.get_device_module(device).Event
         try:
             self._event = event_class(enable_timing=False, blocking=True)
@@ -291,6 +293,8 @@ class _DeviceMark:
 
     def wait(self) -> None:
         """Block this thread until it is reached; other threads run meanwhile."""
+        if self._may_be_captured and isinstance(threading.current_thread(), BackgroundThread):
+            let_others_capture()
         self._event.synchronize()
 
     def is_reached(self) -> bool:

@@ -1,0 +1,47 @@
+"""Tests that need a CUDA device: what they ran on, what came of it, and an end to those that hang."""
+
+from __future__ import annotations
+
+import faulthandler
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+LIMIT_SECONDS = 150
+"""A test that takes this long has hung, and the device with it: the run ends, saying where all threads stood."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device-results", metavar="FILE", help="write what became of each CUDA test, as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--device-results", default=None)
+    if path is not None:
+        from tests.cuda.results import Results
+
+        config.pluginmanager.register(Results(Path(path)))
+
+
+def pytest_report_header() -> str:
+    from tests.cuda.results import machine
+
+    return "device: " + ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None)
+
+
+@pytest.fixture(autouse=True)
+def bounded(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("cuda") is None:
+        yield
+        return
+    results = request.config.getoption("--device-results", default=None)
+    path = Path(results).with_suffix(".hung.txt") if results else Path("build/cuda-tests.hung.txt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stacks:  # not stderr: what is captured would end with the process
+        stacks.write(f"{request.node.nodeid}\n")
+        stacks.flush()
+        faulthandler.dump_traceback_later(LIMIT_SECONDS, exit=True, file=stacks)
+        yield
+        faulthandler.cancel_dump_traceback_later()
+    path.unlink()

@@ -1,0 +1,61 @@
+"""A process of its own, under ``TORCH_CUDA_SANITIZER=1``: trains with an EMA; a race that is seen is an error.
+
+The sanitizer knows events, streams and torch's operators, and compares accesses at equal addresses. What it does not
+know, and would take for races or miss, is put right here:
+
+- It sees no ``query()``, by which the lane learns that a copy is over. Here every query that says so is followed by a
+  ``synchronize()`` of the same event, which it sees and which waits for nothing.
+- It sees no Triton kernel, so averaging is by torch's operators here.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+from unittest import mock
+
+import torch
+
+from nitrous_ema.async_ import lane as lanes
+from nitrous_ema.step import GroupStep
+from tests.laggy.cases import SCENARIOS
+from tests.laggy.loops import train
+from tests.laggy.without import without
+from tests.scenarios import same_stream_after
+from tests.slow_snapshots import long_copy
+
+NAMES = (
+    "guarded", "guarded, every third", "copied", "copied, every third", "bfloat16", "batch norm", "tied", "transposed",
+    "weights written in forward", "snapshots in bfloat16", "streams", "ema_model", "saved and loaded",
+)  # fmt: skip
+"""Of ``SCENARIOS``."""
+
+
+def main(device: str, *lines: str) -> None:
+    """Train in every way that ``NAMES`` names, and then without each of these lines (``laggy/without.py``)."""
+    with (
+        mock.patch.object(lanes._DeviceMark, "is_reached", is_reached_and_seen),
+        mock.patch("nitrous_ema.dispatch.step_for", GroupStep),
+    ):
+        for name in NAMES:
+            with same_stream_after(device):
+                train(device, background=True, **SCENARIOS[name])
+            print("no race:", name)
+        long_copy(device, "chunks", background=True)
+        print("no race: long copy")
+        for line in lines:
+            with without(line):
+                train(device, background=True)
+
+
+def is_reached_and_seen(mark: Any) -> bool:
+    is_reached = bool(mark._event.query())
+    if is_reached:
+        mark._event.synchronize()
+    return is_reached
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
+    print("to the end")

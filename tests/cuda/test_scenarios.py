@@ -1,0 +1,119 @@
+"""The scenarios of the laggy device on a real one: the same bits in the background as at once, whoever is late.
+
+The reference is ``PostHocEMA`` on the same device, since its kernels round as they like. Each way to be late opens one
+or more of the races wide, with a kernel that does nothing for a while:
+
+hazard                                        who is late            scenario
+1  parameters are read after they were        caller                 all
+   written
+2  the optimizer writes after that read       updates, streams       all
+3  averages are written after the copy that   copies, chunks         all, long_copy
+   reads them
+4  pages are read after they were copied      copies, chunks         all, long_copy
+5  a slot is filled again after its file is   disk                   slow_disk
+   written
+6  copies of buffers and parameters are       updates                "copied", "batch norm"
+   written after the last ones were read
+7  averages are read after they were          updates, readers       "ema_model", "average_parameters", "state_dict"
+   written, and written after that read
+
+``test_race_is_lost_without_its_line`` shows that they are open indeed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.laggy.cases import SCENARIOS
+from tests.laggy.loops import train
+from tests.laggy.without import LINES, without
+from tests.late import WHO, late
+from tests.scenarios import replay, same_stream_after
+from tests.slow_snapshots import long_copy, slow_disk
+
+pytestmark = pytest.mark.cuda
+
+ON_CUDA = [
+    name
+    for name, case in SCENARIOS.items()
+    # Copies that are held in a state of their own, and averages of the host's kernels, have no reference here.
+    if case.get("then") != "skipped checkpoint" and "offload" not in case
+]
+
+
+def run(scenario: Callable[..., dict[str, Any]], **case: Any) -> dict[str, Any]:
+    """On the device; with what is said about weights that were written unseen, which a scenario does on purpose."""
+    with same_stream_after("cuda"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return scenario("cuda", **case)
+
+
+def different(scenario: Callable[..., dict[str, Any]], **case: Any) -> list[str]:
+    """What is not the same in the background as at once."""
+    return compare(run(scenario, background=True, **case), run(scenario, background=False, **case))
+
+
+def compare(obtained: dict[str, Any], right: dict[str, Any]) -> list[str]:
+    assert obtained.keys() == right.keys()
+    return [key for key in right if not same(obtained[key], right[key])]
+
+
+def same(obtained: Any, right: Any) -> bool:
+    if isinstance(right, torch.Tensor):
+        return obtained.dtype == right.dtype and torch.equal(obtained, right)
+    return bool(obtained == right)
+
+
+@pytest.mark.parametrize("who", WHO)
+@pytest.mark.parametrize("name", ON_CUDA)
+def test_results_are_the_same_whoever_is_late(name, who):
+    case = {"max_pending": 4, **SCENARIOS[name]}
+    if case.get("two_devices") and torch.cuda.device_count() < 2:
+        pytest.skip("this machine has one device")
+    with late(who):
+        assert different(train, **case) == []
+
+
+@pytest.mark.parametrize("who", WHO)
+def test_replayed_steps_are_averaged(who):
+    assert different(replay, who=who) == []
+
+
+@pytest.mark.parametrize("who", WHO)
+def test_long_copies_give_the_same_bits(who):
+    assert different(long_copy, who=who) == []
+
+
+def test_training_gets_to_its_end_while_a_snapshot_copy_sleeps():
+    assert different(long_copy, who="copies, for long", outlives=True) == []
+
+
+def test_slot_is_not_filled_again_before_its_file_is_written():
+    assert different(slow_disk) == []
+
+
+OPENED_BY = {
+    "update does not wait for the trainer": "caller",
+    "optimizer does not wait": "updates",
+    "parameters said to be read before they are": "streams",
+    "averages written while they are copied": "copies",
+    "another memory order than the file's forgotten": "chunks",
+    "pages read before they are copied": "copies",
+    "snapshot copied before the update": "updates",
+    "caller's copies written while they are read": "updates",
+    "averages read before the update": "updates",
+    "update overwrites what is being read": "readers",
+}
+
+
+@pytest.mark.parametrize("line", OPENED_BY)
+def test_race_is_lost_without_its_line(line):
+    case = {"max_pending": 4, **LINES[line].case}
+    right = run(train, background=False, **case)
+    with without(line), late(OPENED_BY[line]):
+        assert compare(run(train, background=True, **case), right)
