@@ -20,11 +20,11 @@ from tests.fakes import (
     background_threads,
     make_gradients,
     make_model,
-    small_pieces,
-    snapshot_bytes,
 )
+from tests.laggy.cases import HELD, MANUAL
+from tests.laggy.loops import train
 from tests.laggy.runner import SCHEDULES, assert_right_on_laggy, run_on_laggy
-from tests.test_on_laggy import make_ema, make_optimizer
+from tests.scenarios import make_ema, make_optimizer
 
 
 def nothing() -> None:
@@ -62,21 +62,31 @@ def test_caller_waits_for_averaging_but_not_for_snapshot_copies(lane):
     copy, ran = Gate(), []
     lane.run(lambda: ran.append("averaged"))
     lane.copy_out(copy.pass_through, nothing)
-    lane.order_caller()  # would never return if it waited for the copy
+    lane.order_reader()  # would never return if it waited for the copy
     assert ran == ["averaged"]
     copy.open()
 
 
-def test_caller_waits_until_the_last_averaging_has_ended(lane):
+@pytest.mark.parametrize("order", [ThreadLane.order_writer, ThreadLane.order_reader])
+def test_caller_waits_until_the_last_averaging_has_ended(lane, order):
     gate, ordered = Gate(), threading.Event()
     lane.run(gate.pass_through)
-    caller = threading.Thread(target=lambda: (lane.order_caller(), ordered.set()))
+    caller = threading.Thread(target=lambda: (order(lane), ordered.set()))
     caller.start()
     gate.wait_entered()
     assert not ordered.is_set()
     gate.open()
     assert ordered.wait(TIMEOUT_SECONDS)
     caller.join(TIMEOUT_SECONDS)
+
+
+def test_writer_does_not_wait_for_what_reads_no_parameters(lane):
+    gate, ran = Gate(), []
+    lane.run(lambda: ran.append("read"))
+    lane.run(gate.pass_through, reads_parameters=False)
+    lane.order_writer()  # would never return if it waited for the second
+    assert ran == ["read"]
+    gate.open()
 
 
 def test_queue_is_bounded(lane):
@@ -167,37 +177,21 @@ def test_closing_ends_the_thread_and_closing_again_does_nothing():
 # On the accelerator. That a schedule notices when one of these waits is missing is shown in test_on_laggy.py.
 
 
-def steps_on_a_device(device, snapshots=False, load=False, read=False):
-    with tempfile.TemporaryDirectory() as folder, small_pieces():
-        model = make_model("plain", device)
-        optimizer, gradients = make_optimizer(model), make_gradients(5, model)
-        ema = make_ema(model, folder, checkpoint_every_num_steps="manual", read="guarded")
-        seen = {}
-        for step, of_step in enumerate(gradients):
-            for parameter, gradient in zip(model.parameters(), of_step, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-            ema.update()
-            if snapshots:
-                ema.checkpoint()
-            if read:
-                seen[f"after step {step}"] = ema.state_dict()["ema_models.0.ema_model.0.weight"].clone()
-        if load:
-            changed = {key: value + 1 for key, value in averages_of(ema).items()}
-            ema.load_state_dict({**ema.state_dict(), **changed})
-            ema.checkpoint()
-        seen |= averages_of(ema)
-        ema.close()
-        return {**seen, "snapshots": snapshot_bytes(folder) if snapshots or load else None}
-
-
-CASES = {"plain": {}, "snapshots": {"snapshots": True}, "load": {"load": True}, "read": {"read": True}}
+CASES = {
+    "plain": MANUAL,
+    "snapshots": {**MANUAL, "then": "checkpoint"},
+    "load": {**MANUAL, "then": "load other values"},
+    "read": {"then": "state_dict"},
+    "long copy": HELD,
+    "kept": {**MANUAL, "writes": "two streams between copies"},
+    "kept by another": {**HELD, "writes": "two streams"},
+}
 
 
 @pytest.fixture(scope="module")
 def wrong():
     """What each case got wrong, under any schedule."""
-    outcomes = run_on_laggy(steps_on_a_device, cases=list(CASES.values()), timeout_seconds=200)
+    outcomes = run_on_laggy(train, cases=list(CASES.values()), timeout_seconds=200)
     assert len(outcomes) == len(CASES) * len(SCHEDULES)
     return {
         name: [(o.schedule, o.detail) for o in outcomes if o.case == case and o.verdict != "same"]
@@ -224,6 +218,18 @@ def test_next_update_waits_for_the_snapshot_copy(wrong):
 
 def test_averages_can_be_read_at_any_time(wrong):
     assert wrong["read"] == []
+
+
+def test_optimizer_does_not_wait_for_a_snapshot_copy(wrong):
+    assert wrong["long copy"] == []
+
+
+def test_kept_parameters_are_averaged_after_they_were_kept(wrong):
+    assert wrong["kept"] == []
+
+
+def test_parameters_are_written_after_they_were_kept(wrong):
+    assert wrong["kept by another"] == []
 
 
 def current_after_each_call(device):

@@ -106,6 +106,29 @@ def set_policy(policy: str, seed: int = 0) -> None:
         raise KernelFailed(f"laggy: a kernel failed under the schedule that ends here: {error}")
 
 
+def hold_copies(let_through: int = 0) -> None:
+    """Copies to the host stand still from now on, with all that comes after them, as if they took long.
+
+    Until ``release_copies()``, or until this thread waits for the device.
+
+    Args:
+        let_through: How many still run.
+    """
+    if _library is not None:
+        _library.laggy_hold_copies(let_through)
+
+
+def release_copies() -> None:
+    """Ends what ``hold_copies`` began."""
+    if _library is not None:
+        _library.laggy_release_copies()
+
+
+def is_held_up(index: int = 0) -> bool:
+    """Whether what this thread queues next, where it is on a device, would come after a copy that is held."""
+    return _library is not None and bool(_library.laggy_is_held_up(index))
+
+
 def counters() -> dict[str, int]:
     """Tasks submitted, ran and pending; device blocks allocated, freed and reused; since the process began."""
     return {name: _library.laggy_counter(index) for index, name in enumerate(COUNTERS)}
@@ -133,6 +156,7 @@ def register(library: Path) -> None:
     torch.ops.load_library(str(library))
     _library = ctypes.CDLL(str(library))
     _library.laggy_reset.argtypes = [ctypes.c_int, ctypes.c_uint64]
+    _library.laggy_hold_copies.argtypes = [ctypes.c_int64]
     _library.laggy_counter.restype = ctypes.c_int64
     for function in (_library.laggy_reset, _library.laggy_take_host_waits, _library.laggy_synchronous_ops):
         function.restype = ctypes.c_char_p

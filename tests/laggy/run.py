@@ -37,6 +37,8 @@ def main() -> None:
             _say(started={"schedule": schedule, "case": case})
             verdict, detail = _try(scenario, schedule, case, right)
             _say(outcome={"schedule": schedule, "case": case, "verdict": verdict, "detail": detail})
+            if request["until_different"] and verdict == "different":
+                break
     faulthandler.cancel_dump_traceback_later()
 
 

@@ -9,8 +9,21 @@
 
 namespace laggy {
 
-struct Event {
-  TaskPtr task;  // the marker of the last record(); null if never recorded
+class Event {
+ public:
+  void record(TaskPtr marker) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    task_ = std::move(marker);
+  }
+  // The marker of the last record() so far: who waits, waits for that one, also if another thread records again.
+  TaskPtr task() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return task_;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  TaskPtr task_;  // null if never recorded; guarded by mutex_
 };
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
@@ -65,23 +78,23 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   // ---- events
   void record(void** event, const c10::Stream& stream, const c10::DeviceIndex, const c10::EventFlag) const override {
     if (!*event) *event = new Event;
-    static_cast<Event*>(*event)->task = Scheduler::get().submit(key_of(stream));
+    static_cast<Event*>(*event)->record(Scheduler::get().submit(key_of(stream)));
   }
   void block(void* event, const c10::Stream& stream) const override {
-    if (event) Scheduler::get().join(key_of(stream), static_cast<Event*>(event)->task);
+    if (event) Scheduler::get().join(key_of(stream), static_cast<Event*>(event)->task());
   }
   bool queryEvent(void* event) const override {
-    return !event || Scheduler::get().query(static_cast<Event*>(event)->task);
+    return !event || Scheduler::get().query(static_cast<Event*>(event)->task());
   }
   void synchronizeEvent(void* event) const override {
     host_waits.emplace_back("event.synchronize()");
-    if (event) Scheduler::get().wait(static_cast<Event*>(event)->task);
+    if (event) Scheduler::get().wait(static_cast<Event*>(event)->task());
   }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override {
     delete static_cast<Event*>(event);
   }
   double elapsedTime(void* start, void* end, const c10::DeviceIndex) const override {
-    auto finished = [](void* event) { return static_cast<Event*>(event)->task->finished_seconds; };
+    auto finished = [](void* event) { return static_cast<Event*>(event)->task()->finished_seconds; };
     return (finished(end) - finished(start)) * 1e3;
   }
 

@@ -302,12 +302,13 @@ at::Tensor copy_between_devices(const at::Tensor& from, const at::Tensor& to) {
 }
 
 at::Tensor copy_to_host(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
-  auto task = Scheduler::get().submit(current_key(from.device().index()),
-                                      [s = cpu_alias(from), d = cpu_alias(to)]() mutable { d.copy_(s); });
   const bool is_pinned = pinned_memory().is_pinned(to.data_ptr());
-  if (is_pinned) pinned_memory().used_by(to.data_ptr(), task);
   // CUDA goes through a pageable temporary where the target is not contiguous.
-  if (non_blocking && is_pinned && to.is_contiguous()) return to;
+  const bool returns_at_once = non_blocking && is_pinned && to.is_contiguous();
+  auto work = [s = cpu_alias(from), d = cpu_alias(to)]() mutable { d.copy_(s); };
+  auto task = Scheduler::get().submit(current_key(from.device().index()), std::move(work), returns_at_once);
+  if (is_pinned) pinned_memory().used_by(to.data_ptr(), task);
+  if (returns_at_once) return to;
   host_waits.emplace_back(non_blocking ? "non_blocking copy to memory that is not pinned and contiguous"
                                        : "blocking copy to the host");
   Scheduler::get().wait(task);
@@ -488,6 +489,15 @@ std::string join_lines(const Lines& lines) {
 // The error of a kernel that failed under the old schedule, or an empty string.
 LAGGY_EXPORT const char* laggy_reset(int policy, uint64_t seed) {
   return laggy::keep(laggy::Scheduler::get().reset(static_cast<laggy::Policy>(policy), seed));
+}
+
+LAGGY_EXPORT void laggy_hold_copies(int64_t let_through) { laggy::Scheduler::get().hold(let_through); }
+
+LAGGY_EXPORT void laggy_release_copies() { laggy::Scheduler::get().release(); }
+
+// Whether what this thread queues next on its current stream of a device would come after a copy that is held.
+LAGGY_EXPORT int laggy_is_held_up(int device) {
+  return laggy::Scheduler::get().is_held_up(laggy::current_key(static_cast<c10::DeviceIndex>(device)));
 }
 
 LAGGY_EXPORT int64_t laggy_counter(int which) {

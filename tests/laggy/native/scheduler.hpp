@@ -37,6 +37,7 @@ struct Task {
   std::function<void()> work;                // empty for markers: events, stream joins
   std::vector<std::shared_ptr<Task>> after;  // to be done first; dropped when this task is done
   StreamKey stream = 0;
+  bool is_copy = false;  // to the host, and nobody is held up by it but who waits for it
   bool done = false;  // guarded by Scheduler::mutex_
   double finished_seconds = 0;
 };
@@ -53,10 +54,11 @@ class Scheduler {
     return *scheduler;
   }
 
-  TaskPtr submit(StreamKey stream, std::function<void()> work = nullptr) {
+  TaskPtr submit(StreamKey stream, std::function<void()> work = nullptr, bool is_copy = false) {
     auto task = std::make_shared<Task>();
     task->work = std::move(work);
     task->stream = stream;
+    task->is_copy = is_copy;
     std::unique_lock<std::mutex> lock(mutex_);
     if (auto& last = last_[stream]; last && !last->done) task->after.push_back(last);
     for (auto& joined : joined_[stream])
@@ -66,7 +68,7 @@ class Scheduler {
     pending_.push_back(task);
     ++submitted_;
     submitter_ = std::this_thread::get_id();
-    if (policy_ == Policy::kEager) wait_locked(lock, task);
+    if (policy_ == Policy::kEager && !is_held_up_locked(task)) wait_locked(lock, task);
     if (policy_ == Policy::kRandom) run_a_few_locked(lock);
     return task;
   }
@@ -78,20 +80,40 @@ class Scheduler {
     if (!task->done) joined_[stream].push_back(task);
   }
 
+  // All but so many copies to the host stand still, and what comes after, until release(), or until this thread waits.
+  void hold(int64_t let_through) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    is_holding_ = true;
+    let_through_ = let_through;
+    holder_ = std::this_thread::get_id();
+  }
+  void release() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      is_holding_ = false;
+      changed_.notify_all();
+      if (policy_ != Policy::kEager) return;
+    }
+    run_all();
+  }
+  // Whether the next task of a stream would come after a copy that is held.
+  bool is_held_up(StreamKey stream) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto& joined = joined_[stream];
+    return is_held_up_locked(last_[stream]) ||
+           std::any_of(joined.begin(), joined.end(), [&](const TaskPtr& task) { return is_held_up_locked(task); });
+  }
+
   // Blocks the host. Tells of a kernel that failed, as a device does: at the next wait, whoever waits.
   void wait(const TaskPtr& task) {
     std::unique_lock<std::mutex> lock(mutex_);
+    if (std::this_thread::get_id() == holder_) is_holding_ = false;
     if (task && !task->done) wait_locked(lock, task);
     TORCH_CHECK(error_.empty(), "laggy: an earlier kernel failed: ", error_);
   }
   void wait_stream(StreamKey stream) { wait(submit(stream)); }
   void wait_all() {
-    std::vector<TaskPtr> all;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      all = pending_;
-    }
-    for (auto task = all.rbegin(); task != all.rend(); ++task) wait(*task);
+    run_all();
     wait(nullptr);
   }
 
@@ -122,10 +144,8 @@ class Scheduler {
 
   // Drains what is queued under the old policy first. Returns the error of a kernel that failed since, if any.
   std::string reset(Policy policy, uint64_t seed) {
-    try {
-      wait_all();
-    } catch (const std::exception&) {  // kept in error_, returned below
-    }
+    release();
+    run_all();
     std::lock_guard<std::mutex> lock(mutex_);
     policy_ = policy;
     random_.seed(seed);
@@ -152,6 +172,13 @@ class Scheduler {
     std::thread([this] { run_forever(); }).detach();
   }
 
+  void run_all() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const std::vector<TaskPtr> all = pending_;
+    for (auto task = all.rbegin(); task != all.rend(); ++task)
+      if (!(*task)->done) wait_locked(lock, *task);
+  }
+
   void wait_locked(std::unique_lock<std::mutex>& lock, const TaskPtr& task) {
     const auto this_thread = waiting_.insert(std::this_thread::get_id());
     wanted_.push_back(task);
@@ -164,6 +191,7 @@ class Scheduler {
   // under others the device falls behind until somebody waits for it.
   void run_a_few_locked(std::unique_lock<std::mutex>& lock) {
     if (is_patient_ || random_() % submissions_per_nudge_) return;
+    if (legal().empty()) return;
     nudges_ = static_cast<int64_t>(1 + random_() % 4);
     changed_.notify_all();
     changed_.wait(lock, [&] { return nudges_ <= 0 || pending_.empty(); });
@@ -176,12 +204,14 @@ class Scheduler {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
       if (!something_to_do()) {
+        nudges_ = 0;  // all that is left is held
+        changed_.notify_all();
         changed_.wait(lock, [&] { return something_to_do(); });
         if (policy_ == Policy::kRandom && !wanted_.empty()) be_patient(lock);
         continue;
       }
       TaskPtr task = pick();
-      if (wanted_.empty()) --nudges_;
+      if (!somebody_wants()) --nudges_;
       lock.unlock();
       std::string error = run(*task);
       lock.lock();
@@ -192,7 +222,12 @@ class Scheduler {
   bool something_to_do() {
     wanted_.erase(std::remove_if(wanted_.begin(), wanted_.end(), [](const TaskPtr& t) { return t->done; }),
                   wanted_.end());
-    return !wanted_.empty() || (nudges_ > 0 && !pending_.empty());
+    if (!somebody_wants() && nudges_ <= 0) return false;
+    return is_holding_ ? !legal().empty() : !wanted_.empty() || !pending_.empty();
+  }
+
+  bool somebody_wants() const {
+    return std::any_of(wanted_.begin(), wanted_.end(), [&](const TaskPtr& task) { return !is_held_up_locked(task); });
   }
 
   // A thread that waits wakes the executor; while a device works for it, another thread goes on submitting. Without
@@ -207,13 +242,18 @@ class Scheduler {
   }
 
   TaskPtr pick() {
+    const std::vector<TaskPtr> candidates = legal();
+    return policy_ == Policy::kRandom ? by_priority(candidates) : candidates.back();
+  }
+
+  std::vector<TaskPtr> legal() {
     std::set<const Task*> needed;
     if (policy_ != Policy::kRandom)
       for (auto& task : wanted_) add_ancestors(task, needed);
-    std::vector<TaskPtr> legal;
+    std::vector<TaskPtr> found;
     for (auto& task : pending_)
-      if (is_legal(*task) && (needed.empty() || needed.count(task.get()))) legal.push_back(task);
-    return policy_ == Policy::kRandom ? by_priority(legal) : legal.back();
+      if (is_legal(*task) && (needed.empty() || needed.count(task.get()))) found.push_back(task);
+    return found;
   }
 
   // One priority per stream, not one per task: only a stream that stays behind for many tasks shows a race in
@@ -227,8 +267,16 @@ class Scheduler {
     return task;
   }
 
-  static bool is_legal(const Task& task) {
-    return std::all_of(task.after.begin(), task.after.end(), [](const TaskPtr& t) { return t->done; });
+  bool is_held_up_locked(const TaskPtr& task) const {
+    if (!is_holding_ || !task) return false;
+    std::set<const Task*> before;
+    add_ancestors(task, before);
+    return std::count_if(before.begin(), before.end(), [](const Task* each) { return each->is_copy; }) > let_through_;
+  }
+
+  bool is_legal(const Task& task) const {
+    return !(is_holding_ && task.is_copy && let_through_ <= 0) &&
+           std::all_of(task.after.begin(), task.after.end(), [](const TaskPtr& t) { return t->done; });
   }
 
   static void add_ancestors(const TaskPtr& task, std::set<const Task*>& found) {
@@ -250,6 +298,7 @@ class Scheduler {
   void finish(const TaskPtr& task, const std::string& error) {
     if (error_.empty()) error_ = error;
     task->done = true;
+    if (task->is_copy) --let_through_;
     task->finished_seconds =
         std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
     task->after.clear();
@@ -272,6 +321,9 @@ class Scheduler {
   Policy policy_ = Policy::kLazy;
   int64_t nudges_ = 0;  // tasks to run although nobody waits
   uint64_t submissions_per_nudge_ = 2;
+  bool is_holding_ = false;
+  int64_t let_through_ = 0;  // copies that run although the others are held
+  std::thread::id holder_;
   bool is_patient_ = false;  // the executor lets other host threads submit more
   int64_t last_stream_id_ = 0;
   int64_t submitted_ = 0, ran_ = 0;
