@@ -1,7 +1,7 @@
-"""What retention and sparse selection give: tables and plots of docs/retention.md (python -m bench.tables_retention).
+"""What retention gives: tables and plot of docs/retention.md (python -m bench.tables_retention).
 
 Every number is a relative profile error computed from the solve; nothing is trained and nothing is random. Takes about
-two minutes; ``--plots FOLDER`` draws the plots as well (needs matplotlib).
+two minutes; ``--plots FOLDER`` draws the plot as well (needs matplotlib).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nitrous_ema.posthoc import retain, select_steps
+from nitrous_ema.posthoc import retain
 from nitrous_ema.posthoc.interval_cost import IntervalCost
 from nitrous_ema.posthoc.keep_rules import KeepCount
 from nitrous_ema.profile import sigma_rel_to_gamma
@@ -131,32 +131,6 @@ def table_of_old_targets(judges: list[Judge]) -> None:
         print(f"| {named(judge)} | {' | '.join(cells)} |")
 
 
-def table_of_selections() -> None:
-    """Steps that a synthesis reads."""
-    print("\n| tracked, wanted (of 2000 even steps) | 1e-2 | 1e-3 | 1e-4 |")
-    print("|---|---|---|---|")
-    for tracked, wanted in (
-        (PAIR, [0.08]),
-        (PAIR, [0.15]),
-        (PAIR, np.linspace(0.05, 0.15, 11)),
-        (PAIR, np.linspace(0.05, 0.25, 21)),
-        (TRIPLE, np.geomspace(0.03, 0.25, 11)),
-        (GUIDED, np.geomspace(0.015, 0.25, 11)),
-    ):
-        cells = []
-        for tolerance in (1e-2, 1e-3, 1e-4):
-            chosen = selection(2000, tracked, wanted, tolerance)
-            cells.append(f"{chosen.places.size} ({chosen.lower_bound})")
-        lengths = f"{wanted[0]:g}" if len(wanted) == 1 else f"{len(wanted)} from {wanted[0]:g} to {wanted[-1]:g}"
-        print(f"| {', '.join(f'{s:g}' for s in tracked)}; {lengths} | {' | '.join(cells)} |")
-
-
-def selection(steps: int, tracked: tuple[float, ...], wanted: np.ndarray | list[float], tolerance: float):
-    """The choice among even steps."""
-    gammas = sigma_rel_to_gamma(tracked)
-    return select_steps(np.arange(1, steps + 1), gammas, steps, sigma_rel_to_gamma(wanted), tolerance=tolerance)
-
-
 def named(judge: Judge) -> str:
     """One cell."""
     return f"{', '.join(f'{s:g}' for s in judge.tracked)}; {judge.wanted[0]:g} to {judge.wanted[1]:g}"
@@ -198,42 +172,18 @@ def plot_retention(judge: Judge, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot_selection(path: Path) -> None:
-    """Error against steps read."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    tolerances = 10 ** np.linspace(-1, -4, 13)
-    for tracked, wanted in ((PAIR, np.linspace(0.05, 0.15, 11)), (TRIPLE, np.geomspace(0.03, 0.25, 11))):
-        choices = [selection(2000, tracked, wanted, float(tolerance)) for tolerance in tolerances]
-        steps, bounds = [c.places.size for c in choices], [c.lower_bound for c in choices]
-        (line,) = axes.loglog(steps, [c.profile_error.max() for c in choices], "o-", label=f"{tracked}, selected")
-        axes.loglog(bounds, tolerances, ":", color=line.get_color(), label="no set has fewer, at each tolerance")
-        even = [int(n) for n in np.unique(np.geomspace(2, 400, 16).astype(int))]
-        judge = Judge(tracked, (float(wanted[0]), float(wanted[-1])))
-        worst = [judge.worst(np.unique(np.linspace(2000 / n, 2000, n).round().astype(int)).tolist()) for n in even]
-        axes.loglog(even, worst, "--", color=line.get_color(), alpha=0.5, label="evenly spaced ones")
-    axes.set(xlabel="steps read, of 2000", ylabel="worst relative profile error")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
-    """Print the tables, draw the plots."""
+    """Print the tables, draw the plot."""
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the plots into this folder")
+    arguments.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the plot into this folder")
     folder = arguments.parse_args().plots
     judges = [Judge(*case) for case in CASES]
     table_of_rules(judges)
     table_of_finished_runs(judges)
     table_of_old_targets(judges)
-    table_of_selections()
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         plot_retention(judges[1], folder / "retention.png")
-        plot_selection(folder / "selection.png")
 
 
 if __name__ == "__main__":

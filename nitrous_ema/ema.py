@@ -18,12 +18,11 @@ import torch
 from torch.nn import Module
 
 from nitrous_ema.averaged_model import AveragedModel
-from nitrous_ema.averager import Averager, AveragingPolicy
+from nitrous_ema.averager import Averager, AveragingPolicy, Background
 from nitrous_ema.averages import Averages
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, warn
-from nitrous_ema.guard import ReadMode
 from nitrous_ema.keeping import Keeper
-from nitrous_ema.pipeline import InlineLane, InlineSink, Lane, Sink, neutral_modes
+from nitrous_ema.pipeline import InlineSink, Sink, neutral_modes
 from nitrous_ema.posthoc.keep_rules import Keep
 from nitrous_ema.restoring import restore, told_of_other_runs
 from nitrous_ema.schedule import StepSizeCorrection
@@ -31,7 +30,7 @@ from nitrous_ema.settings import Settings, profiles
 from nitrous_ema.snapshots.format import Layout
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
-from nitrous_ema.synthesis import plan_from_store, stream, stream_copied
+from nitrous_ema.synthesis import DEFAULT_TOLERANCE, plan_from_store, stream, stream_copied
 from nitrous_ema.tracked import NameFilter, TrackingPolicy
 
 Template = Module | Callable[[], Module]
@@ -215,10 +214,9 @@ class PostHocEMA(Averages):
         ema_model: Template | None,
         make_sink: Callable[[Keeper, Layout], Sink],
         *,
-        read: ReadMode | None = None,
-        make_lane: Callable[[torch.device], Lane] = lambda device: InlineLane(),
+        background: Background | None = None,
     ) -> None:
-        averager = Averager(model, settings.tracking(), settings.averaging(), read=read, make_lane=make_lane)
+        averager = Averager(model, settings.tracking(), settings.averaging(), background=background)
         super().__init__(averager)
         self._settings = settings
         self._store = SnapshotStore(settings.checkpoint_folder)
@@ -403,6 +401,7 @@ class PostHocEMA(Averages):
         sigma_rel: float | None = None,
         step: int | None = None,
         *,
+        tolerance: float = DEFAULT_TOLERANCE,
         device: torch.device | str | None = None,
     ) -> KarrasEMA:
         """An average of any length, from the snapshots of this run and of those it continued.
@@ -411,13 +410,14 @@ class PostHocEMA(Averages):
             gamma: Exponent of the average wanted; or
             sigma_rel: its width relative to the training time, in (0, 12 ** -0.5).
             step: A step with a snapshot, at which the average ends; default the newest.
+            tolerance: Relative profile error that may be added to read only the few snapshots that matter; 0 reads all.
             device: Where the average is to be; default where its parameters are.
 
         Returns:
             A frozen EMA: call it, or take its ``ema_model``. Tensors that are skipped are the online model's own.
 
         Raises:
-            ValueError: Both or neither of gamma and sigma_rel, or one outside its domain.
+            ValueError: Both or neither of gamma and sigma_rel, or one outside its domain; or a negative tolerance.
             SnapshotNotFound: No snapshot of that step; names the nearest ones.
             SnapshotDamaged: A file does not hold what was written.
 
@@ -429,7 +429,7 @@ class PostHocEMA(Averages):
         self.flush()
         averager = self._averager.frozen_copy(gammas, widths, None if device is None else torch.device(device))
         with neutral_modes():
-            told = self._synthesize(averager, gammas[0], self._target(step))
+            told = self._synthesize(averager, gammas[0], self._target(step), tolerance)
         for sentence in told:
             warn(sentence)
         (template,) = self.ema_models[0]._template
@@ -445,11 +445,15 @@ class PostHocEMA(Averages):
         abandoned = [snapshot.step for snapshot in self._store.snapshots(run) if snapshot.step > (left_at or 0)]
         return self._store.get(step, run, exclude=abandoned)
 
-    def _synthesize(self, averager: Averager, gamma: float, target: Snapshot) -> Sequence[str]:
+    def _synthesize(self, averager: Averager, gamma: float, target: Snapshot, tolerance: float) -> Sequence[str]:
         """Fill the average of ``averager``, and its counters. Returns what there is to warn of."""
         arena = averager.arena
-        plan = plan_from_store(self._store, gammas=[gamma], step=target.step, run=target.run)
-        stream(plan, [lambda begin, block: arena.fill(0, begin, torch.from_numpy(block))])
+        plan = plan_from_store(self._store, gammas=[gamma], step=target.step, run=target.run, tolerance=tolerance)
+        stream(
+            plan,
+            lambda begin, block: arena.fill(0, begin, torch.from_numpy(block[0])),
+            on_calling_thread=True,  # streams and modes of torch are a thread's own
+        )
         # In files with another number of profiles another padding stands before the copied tensors.
         padding = min((begin for begin, _ in plan.target.copied_spans.values()), default=0)
 

@@ -27,8 +27,8 @@ from nitrous_ema.schedule import Schedule, Time
 from nitrous_ema.snapshots.format import Layout, Stamp, TensorRecord
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
-from nitrous_ema.synthesis.plan import StoredMoment, stored_moment
 from nitrous_ema.synthesis.sources import OpenFiles, Source
+from nitrous_ema.synthesis.stored import StoredMoment, stored_moment
 from nitrous_ema.tracked import TORCH_DTYPES
 
 _BUFFER_BYTES = 16 << 20  # a multiple of every element's size

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nitrous_ema.posthoc import select_steps, solve_weights, synthesis_report
+from nitrous_ema.posthoc.path_search import fewest_times
+from nitrous_ema.posthoc.selection import Solver
 from nitrous_ema.profile import sigma_rel_to_gamma
 
 PAIR = (0.05, 0.1)
@@ -148,6 +150,23 @@ def test_tolerance_can_be_met_where_the_steps_begin_late():
 def test_of_equally_small_sets_one_amplifies_rounding_least():
     chosen = selected(np.arange(1.0, 2001), (0.03, 0.1, 0.25), tuple(np.geomspace(0.03, 0.25, 11)), 1e-3)
     assert chosen.ties > 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_the_sets_of_the_least_size_that_were_judged_the_least_amplifying_is_taken(seed):
+    judged, rng = {}, np.random.default_rng(seed)
+    gammas, wanted = sigma_rel_to_gamma((0.03, 0.1, 0.25)), sigma_rel_to_gamma(np.geomspace(0.03, 0.25, 11))
+    solver = Solver.of(np.arange(1, 2001), gammas, 2000, wanted)
+    of_all = solver.solve(np.arange(2000))[0] ** 2
+
+    def judge(places):
+        within = (solver.solve(places)[0] ** 2 <= of_all + 1e-6).all()
+        return judged.setdefault(tuple(places), rng.uniform(1, 9)) if within else None
+
+    found = fewest_times(solver.question(of_all + 1e-6, of_all), judge)
+    least = {places: value for places, value in judged.items() if len(places) == found.places.size}
+    assert found.ties == len(least) > 1
+    assert tuple(found.places) == min(least, key=least.get)
 
 
 def test_4000_steps_and_21_lengths_take_about_a_second():

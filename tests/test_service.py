@@ -286,7 +286,18 @@ def test_an_unwritable_folder_is_an_error_that_leaves_nothing_behind(tmp_path):
         AsyncPostHocEMA(make_model(), checkpoint_folder=tmp_path / "file" / "snapshots")
 
 
-@pytest.mark.parametrize("argument", [{"max_pending": 0}, {"read": "live"}, {"on_full": "drop"}, {"sigma_rels": (9,)}])
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"max_pending": 0},
+        {"read": "live"},
+        {"on_full": "drop"},
+        {"sigma_rels": (9,)},
+        {"scratch": -1},
+        {"scratch": "much"},
+        {"offload": "disk"},
+    ],
+)
 def test_a_wrong_argument_leaves_nothing_behind(tmp_path, argument):
     message = next(iter(argument)).replace("sigma_rels", "sigma_rel")
     with nothing_left_behind(), pytest.raises(ValueError, match=message):

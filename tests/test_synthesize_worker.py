@@ -25,7 +25,7 @@ from tests.snapshot_folders import layout_of, record, run_id, snapshot_file, wri
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = [sys.executable, "-W", "error", "-m", "nitrous_ema.async_.synthesize_worker"]
 FIELDS = ["sigma_rel", "gamma", "step", "t", "run", "path", "profile_error", "weight_l1", "weight_l2"]
-FIELDS += ["columns", "excluded", "bytes_read", "seconds"]
+FIELDS += ["rounding", "columns", "steps_read", "lower_bound", "tolerance", "excluded", "bytes_read", "seconds"]
 TIMEOUT = 300
 
 
@@ -106,10 +106,13 @@ def test_stdout_is_one_json_object_per_output_and_nothing_else(folder, tmp_path)
         np.testing.assert_allclose(tensors["w"], expected.flats[index], rtol=1e-6, atol=1e-7)
         assert tensors["n"] == 1000
         assert line["profile_error"] == expected.plan.report.profile_error[index]
-        assert (line["step"], line["t"], line["columns"], line["excluded"]) == (1000, 1000, 18, [300])
-        assert line["bytes_read"] == 18 * 500 * 4 + 8
+        assert line["rounding"] == expected.plan.report.rounding[index]
+        assert (line["steps_read"], line["lower_bound"]) == ([600, 700, 800, 900, 1000], 5)  # the first add nothing
+        assert (line["step"], line["t"], line["tolerance"], line["excluded"]) == (1000, 1000, 1e-3, [300])
+        assert (line["columns"], line["bytes_read"]) == (10, 10 * 500 * 4 + 8)
     assert sorted(each.name for each in out.iterdir()) == sorted(Path(line["path"]).name for line in lines)
-    assert "read 35.2 KiB of 35.2 KiB (100%)" in done.stderr
+    assert "read 19.5 KiB of 19.5 KiB (100%)" in done.stderr
+    assert "tolerance 0.001: 5 of 9 snapshots, not less than 5 give all averages so well" in done.stderr
 
 
 def run_inside(script: str, *arguments, **options) -> subprocess.Popen[str]:
@@ -265,6 +268,26 @@ def test_launched_job_returns_its_outputs(folder, tmp_path, monkeypatch):
     assert all(isinstance(each, Output) and each.path.parent == tmp_path / "out" for each in outputs)
     with safetensors.safe_open(outputs[0].path, "np") as file:
         assert file.get_slice("w").get_dtype() == "BF16"
+
+
+def test_launched_process_reads_as_few_snapshots_as_the_tolerance_allows(folder, tmp_path):
+    jobs = {
+        each: launch(folder, sigma_rels=[0.07], out=tmp_path / str(each), tolerance=each) for each in (0, 1e-3, 0.1)
+    }
+    read = {}
+    for tolerance, job in jobs.items():
+        (output,) = job.result(timeout=TIMEOUT)
+        assert (output.tolerance, output.columns) == (tolerance, 2 * len(output.steps_read))
+        assert output.lower_bound <= len(output.steps_read)
+        read[tolerance] = output.steps_read
+    assert read[0] == tuple(range(100, 1100, 100))
+    assert len(read[0]) > len(read[1e-3]) > len(read[0.1])
+
+
+def test_negative_tolerance_is_wrong_usage(folder, tmp_path):
+    done = run_worker(folder, "--sigma-rel", "0.07", "--out", tmp_path, "--tolerance=-1")
+    assert done.returncode == 2
+    assert "tolerance has -1" in done.stderr
 
 
 def test_failure_of_a_launched_job_is_an_exception(folder, tmp_path):

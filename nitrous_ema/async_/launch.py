@@ -45,8 +45,16 @@ class Output:
     """Sum of the absolute weights."""
     weight_l2: float
     """Root of the sum of the squared weights."""
+    rounding: float
+    """Expected rms rounding error of a weight, relative to its size, from how the snapshots are stored."""
     columns: int
     """Profiles of snapshots that were read."""
+    steps_read: tuple[int, ...]
+    """Steps of the snapshots that were read for all outputs together, ascending."""
+    lower_bound: int
+    """No fewer snapshots give all outputs within the tolerance; 1 where that is not known."""
+    tolerance: float
+    """Relative profile error that reading few snapshots was allowed to add."""
     excluded: tuple[int, ...]
     """Steps left out on request."""
     bytes_read: int
@@ -59,7 +67,8 @@ class Output:
         """Read one line of the worker's stdout."""
         found = json.loads(line)
         known = {field.name: found[field.name] for field in fields(cls)}
-        return cls(**{**known, "path": Path(known["path"]), "excluded": tuple(known["excluded"])})
+        steps = {name: tuple(known[name]) for name in ("excluded", "steps_read")}
+        return cls(**{**known, **steps, "path": Path(known["path"])})
 
 
 class Job:
@@ -149,6 +158,7 @@ def launch(
     step: int | None = None,
     run: str | None = None,
     exclude: Sequence[int] = (),
+    tolerance: float | None = None,
     dtype: str | None = None,
     format: str = "safetensors",
     memory: int | str | None = None,
@@ -168,6 +178,7 @@ def launch(
         step: Step at which the averages end, one with a committed snapshot; the newest by default.
         run: Run whose snapshots are read, with its ancestors; the newest by default.
         exclude: Steps to leave out, damaged ones for example.
+        tolerance: Relative profile error that may be added to read fewer snapshots, 1e-3 by default; 0 reads all.
         dtype: Type of floating tensors: "float32", "bfloat16", "float16", "float64"; by default as in the model.
         format: "safetensors", or "pt" for a dict of tensors that ``torch.load(weights_only=True)`` reads.
         memory: Memory to stay within, in bytes or as "1GiB" (the default).
@@ -193,7 +204,7 @@ def launch(
         f"--format={format}",
         f"--nice={nice}",
     ]
-    optional = {"step": step, "run": run, "dtype": dtype, "memory": memory}
+    optional = {"step": step, "run": run, "dtype": dtype, "memory": memory, "tolerance": tolerance}
     arguments += [f"--{name}={value}" for name, value in optional.items() if value is not None]
     arguments += [f"--exclude={excluded}" for excluded in exclude]
     return Job(_start([os.fspath(python), "-m", _MODULE, *arguments, "--", str(Path(snapshots).absolute())]))

@@ -14,7 +14,7 @@ from nitrous_ema import exits
 from nitrous_ema.async_.lane import AcceleratorLane, ThreadLane
 from nitrous_ema.async_.launch import launch
 from nitrous_ema.async_.writer import BackgroundSink, WritePolicy
-from nitrous_ema.averager import Averager
+from nitrous_ema.averager import Averager, Background
 from nitrous_ema.ema import PostHocEMA, Template
 from nitrous_ema.errors import SnapshotDamaged, WorkerError, warn
 from nitrous_ema.guard import ReadMode
@@ -24,6 +24,7 @@ from nitrous_ema.pipeline import InlineLane, Lane
 from nitrous_ema.posthoc.keep_rules import Keep
 from nitrous_ema.schedule import StepSizeCorrection
 from nitrous_ema.settings import Settings
+from nitrous_ema.sizes import parse_bytes
 from nitrous_ema.snapshots.format import Layout
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.tracked import NameFilter
@@ -47,6 +48,14 @@ class AsyncPostHocEMA(PostHocEMA):
         wait_timeout: Seconds to wait at most, there and when the interpreter ends.
         on_error: A failed write raises at the next call (``"raise"``), or warns (``"warn"``) and training goes on.
         num_writers: Threads that write snapshots.
+        scratch: The most device memory, per device, in bytes or as in ``"4GiB"``, for parameters that the optimizer
+            writes while a snapshot copy still reads their averages. It is taken when first needed, which is where
+            copying a snapshot out takes longer than a training step, and held. By default as much as the parameters
+            take; where it does not suffice, the optimizer waits for the copy.
+        offload: ``"host"`` keeps the averages in host memory and averages there, by a thread: no device memory is used,
+            but 2 more copies of the parameters, in their own types, of pinned host memory. Each update copies the
+            parameters out, behind which the next optimizer step waits; take ``update_every`` so that the host keeps up
+            (``stats().held_up`` counts where it did not, and update() waited).
 
     Raises:
         ValueError: An argument is outside its range; a filter matches nothing; ``keep`` has no room for 3 snapshots.
@@ -80,6 +89,8 @@ class AsyncPostHocEMA(PostHocEMA):
         wait_timeout: float = 600.0,
         on_error: Literal["raise", "warn"] = "raise",
         num_writers: int = 2,
+        scratch: int | str | None = None,
+        offload: Literal["host"] | None = None,
     ) -> None:
         settings = Settings(
             sigma_rels=sigma_rels,
@@ -104,15 +115,23 @@ class AsyncPostHocEMA(PostHocEMA):
             on_error=on_error,
             num_writers=num_writers,
         )
-        pin = any(parameter.device.type != "cpu" for parameter in model.parameters())
+        if offload not in (None, "host"):
+            raise ValueError(f"offload is {offload!r}; expected None or 'host'.")
+        background = Background(
+            make_lane=lambda device: make_lane(device),  # looked up when it is called: tests put their own there
+            read=read,
+            scratch_bytes=_scratch_bytes(scratch),
+            offloads=offload == "host",
+        )
+        pin = not background.offloads and any(parameter.device.type != "cpu" for parameter in model.parameters())
 
         def make_sink(keeper: Keeper, layout: Layout) -> BackgroundSink:
             return BackgroundSink(keeper, layout, writing, pin)
 
-        self._start(model, settings, ema_model, make_sink, read=read, make_lane=make_lane)
+        self._start(model, settings, ema_model, make_sink, background=background)
         self._averager.drain_timeout_seconds = wait_timeout
 
-    def _synthesize(self, averager: Averager, gamma: float, target: Snapshot) -> Sequence[str]:
+    def _synthesize(self, averager: Averager, gamma: float, target: Snapshot, tolerance: float) -> Sequence[str]:
         """Have the worker do it, in a process of its own, and load what it wrote."""
         arena = averager.arena
         tensors = {
@@ -128,6 +147,7 @@ class AsyncPostHocEMA(PostHocEMA):
                 gammas=[gamma],
                 step=target.step,
                 run=target.run,
+                tolerance=tolerance,
                 dtype="float64" if exact else "float32",
             )
             try:
@@ -139,6 +159,17 @@ class AsyncPostHocEMA(PostHocEMA):
             load_tensors(tensors, output.path)
         averager.schedule.load({"step": target.step, "now": target.t, "t": target.t, "updates": 1})
         return job.warnings
+
+
+def _scratch_bytes(scratch: int | str | None) -> int | None:
+    if isinstance(scratch, str):
+        try:
+            return parse_bytes(scratch)
+        except ValueError as error:
+            raise ValueError(f"scratch: {error}.") from None
+    if scratch is not None and (not isinstance(scratch, int) or isinstance(scratch, bool) or scratch < 0):
+        raise ValueError(f"scratch is {scratch!r}; expected a number of bytes, an amount such as '4GiB', or None.")
+    return scratch
 
 
 def make_lane(device: torch.device) -> Lane:

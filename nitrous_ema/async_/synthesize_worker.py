@@ -130,6 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--step", type=int, help="step at which the averages end; the newest snapshot by default")
     add("--run", help="run whose snapshots are read, with its ancestors; the newest by default")
     add("--exclude", type=int, nargs="+", action="extend", default=[], metavar="STEP", help="steps to leave out")
+    add(
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        metavar="E",
+        help="relative profile error that may be added to read fewer snapshots (default: 0.001); 0 reads all",
+    )
     add("--dtype", choices=list(DTYPES), help="type of floating tensors; by default as in the model")
     add("--format", choices=("safetensors", "pt"), default="safetensors", help="kind of file (default: safetensors)")
     size = exits.argument(parse_bytes)
@@ -159,11 +166,18 @@ def _plan(options: argparse.Namespace) -> Plan:
         folder = LegacyFolder(options.snapshots, sigma_rels=options.sigma_rels, gammas=options.gammas)
         moments = folder.snapshots(exclude=options.exclude)
         target = folder.get(options.step, exclude=options.exclude)
-        return plan_synthesis(moments, target=target, excluded=options.exclude, **lengths)
+        return plan_synthesis(moments, target=target, excluded=options.exclude, tolerance=options.tolerance, **lengths)
 
     from nitrous_ema.synthesis.plan import plan_from_store
 
-    return plan_from_store(options.snapshots, step=options.step, run=options.run, exclude=options.exclude, **lengths)
+    return plan_from_store(
+        options.snapshots,
+        step=options.step,
+        run=options.run,
+        exclude=options.exclude,
+        tolerance=options.tolerance,
+        **lengths,
+    )
 
 
 def _paths(options: argparse.Namespace, plan: Plan) -> list[Path]:
@@ -185,7 +199,11 @@ def _result(plan: Plan, index: int, path: Path, seconds: float) -> dict[str, obj
         "profile_error": float(report.profile_error[index]),
         "weight_l1": float(report.weight_l1[index]),
         "weight_l2": float(report.weight_l2[index]),
+        "rounding": float(report.rounding[index]),
         "columns": len(plan.columns),
+        "steps_read": list(plan.steps),
+        "lower_bound": plan.lower_bound,
+        "tolerance": plan.tolerance,
         "excluded": list(plan.excluded),
         "bytes_read": plan.bytes_to_read,
         "seconds": round(seconds, 6),
@@ -199,11 +217,17 @@ def _tell_plan(options: argparse.Namespace, plan: Plan) -> None:
         from nitrous_ema.snapshots.store import SnapshotStore
 
         unrelated = SnapshotStore(options.snapshots).unrelated_runs(options.run)
-    steps = len({column.step for column in plan.columns})
     _say(
         f"step {target.step} of run {target.run}: {len(plan.gammas)} averages from {len(plan.columns)} columns of "
-        f"{steps} snapshots, {amount(plan.bytes_to_read)} to read"
+        f"{len(plan.steps)} snapshots, {amount(plan.bytes_to_read)} to read"
     )
+    if plan.tolerance > 0:
+        _say(
+            f"tolerance {plan.tolerance:g}: {len(plan.steps)} of {plan.candidates} snapshots, not less than "
+            f"{plan.lower_bound} give all averages so well; profile error {max(plan.report.profile_error):.2g}, with "
+            f"all {max(plan.profile_error_of_all):.2g}; rounding times {max(plan.report.weight_l2):.3g}, at the least "
+            f"error {max(plan.least_error_l2):.3g}"
+        )
     if unrelated:
         _say(f"left out unrelated runs (--run takes one of them): {', '.join(unrelated)}")
     for warning in plan.report.warnings:

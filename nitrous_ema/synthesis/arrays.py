@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from nitrous_ema.synthesis.choice import DEFAULT_TOLERANCE
 from nitrous_ema.synthesis.plan import Plan, plan_from_store
-from nitrous_ema.synthesis.streaming import DEFAULT_MEMORY_BYTES, Consumer, stream, stream_copied
+from nitrous_ema.synthesis.streaming import DEFAULT_MEMORY_BYTES, Accumulate, stream, stream_copied
 
 if TYPE_CHECKING:
     from nitrous_ema.snapshots.store import SnapshotStore
@@ -52,8 +53,11 @@ def synthesize(
     step: int | None = None,
     run: str | None = None,
     exclude: Collection[int] = (),
+    tolerance: float = DEFAULT_TOLERANCE,
     dtype: DTypeLike = np.float32,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    threads: int | None = None,
+    accumulate: Accumulate = "float64",
 ) -> Synthesized:
     """Synthesize averages that end at a committed snapshot, in memory.
 
@@ -64,30 +68,38 @@ def synthesize(
         step: The target, a step with a committed snapshot; by default the newest.
         run: The run whose lineage is read; by default the newest.
         exclude: Steps to leave out, damaged ones for example.
-        dtype: Type of the arrays, float32 or float64; sums are float64.
+        tolerance: Relative profile error that may be added to save reading; 0 reads all snapshots.
+        dtype: Type of the arrays, float32 or float64.
         memory_bytes: Memory to stay within while reading, beside the result.
+        threads: At most so many; by default one for each core this process may use.
+        accumulate: Type of products and sums, "float64" or "float32".
 
     Raises:
         ValueError: A length is outside its domain, or the budget is too small.
         SnapshotError: No such snapshot, a damaged one, or snapshots that do not belong together.
     """
-    plan = plan_from_store(snapshots, gammas=gammas, sigma_rels=sigma_rels, step=step, run=run, exclude=exclude)
-    return synthesize_plan(plan, dtype=dtype, memory_bytes=memory_bytes)
+    plan = plan_from_store(
+        snapshots, gammas=gammas, sigma_rels=sigma_rels, step=step, run=run, exclude=exclude, tolerance=tolerance
+    )
+    return synthesize_plan(plan, dtype=dtype, memory_bytes=memory_bytes, threads=threads, accumulate=accumulate)
 
 
 def synthesize_plan(
-    plan: Plan, *, dtype: DTypeLike = np.float32, memory_bytes: int = DEFAULT_MEMORY_BYTES
+    plan: Plan,
+    *,
+    dtype: DTypeLike = np.float32,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    threads: int | None = None,
+    accumulate: Accumulate = "float64",
 ) -> Synthesized:
     """Synthesize the averages of a plan in memory; arguments and errors are those of synthesize()."""
     flats = tuple(np.empty(plan.elements, dtype=dtype) for _ in plan.gammas)
-    stream(plan, [_fill(flat) for flat in flats], memory_bytes=memory_bytes)
+
+    def take(begin_element: int, block: NDArray[np.floating], /) -> None:
+        for flat, row in zip(flats, block, strict=True):
+            flat[begin_element : begin_element + len(row)] = row
+
+    stream(plan, take, memory_bytes=memory_bytes, threads=threads, accumulate=accumulate)
     copied = bytearray()
     stream_copied(plan, lambda _, piece: copied.extend(piece))
     return Synthesized(plan, flats, bytes(copied))
-
-
-def _fill(flat: NDArray[np.floating]) -> Consumer:
-    def take(begin_element: int, block: NDArray[np.float64], /) -> None:
-        flat[begin_element : begin_element + len(block)] = block
-
-    return take

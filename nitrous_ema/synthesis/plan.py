@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nitrous_ema.errors import SnapshotError, SnapshotMismatch
-from nitrous_ema.posthoc import SynthesisReport, solve_weights, synthesis_report
+from nitrous_ema.errors import SnapshotMismatch
+from nitrous_ema.posthoc import SynthesisReport, synthesis_report
 from nitrous_ema.profile import gamma_to_sigma_rel, sigma_rel_to_gamma
-from nitrous_ema.snapshots.format import Layout, Lineage, TensorRecord
-from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
-from nitrous_ema.synthesis.sources import FileSource, Moment, Source
+from nitrous_ema.synthesis.choice import DEFAULT_TOLERANCE, Choice, choose_columns
+from nitrous_ema.synthesis.sources import Moment, Source
+from nitrous_ema.synthesis.stored import stored_moment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,7 +47,19 @@ class Plan:
     weights: NDArray[np.float64]
     """Shape [columns, outputs]."""
     report: SynthesisReport
-    """How close the averages come to what was asked."""
+    """How close the averages come to what was asked, and how much they amplify the rounding of what is read."""
+    steps: tuple[int, ...]
+    """Steps of the snapshots that are read, ascending."""
+    lower_bound: int
+    """No fewer of the candidates give all averages within the tolerance; 1 where snapshots differ in their profiles."""
+    candidates: int
+    """Snapshots that were chosen from."""
+    tolerance: float
+    """What the squared error of each average may exceed that from all snapshots by, as its root."""
+    profile_error_of_all: NDArray[np.float64]
+    """Relative profile error of each output with all snapshots."""
+    least_error_l2: NDArray[np.float64]
+    """``weight_l2`` with the weights of least error: above the report's where tolerance was spent on rounding."""
     excluded: tuple[int, ...] = ()
     """Steps left out on request."""
     trainer: Mapping[str, str | int | float] = field(default_factory=dict)
@@ -73,11 +84,14 @@ def plan_synthesis(
     gammas: Sequence[float] | None = None,
     sigma_rels: Sequence[float] | None = None,
     excluded: Collection[int] = (),
+    tolerance: float = DEFAULT_TOLERANCE,
 ) -> Plan:
     """Choose the columns and solve for the weights of averages that end at the target's step.
 
-    All averages of snapshots up to the target's training time are candidates, with weights that sum to 1; those
-    that get weight 0 in every output (all but one, where the length wanted is itself tracked) are not read.
+    The snapshots up to the target's training time are candidates. Of these the fewest are read that give all averages
+    together within the tolerance, with weights that sum to 1; columns that get weight 0 in every output (all but one,
+    where the length wanted is itself tracked) are not read. What tolerance is left buys less rounding, where weights
+    would amplify it (``choose_columns`` says how).
 
     Args:
         snapshots: Committed snapshots of one lineage, ascending in time; the target among them.
@@ -85,9 +99,11 @@ def plan_synthesis(
         gammas: Exponents of the averages wanted, or
         sigma_rels: their lengths as fractions of the training time, in (0, 12 ** -0.5). Exactly one of the two.
         excluded: Steps that were left out of ``snapshots`` on request, to be told with the result.
+        tolerance: Relative profile error that may be added to that from all snapshots, >= 0; the two add as their
+            squares do. 0 reads all snapshots.
 
     Raises:
-        ValueError: Both or neither of gammas and sigma_rels, or one outside its domain.
+        ValueError: Both or neither of gammas and sigma_rels, or one outside its domain; or a negative tolerance.
         SnapshotMismatch: Two of the snapshots, that are needed together, hold different tensors.
 
     Source:
@@ -96,33 +112,29 @@ def plan_synthesis(
     lengths = _lengths(gammas, sigma_rels)
     if not target.average_spans:
         raise SnapshotMismatch(f"{target.path} holds no averaged tensor; there is nothing to sum.", path=target.path)
-    candidates = [
-        (moment, profile) for moment in snapshots if moment.t <= target.t for profile in range(len(moment.gammas))
-    ]
-    t_i = np.array([moment.t for moment, _ in candidates], dtype=np.float64)
-    gamma_i = np.array([moment.gammas[profile] for moment, profile in candidates], dtype=np.float64)
-    gamma_r = np.array([gamma for _, gamma in lengths], dtype=np.float64)
-    t_r = np.full(len(lengths), target.t, dtype=np.float64)
-    weights = solve_weights(t_i, gamma_i, t_r, gamma_r)
-    needed = np.flatnonzero(np.any(weights != 0.0, axis=1))
-    chosen = [candidates[index] for index in needed]
-    _check_same_tensors(target, [moment for moment, _ in chosen])
-    report = synthesis_report(
-        t_i,
-        gamma_i,
-        t_r,
-        gamma_r,
-        weights=weights,
-        checkpoint_dtype=_coarsest(chosen),
-        t_first=target.t_first,
+    candidates = [moment for moment in snapshots if moment.t <= target.t and moment.gammas]
+    choice = choose_columns(
+        [moment.t for moment in candidates],
+        [moment.gammas for moment in candidates],
+        target.t,
+        [gamma for _, gamma in lengths],
+        tolerance=tolerance,
     )
+    chosen = [(candidates[place], profile) for place, profile in choice.places]
+    _check_same_tensors(target, [moment for moment, _ in chosen])
     return Plan(
         target=target,
         sigma_rels=tuple(sigma_rel for sigma_rel, _ in lengths),
         gammas=tuple(gamma for _, gamma in lengths),
         columns=tuple(_column(moment, profile) for moment, profile in chosen),
-        weights=weights[needed],
-        report=report,
+        weights=choice.weights,
+        report=_report(choice, chosen, target, lengths),
+        steps=tuple(dict.fromkeys(moment.step for moment, _ in chosen)),
+        lower_bound=choice.selection.lower_bound,
+        candidates=choice.selection.candidates,
+        tolerance=float(tolerance),
+        profile_error_of_all=choice.selection.profile_error_of_all,
+        least_error_l2=choice.least_error_l2,
         excluded=tuple(sorted(excluded)),
     )
 
@@ -135,6 +147,7 @@ def plan_from_store(
     step: int | None = None,
     run: str | None = None,
     exclude: Collection[int] = (),
+    tolerance: float = DEFAULT_TOLERANCE,
 ) -> Plan:
     """Plan the averages that end at a committed snapshot of a snapshot folder.
 
@@ -145,6 +158,7 @@ def plan_from_store(
         step: The target: a step with a committed snapshot; by default the newest one.
         run: The run whose lineage is read; by default the newest.
         exclude: Steps to leave out, damaged ones for example.
+        tolerance: As in plan_synthesis().
 
     Raises:
         ValueError: As plan_synthesis(); also where the target step is excluded.
@@ -161,9 +175,18 @@ def plan_from_store(
     target = next((each for each in reversed(snapshots) if step in (None, each.step)), None)
     if target is None:
         store.get(step, run, exclude=exclude)  # raises, naming what there is; if not, it was committed a moment ago
-        return plan_from_store(store, gammas=gammas, sigma_rels=sigma_rels, step=step, run=run, exclude=exclude)
+        return plan_from_store(
+            store, gammas=gammas, sigma_rels=sigma_rels, step=step, run=run, exclude=exclude, tolerance=tolerance
+        )
     moments = [stored_moment(snapshot) for snapshot in snapshots if snapshot.t <= target.t]
-    plan = plan_synthesis(moments, target=stored_moment(target), gammas=gammas, sigma_rels=sigma_rels, excluded=exclude)
+    plan = plan_synthesis(
+        moments,
+        target=stored_moment(target),
+        gammas=gammas,
+        sigma_rels=sigma_rels,
+        excluded=exclude,
+        tolerance=tolerance,
+    )
     return replace(plan, trainer=snapshots[-1].stamp.trainer)
 
 
@@ -179,6 +202,20 @@ def _lengths(gammas: Sequence[float] | None, sigma_rels: Sequence[float] | None)
     if not lengths:
         raise ValueError("no length is asked for; give at least one sigma_rel or gamma.")
     return lengths
+
+
+def _report(
+    choice: Choice, chosen: Sequence[tuple[Moment, int]], target: Moment, lengths: Sequence[tuple[float, float]]
+) -> SynthesisReport:
+    return synthesis_report(
+        choice.t,
+        choice.gamma,
+        np.full(len(lengths), target.t, dtype=np.float64),
+        np.array([gamma for _, gamma in lengths], dtype=np.float64),
+        weights=choice.weights,
+        checkpoint_dtype=_coarsest(chosen),
+        t_first=target.t_first,
+    )
 
 
 def _column(moment: Moment, profile: int) -> Column:
@@ -224,82 +261,3 @@ def _first_difference(
             return f"{name!r} is {shape} in the first and {shapes[name]} in the second"
     missing = [name for name in shapes if name not in {name for name, _, _ in found}]
     return f"{missing[0]!r} is averaged in the second only" if missing else "their order or types differ"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StoredMoment:
-    """A committed snapshot of our own format, as synthesis sees it."""
-
-    step: int
-    t: float
-    t_first: float | None
-    run: str
-    lineage: Lineage
-    path: Path
-    records: Sequence[TensorRecord]
-    average_spans: Sequence[tuple[int, int]]
-    gammas: Sequence[float]
-    averages: Sequence[Source]
-    copied: Source | None
-    copied_spans: Mapping[str, tuple[int, int]]
-
-
-def stored_moment(snapshot: Snapshot) -> StoredMoment:
-    """Describe a committed snapshot to the planner.
-
-    Raises:
-        SnapshotError: It was written by several ranks, each its own part; that cannot be read yet.
-    """
-    if snapshot.stamp.world_size != 1:
-        raise SnapshotError(
-            f"{snapshot.paths[0].parent}: written by {snapshot.stamp.world_size} ranks, each its part of the model; "
-            "this version synthesizes snapshots written by one rank only.",
-            path=snapshot.paths[0].parent,
-        )
-    layout = snapshot.layout
-    sources = _sources(snapshot)
-    profiles = len(layout.gammas)
-    return StoredMoment(
-        step=snapshot.step,
-        t=snapshot.t,
-        t_first=snapshot.stamp.t_first,
-        run=snapshot.run,
-        lineage=snapshot.stamp.lineage,
-        path=snapshot.paths[0],
-        records=layout.records,
-        average_spans=layout.average_spans,
-        gammas=layout.gammas,
-        averages=sources[:profiles],
-        copied=sources[profiles] if len(sources) > profiles else None,
-        copied_spans=_copied_spans(layout),
-    )
-
-
-def _sources(snapshot: Snapshot) -> list[Source]:
-    """One per section of the file: the profiles, then the copied tensors if there are any."""
-    layout, checksums = snapshot.layout, snapshot.headers[0].crc32
-    sources: list[Source] = []
-    first_chunk = 0
-    for section, (begin, end) in enumerate(layout.sections):
-        num_chunks = -(-(end - begin) // layout.chunk_bytes)
-        source = FileSource(
-            path=snapshot.paths[0],
-            begin=snapshot.data_begin + begin,
-            num_bytes=end - begin,
-            dtype=layout.checkpoint_dtype if section < len(layout.gammas) else "U8",
-            chunk_bytes=layout.chunk_bytes,
-            crc32=tuple(checksums[first_chunk : first_chunk + num_chunks]),
-            first_chunk=first_chunk,
-        )
-        sources.append(source)
-        first_chunk += num_chunks
-    return sources
-
-
-def _copied_spans(layout: Layout) -> dict[str, tuple[int, int]]:
-    """Per copied tensor its bytes, counted from the start of their section."""
-    section_begin = layout.sections[-1].begin
-    return {
-        record.name: (begin - section_begin, end - section_begin)
-        for record, (begin, end) in zip(layout.copied, layout.copied_spans, strict=True)
-    }

@@ -64,7 +64,7 @@ class SnapshotTarget(Target):
 
     def __init__(self, folder: Path, edits: Edits | None = None) -> None:
         modules = load_modules("synthesis.plan", edits or {})
-        self.store_module, self.plan = modules["snapshots.store"], modules["synthesis.plan"]
+        self.store_module, self.stored = modules["snapshots.store"], modules["synthesis.stored"]
         self.open_files = modules["synthesis.sources"].OpenFiles
         self.root = folder / "snapshots"
         self.path = self.root / folder_name(STEP, RUN) / rank_file_name(0, 1)
@@ -99,7 +99,7 @@ class SnapshotTarget(Target):
 
     def numbers(self, snapshot: Any) -> dict[str, bytes]:
         """All tensors of a snapshot, read and checked as synthesis does it."""
-        moment = self.plan.stored_moment(snapshot)
+        moment = self.stored.stored_moment(snapshot)
         with self.open_files([self.path]) as files:
             flats = []
             for source in (*moment.averages, *([moment.copied] if moment.copied else [])):
