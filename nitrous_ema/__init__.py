@@ -24,6 +24,7 @@ __all__ = [
     "SnapshotStore",
     "__version__",
     "load_average",
+    "sweep",
 ]
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from nitrous_ema.errors import NitrousError, NitrousWarning
     from nitrous_ema.loading import load_average
     from nitrous_ema.posthoc.keep_rules import KeepAll, KeepBytes, KeepCount, KeepGeometric
+    from nitrous_ema.search.sweep import sweep
     from nitrous_ema.snapshots.store import SnapshotStore
 else:  # hidden from type checkers, to which a module's __getattr__ would make every misspelled name an Any
     _HOMES = {
@@ -46,6 +48,7 @@ else:  # hidden from type checkers, to which a module's __getattr__ would make e
         "PostHocEMA": "nitrous_ema.ema",
         "SnapshotStore": "nitrous_ema.snapshots.store",
         "load_average": "nitrous_ema.loading",
+        "sweep": "nitrous_ema.search.sweep",
     }
 
     def __getattr__(name: str) -> object:

@@ -28,6 +28,11 @@ _VERIFY = (
     "Reads every byte of every snapshot, whatever run it belongs to. One line per damaged file, which says what to do; "
     "exit status 4 if there is one, else 0."
 )
+_PLOT = (
+    "Of a file of a sweep's results: the values against the length, and against the step if there are several. Of a "
+    "snapshot folder: the profiles asked for and obtained, their difference, and the weight of each snapshot. Needs "
+    "matplotlib: pip install 'nitrous-ema[plot]'."
+)
 _INSPECT = "Lists runs, snapshots, profiles and sizes by the files' headers; damage in the data is seen by verify only."
 
 
@@ -79,7 +84,35 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--all", action="store_true", help="every snapshot, however many there are")
     inspect.add_argument("--json", action="store_true", help="one JSON object instead of text")
     _add_prune_options(command("prune", _prune, "remove the snapshots that matter least", _PRUNE))
+    plot = commands.add_parser("plot", help="draw a sweep's results, or the profiles that snapshots give",
+                               description=_PLOT, allow_abbrev=False)  # fmt: skip
+    plot.set_defaults(run_command=_plot)
+    _add_plot_options(plot)
     return parser
+
+
+def _add_plot_options(plot: argparse.ArgumentParser) -> None:
+    add = plot.add_argument
+    add("source", type=Path, metavar="DIR|FILE", help="the snapshot folder, or the file of a sweep's results")
+    add("--out", type=Path, required=True, metavar="FILE", help="the picture, as .png, .svg or .pdf")
+    add("--sigma-rel", type=exits.argument(_lengths), metavar="LENGTHS", help="lengths to draw: 0.05,0.06,...,0.15")
+    add("--step", type=int, help="step at which the averages end; the newest snapshot by default")
+    add("--run", metavar="ID", help="run whose snapshots are read, with its ancestors; the newest by default")
+    add(
+        "--exclude",
+        type=exits.argument(_steps),
+        action="extend",
+        default=[],
+        metavar="STEP,...",
+        help="steps to leave out",
+    )
+    add(
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        metavar="E",
+        help="relative profile error that may be added to read fewer snapshots (default: 0.001); 0 reads all",
+    )
 
 
 def _add_prune_options(prune: argparse.ArgumentParser) -> None:
@@ -148,7 +181,19 @@ def _prune(options: argparse.Namespace) -> int:
     return prune.run(options)
 
 
+def _plot(options: argparse.Namespace) -> int:
+    from nitrous_ema.commands import plot
+
+    return plot.run(options)
+
+
 # ---- what options say
+
+
+def _lengths(text: str) -> list[float]:
+    from nitrous_ema.async_.synthesize_worker import parse_lengths
+
+    return parse_lengths(text)
 
 
 def _steps(text: str) -> list[int]:

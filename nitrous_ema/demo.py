@@ -1,7 +1,7 @@
 """The whole way on real data: train, snapshot while training, synthesize afterwards, choose the EMA length.
 
 A small diffusion model (Karras et al. 2022, arXiv:2206.00364, "EDM") learns the handwritten digits that scikit-learn
-ships. What it does with this library is in ``train``, ``synthesize`` and ``main``; all else is the model and its
+ships. What it does with this library is in ``train`` and ``_choose``; all else is the model and its
 evaluation. Everything runs on the CPU.
 
 Somewhat longer than the house's 300 lines: an example is read from top to bottom, in one file.
@@ -10,8 +10,6 @@ Somewhat longer than the house's 300 lines: an example is read from top to botto
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import time
 import warnings
@@ -20,17 +18,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 from torch import Tensor, nn
 
-from nitrous_ema import AsyncPostHocEMA, SnapshotStore, load_average
-from nitrous_ema.errors import MissingExtraError, NitrousWarning, WorkerError
-from nitrous_ema.plot import plot_images, plot_losses
+from nitrous_ema import AsyncPostHocEMA, SnapshotStore, load_average, sweep
+from nitrous_ema.errors import MissingExtraError, NitrousWarning
+from nitrous_ema.plot import plot_images, plot_sweep
+from nitrous_ema.search.table import SweepTable
 
-SIGMA_RELS = "0.01,0.02,...,0.10,0.125,...,0.20,0.25"
-"""Lengths that are compared, in the worker's own notation."""
+SIGMA_RELS = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.125, 0.15, 0.175, 0.2, 0.25)
+"""Lengths that are compared."""
 LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2
 """Noise levels to train on: log-normal (EDM's P_mean and P_std)."""
 EVALUATION_SEED = 20220601
@@ -194,19 +193,6 @@ def train(model: Denoiser, images: Images, settings: DemoSettings, snapshots: Pa
         return ema.run
 
 
-def synthesize(snapshots: Path, run: str, out: Path) -> list[dict[str, Any]]:
-    """Have the worker, a process of its own, write one file per length; returns what it says of each.
-
-    An evaluation job does the same, on any machine that sees the folder, while training goes on.
-    """
-    command = [sys.executable, "-m", "nitrous_ema.async_.synthesize_worker", str(snapshots)]
-    command += ["--sigma-rel", SIGMA_RELS, "--run", run, "--out", str(out)]
-    worker = subprocess.run(command, capture_output=True, text=True, check=False)
-    if worker.returncode != 0:
-        raise WorkerError(worker.stderr.strip(), exit_code=worker.returncode, stderr=worker.stderr)
-    return [json.loads(line) for line in worker.stdout.splitlines()]
-
-
 @torch.no_grad()
 def evaluate(model: Denoiser, images: Images, draws: int) -> Tensor:
     """Mean loss of each image, shape [images]; every model meets the same noise, so that differences mean something."""
@@ -234,7 +220,6 @@ def main(argv: Sequence[str] | None = None, stdout: TextIO | None = None) -> int
 
     Raises:
         MissingExtraError: What the demo needs beside the library is not installed.
-        WorkerError: The synthesis failed.
     """
     settings, out = _options(argv)
     missing = [name for name in ("sklearn", "matplotlib", "tqdm") if find_spec(name) is None]
@@ -278,46 +263,61 @@ def _run(settings: DemoSettings, out: Path) -> Iterator[str]:
         run = train(model, training, settings, snapshots)
     yield f"Trained in {time.monotonic() - began:.0f} s, with snapshots written to {snapshots} meanwhile."
 
-    averages = synthesize(snapshots, run, out / "averages")
-    last = averages[-1]
-    yield (
-        f"Synthesized {len(averages)} averages that end at step {last['step']:,}, in one pass over "
-        f"{last['bytes_read'] / 1e6:.1f} MB, in {last['seconds']:.1f} s.\n"
-    )
+    yield from _choose(model, held_out, settings, out, run)
+
+
+def _choose(model: Denoiser, held_out: Images, settings: DemoSettings, out: Path, run: str) -> Iterator[str]:
+    """Evaluate every length, compare the best with the raw weights, and draw both."""
     noise = torch.randn(10 * settings.samples_per_digit, 1, 8, 8)
     labels = torch.arange(10).repeat(settings.samples_per_digit)
     raw = evaluate(model, held_out, settings.draws)
-    raw_samples = sample(model, noise, labels)
-    losses = []
-    for average in averages:
-        load_average(model, average["path"])
-        losses.append(evaluate(model, held_out, settings.draws))
-    best = min(range(len(losses)), key=lambda index: float(losses[index].mean()))
-    yield from _table(averages, losses, raw, best)
+    pictures = {"raw weights": sample(model, noise, labels)}
 
-    load_average(model, averages[best]["path"])
-    sigma_rels = [average["sigma_rel"] for average in averages]
-    plot_losses(out / "loss.png", sigma_rels, [float(loss.mean()) for loss in losses], float(raw.mean()))
-    pictures = {"raw weights": raw_samples, f"average, σ_rel = {sigma_rels[best]:g}": sample(model, noise, labels)}
-    plot_images(out / "samples.png", {title: images.view(-1, 10, 8, 8).numpy() for title, images in pictures.items()})
-    yield f"\nPictures: {out / 'loss.png'}, {out / 'samples.png'}"
+    # An evaluation job does the same, on any machine that sees the folder, while training goes on.
+    table = sweep(
+        out / "snapshots",
+        lambda model: evaluate(model, held_out, settings.draws).mean(),
+        sigma_rels=SIGMA_RELS,
+        model=model,
+        refine=0,  # these lengths are close enough already
+        metric="loss on held-out digits",
+        results=out / "sweep.jsonl",
+        averages=out / "averages",
+        run=run,
+    )
+    last, best = table.rows[-1], table.best
+    yield (
+        f"Synthesized {len(table.rows)} averages that end at step {last.step:,}, in one pass over "
+        f"{last.bytes_read / 1e6:.1f} MB of {last.snapshots_read} snapshots.\n"
+    )
+    if best.path is not None:  # it is where ``averages`` says
+        load_average(model, best.path)
+    yield from _table(table, raw, evaluate(model, held_out, settings.draws))
+
+    pictures[f"average, σ_rel = {best.sigma_rel:g}"] = sample(model, noise, labels)
+    drawn = {
+        "loss": plot_sweep(table, baseline=("raw weights", float(raw.mean()))),
+        "samples": plot_images({title: images.view(-1, 10, 8, 8).numpy() for title, images in pictures.items()}),
+    }
+    for name, figure in drawn.items():
+        figure.savefig(out / f"{name}.png", dpi=150, bbox_inches="tight")
+    yield f"\nPictures: {', '.join(str(out / f'{name}.png') for name in drawn)}"
 
 
-def _table(averages: list[dict[str, Any]], losses: list[Tensor], raw: Tensor, best: int) -> Iterator[str]:
+def _table(table: SweepTable, raw: Tensor, best_losses: Tensor) -> Iterator[str]:
     """Loss of every length beside that of the raw weights, and the verdict."""
-    base = float(raw.mean())
+    base, best = float(raw.mean()), table.best
     yield "  sigma_rel   held-out loss   against raw   profile error"
     yield f"  raw weights        {base:.4f}"
-    for index, (average, loss) in enumerate(zip(averages, losses, strict=True)):
-        change = float(loss.mean()) / base - 1
-        mark = "  <- best" if index == best else ""
+    for row in table.rows:
+        mark = "  <- best" if row is best else ""
         yield (
-            f"  {average['sigma_rel']:<9g}          {float(loss.mean()):.4f}      {change:+7.1%}         "
-            f"{average['profile_error']:.1e}{mark}"
+            f"  {row.sigma_rel:<9g}          {row.value:.4f}      {row.value / base - 1:+7.1%}         "
+            f"{row.profile_error:.1e}{mark}"
         )
-    gain = raw - losses[best]  # of each held-out digit, which the same noise makes far surer than the two losses are
+    gain = raw - best_losses  # of each held-out digit, which the same noise makes far surer than the two losses are
     error = float(gain.std()) / len(gain) ** 0.5
-    name = f"sigma_rel {averages[best]['sigma_rel']:g}"
+    name = f"sigma_rel {best.sigma_rel:g}"
     share = float(gain.mean()) / base
     yield ""
     if share > 0:

@@ -105,5 +105,23 @@ class WorkerError(NitrousError):
     """The last part of what it wrote to stderr."""
 
 
+class EvaluationError(NitrousError):
+    """The function that a sweep evaluates averages with failed; its own error is chained. Results so far are kept."""
+
+    step: int
+    """Step at which the average ends that it was given."""
+    sigma_rel: float
+    """Length of that average."""
+
+
+class ResultsError(NitrousError):
+    """A file is not one of a sweep's results."""
+
+    path: Path
+    """The file."""
+    line: int
+    """Number of the line that is no result; 0 if there is none at all."""
+
+
 class MissingExtraError(NitrousError, ImportError):
     """An optional dependency is not installed; the message holds the pip command."""

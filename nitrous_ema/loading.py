@@ -28,7 +28,7 @@ def load_average(model: torch.nn.Module, path: str | os.PathLike[str], *, strict
 
     Args:
         model: Any device, any floating types.
-        path: What the synthesis wrote: ``.safetensors``, or ``.pt``.
+        path: What the synthesis wrote: ``.safetensors``, ``.pt``, or the ``.safetensors.index.json`` of several parts.
         strict: Demand that file and model have the same tensors; otherwise those that both have are loaded.
 
     Returns:
@@ -53,13 +53,27 @@ def load_tensors(
 
     path = Path(path)
     with _told(path):
-        stored = _open_torch(path) if path.suffix == ".pt" else _SafetensorsFile(path)
+        stored = _opened(path)
     _check(path, stored, tensors, strict=strict)
     with torch.no_grad():
         for key, tensor in tensors.items():
             if key in stored.described:
                 tensor.copy_(stored.read(key))
     return stored.metadata
+
+
+def read_average(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """A synthesized average as a ``state_dict``: tensors on the CPU, in the types of the file.
+
+    Raises:
+        SnapshotNotFound: No such file.
+        SnapshotDamaged: The file is not what the synthesis writes.
+        SnapshotError: The file cannot be read.
+    """
+    path = Path(path)
+    with _told(path):
+        stored = _opened(path)
+    return {key: stored.read(key) for key in stored.described}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +119,12 @@ def _open_torch(path: Path) -> _TorchFile:
     return _TorchFile(plain)
 
 
+def _opened(path: Path) -> _TorchFile | _SafetensorsFile | _Parts:
+    if path.name.endswith(".index.json"):
+        return _Parts(path)
+    return _open_torch(path) if path.suffix == ".pt" else _SafetensorsFile(path)
+
+
 class _SafetensorsFile:
     """A safetensors file, its header checked; tensors are read one at a time."""
 
@@ -136,6 +156,46 @@ class _SafetensorsFile:
                 if file.readinto(flat) < len(flat):
                     raise ValueError("it became shorter while it was read")
         return tensor
+
+
+class _Parts:
+    """Several safetensors files that are one average, and the index that names them."""
+
+    def __init__(self, path: Path) -> None:
+        with open_regular(path) as file:
+            index = parse_json(file.read(MAX_HEADER_BYTES), max_values=MAX_HEADER_VALUES)
+        places = index.get("weight_map") if type(index) is dict else None
+        if type(places) is not dict or not places:
+            raise ValueError("it is no index of tensors")
+        if not all(type(name) is str and name == os.path.basename(name) != "" for name in places.values()):
+            raise ValueError("it names files in other folders")
+        self._parts = {name: _part_of(path, name) for name in sorted(set(places.values()))}
+        if any(part.metadata != next(iter(self._parts.values())).metadata for part in self._parts.values()):
+            raise ValueError(f"its files are parts of different averages: {brief(', '.join(self._parts))}")
+        self._places: dict[str, str] = places
+        self.described = {key: each for part in self._parts.values() for key, each in part.described.items()}
+        listed = {(key, name) for name, part in self._parts.items() for key in part.described}
+        if listed != set(places.items()):
+            raise ValueError("its files do not hold the tensors that it says are there")
+        self.metadata = next(iter(self._parts.values())).metadata
+        self.skipped = next(iter(self._parts.values())).skipped
+
+    def read(self, key: str) -> torch.Tensor:
+        return self._parts[self._places[key]].read(key)
+
+
+def _part_of(index: Path, name: str) -> _SafetensorsFile:
+    path = index.with_name(name)
+    try:
+        with _told(path):
+            return _SafetensorsFile(path)
+    except SnapshotNotFound as missing:
+        raise SnapshotNotFound(
+            f"{path}: this part of {index.name} is missing. The process that was to write it has not finished, or "
+            "failed; synthesize again with the same number of processes.",
+            path=path,
+            nearest=(),
+        ) from missing
 
 
 def _describe(header: Any, data_begin: int, file_bytes: int) -> tuple[dict[str, str], dict[str, _Described]]:
@@ -195,7 +255,7 @@ def _not_ours(path: Path, found: str) -> SnapshotDamaged:
 
 
 def _check(
-    path: Path, stored: _TorchFile | _SafetensorsFile, tensors: Mapping[str, torch.Tensor], *, strict: bool
+    path: Path, stored: _TorchFile | _SafetensorsFile | _Parts, tensors: Mapping[str, torch.Tensor], *, strict: bool
 ) -> None:
     """Refuse a file that does not fit the model."""
     from nitrous_ema.tracked import TORCH_DTYPES

@@ -1,66 +1,170 @@
-"""Pictures, drawn with matplotlib (extra ``plot``) without touching its global state."""
+"""Pictures, drawn with matplotlib (extra ``plot``) without touching its global state.
+
+Each function draws on the axes that it is given, or on those of a new figure, and returns the figure: a notebook shows
+it, ``figure.savefig(path)`` writes it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from nitrous_ema.errors import MissingExtraError
+from nitrous_ema.search.table import Row, SweepTable
+from nitrous_ema.synthesis import Plan
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _AVERAGE, _RAW, _PALE = "#1764ab", "#c2571a", "0.45"
+_MARKERS = "os^Dv<>p"
+_MOST_NAMED = 10
+_TIMES = 1000
 
 
-def plot_losses(path: Path, sigma_rels: Sequence[float], losses: Sequence[float], raw_loss: float) -> None:
-    """Draw loss against EMA length, with the raw weights' loss as a line, into an image file.
+def plot_sweep(table: SweepTable, axes: Axes | None = None, *, baseline: tuple[str, float] | None = None) -> Figure:
+    """Draw a sweep's values against the EMA length, one line per step, the best result marked.
 
     Args:
-        path: Its suffix says which kind of file; replaced if it is there.
-        sigma_rels: Lengths, as fractions of the training time, ascending.
-        losses: Loss of the average of each length.
-        raw_loss: Loss of the weights that were not averaged.
+        table: What ``sweep`` returned, or ``read_table`` read.
+        axes: Where to draw; a new figure by default.
+        baseline: Name and value of something to compare with, such as the raw weights; a dashed line.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure = _figure((6.4, 3.6))
-    axes = figure.add_subplot()
-    best = int(np.argmin(losses))
-    axes.axhline(raw_loss, color=_RAW, linewidth=1.5, linestyle=(0, (5, 3)))
-    axes.annotate("raw weights", (1, raw_loss), xycoords=("axes fraction", "data"), color=_RAW,
-                  xytext=(-4, -5), textcoords="offset points", ha="right", va="top")  # fmt: skip
-    axes.plot(sigma_rels, losses, color=_AVERAGE, marker="o", markersize=4, linewidth=1.5)
-    axes.plot(sigma_rels[best], losses[best], color=_AVERAGE, marker="o", markersize=9)
-    axes.annotate(f"σ_rel = {sigma_rels[best]:g}: {losses[best] / raw_loss - 1:+.1%}", (sigma_rels[best], losses[best]),
-                  color=_AVERAGE, xytext=(0, 12), textcoords="offset points", ha="center", va="bottom")  # fmt: skip
-    axes.set_xlabel("EMA length σ_rel, chosen after training")
-    axes.set_ylabel("loss on held-out digits")
+    axes = axes or _new_axes((6.4, 3.6))[0]
+    if baseline is not None:
+        axes.axhline(baseline[1], color=_RAW, linewidth=1.5, linestyle=(0, (5, 3)))
+        axes.annotate(baseline[0], (1, baseline[1]), xycoords=("axes fraction", "data"), color=_RAW,
+                      xytext=(-4, -5), textcoords="offset points", ha="right", va="top")  # fmt: skip
+    for step, color in zip(table.steps, _colors(len(table.steps)), strict=True):
+        _line(axes, [(row.sigma_rel, row.value) for row in table.of_step(step)], color, f"step {step}")
+    if any(np.isfinite(row.value) for row in table.rows):
+        best = table.best
+        change = f"{best.value / baseline[1] - 1:+.1%}" if baseline and baseline[1] else f"{best.value:.4g}"
+        _mark(axes, best, best.sigma_rel, f"σ_rel = {best.sigma_rel:g}: {change}")
+    axes.set_xlabel("EMA length σ_rel")
     axes.set_xlim(left=0)
-    axes.margins(y=0.12)
-    axes.grid(color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    return _finish(axes, table.rows[0].metric, named=len(table.steps))
 
 
-def plot_images(path: Path, groups: Mapping[str, NDArray[Any]]) -> None:
-    """Draw grids of grey images side by side, each under its title, into an image file.
+def plot_sweep_steps(table: SweepTable, axes: Axes | None = None) -> Figure:
+    """Draw a sweep's values against the step, one line per length that was evaluated at several steps.
 
     Args:
-        path: Its suffix says which kind of file; replaced if it is there.
+        table: What ``sweep`` returned, or ``read_table`` read.
+        axes: Where to draw; a new figure by default.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    axes = axes or _new_axes((6.4, 3.6))[0]
+    lengths: dict[float, list[Row]] = {}
+    for row in table.rows:
+        lengths.setdefault(row.sigma_rel, []).append(row)
+    shared = {length: rows for length, rows in sorted(lengths.items()) if len(rows) > 1 or len(table.steps) == 1}
+    for (length, rows), color in zip(shared.items(), _colors(len(shared)), strict=True):
+        _line(axes, [(row.step, row.value) for row in rows], color, f"σ_rel = {length:g}")
+    if any(np.isfinite(row.value) for row in table.rows):
+        _mark(axes, table.best, table.best.step, f"σ_rel = {table.best.sigma_rel:g}: {table.best.value:.4g}")
+    axes.set_xlabel("step at which the average ends")
+    return _finish(axes, table.rows[0].metric, named=len(shared))
+
+
+def plot_profiles(plan: Plan, axes: Sequence[Axes] | None = None) -> Figure:
+    """Draw the profiles that were asked for, those that the plan's snapshots give, and the difference.
+
+    Args:
+        plan: What ``plan_from_store`` returned.
+        axes: Two, for the profiles and for the differences; a new figure by default.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+
+    Source:
+        Karras et al. 2023, arXiv:2312.02696, Eq. 121 (profiles).
+    """
+    above, below = _new_axes((6.4, 5.2), rows=2) if axes is None else axes
+    t, asked, obtained = profiles_of(plan)
+    for output, (length, color) in enumerate(zip(plan.sigma_rels, _colors(len(plan.sigma_rels)), strict=True)):
+        error = f"{plan.report.profile_error[output]:.1e}"
+        above.plot(t, asked[:, output], color=_PALE, linewidth=2.5, alpha=0.5)
+        above.plot(t, obtained[:, output], color=color, linewidth=1.2, label=f"σ_rel = {length:g} (error {error})")
+        below.plot(t, obtained[:, output] - asked[:, output], color=color, linewidth=0.8)
+    for each, name in ((above, "weight, mean = 1"), (below, "obtained − asked")):
+        each.set_xlabel("training time")
+        _finish(each, name, named=len(plan.sigma_rels) if each is above else 0)
+    return _figure_of(above)
+
+
+def plot_weights(plan: Plan, axes: Axes | None = None) -> Figure:
+    """Draw the weight that each snapshot has in each average; a marker for each tracked profile.
+
+    Args:
+        plan: What ``plan_from_store`` returned.
+        axes: Where to draw; a new figure by default.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    axes = axes or _new_axes((6.4, 3.2))[0]
+    tracked = sorted({column.gamma for column in plan.columns}, reverse=True)
+    axes.axhline(0, color="0.8", linewidth=0.8)
+    for output, (length, color) in enumerate(zip(plan.sigma_rels, _colors(len(plan.sigma_rels)), strict=True)):
+        for place, gamma in enumerate(tracked):
+            chosen = [index for index, column in enumerate(plan.columns) if column.gamma == gamma]
+            steps = [plan.columns[index].step for index in chosen]
+            axes.plot(
+                steps,
+                plan.weights[chosen, output],
+                color=color,
+                linestyle="none",
+                markersize=4,
+                marker=_MARKERS[place % len(_MARKERS)],
+                label=f"σ_rel = {length:g}, from γ = {gamma:.4g}",
+            )
+    axes.set_xlabel("step of the snapshot")
+    return _finish(axes, "weight", named=len(plan.sigma_rels) * len(tracked))
+
+
+def profiles_of(plan: Plan) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Times [times], and the profiles asked for and obtained at them, [times, outputs] each, of mean 1.
+
+    A profile obtained falls at the time of every snapshot: both sides of each are among the times.
+    """
+    end = plan.target.t
+    edges = np.unique([column.t for column in plan.columns])
+    # From above the next interval begins, in which a snapshot of this time has no part any more.
+    t = np.unique(np.concatenate([np.linspace(0, end, _TIMES)[1:], edges, np.nextafter(edges, np.inf)]))
+    t = t[t <= end]
+    asked = np.stack([_profile(t, end, gamma) for gamma in plan.gammas], axis=1)
+    obtained = np.zeros_like(asked)
+    for column, weights in zip(plan.columns, plan.weights, strict=True):
+        obtained += _profile(t, column.t, column.gamma)[:, None] * weights
+    return t, end * asked, end * obtained
+
+
+def _profile(t: NDArray[np.float64], end: float, gamma: float) -> NDArray[np.float64]:
+    """A power-function profile (Eq. 121) at some times; 0 after its end."""
+    return np.where(t <= end, (gamma + 1) / end * np.minimum(t / end, 1.0) ** gamma, 0.0)
+
+
+def plot_images(groups: Mapping[str, NDArray[Any]]) -> Figure:
+    """Draw grids of grey images side by side, each under its title.
+
+    Args:
         groups: By title, images with values in [-1, 1], shape [rows, columns, height, width].
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     rows, columns = next(iter(groups.values())).shape[:2]
-    figure = _figure((0.42 * columns * len(groups), 0.42 * rows + 0.4))
+    figure = new_figure((0.42 * columns * len(groups), 0.42 * rows + 0.4))
     for axes, (title, images) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         framed = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=-1)  # a gap between neighbours
         height, width = framed.shape[2:]
@@ -72,10 +176,57 @@ def plot_images(path: Path, groups: Mapping[str, NDArray[Any]]) -> None:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_color(_PALE)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    return figure
 
 
-def _figure(size_inches: tuple[float, float]) -> Figure:
+def _line(axes: Axes, points: Sequence[tuple[float, float]], color: Any, label: str) -> None:
+    x, y = zip(*points, strict=True)
+    axes.plot(x, y, color=color, marker="o", markersize=4, linewidth=1.5, label=label)
+
+
+def _mark(axes: Axes, best: Row, x: float, text: str) -> None:
+    """A larger marker at the best result, and what it is."""
+    axes.plot(x, best.value, color=_AVERAGE, marker="o", markersize=9)
+    axes.annotate(text, (x, best.value), color=_AVERAGE, xytext=(0, 12), textcoords="offset points",
+                  ha="center", va="bottom")  # fmt: skip
+
+
+def _finish(axes: Axes, name: str, *, named: int) -> Figure:
+    axes.set_ylabel(name)
+    axes.margins(y=0.12)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if 1 < named <= _MOST_NAMED:
+        axes.legend(fontsize=8, frameon=False)
+    return _figure_of(axes)
+
+
+def _colors(count: int) -> Sequence[Any]:
+    """One color per line, from dark to light; the house's blue for a single one."""
+    if count == 1:
+        return [_AVERAGE]
+    from matplotlib import colormaps
+
+    shades: ArrayLike = colormaps["viridis"](np.linspace(0, 0.9, count))
+    return list(np.asarray(shades))
+
+
+def _figure_of(axes: Axes) -> Figure:
+    """The figure that the axes are in, or the subfigure."""
+    return axes.figure  # type: ignore[return-value]
+
+
+def _new_axes(size_inches: tuple[float, float], *, rows: int = 1) -> Sequence[Axes]:
+    return list(new_figure(size_inches).subplots(rows, 1, squeeze=False)[:, 0])
+
+
+def new_figure(size_inches: tuple[float, float]) -> Figure:
+    """An empty figure that pyplot knows nothing of.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:

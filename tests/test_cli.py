@@ -16,7 +16,7 @@ from tests.snapshot_folders import layout_of, record, run_id, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUT = layout_of([record("w", (50_000,)), record("n", (), "I64", "copied")])  # several chunks in each profile
-COMMANDS = ("demo", "synthesize", "verify", "inspect", "prune")
+COMMANDS = ("demo", "synthesize", "verify", "inspect", "prune", "plot")
 RUN = run_id(0)
 
 

@@ -9,7 +9,8 @@ import torch
 
 from nitrous_ema import SnapshotStore, demo
 from nitrous_ema.errors import MissingExtraError
-from nitrous_ema.plot import plot_losses
+from nitrous_ema.search.table import SweepTable
+from tests.test_table import row
 
 SIGMAS = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0], dtype=torch.float64)
 
@@ -108,9 +109,9 @@ def test_same_seed_gives_the_same_table_in_a_used_folder_too(done):
 
 
 def test_verdict_says_so_when_the_raw_weights_are_better():
-    averages = [{"sigma_rel": 0.1, "profile_error": 0.0}]
-    *_, worse = demo._table(averages, [torch.tensor([1.1, 1.3])], torch.tensor([1.0, 1.0]), 0)
-    *_, better = demo._table(averages, [torch.tensor([0.8, 0.6])], torch.tensor([1.0, 1.0]), 0)
+    table = SweepTable((row(0.1, 1.2),))
+    *_, worse = demo._table(table, torch.tensor([1.0, 1.0]), torch.tensor([1.1, 1.3]))
+    *_, better = demo._table(table, torch.tensor([1.0, 1.0]), torch.tensor([0.8, 0.6]))
     assert worse == "The raw weights won: sigma_rel 0.1 comes next, 20.0% above (0.2000 ± 0.1000)."
     assert better == "sigma_rel 0.1 won: 30.0% below the loss of the raw weights (0.3000 ± 0.1000)."
 
@@ -121,12 +122,6 @@ def test_missing_extra_is_told_before_anything_is_done(monkeypatch, tmp_path, mo
     with pytest.raises(MissingExtraError, match=rf"{module}: pip install 'nitrous-ema\[demo\]'"):
         demo.main(["--quick", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
-
-
-def test_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'nitrous-ema\[plot\]'"):
-        plot_losses(tmp_path / "x.png", [0.1], [1.0], 1.0)
 
 
 @pytest.mark.parametrize("wrong", [["--steps", "3"], ["--steps", "0.5"], ["--seed", "-1"], ["--seed", str(2**64)]])

@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 import os
 import re
+import threading
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -204,6 +206,11 @@ class LegacySource:
             return sum(math.prod(each.shape) * DTYPE_BYTES[each.dtype] for each in self.records)
         return sum(each.stored_elements for each in self.records) * DTYPE_BYTES[self.dtype]
 
+    @property
+    def chunk_bytes(self) -> int:
+        """A tensor is checked as a whole before its first byte is handed out."""
+        return 1
+
     def reader(self, files: object) -> _Reader:
         """A reader at the first byte; it maps the file itself."""
         return _Reader(self)
@@ -212,23 +219,39 @@ class LegacySource:
 class _Reader:
     def __init__(self, source: LegacySource) -> None:
         self._source = source
-        self._flats: Iterator[torch.Tensor] | None = None  # mapped at the first read
-        self._flat: torch.Tensor | None = None  # the one that is being read
-        self._position = 0  # in it
+        self._position = 0  # of read_into()
+        self._lock = threading.Lock()
+        self._flats: Iterator[torch.Tensor] | None = None  # mapped at the first read; guarded by _lock, as the next two
+        self._begins: list[int] = []  # of the tensors that were checked, in numbers; only ever appended to
+        self._checked: list[torch.Tensor] = []
 
     def read_into(self, out: memoryview) -> None:
+        self.read_at(self._position, out)
+        self._position += len(out)
+
+    def read_at(self, begin: int, out: memoryview) -> None:
         import torch
 
-        if self._flats is None:
-            self._flats = _flats(self._source)
         name = next(name for name, code in _CODES.items() if code == self._source.dtype)
         left = torch.frombuffer(out, dtype=getattr(torch, name))
+        position = begin // left.element_size()
+        index = self._check_until(position, position + len(left))
         while left.numel():
-            if self._flat is None or self._position == len(self._flat):
-                self._flat, self._position = next(self._flats), 0
-            piece = self._flat[self._position : self._position + len(left)]
+            inside = position - self._begins[index]
+            piece = self._checked[index][inside : inside + len(left)]
             left[: len(piece)].copy_(piece)
-            left, self._position = left[len(piece) :], self._position + len(piece)
+            left, position, index = left[len(piece) :], position + len(piece), index + 1
+
+    def _check_until(self, begin: int, end: int) -> int:
+        """Check all tensors before a position; returns the one that holds another position."""
+        with self._lock:
+            if self._flats is None:
+                self._flats = _flats(self._source)
+            while not self._begins or self._begins[-1] + len(self._checked[-1]) < end:
+                flat = next(self._flats)
+                self._begins.append(self._begins[-1] + len(self._checked[-1]) if self._begins else 0)
+                self._checked.append(flat)
+            return bisect_right(self._begins, begin) - 1
 
 
 def _flats(source: LegacySource) -> Iterator[torch.Tensor]:

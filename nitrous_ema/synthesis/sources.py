@@ -1,14 +1,27 @@
-"""What synthesis reads: flat arrays on disk, front to back, each byte once and checked as it comes.
+"""What synthesis reads: flat arrays on disk, each byte once and checked as it comes.
 
-A source is one profile of one snapshot (or the tensors that a snapshot copied from the model). Its reader hands out
-the next bytes; it is used by one thread at a time, so its running checksum needs no lock.
+A source is one profile of one snapshot (or the tensors that a snapshot copied from the model). Several threads may read
+different parts of it at once. A chunk's checksum is put together from those of its parts, in whatever order they come;
+it is compared when the last of them is there.
+
+what                         guarded by
+checksums of parts           the reader's lock                test_checksum_is_put_together_in_any_order
+descriptors                  nothing: they are opened before  test_no_bit_depends_on_threads_memory_or_open_files
+                             the threads start, then only read
+
+Longer than the house's 300 lines because what a snapshot is to synthesis, and how its bytes are checked, belong
+on one page.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -19,13 +32,17 @@ from nitrous_ema.snapshots.format import DTYPE_BYTES, Lineage, TensorRecord, dam
 
 _MAX_KEPT_OPEN = 128  # of the 1024 that a process usually may; with more files each read opens its own
 _PIECE_BYTES = 1 << 19  # checksummed while it is still in the core's cache
+_AHEAD_BYTES = 1 << 20  # of each file, that the system is asked to read before they are wanted
 
 
 class Reader(Protocol):
-    """Hands out the bytes of one source, in order."""
+    """Hands out the bytes of one source. Raises SnapshotDamaged if they are not what was written."""
 
     def read_into(self, out: memoryview) -> None:
-        """Fill ``out`` with the next bytes. Raises SnapshotDamaged if they are not what was written."""
+        """Fill ``out`` with the next bytes; one thread at a time."""
+
+    def read_at(self, begin: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes from ``begin`` on; any thread, each byte once."""
 
 
 class Source(Protocol):
@@ -42,6 +59,10 @@ class Source(Protocol):
     @property
     def dtype(self) -> str:
         """Stored type, as a safetensors code."""
+
+    @property
+    def chunk_bytes(self) -> int:
+        """What has to be read as a whole to be checked, a power of two; 1 where any part can be."""
 
     def reader(self, files: OpenFiles) -> Reader:
         """A reader at the first byte."""
@@ -100,11 +121,10 @@ class Moment(Protocol):
 
 
 class OpenFiles:
-    """Descriptors of the files being read: kept while there are few, reopened for each read where there are many."""
+    """Descriptors of the files being read: the first ones are kept, further ones are opened for each read."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        distinct = set(paths)
-        self._to_keep = distinct if len(distinct) <= _MAX_KEPT_OPEN else set()
+        self._to_keep = tuple(islice(dict.fromkeys(paths), _MAX_KEPT_OPEN))
         self._kept: dict[Path, int] = {}  # filled by __enter__, then only read: threads share it without a lock
 
     def __enter__(self) -> OpenFiles:
@@ -131,6 +151,13 @@ class OpenFiles:
             return _read_into(path, own, offset, out)
         finally:
             os.close(own)
+
+    def will_need(self, path: Path, offset: int, num_bytes: int) -> None:
+        """Have the system read a part of a file that is kept open, without waiting for it."""
+        kept = self._kept.get(path)
+        if kept is not None and hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # a wish
+                os.posix_fadvise(kept, offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def _close(self) -> None:
         while self._kept:
@@ -193,33 +220,86 @@ class _CheckedReader:
     def __init__(self, source: FileSource, files: OpenFiles) -> None:
         self._source = source
         self._files = files
-        self._position = 0
-        self._chunk = 0
-        self._crc = 0
+        self._position = 0  # of read_into()
+        self._lock = threading.Lock()
+        self._sums: dict[int, _RunningSum] = {}  # of chunks that are read in part; guarded by _lock
 
     def read_into(self, out: memoryview) -> None:
+        self.read_at(self._position, out)
+        self._position += len(out)
+
+    def read_at(self, begin: int, out: memoryview) -> None:
+        source = self._source
+        if begin % _AHEAD_BYTES < len(out):
+            ahead = min(_AHEAD_BYTES, source.num_bytes - begin - len(out))
+            if ahead > 0:
+                self._files.will_need(source.path, source.begin + begin + len(out), ahead)
         while out:
             piece = out[:_PIECE_BYTES]
-            count = self._files.read_into(self._source.path, self._source.begin + self._position, piece)
+            count = self._files.read_into(source.path, source.begin + begin, piece)
             if count < len(piece):
-                end = self._source.begin + self._position + count
-                raise damaged(self._source.path, f"it ends at byte {end}, in the middle of its tensors")
-            self._check(piece)
-            out = out[len(piece) :]
+                end = source.begin + begin + count
+                raise damaged(source.path, f"it ends at byte {end}, in the middle of its tensors")
+            self._check(begin, piece)
+            begin, out = begin + len(piece), out[len(piece) :]
 
-    def _check(self, piece: memoryview) -> None:
+    def _check(self, begin: int, piece: memoryview) -> None:
         source = self._source
         while piece:
-            chunk_end = min((self._chunk + 1) * source.chunk_bytes, source.num_bytes)
-            inside = piece[: chunk_end - self._position]
-            self._crc = crc32(inside, self._crc)
-            self._position += len(inside)
-            piece = piece[len(inside) :]
-            if self._position == chunk_end:
-                if self._crc != source.crc32[self._chunk]:
-                    found = f"its bytes have the checksum {self._crc:08x}, expected {source.crc32[self._chunk]:08x}"
-                    raise damaged(source.path, found, chunk=source.first_chunk + self._chunk)
-                self._chunk, self._crc = self._chunk + 1, 0
+            chunk, inside = divmod(begin, source.chunk_bytes)
+            chunk_bytes = min(source.chunk_bytes, source.num_bytes - chunk * source.chunk_bytes)
+            part = piece[: chunk_bytes - inside]
+            crc = crc32(part)
+            with self._lock:
+                running = self._sums.setdefault(chunk, _RunningSum())
+                running.add(inside, len(part), crc)
+                is_whole = running.num_bytes == chunk_bytes
+                if is_whole:
+                    del self._sums[chunk]
+            if is_whole and running.crc != source.crc32[chunk]:
+                found = f"its bytes have the checksum {running.crc:08x}, expected {source.crc32[chunk]:08x}"
+                raise damaged(source.path, found, chunk=source.first_chunk + chunk)
+            begin, piece = begin + len(part), piece[len(part) :]
+
+
+@dataclass(slots=True)
+class _RunningSum:
+    """The checksum of a chunk's first bytes, and of parts that came before their turn."""
+
+    num_bytes: int = 0
+    crc: int = 0
+    early: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, begin: int, num_bytes: int, crc: int) -> None:
+        self.early[begin] = (num_bytes, crc)
+        while (part := self.early.pop(self.num_bytes, None)) is not None:
+            self.crc = joined_crc32(self.crc, part[1], part[0])
+            self.num_bytes += part[0]
+
+
+def joined_crc32(first: int, second: int, second_bytes: int) -> int:
+    """The CRC-32 of two pieces back to back, from those of each.
+
+    Args:
+        first: Of the first piece.
+        second: Of the second piece.
+        second_bytes: Length of the second piece.
+
+    Source:
+        zlib, crc32_combine(): what zeros make of a checksum is linear in its bits.
+    """
+    for bit, moved in enumerate(_bits_after_zeros(second_bytes)):
+        if first >> bit & 1:
+            second ^= moved
+    return second
+
+
+@functools.lru_cache(maxsize=64)
+def _bits_after_zeros(num_bytes: int) -> tuple[int, ...]:
+    """What becomes of each bit of a checksum when so many zeros follow."""
+    zeros = bytes(num_bytes)
+    of_nothing = crc32(zeros)
+    return tuple(crc32(zeros, 1 << bit) ^ of_nothing for bit in range(32))
 
 
 def element_bytes(source: Source) -> int:

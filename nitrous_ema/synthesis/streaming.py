@@ -1,30 +1,42 @@
-"""Many snapshots in, many averages out, in one pass and in constant memory.
+"""Many snapshots in, many averages out, in one pass and in constant memory, on all cores.
 
-The flat element space is walked in blocks. Of each block the columns are read in groups: while one group is multiplied,
-the next is being read. All arithmetic is done on tiles of one size (the tail of the last one is zeros) and always in
-the same order, so no bit of a result depends on the memory budget: results of BLAS depend on the shape of a product.
+The flat element space is cut into tiles on one fixed grid, the tail of the last one filled with zeros. A tile is the
+work of one thread from the first byte to the last, and of one order of operations: the columns in groups of
+GROUP_COLUMNS, one product of matrices a group, their sums in float64 (or float32). So for the same columns, lengths and
+type of sums no bit depends on threads, memory budget, or on which part of the model is computed: results of BLAS depend
+on the shape of a product, and nothing else is left that could differ.
 
-who          touches                                        ordered by
-main thread  the sums of the block; the group that arrived  waits for all reads of a group before it uses it
-reader       one column of the group that is under way      a column's next read is submitted after its last one was
-                                                            waited for, so its running checksum sees the bytes in order
+Threads get blocks of neighbouring tiles, so that each read is long enough. The system is asked to read ahead of them
+(``sources``); the first block of a new part of a file may wait for the disk, the others find it in memory.
+
+who           touches                                        ordered by
+calling       progress; blocks, where it wants them itself   takes finished blocks in their order
+one thread    a workspace; the tiles of one block; its       claims the workspace from a queue, for a block
+              stretch of each output
+all threads   descriptors, checksums                         ``sources``
+
+Longer than the house's 300 lines because the order of operations that the bits depend on belongs on one page.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import groupby
+from queue import SimpleQueue
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nitrous_ema.snapshots.format import DTYPE_BYTES
 from nitrous_ema.synthesis.numbers import widen
 from nitrous_ema.synthesis.plan import Column, Plan
-from nitrous_ema.synthesis.sources import OpenFiles, Reader, element_bytes
+from nitrous_ema.synthesis.products import one_thread_per_product
+from nitrous_ema.synthesis.sources import OpenFiles, element_bytes
 
 DEFAULT_MEMORY_BYTES = 1 << 30
 
@@ -33,50 +45,94 @@ TILE_ELEMENTS = (
 )  # with 32 columns the float64 tile is 4 MiB; 8 Ki to 32 Ki were equally fast, 2 Ki up to 25 % slower
 GROUP_COLUMNS = 32
 _MAX_BLOCK_ELEMENTS = 1 << 16  # measured with 32 columns: 256 Ki was 1.3 times slower, 1 Mi up to twice
-_FIXED_BYTES = 4 << 20  # conversions, pieces being written
+_FIXED_BYTES = 4 << 20  # copied tensors, headers, running checksums
+_CONSUMER_BYTES = 3 << 20  # per thread: what outputs.py rounds and writes at a time, packed matrices of BLAS
 _COPY_BYTES = 1 << 20
-_MAX_READERS = 4
+
+Accumulate = Literal["float64", "float32"]
+"""Type of sums and products."""
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes read so far and the bytes there are to read."""
+"""Called with the bytes read so far and the bytes there are to read, on the calling thread."""
 
 
 class Consumer(Protocol):
-    """Takes one output, block after block."""
+    """Takes all outputs, tile after tile."""
 
-    def __call__(self, begin_element: int, block: NDArray[np.float64], /) -> None:
-        """Take elements from ``begin_element`` on. The array is reused as soon as this returns."""
+    def __call__(self, begin_element: int, block: NDArray[np.floating], /) -> None:
+        """Take the elements from ``begin_element`` on, shape [outputs, elements].
+
+        Called by several threads at once and in no order, each element once, unless ``stream`` is told otherwise. The
+        array is reused as soon as this returns.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a memory budget allows."""
+
+    threads: int
+    """Blocks computed at a time."""
+    block_elements: int
+    """Elements per block; a multiple of TILE_ELEMENTS."""
+    memory_bytes: int
+    """What these take at most."""
 
 
 def stream(
     plan: Plan,
-    consumers: Sequence[Consumer],
+    consumer: Consumer,
     *,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     progress: Progress | None = None,
+    threads: int | None = None,
+    accumulate: Accumulate = "float64",
+    elements: tuple[int, int] | None = None,
+    on_calling_thread: bool = False,
 ) -> None:
-    """Read every column of a plan once, verify it, and hand each output to its consumer in float64.
+    """Read every column of a plan once, verify it, and hand the outputs to a consumer.
 
     Args:
         plan: What to read, with which weights.
-        consumers: One per output, called on this thread with consecutive blocks that cover the flat space, each of
-            TILE_ELEMENTS elements but the last.
+        consumer: Gets tiles that cover the flat space without gaps, in the type of the sums.
         memory_bytes: Memory to stay within, whatever the model and the number of columns.
         progress: Told of the bytes read.
+        threads: At most so many; by default one for each core this process may use.
+        accumulate: Type of products and sums.
+        elements: Only the tiles that hold some of this half-open range; all of them by default. Read is what is
+            needed to verify these.
+        on_calling_thread: Call the consumer on this thread, in order.
 
     Raises:
-        ValueError: The number of consumers is wrong, or the budget is too small for this many outputs.
+        ValueError: The budget is too small for this many outputs, or threads is less than 1.
         SnapshotDamaged: A chunk's checksum is wrong. What was handed out before is to be thrown away.
     """
-    if len(consumers) != len(plan.gammas):
-        raise ValueError(f"consumers: {len(consumers)} for {len(plan.gammas)} outputs; one per output is expected.")
-    block_elements = block_size(plan, memory_bytes)
-    multiply = _TileProduct(plan, block_elements)
-    with closing(_read_ahead(plan, block_elements, progress)) as arrived:
-        for unit, raw in arrived:
-            multiply.add(unit, raw)
-            if unit.group == multiply.last_group:
-                multiply.hand_out(unit, consumers)
+    sizes = engine_sizes(plan, memory_bytes, threads=threads, accumulate=accumulate)
+    units = _units(plan, sizes.block_elements, elements or (0, plan.elements))
+    row_bytes = sum(element_bytes(column.source) for column in plan.columns)
+    total, done = sum(unit.num_elements for unit in units) * row_bytes, 0
+    with (
+        one_thread_per_product(),
+        OpenFiles(column.source.path for column in plan.columns) as files,
+        ThreadPoolExecutor(sizes.threads, thread_name_prefix="synthesis") as pool,
+    ):
+        engine = _Engine(plan, sizes, files, accumulate, None if on_calling_thread else consumer)
+        waiting: deque[tuple[_Unit, Future[list[_Tile]]]] = deque()
+        left = iter(units)
+        try:
+            while True:
+                while len(waiting) < 2 * sizes.threads and (unit := next(left, None)) is not None:
+                    waiting.append((unit, pool.submit(engine.compute, unit)))
+                if not waiting:
+                    break
+                unit, future = waiting.popleft()
+                for begin, tile in future.result():
+                    consumer(begin, tile)
+                done += unit.num_elements * row_bytes
+                if progress is not None:
+                    progress(done, total)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)  # the files are closed next
 
 
 def stream_copied(plan: Plan, take: Callable[[int, memoryview], None]) -> None:
@@ -105,116 +161,152 @@ def stream_copied(plan: Plan, take: Callable[[int, memoryview], None]) -> None:
             begin, end = end, min(end + _COPY_BYTES, source.num_bytes)
 
 
-def block_size(plan: Plan, memory_bytes: int) -> int:
-    """Elements per block under a memory budget: a multiple of the tile.
+def engine_sizes(
+    plan: Plan, memory_bytes: int, *, threads: int | None = None, accumulate: Accumulate = "float64"
+) -> Sizes:
+    """How many threads compute blocks of which size within a memory budget.
 
     Raises:
-        ValueError: Not even one tile fits; the message says how much is needed.
+        ValueError: Not even one tile fits; the message says how much is needed. Or threads or accumulate is wrong.
     """
-    group, outputs = min(GROUP_COLUMNS, len(plan.columns)), len(plan.gammas)
-    fixed = _FIXED_BYTES + (group + outputs) * TILE_ELEMENTS * 8
-    per_element = 2 * group * _widest(plan.columns) + outputs * 8
-    tiles = (memory_bytes - fixed) // (per_element * TILE_ELEMENTS)
-    if tiles < 1:
-        needed = fixed + per_element * TILE_ELEMENTS
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads: {threads}; expected 1 or more.")
+    if accumulate not in ("float64", "float32"):
+        raise ValueError(f"accumulate: {accumulate!r}; expected 'float64' or 'float32'.")
+    most_tiles = max(1, min(-(-plan.elements // TILE_ELEMENTS), _MAX_BLOCK_ELEMENTS // TILE_ELEMENTS))
+    wanted = threads or available_cores()
+    wanted = max(1, min(wanted, -(-plan.elements // (most_tiles * TILE_ELEMENTS))))
+    smallest, per_tile = _workspace_bytes(plan, accumulate)
+    needed = _FIXED_BYTES + smallest + per_tile
+    if memory_bytes < needed:
         raise ValueError(
-            f"memory: {memory_bytes} bytes are too few for {outputs} outputs of {len(plan.columns)} columns; "
+            f"memory: {memory_bytes} bytes are too few for {len(plan.gammas)} outputs of {len(plan.columns)} columns; "
             f"at least {needed} bytes ({-(-needed >> 20)} MiB) are needed. Allow more memory, or ask for fewer at once."
         )
-    whole = -(-plan.elements // TILE_ELEMENTS)
-    return max(1, min(tiles, whole, _MAX_BLOCK_ELEMENTS // TILE_ELEMENTS)) * TILE_ELEMENTS
+    used = min(wanted, (memory_bytes - _FIXED_BYTES) // (smallest + per_tile))
+    tiles = min(most_tiles, ((memory_bytes - _FIXED_BYTES) // used - smallest) // per_tile)
+    return Sizes(used, tiles * TILE_ELEMENTS, _FIXED_BYTES + used * (smallest + tiles * per_tile))
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _workspace_bytes(plan: Plan, accumulate: Accumulate) -> tuple[int, int]:
+    """Memory of one thread: whatever the size of its blocks, and for each tile of them."""
+    group, outputs, item = min(GROUP_COLUMNS, len(plan.columns)), len(plan.gammas), np.dtype(accumulate).itemsize
+    fixed = group * TILE_ELEMENTS * (item + 4) + 2 * outputs * TILE_ELEMENTS * item + _CONSUMER_BYTES
+    # Sums of the block while its groups come; and finished ones, of which two per thread wait for the calling thread.
+    return fixed, TILE_ELEMENTS * (group * _widest(plan.columns) + 3 * outputs * item)
+
+
+_Tile = tuple[int, NDArray[np.floating]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """One group's share of one block."""
+    """A block: what is read of it, and which of that is computed."""
 
     begin: int
     num_elements: int
-    group: int
+    tiles: range
+    """First elements of the tiles that are wanted."""
 
 
-class _TileProduct:
-    """Weights times columns of one block, tile by tile, summed over the groups."""
+def _units(plan: Plan, block_elements: int, wanted: tuple[int, int]) -> list[_Unit]:
+    """Blocks that cover the wanted tiles and whole chunks around them."""
+    whole = max(TILE_ELEMENTS, *(each.source.chunk_bytes // element_bytes(each.source) for each in plan.columns))
+    begin, end = wanted[0] // whole * whole, min(-(-wanted[1] // whole) * whole, plan.elements)
+    units: list[_Unit] = []
+    for first in range(begin, end if wanted[0] < wanted[1] else begin, block_elements):
+        last = min(first + block_elements, end)
+        tiles = range(max(first, wanted[0] // TILE_ELEMENTS * TILE_ELEMENTS), min(last, wanted[1]), TILE_ELEMENTS)
+        units.append(_Unit(first, last - first, tiles))
+    return units
 
-    def __init__(self, plan: Plan, block_elements: int) -> None:
+
+class _Workspace:
+    """Memory of one thread."""
+
+    def __init__(self, plan: Plan, sizes: Sizes, accumulate: Accumulate) -> None:
+        group, outputs = min(GROUP_COLUMNS, len(plan.columns)), len(plan.gammas)
+        tiles = sizes.block_elements // TILE_ELEMENTS if len(plan.columns) > GROUP_COLUMNS else 1
+        self.raw = np.empty((group, sizes.block_elements * _widest(plan.columns)), dtype=np.uint8)
+        self.wide = np.empty((group, TILE_ELEMENTS), dtype=accumulate)
+        self.scratch = np.empty((group, TILE_ELEMENTS), dtype=np.uint32)
+        self.product = np.empty((outputs, TILE_ELEMENTS), dtype=accumulate)
+        self.sums = np.empty((tiles, outputs, TILE_ELEMENTS), dtype=accumulate)  # one will do where no group follows
+
+
+class _Engine:
+    """What the threads share. Only read once they run, but for the queue and what ``sources`` guards."""
+
+    def __init__(
+        self, plan: Plan, sizes: Sizes, files: OpenFiles, accumulate: Accumulate, consumer: Consumer | None
+    ) -> None:
+        self._consumer = consumer
+        readers = [column.source.reader(files) for column in plan.columns]
         self._groups = [
-            (plan.columns[begin : begin + GROUP_COLUMNS], plan.weights[begin : begin + GROUP_COLUMNS].T.copy())
+            (
+                list(zip(plan.columns, readers, strict=True))[begin : begin + GROUP_COLUMNS],
+                list(_runs(plan.columns[begin : begin + GROUP_COLUMNS])),
+                np.ascontiguousarray(plan.weights[begin : begin + GROUP_COLUMNS].T, dtype=accumulate),
+            )
             for begin in range(0, len(plan.columns), GROUP_COLUMNS)
         ]
-        self.last_group = len(self._groups) - 1
-        self._wide = np.zeros((min(GROUP_COLUMNS, len(plan.columns)), TILE_ELEMENTS), dtype=np.float64)
-        self._product = np.empty((len(plan.gammas), TILE_ELEMENTS), dtype=np.float64)
-        # [tiles, outputs, elements]: the product of a tile is one piece of memory
-        self._sums = np.empty((block_elements // TILE_ELEMENTS, *self._product.shape), dtype=np.float64)
+        self._free: SimpleQueue[_Workspace] = SimpleQueue()
+        for _ in range(sizes.threads):
+            self._free.put(_Workspace(plan, sizes, accumulate))
 
-    def add(self, unit: _Unit, raw: NDArray[np.uint8]) -> None:
-        """Add what a group contributes to its block; the first group starts the sums."""
-        columns, weights = self._groups[unit.group]
-        wide = self._wide[: len(columns)]
-        for begin, sums in zip(range(0, unit.num_elements, TILE_ELEMENTS), self._sums, strict=False):
-            end = min(begin + TILE_ELEMENTS, unit.num_elements)
-            for row, column, stored in zip(wide, columns, raw, strict=False):
-                width = element_bytes(column.source)
-                widen(stored[begin * width : end * width], column.source.dtype, row[: end - begin])
-                row[end - begin :] = 0.0
-            with np.errstate(invalid="ignore", over="ignore"):  # weights that diverged give what they give
-                np.matmul(weights, wide, out=sums if unit.group == 0 else self._product)
-                if unit.group > 0:
-                    sums += self._product
-
-    def hand_out(self, unit: _Unit, consumers: Sequence[Consumer]) -> None:
-        """Give the finished block to the consumers."""
-        for begin, sums in zip(range(0, unit.num_elements, TILE_ELEMENTS), self._sums, strict=False):
-            count = min(TILE_ELEMENTS, unit.num_elements - begin)
-            for consumer, row in zip(consumers, sums, strict=True):
-                consumer(unit.begin + begin, row[:count])
-
-
-def _units(plan: Plan, block_elements: int) -> Iterator[_Unit]:
-    for begin in range(0, plan.elements, block_elements):
-        for group in range(-(-len(plan.columns) // GROUP_COLUMNS)):
-            yield _Unit(begin, min(block_elements, plan.elements - begin), group)
-
-
-def _read_ahead(
-    plan: Plan, block_elements: int, progress: Progress | None
-) -> Generator[tuple[_Unit, NDArray[np.uint8]], None, None]:
-    """Yield the units with their bytes [columns of the group, bytes]; the next unit is read meanwhile."""
-    rows, width = min(GROUP_COLUMNS, len(plan.columns)), block_elements * _widest(plan.columns)
-    buffers = [np.empty((rows, width), dtype=np.uint8) for _ in range(2)]
-    num_threads = min(_MAX_READERS, rows, os.cpu_count() or 1)
-    total = sum(column.source.num_bytes for column in plan.columns)
-    done = 0
-    with (
-        OpenFiles(column.source.path for column in plan.columns) as files,
-        ThreadPoolExecutor(num_threads, thread_name_prefix="synthesis-read") as pool,
-    ):
-        readers = [column.source.reader(files) for column in plan.columns]
-
-        def submit(unit: _Unit, raw: NDArray[np.uint8]) -> list[Future[int]]:
-            first = unit.group * GROUP_COLUMNS
-            group = list(zip(plan.columns, readers, strict=True))[first : first + GROUP_COLUMNS]
-            return [pool.submit(_read, *pair, unit, row) for pair, row in zip(group, raw, strict=False)]
-
-        units = list(_units(plan, block_elements))
-        pending = submit(units[0], buffers[0]) if units else []
+    def compute(self, unit: _Unit) -> list[_Tile]:
+        """Hand a block's tiles to the consumer; or return them, where there is none."""
+        space = self._free.get()
+        finished: list[_Tile] = []
         try:
-            for index, unit in enumerate(units):
-                done += sum(future.result() for future in pending)
-                raw = buffers[index % 2]
-                pending = submit(units[index + 1], buffers[(index + 1) % 2]) if index + 1 < len(units) else []
-                if progress is not None:
-                    progress(done, total)
-                yield unit, raw
+            for group, (columns, runs, weights) in enumerate(self._groups):
+                for row, (column, reader) in zip(space.raw, columns, strict=False):
+                    width = element_bytes(column.source)
+                    reader.read_at(unit.begin * width, row[: unit.num_elements * width].data)
+                for begin in unit.tiles:
+                    sums = space.sums[(begin - unit.begin) // TILE_ELEMENTS % len(space.sums)]
+                    inside, end = begin - unit.begin, min(begin - unit.begin + TILE_ELEMENTS, unit.num_elements)
+                    _widen_tile(runs, space, inside, end)
+                    _multiply(weights, space, sums, is_first=group == 0)
+                    if group + 1 < len(self._groups):
+                        continue
+                    if self._consumer is not None:
+                        self._consumer(begin, sums[:, : end - inside])
+                    else:
+                        finished.append((begin, sums[:, : end - inside].copy()))
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)  # the files are closed next
+            self._free.put(space)
+        return finished
 
 
-def _read(column: Column, reader: Reader, unit: _Unit, row: NDArray[np.uint8]) -> int:
-    num_bytes = unit.num_elements * element_bytes(column.source)
-    reader.read_into(row[:num_bytes].data)
-    return num_bytes
+def _widen_tile(runs: Sequence[tuple[str, int, int]], space: _Workspace, begin: int, end: int) -> None:
+    """Convert one tile of a group, stretches of columns of one type at a time."""
+    for dtype, first, last in runs:
+        width, count = DTYPE_BYTES[dtype], end - begin
+        stored = space.raw[first:last, begin * width : end * width]
+        widen(stored, dtype, space.wide[first:last, :count], scratch=space.scratch[first:last, :count])
+    space.wide[:, end - begin :] = 0.0
+
+
+def _multiply(weights: NDArray[np.floating], space: _Workspace, sums: NDArray[np.floating], *, is_first: bool) -> None:
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):  # weights that diverged give what they give
+        np.matmul(weights, space.wide[: weights.shape[1]], out=sums if is_first else space.product)
+        if not is_first:
+            sums += space.product
+
+
+def _runs(columns: Sequence[Column]) -> Iterator[tuple[str, int, int]]:
+    """Neighbours of one stored type: the type, the first one, the one after the last."""
+    first = 0
+    for dtype, run in groupby(columns, key=lambda column: column.source.dtype):
+        last = first + sum(1 for _ in run)
+        yield dtype, first, last
+        first = last
 
 
 def _widest(columns: Sequence[Column]) -> int:

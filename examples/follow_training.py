@@ -1,0 +1,130 @@
+"""An evaluation job beside a running training: every new snapshot gets its best EMA length.
+
+    python examples/follow_training.py --out follow
+
+The training is a process of its own, as it would be on a cluster: this one sees the snapshot folder and nothing else.
+Whatever it evaluates is in follow/sweep.jsonl; killed and started again with --attach, it goes on from there.
+
+    nitrous-ema plot follow/sweep.jsonl --out follow.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nitrous_ema import AsyncPostHocEMA, SnapshotStore, sweep
+from nitrous_ema.errors import SnapshotNotFound
+
+SIGMA_RELS = (0.03, 0.05, 0.08, 0.12, 0.2)
+
+
+def make_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(1, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
+
+
+def make_batch(count: int, seed: int, noise: float) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = 2 * torch.rand(count, 1, generator=generator) - 1
+    return x, torch.sin(5 * x) + noise * torch.randn(count, 1, generator=generator)
+
+
+# ---- the training, which knows nothing of the evaluation
+
+
+def train(snapshots: Path, steps: int, every: int) -> None:
+    torch.manual_seed(0)
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    with AsyncPostHocEMA(model, checkpoint_folder=snapshots, checkpoint_every_num_steps=every) as ema:
+        for step in range(steps):
+            x, y = make_batch(64, step, noise=1.0)
+            loss = nn.functional.mse_loss(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            ema.update()
+
+
+# ---- the evaluation, which knows the folder and the architecture
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module) -> float:
+    """Distance from the truth on inputs that were not trained on; the same ones for every average."""
+    x, y = make_batch(2000, seed=10**9, noise=0.0)
+    return nn.functional.mse_loss(model(x), y).item()
+
+
+def newest_step(snapshots: Path) -> int:
+    try:
+        return SnapshotStore(snapshots).get().step
+    except SnapshotNotFound:
+        return 0
+
+
+def follow(out: Path, training: subprocess.Popen[bytes] | None) -> None:
+    model, done = make_model(), 0
+    while True:
+        # Asked before the folder is looked at, so that a last snapshot is not missed.
+        is_over = training is None or training.poll() is not None
+        step = newest_step(out / "snapshots")
+        if step > done:
+            done = step  # where evaluating takes longer than a snapshot's distance, those in between are left out
+            table = sweep(
+                out / "snapshots",
+                evaluate,
+                sigma_rels=SIGMA_RELS,
+                steps=[step],
+                model=model,
+                refine=2,
+                metric="mean squared error",
+                results=out / "sweep.jsonl",
+            )
+            best = table.best
+            print(f"step {step}: best sigma_rel {best.sigma_rel:g}, {best.metric} {best.value:.5f}", flush=True)
+        elif is_over:
+            return
+        else:
+            wait(training)
+
+
+def wait(training: subprocess.Popen[bytes], seconds: float = 0.5) -> None:
+    with suppress(subprocess.TimeoutExpired):  # look again
+        training.wait(timeout=seconds)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("follow"), help="folder for all files (./follow)")
+    parser.add_argument("--steps", type=int, default=4000, help="steps to train (4000)")
+    parser.add_argument("--every", type=int, default=100, help="steps between snapshots (100)")
+    parser.add_argument("--attach", action="store_true", help="train nothing; evaluate the newest snapshot there is")
+    parser.add_argument("--train", action="store_true", help="train only; this is how the evaluation starts it")
+    options = parser.parse_args()
+    snapshots = options.out / "snapshots"
+    if options.train:
+        train(snapshots, options.steps, options.every)
+        return 0
+    if options.attach:
+        follow(options.out, None)
+        return 0
+    command = [sys.executable, __file__, "--train", f"--out={options.out}"]
+    command += [f"--steps={options.steps}", f"--every={options.every}"]
+    with subprocess.Popen(command) as training:
+        try:
+            follow(options.out, training)
+        except BaseException:
+            training.terminate()
+            raise
+    return training.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
