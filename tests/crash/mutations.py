@@ -263,7 +263,7 @@ MUTATIONS: Sequence[Mutation] = (
         "                    if found != expected:\n                        message",
         "                    if False:\n                        message")),
     Mutation("checksums of the chunks, compared in synthesis", "streaming a changed chunk", {
-        SOURCES: [("if self._crc != source.crc32[self._chunk]:", "if False:")]}),
+        SOURCES: [("if is_whole and running.crc != source.crc32[chunk]:", "if False:")]}),
     Mutation("checksum of the header, compared", "flipped bits, cut and moved files", {
         FORMAT: [('    if blob[_CRC_BEGIN:crc_end] != b"%08x" % crc32:\n', "    if False:\n")]}),
     Mutation("size of the file, compared", "flipped bits, cut and moved files", {
