@@ -63,7 +63,7 @@ class Lane(Protocol):
         """Queue work that reads the averages as they are after the last ``run``; ``abandon`` if it cannot be run."""
 
     def keep(self, work: Work) -> None:
-        """Do work that copies parameters, where the caller is; every later ``run`` and ``order_writer`` comes after it."""
+        """Do work that copies parameters, where the caller is; later ``run`` and ``order_writer`` come after it."""
 
     def order_writer(self) -> None:
         """What the caller does next with parameters comes after every ``run`` so far that reads them."""

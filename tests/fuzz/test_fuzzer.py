@@ -19,7 +19,12 @@ PLANTED = {
     ),
     "size of the file": ("snapshot", FORMAT, "if file_bytes != end + layout.data_bytes:", "if False:"),
     "one byte string for a layout": ("snapshot", FORMAT, "if layout.header_json != header_json:", "if False:"),
-    "checksums of the chunks": ("snapshot", SOURCES, "if is_whole and running.crc != source.crc32[chunk]:", "if False:"),
+    "checksums of the chunks": (
+        "snapshot",
+        SOURCES,
+        "if is_whole and running.crc != source.crc32[chunk]:",
+        "if False:",
+    ),
     "missing facts": ("snapshot", FORMAT, "except KeyError as error:", "except ZeroDivisionError as error:"),
     "no bytes after the tensors": ("average.safetensors", "loading", "if position != file_bytes:", "if False:"),
     "whole numbers as sizes": (
