@@ -109,7 +109,7 @@ def plan_synthesis(
     Source:
         Karras et al. 2023, arXiv:2312.02696, Algorithm 3.
     """
-    lengths = _lengths(gammas, sigma_rels)
+    lengths = lengths_of(gammas, sigma_rels)
     if not target.average_spans:
         raise SnapshotMismatch(f"{target.path} holds no averaged tensor; there is nothing to sum.", path=target.path)
     candidates = [moment for moment in snapshots if moment.t <= target.t and moment.gammas]
@@ -168,7 +168,7 @@ def plan_from_store(
     """
     if step is not None and step in exclude:
         raise ValueError(f"step {step} is the target and is excluded; ask for another step, or do not exclude it.")
-    _lengths(gammas, sigma_rels)  # a wrong length is told before a folder of thousands of snapshots is listed
+    lengths_of(gammas, sigma_rels)  # a wrong length is told before a folder of thousands of snapshots is listed
     if not isinstance(store, SnapshotStore):
         store = SnapshotStore(store)
     snapshots = store.snapshots(run, exclude=exclude)
@@ -190,8 +190,8 @@ def plan_from_store(
     return replace(plan, trainer=snapshots[-1].stamp.trainer)
 
 
-def _lengths(gammas: Sequence[float] | None, sigma_rels: Sequence[float] | None) -> list[tuple[float, float]]:
-    """(sigma_rel, gamma) of each output; the given one of the two is kept to the bit."""
+def lengths_of(gammas: Sequence[float] | None, sigma_rels: Sequence[float] | None) -> list[tuple[float, float]]:
+    """(sigma_rel, gamma) of each average asked for; the given one of the two is kept to the bit."""
     lengths: list[tuple[float, float]] = []
     if (gammas is None) == (sigma_rels is None):
         raise ValueError("gammas and sigma_rels: exactly one of them says which averages are wanted.")
