@@ -157,8 +157,8 @@ def _header(entries: Sequence[Entry], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def metadata_of(plan: Plan, index: int) -> dict[str, str]:
-    """What an output is made of. Values are strings, numbers as repr, lists as JSON."""
+def metadata_of(plan: Plan, index: int, accumulate: str) -> dict[str, str]:
+    """What an output is made of, and how. Values are strings, numbers as repr, lists as JSON."""
     target, report = plan.target, plan.report
     return {
         "format": "pt",  # transformers refuses files that do not say so
@@ -176,6 +176,7 @@ def metadata_of(plan: Plan, index: int) -> dict[str, str]:
         "steps_read": json.dumps(plan.steps),
         "lower_bound": repr(plan.lower_bound),
         "tolerance": repr(plan.tolerance),
+        "accumulate": accumulate,
         "excluded": json.dumps(plan.excluded),
         "lineage": json.dumps(target.lineage),
         "skipped": json.dumps(list(_names(plan, "skipped"))),

@@ -17,7 +17,6 @@ import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,7 +96,8 @@ def write_outputs(
     check_outputs(plan, paths, dtype=dtype, memory_bytes=memory_bytes, threads=threads, accumulate=accumulate)
     contents = {suffix: Contents(plan, dtype, tied_once=suffix == ".pt") for suffix in {each.suffix for each in paths}}
     outputs = [
-        _Output(plan, index, path, contents[path.suffix], files or FileSystem()) for index, path in enumerate(paths)
+        _Output(index, path, contents[path.suffix], metadata_of(plan, index, accumulate), files or FileSystem())
+        for index, path in enumerate(paths)
     ]
     _write(plan, outputs, None, committed, memory_bytes, progress, threads, accumulate)
 
@@ -151,7 +151,10 @@ def write_shard(
     files = files or FileSystem()
     names = part_names(plan, dtype, parts)
     contents = Contents(plan, dtype, names=names[part])
-    outputs = [_Output(plan, index, part_path(path, part, parts), contents, files) for index, path in enumerate(paths)]
+    outputs = [
+        _Output(index, part_path(path, part, parts), contents, metadata_of(plan, index, accumulate), files)
+        for index, path in enumerate(paths)
+    ]
     _write(plan, outputs, contents.elements, committed, memory_bytes, progress, threads, accumulate)
     if part == 0:
         for path in paths:
@@ -166,8 +169,11 @@ def check_outputs(
     memory_bytes: int,
     threads: int | None = None,
     accumulate: Accumulate = "float64",
-) -> None:
+) -> int:
     """Refuse what write_outputs() could not do, before anything is touched.
+
+    Returns:
+        The memory that it will take at most, in bytes.
 
     Raises:
         ValueError: As write_outputs().
@@ -181,24 +187,16 @@ def check_outputs(
             raise ValueError(f"{path}: unknown kind of file; expected a name that ends in {' or '.join(SUFFIXES)}.")
     if dtype is not None and dtype not in FLOAT_TYPES:
         raise ValueError(f"dtype: {dtype!r} is not a floating type; expected one of {', '.join(FLOAT_TYPES)}.")
-    for indices in _passes(plan):
-        engine_sizes(_part(plan, indices), memory_bytes, threads=threads, accumulate=accumulate)
+    return max(
+        engine_sizes(plan.only(indices), memory_bytes, threads=threads, accumulate=accumulate).memory_bytes
+        for indices in _passes(plan)
+    )
 
 
 def _passes(plan: Plan) -> list[range]:
     """Outputs that are written while the snapshots are read once."""
     total = len(plan.gammas)
     return [range(first, min(first + OUTPUTS_PER_PASS, total)) for first in range(0, total, OUTPUTS_PER_PASS)]
-
-
-def _part(plan: Plan, indices: range) -> Plan:
-    """The same plan for some of its outputs."""
-    return replace(
-        plan,
-        sigma_rels=plan.sigma_rels[indices.start : indices.stop],
-        gammas=plan.gammas[indices.start : indices.stop],
-        weights=np.ascontiguousarray(plan.weights[:, indices.start : indices.stop]),
-    )
 
 
 def _write(
@@ -219,7 +217,7 @@ def _write(
                 output.open()
             fill = _Fill(now)
             stream(
-                _part(plan, indices),
+                plan.only(indices),
                 fill.take,
                 memory_bytes=memory_bytes,
                 progress=progress,
@@ -326,12 +324,12 @@ def _temporary(path: Path) -> Path:
 class _Output:
     """One file under its temporary name, until publish() or discard()."""
 
-    def __init__(self, plan: Plan, index: int, path: Path, contents: Contents, files: FileSystem) -> None:
+    def __init__(self, index: int, path: Path, contents: Contents, metadata: dict[str, str], files: FileSystem) -> None:
         self.index = index
         self.path = path
         self.contents = contents
         self._files = files
-        self._header = contents.header(metadata_of(plan, index))
+        self._header = contents.header(metadata)
         self._temporaries: list[Path] = []
         self._descriptor: int | None = None
 

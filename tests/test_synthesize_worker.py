@@ -16,7 +16,8 @@ import safetensors
 import safetensors.numpy
 
 from nitrous_ema.async_ import synthesize_worker as worker
-from nitrous_ema.async_.launch import Output, launch
+from nitrous_ema.async_.job import Output
+from nitrous_ema.async_.launch import launch
 from nitrous_ema.errors import WorkerError
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis.arrays import synthesize
@@ -24,8 +25,9 @@ from tests.snapshot_folders import layout_of, record, run_id, snapshot_file, wri
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = [sys.executable, "-W", "error", "-m", "nitrous_ema.async_.synthesize_worker"]
-FIELDS = ["sigma_rel", "gamma", "step", "t", "run", "path", "profile_error", "weight_l1", "weight_l2"]
-FIELDS += ["rounding", "columns", "steps_read", "lower_bound", "tolerance", "excluded", "bytes_read", "seconds"]
+FIELDS = ["sigma_rel", "gamma", "step", "t", "run", "path", "state", "part", "parts", "profile_error", "weight_l1"]
+FIELDS += ["weight_l2", "rounding", "columns", "steps_read", "lower_bound", "tolerance", "excluded", "bytes_read"]
+FIELDS += ["file_bytes", "memory_bytes", "seconds"]
 TIMEOUT = 300
 
 
@@ -145,6 +147,21 @@ def test_process_needs_neither_torch_nor_the_trainer_and_gives_way_to_it(tmp_pat
     process = run_inside(script, tmp_path, "--sigma-rel", "0.07", "--out", tmp_path / "out")
     _, stderr = process.communicate(timeout=TIMEOUT)
     assert stderr.splitlines()[-2:] == [f"0 {max(10, os.nice(0))} 1", "[]"]
+
+
+def test_process_imports_nothing_that_it_does_not_need(folder, tmp_path):
+    """What would be paid for in each launch(): torch, what starts such processes, what asks about trainers."""
+    unneeded = ("torch", "subprocess", "psutil", "asyncio", "multiprocessing", "safetensors", "matplotlib", "email")
+    script = f"""
+    try:
+        {RUN}
+    finally:
+        print([each for each in sys.modules if each in {unneeded} or each.startswith("nitrous_ema.async_.j")],
+              file=sys.stderr)
+    """
+    process = run_inside(script, folder, "--sigma-rel", "0.07", "--out", tmp_path / "out")
+    _, stderr = process.communicate(timeout=TIMEOUT)
+    assert stderr.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nitrous_ema.errors import SnapshotMismatch
 from nitrous_ema.posthoc import SynthesisReport, synthesis_report
 from nitrous_ema.profile import gamma_to_sigma_rel, sigma_rel_to_gamma
+from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis.choice import DEFAULT_TOLERANCE, Choice, choose_columns
 from nitrous_ema.synthesis.sources import Moment, Source
@@ -75,6 +76,21 @@ class Plan:
         """Bytes of all columns and of the target's copied tensors."""
         copied = self.target.copied
         return sum(column.source.num_bytes for column in self.columns) + (copied.num_bytes if copied else 0)
+
+    def only(self, indices: Sequence[int]) -> Plan:
+        """The same plan for some of its averages: what is read stays."""
+        chosen = list(indices)
+        per_output = {each.name: getattr(self.report, each.name) for each in fields(self.report)}
+        per_output = {name: values[chosen] for name, values in per_output.items() if name != "warnings"}
+        return replace(
+            self,
+            sigma_rels=tuple(self.sigma_rels[index] for index in chosen),
+            gammas=tuple(self.gammas[index] for index in chosen),
+            weights=np.ascontiguousarray(self.weights[:, chosen]),
+            report=replace(self.report, **per_output),
+            profile_error_of_all=self.profile_error_of_all[chosen],
+            least_error_l2=self.least_error_l2[chosen],
+        )
 
 
 def plan_synthesis(
@@ -178,13 +194,34 @@ def plan_from_store(
         return plan_from_store(
             store, gammas=gammas, sigma_rels=sigma_rels, step=step, run=run, exclude=exclude, tolerance=tolerance
         )
-    moments = [stored_moment(snapshot) for snapshot in snapshots if snapshot.t <= target.t]
+    return plan_at(target, snapshots, gammas=gammas, sigma_rels=sigma_rels, excluded=exclude, tolerance=tolerance)
+
+
+def plan_at(
+    target: Snapshot,
+    snapshots: Sequence[Snapshot],
+    *,
+    gammas: Sequence[float] | None = None,
+    sigma_rels: Sequence[float] | None = None,
+    excluded: Collection[int] = (),
+    tolerance: float = DEFAULT_TOLERANCE,
+) -> Plan:
+    """Plan the averages that end at one of the snapshots of a listing.
+
+    Args:
+        target: The snapshot at whose step the averages end.
+        snapshots: All of its history, ascending by step, as ``SnapshotStore.snapshots`` lists them.
+        gammas: As in plan_synthesis(); so are all others, and what is raised.
+        sigma_rels: Lengths.
+        excluded: Steps that were left out of the listing.
+        tolerance: Relative profile error that may be added.
+    """
     plan = plan_synthesis(
-        moments,
+        [stored_moment(snapshot) for snapshot in snapshots if snapshot.t <= target.t],
         target=stored_moment(target),
         gammas=gammas,
         sigma_rels=sigma_rels,
-        excluded=exclude,
+        excluded=excluded,
         tolerance=tolerance,
     )
     return replace(plan, trainer=snapshots[-1].stamp.trainer)

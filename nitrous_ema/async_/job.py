@@ -1,0 +1,239 @@
+"""A synthesis process, as the process that started it sees it.
+
+what                         guarded by
+lines of stdout              _came; read by anybody                 test_outputs_come_while_the_worker_goes_on
+end of stdout                the same                               test_outputs_end_with_the_error_of_the_worker
+what stderr said             one thread writes; read after it has   test_failure_of_a_launched_job_is_an_exception
+                             ended, but for ``warnings``
+failure of the callback      the same                               test_error_of_the_progress_callback_is_raised
+
+J1  Both pipes are drained all the time, whatever the callback does or whoever reads: a worker with much to say does
+    not stop for a reader.                                          test_worker_with_much_to_say_is_not_held_up
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from itertools import count
+from pathlib import Path
+from typing import IO, Literal
+
+from nitrous_ema import exits
+from nitrous_ema.async_.telling import PROGRESS, WARNING
+from nitrous_ema.errors import WorkerError
+
+_KEPT_STDERR_CHARACTERS = 16_000
+_KILL_AFTER_SECONDS = 10.0
+
+ProgressCallback = Callable[[int, int], object]
+"""Called with the bytes read so far and those to read, on a thread of the job."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """One average: written, kept as it was, or foretold."""
+
+    sigma_rel: float
+    """Its length, as a fraction of the training time."""
+    gamma: float
+    """The same as an exponent."""
+    step: int
+    """Step at which it ends."""
+    t: float
+    """Training time at which it ends."""
+    run: str
+    """Run of that snapshot."""
+    path: Path
+    """The file; of a part, if several processes share the work."""
+    state: Literal["written", "kept", "planned"]
+    """"kept": it was there already; "planned": it would be written (a dry run)."""
+    part: int
+    """Which part of the average it is, counted from 1."""
+    parts: int
+    """Of how many."""
+    profile_error: float
+    """Distance of its profile from the one asked for, relative to the norm of the latter."""
+    weight_l1: float
+    """Sum of the absolute weights."""
+    weight_l2: float
+    """Root of the sum of the squared weights."""
+    rounding: float
+    """Expected rms rounding error of a weight, relative to its size, from how the snapshots are stored."""
+    columns: int
+    """Profiles of snapshots that were read."""
+    steps_read: tuple[int, ...]
+    """Steps of the snapshots that were read for all outputs of this step together, ascending."""
+    lower_bound: int
+    """No fewer snapshots give all outputs within the tolerance; 1 where that is not known."""
+    tolerance: float
+    """Relative profile error that reading few snapshots was allowed to add."""
+    excluded: tuple[int, ...]
+    """Steps left out on request."""
+    bytes_read: int
+    """Bytes read for all outputs of this step, and all parts, together; 0 if this one was kept."""
+    file_bytes: int
+    """Size of the file; of a ``.pt`` file that is only planned, of its numbers."""
+    memory_bytes: int
+    """What reading and computing takes at most; 0 if it was kept."""
+    seconds: float
+    """Seconds from the worker's start of work until this file was durable."""
+
+    @classmethod
+    def parse(cls, line: str) -> Output:
+        """Read one line of the worker's stdout."""
+        found = json.loads(line)
+        known = {field.name: found[field.name] for field in fields(cls)}
+        steps = {name: tuple(known[name]) for name in ("excluded", "steps_read")}
+        return cls(**{**known, **steps, "path": Path(known["path"])})
+
+
+class Job:
+    """A synthesis process. It goes on if nobody waits for it; it ends with this process only if cancelled.
+
+    Args:
+        process: The worker, with pipes.
+        progress: Called on a thread of the job. If it raises, it is called no more, and result() raises its error.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], progress: ProgressCallback | None = None) -> None:
+        self._process = process
+        self._progress = progress
+        self._came = threading.Condition()
+        self._lines: list[str] = []
+        self._has_all = False
+        self._stderr = ""
+        self._callback_error: BaseException | None = None
+        self._drains = [
+            threading.Thread(target=self._drain_stdout, name="synthesize-stdout", daemon=True),
+            threading.Thread(target=self._drain_stderr, name="synthesize-stderr", daemon=True),
+        ]
+        for drain in self._drains:
+            drain.start()
+
+    def done(self) -> bool:
+        """Whether the process has ended, well or not."""
+        return self._process.poll() is not None
+
+    def outputs(self, timeout: float | None = None) -> Iterator[Output]:
+        """The averages as they come, each once it is durable; all of them, from the first on, at each call.
+
+        Args:
+            timeout: Seconds to wait for each, for ever by default. The process goes on after a timeout.
+
+        Raises:
+            TimeoutError: None has come for so long.
+            ValueError: As result(), after the last one; so is the other.
+            WorkerError: The worker failed or was cancelled.
+        """
+        for index in count():
+            line = self._line(index, timeout)
+            if line is None:
+                break
+            yield Output.parse(line)
+        self.result(timeout)
+
+    def _line(self, index: int, timeout: float | None) -> str | None:
+        """A line of stdout, waited for; None if there is no such line."""
+        with self._came:
+            if not self._came.wait_for(lambda: index < len(self._lines) or self._has_all, timeout):
+                raise TimeoutError(f"the synthesis has written nothing more after {timeout} seconds; it goes on.")
+            return self._lines[index] if index < len(self._lines) else None
+
+    def result(self, timeout: float | None = None) -> list[Output]:
+        """Wait for the process and return what it wrote: by step, and in the order of the lengths asked for.
+
+        Args:
+            timeout: Seconds to wait, for ever by default. The process goes on after a timeout.
+
+        Raises:
+            TimeoutError: It has not ended yet.
+            ValueError: It found an argument to be wrong; the message is its own.
+            WorkerError: It failed or was cancelled; has ``exit_code`` and the last of its ``stderr``.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            status = self._process.wait(timeout)
+            for drain in self._drains:
+                drain.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"the synthesis has not ended after {timeout} seconds; it goes on.") from None
+        if any(drain.is_alive() for drain in self._drains):
+            raise TimeoutError(f"the synthesis has ended, but not its output after {timeout} seconds; wait again.")
+        if status == exits.USAGE:
+            raise ValueError(_last_message(self._stderr))
+        if status != 0:
+            raise WorkerError(
+                f"the synthesis process ended with status {status}: {_last_message(self._stderr)}",
+                exit_code=status,
+                stderr=self._stderr,
+            )
+        if self._callback_error is not None:
+            raise self._callback_error
+        return [Output.parse(line) for line in self._lines]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the worker warned of; complete when result() has returned."""
+        return tuple(line.removeprefix(WARNING) for line in self._stderr.splitlines() if line.startswith(WARNING))
+
+    def cancel(self, timeout: float = _KILL_AFTER_SECONDS) -> None:
+        """End the process and wait until it has ended; outputs that are already written stay.
+
+        Args:
+            timeout: Seconds it gets for cleaning up before it is killed.
+        """
+        self._process.terminate()
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _drain_stdout(self) -> None:
+        try:
+            with _pipe(self._process.stdout) as pipe:
+                for line in pipe:
+                    with self._came:
+                        self._lines.append(line)
+                        self._came.notify_all()
+        finally:
+            with self._came:
+                self._has_all = True
+                self._came.notify_all()
+
+    def _drain_stderr(self) -> None:
+        with _pipe(self._process.stderr) as pipe:
+            for line in pipe:
+                if line.startswith(PROGRESS):
+                    self._tell_progress(line)
+                else:
+                    self._stderr = (self._stderr + line)[-_KEPT_STDERR_CHARACTERS:]
+
+    def _tell_progress(self, line: str) -> None:
+        if self._progress is None or self._callback_error is not None:
+            return
+        told = json.loads(line)["progress"]
+        try:
+            self._progress(told["done"], told["total"])
+        except BaseException as error:
+            self._callback_error = error
+
+
+def _pipe(pipe: IO[str] | None) -> IO[str]:
+    if pipe is None:
+        raise RuntimeError("the worker was started without a pipe; this is a bug of nitrous_ema, please report it.")
+    return pipe
+
+
+def _last_message(stderr: str) -> str:
+    """What the worker said last; the whole traceback where it ended in one."""
+    _, traceback, rest = stderr.rpartition("Traceback (most recent call last):")
+    if traceback:
+        return traceback + rest.rstrip()
+    lines = stderr.strip().splitlines()
+    return lines[-1] if lines else "it said nothing"

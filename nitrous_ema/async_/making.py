@@ -1,0 +1,192 @@
+"""The averages of one plan after the other: written, kept where they are there already, or foretold.
+
+stdout gets one JSON object for each average, in the order in which they were asked for; others parse these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from nitrous_ema import exits
+from nitrous_ema.async_.arguments import DTYPES
+from nitrous_ema.async_.parts import Part
+from nitrous_ema.async_.telling import progress_of, say, tell_plan
+from nitrous_ema.existing import Expected, expected_outputs
+from nitrous_ema.outputs import check_outputs, write_outputs, write_shard
+from nitrous_ema.processes import fate
+from nitrous_ema.sizes import amount
+from nitrous_ema.synthesis.plan import Plan
+from nitrous_ema.synthesis.streaming import available_cores
+
+_NICENESS = 10
+_LOWEST_BEST_EFFORT = 7  # of ionice; the idle class could wait for ever beside a busy trainer
+
+State = Literal["written", "kept", "planned"]
+
+
+class Maker:
+    """Makes averages as the command line says.
+
+    Args:
+        options: The command line.
+        part: Which part of them.
+    """
+
+    def __init__(self, options: argparse.Namespace, part: Part) -> None:
+        self._options = options
+        self._part = part
+        self._began = time.monotonic()
+        self._dtype = DTYPES[options.dtype] if options.dtype else None
+        self._threads: int | None = options.threads
+        if self._threads is None and part.on_this_machine > 1:
+            self._threads = max(1, available_cores() // part.on_this_machine)
+
+    def make(self, plan: Plan, paths: Sequence[Path]) -> None:
+        """Make the averages of a plan, but for those that are to be kept.
+
+        Raises:
+            UsageError: They cannot be made as asked.
+            NitrousError: As ``write_outputs``.
+        """
+        options = self._options
+        memory, expected = self._checked(plan, paths), self._expected(plan, paths)
+        lines = _Lines(plan, self._part, expected, memory, self._began)
+        missing = [index for index, each in enumerate(expected) if not (options.skip_existing and each.is_there)]
+        if len(missing) < len(paths):
+            say(f"step {plan.target.step}: {len(paths) - len(missing)} of {len(paths)} averages are there already")
+        if missing:
+            tell_plan(plan.only(missing))
+        if options.dry_run:
+            size = sum(expected[index].num_bytes for index in missing)
+            say(f"dry run: {amount(size)} to write, at most {amount(memory)} of memory; nothing is written")
+            for index in missing:
+                lines.add(index, "planned")
+        elif missing:
+            self._write(plan, paths, missing, lines)
+        lines.end()
+
+    def _checked(self, plan: Plan, paths: Sequence[Path]) -> int:
+        """The memory that it will take at most, if it can be done."""
+        with exits.usage_errors():
+            if self._part.parts > 1 and any(path.suffix != ".safetensors" for path in paths):
+                raise ValueError("--format: only .safetensors files are written in parts; choose that, or one process.")
+            return check_outputs(
+                plan,
+                paths,
+                dtype=self._dtype,
+                memory_bytes=self._options.memory,
+                threads=self._threads,
+                accumulate=self._options.accumulate,
+            )
+
+    def _expected(self, plan: Plan, paths: Sequence[Path]) -> list[Expected]:
+        part = self._part
+        return expected_outputs(
+            plan,
+            paths,
+            dtype=self._dtype,
+            accumulate=self._options.accumulate,
+            part=part.index,
+            parts=part.parts,
+            in_parts=part.parts > 1,
+        )
+
+    def _write(self, plan: Plan, paths: Sequence[Path], missing: Sequence[int], lines: _Lines) -> None:
+        options, part = self._options, self._part
+        _give_way(options.nice, plan.trainer)
+        for folder in dict.fromkeys(paths[index].parent for index in missing):
+            folder.mkdir(parents=True, exist_ok=True)
+        progress = progress_of(plan.target.step, as_json=options.progress_json, as_text=options.progress)
+        chosen = plan.only(missing), [paths[index] for index in missing]
+        how = {
+            "dtype": self._dtype,
+            "memory_bytes": options.memory,
+            "progress": progress,
+            "committed": lambda index, path: lines.add(missing[index], "written"),
+            "threads": self._threads,
+            "accumulate": options.accumulate,
+        }
+        try:
+            if part.parts > 1:
+                write_shard(*chosen, part=part.index, parts=part.parts, **how)
+            else:
+                write_outputs(*chosen, **how)
+        finally:
+            if progress is not None:
+                progress.end()
+
+
+class _Lines:
+    """What stdout says of the averages of a plan."""
+
+    def __init__(self, plan: Plan, part: Part, expected: Sequence[Expected], memory: int, began: float) -> None:
+        self._plan = plan
+        self._part = part
+        self._expected = expected
+        self._memory = memory
+        self._began = began
+        self._next = 0
+
+    def add(self, index: int, state: State) -> None:
+        """Tell one that is made, and before it those that are kept."""
+        while self._next < index:
+            self._tell(self._next, "kept")
+        self._tell(index, state)
+
+    def end(self) -> None:
+        """Tell those that are kept after the last one that was made."""
+        while self._next < len(self._expected):
+            self._tell(self._next, "kept")
+
+    def _tell(self, index: int, state: State) -> None:
+        sys.stdout.write(json.dumps(self._result(index, state)) + "\n")
+        sys.stdout.flush()
+        self._next = index + 1
+
+    def _result(self, index: int, state: State) -> dict[str, object]:
+        plan, report, expected = self._plan, self._plan.report, self._expected[index]
+        is_made = state == "written"
+        return {
+            "sigma_rel": plan.sigma_rels[index],
+            "gamma": plan.gammas[index],
+            "step": plan.target.step,
+            "t": plan.target.t,
+            "run": plan.target.run,
+            "path": str(expected.path),
+            "state": state,
+            "part": self._part.index + 1,
+            "parts": self._part.parts,
+            "profile_error": float(report.profile_error[index]),
+            "weight_l1": float(report.weight_l1[index]),
+            "weight_l2": float(report.weight_l2[index]),
+            "rounding": float(report.rounding[index]),
+            "columns": len(plan.columns),
+            "steps_read": list(plan.steps),
+            "lower_bound": plan.lower_bound,
+            "tolerance": plan.tolerance,
+            "excluded": list(plan.excluded),
+            "bytes_read": 0 if state == "kept" else plan.bytes_to_read,
+            "file_bytes": expected.path.stat().st_size if is_made else expected.num_bytes,
+            "memory_bytes": 0 if state == "kept" else self._memory,
+            "seconds": round(time.monotonic() - self._began, 6),
+        }
+
+
+def _give_way(when: str, trainer: Mapping[str, str | int | float]) -> None:
+    """Lower this process's priority, so that a training on the same machine does not notice it."""
+    if when == "never" or (when == "auto" and fate(trainer) != "alive"):
+        return
+    import psutil
+
+    process = psutil.Process()
+    with suppress(psutil.Error, OSError):
+        process.nice(max(_NICENESS, process.nice()))
+        if hasattr(process, "ionice"):
+            process.ionice(psutil.IOPRIO_CLASS_BE, _LOWEST_BEST_EFFORT)

@@ -1,0 +1,97 @@
+"""What the synthesis process says to people, and to the process that started it, on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from nitrous_ema.sizes import amount
+
+if TYPE_CHECKING:
+    from nitrous_ema.synthesis.plan import Plan
+
+WARNING = "synthesize: warning: "
+"""How a line begins that warns of the averages that are going to be written."""
+PROGRESS = '{"progress": '
+"""How a line begins that tells the progress to a program."""
+
+_TEXT_SECONDS = 0.5
+_JSON_SECONDS = 0.1
+
+
+def say(line: str) -> None:
+    """Tell something."""
+    sys.stderr.write(f"synthesize: {line}\n")
+    sys.stderr.flush()
+
+
+def tell_plan(plan: Plan) -> None:
+    """Tell what is read, and how good the averages will be."""
+    target = plan.target
+    say(
+        f"step {target.step} of run {target.run}: {len(plan.gammas)} averages from {len(plan.columns)} columns of "
+        f"{len(plan.steps)} snapshots, {amount(plan.bytes_to_read)} to read"
+    )
+    if plan.tolerance > 0:
+        say(
+            f"tolerance {plan.tolerance:g}: {len(plan.steps)} of {plan.candidates} snapshots, not less than "
+            f"{plan.lower_bound} give all averages so well; profile error {max(plan.report.profile_error):.2g}, with "
+            f"all {max(plan.profile_error_of_all):.2g}; rounding times {max(plan.report.weight_l2):.3g}, at the least "
+            f"error {max(plan.least_error_l2):.3g}"
+        )
+    for warning in plan.report.warnings:
+        sys.stderr.write(f"{WARNING}{warning}\n")
+
+
+class TextProgress:
+    """Bytes read, rate and time left: one line that is written over on a terminal, lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._began = self._told = time.monotonic()
+        self._on_terminal = sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Tell it, if that is due."""
+        now = time.monotonic()
+        if done < total and now - self._told < _TEXT_SECONDS:
+            return
+        self._told = now
+        rate = done / max(now - self._began, 1e-9)
+        left = f"{(total - done) / rate:.0f} s left" if done < total else f"{now - self._began:.1f} s"
+        line = f"read {amount(done)} of {amount(total)} ({done / total:.0%}), {amount(rate)}/s, {left}"
+        sys.stderr.write(f"\r{line}\x1b[K" if self._on_terminal else f"{line}\n")
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self._on_terminal:
+            sys.stderr.write("\n")
+
+
+class JsonProgress:
+    """The same as lines of JSON."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._told = -_JSON_SECONDS
+
+    def __call__(self, done: int, total: int) -> None:
+        """Tell it, if that is due."""
+        now = time.monotonic()
+        if done < total and now - self._told < _JSON_SECONDS:
+            return
+        self._told = now
+        sys.stderr.write(f"{PROGRESS}{json.dumps({'step': self._step, 'done': done, 'total': total})}}}\n")
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def progress_of(step: int, *, as_json: bool, as_text: bool) -> TextProgress | JsonProgress | None:
+    """How the progress at one step is told, if it is."""
+    if as_json:
+        return JsonProgress(step)
+    return TextProgress() if as_text or sys.stderr.isatty() else None
