@@ -41,7 +41,10 @@ def fate(process: Mapping[str, str | int | float]) -> Fate:
     import psutil  # here, since most listings ask about no process of this host
 
     try:
-        started = float(psutil.Process(int(process["pid"])).create_time())
+        found = psutil.Process(int(process["pid"]))
+        started = float(found.create_time())
+        if found.status() == psutil.STATUS_ZOMBIE:
+            return "gone"  # it has ended, and only its parent has not asked how
         return "alive" if abs(started - float(process["started"])) < _SAME_START_SECONDS else "gone"
     except psutil.NoSuchProcess:
         return "gone"

@@ -96,3 +96,14 @@ def test_where_the_system_tells_less_nobody_is_known_to_be_gone(monkeypatch, hid
     monkeypatch.setattr(Path, "read_text", refuse)
     assert signature() == str(os.getpid())
     assert fate_of_signature(known, untouched_seconds=FOREVER) == "unknown"
+
+
+def test_process_that_ended_and_was_not_waited_for_is_gone():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        found = psutil.Process(process.pid)
+        described = {"host": socket.gethostname(), "pid": process.pid, "started": found.create_time()}
+        assert fate(described) == "alive"
+        process.stdin.close()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert found.status() == psutil.STATUS_ZOMBIE
+        assert fate(described) == "gone"
