@@ -6,6 +6,7 @@ Each raises where the device breaks its word. `probe` runs one by name, as a sce
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -232,6 +233,29 @@ def a_freed_pinned_block_waits_for_its_copies():
     del host
     assert torch.empty(64, pin_memory=True).data_ptr() != address
     assert holds(tensor, 1)
+
+
+@promise
+def a_copy_that_has_begun_is_not_held():
+    laggy.set_policy("lazy")
+    tensor, host = torch.zeros(1 << 22, device="laggy"), torch.empty(1 << 22, pin_memory=True)
+    before = torch.accelerator.current_stream().record_event()
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.accelerator.current_stream().record_event()
+    copied.query()
+    poll(before)  # the executor goes on to the copy, which it has not finished in most runs
+    laggy.hold_copies()
+    assert not laggy.is_held_up()
+    poll(copied)
+    assert not laggy.is_held_up()
+    assert (host == 0).all()
+
+
+def poll(event: torch.Event) -> None:
+    """Wait as one who never blocks, by whom a hold is not ended."""
+    until = time.monotonic() + TIMEOUT_SECONDS
+    while not event.query():
+        assert time.monotonic() < until
 
 
 @promise

@@ -75,7 +75,7 @@ def train(
     then: str = "nothing",
     hold: Sequence[Sequence[int]] = ((), ()),
     let_through: int = 0,
-    is_held_up: bool | None = False,
+    is_held_up: bool = False,
     two_devices: bool = False,
     bug: str | None = None,
     **options: Any,
@@ -89,7 +89,7 @@ def train(
         then: What is done after each update, see ``THEN``.
         hold: At which steps copies to the host begin to stand still, and at which they go on.
         let_through: How many copies run although they are held.
-        is_held_up: Whether the trainer waits for copies; None: it may.
+        is_held_up: Whether the trainer waits for copies.
         two_devices: The model's last layer is on another one.
         bug: The line of the library that is left out, see ``without``.
         options: Of the EMA.
@@ -130,9 +130,7 @@ def train(
         if loop.on_accelerator:
             torch.accelerator.synchronize()
         seen = {**loop.seen, "snapshots": snapshot_bytes(folder), "host waits": waits, "t": loop.ema.t}
-        if is_held_up is not None and loop.on_accelerator:
-            is_held_up = bool(held_up)
-        return {**seen, "held up": is_held_up}
+        return {**seen, "held up": bool(held_up) if loop.on_accelerator else is_held_up}
 
 
 @contextmanager

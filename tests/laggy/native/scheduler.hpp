@@ -38,7 +38,9 @@ struct Task {
   std::vector<std::shared_ptr<Task>> after;  // to be done first; dropped when this task is done
   StreamKey stream = 0;
   bool is_copy = false;  // to the host, and nobody is held up by it but who waits for it
-  bool done = false;  // guarded by Scheduler::mutex_
+  // Guarded by Scheduler::mutex_:
+  bool has_begun = false;
+  bool done = false;
   double finished_seconds = 0;
 };
 using TaskPtr = std::shared_ptr<Task>;
@@ -80,7 +82,8 @@ class Scheduler {
     if (!task->done) joined_[stream].push_back(task);
   }
 
-  // All but so many copies to the host stand still, and what comes after, until release(), or until this thread waits.
+  // All copies to the host that have not begun, but so many, stand still, and what comes after, until release(), or
+  // until this thread waits.
   void hold(int64_t let_through) {
     std::lock_guard<std::mutex> lock(mutex_);
     is_holding_ = true;
@@ -211,6 +214,8 @@ class Scheduler {
         continue;
       }
       TaskPtr task = pick();
+      task->has_begun = true;
+      if (task->is_copy) --let_through_;
       if (!somebody_wants()) --nudges_;
       lock.unlock();
       std::string error = run(*task);
@@ -271,7 +276,8 @@ class Scheduler {
     if (!is_holding_ || !task) return false;
     std::set<const Task*> before;
     add_ancestors(task, before);
-    return std::count_if(before.begin(), before.end(), [](const Task* each) { return each->is_copy; }) > let_through_;
+    auto stands_still = [](const Task* each) { return each->is_copy && !each->has_begun; };
+    return std::count_if(before.begin(), before.end(), stands_still) > let_through_;
   }
 
   bool is_legal(const Task& task) const {
@@ -298,7 +304,6 @@ class Scheduler {
   void finish(const TaskPtr& task, const std::string& error) {
     if (error_.empty()) error_ = error;
     task->done = true;
-    if (task->is_copy) --let_through_;
     task->finished_seconds =
         std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
     task->after.clear();
