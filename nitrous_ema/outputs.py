@@ -1,8 +1,8 @@
 """Synthesized averages as files, under the keys of the model's ``state_dict()``.
 
 A file comes to exist whole or not at all: it is written under a temporary name that starts with a dot, in the folder of
-its final name, made durable and renamed. It is filled at offsets while the average streams by, by several threads, so
-its size does not matter.
+its final name, made durable and renamed. Its space is reserved before anything is computed. It is filled at offsets
+while the average streams by, by several threads, so its size does not matter; the disk is told to begin meanwhile.
 
 Several processes may share the work, each writing one file of every average (``write_shard``); they need not know of
 each other. What is whose is a function of the plan and their number.
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from nitrous_ema.errors import NitrousError
 from nitrous_ema.output_contents import Contents, metadata_of
 from nitrous_ema.shards import index_path, index_text, part_names, part_path
-from nitrous_ema.snapshots.files import FileSystem, write_fully
+from nitrous_ema.snapshots.files import FileSystem, hint_writeback, reserve, write_fully
 from nitrous_ema.snapshots.format import DTYPE_BYTES
 from nitrous_ema.synthesis.numbers import FLOAT_TYPES, narrow, widen
 from nitrous_ema.synthesis.plan import Plan
@@ -46,6 +46,7 @@ SUFFIXES = (".safetensors", ".pt")
 OUTPUTS_PER_PASS = 128  # each has an open file; more of them take another pass over the snapshots
 _ROUNDED_OUTPUTS = 8  # at a time: rounding a tile of these takes at most 1.8 MB
 _FSYNC_THREADS = 8
+_WRITEBACK_BYTES = 8 << 20  # the disk is told to begin with so many, while the next ones are computed
 
 Committed = Callable[[int, Path], None]
 """Called with the index of each output and its path once it is durable, on the calling thread."""
@@ -330,18 +331,29 @@ class _Output:
         self.contents = contents
         self._files = files
         self._header = contents.header(metadata)
+        self._data_bytes = max((entry.end for entry in contents.entries), default=0)
+        self._is_paced = True  # until the system takes no hint; any thread may find that out
         self._temporaries: list[Path] = []
         self._descriptor: int | None = None
 
     def open(self) -> None:
         """Create the temporary file. Whatever comes after this, discard() removes it."""
         self._descriptor = self._create()
+        try:
+            reserve(self._files, self._descriptor, len(self._header) + self._data_bytes)
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from error
         self.write(self._header, -len(self._header))
 
     def write(self, piece: ReadableBuffer, offset: int) -> None:
         """Write bytes at an offset in the tensors."""
+        descriptor, begin = self._open_descriptor(), len(self._header) + offset
+        end = begin + memoryview(piece).nbytes
         try:
-            write_fully(self._files, self._open_descriptor(), piece, len(self._header) + offset)
+            write_fully(self._files, descriptor, piece, begin)
+            if self._is_paced and begin // _WRITEBACK_BYTES != end // _WRITEBACK_BYTES:
+                part = max(0, end // _WRITEBACK_BYTES - 1) * _WRITEBACK_BYTES
+                self._is_paced = hint_writeback(self._files, descriptor, part, _WRITEBACK_BYTES)
         except OSError as error:
             raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from error
 

@@ -413,6 +413,51 @@ def test_full_disk_is_told_and_the_old_file_stays(tmp_path, room):
     assert (out / "0.08.safetensors").read_text() == "old"
 
 
+class SmallDisk(FileSystem):
+    """Has no room for a file as large as that, and nothing may be read first."""
+
+    def preallocate(self, descriptor, size_bytes):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write_at(self, descriptor, buffer, offset):
+        raise AssertionError("written to a full disk")
+
+
+def test_disk_that_is_too_small_is_told_before_anything_is_computed(tmp_path):
+    write_run(tmp_path, plain_layout(2000), STEPS)
+    with pytest.raises(OSError, match=r"No space left on device.*0\.08\.safetensors"):
+        written(tmp_path, tmp_path / "out", [0.08], files=SmallDisk())
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+class Pacer(FileSystem):
+    """Knows what the disk was told to begin with; takes so many hints."""
+
+    def __init__(self, takes: int) -> None:
+        self.parts = []
+        self.takes = takes
+
+    def preallocate(self, descriptor, size_bytes):
+        raise OSError(errno.ENOTSUP, "not here")
+
+    def start_writeback(self, descriptor, offset, size_bytes):
+        self.parts.append((offset, size_bytes))
+        if len(self.parts) > self.takes:
+            raise OSError(errno.ENOSYS, "not here")
+
+
+@pytest.mark.parametrize(("takes", "parts"), [(9, [(0, 40_000), (40_000, 40_000)]), (0, [(0, 40_000)])])
+def test_disk_is_told_to_begin_while_the_average_is_computed(tmp_path, monkeypatch, takes, parts):
+    monkeypatch.setattr("nitrous_ema.outputs._WRITEBACK_BYTES", 40_000)
+    monkeypatch.setattr("nitrous_ema.synthesis.streaming.TILE_ELEMENTS", 8192)
+    write_run(tmp_path, plain_layout(25_000), STEPS)
+    files = Pacer(takes)
+    (path,) = written(tmp_path, tmp_path / "out", [0.08], files=files)
+    assert files.parts == parts
+    expected = synthesize(tmp_path, sigma_rels=[0.08], tolerance=0).flats[0]
+    np.testing.assert_allclose(safetensors.numpy.load_file(path)["weight"], expected, rtol=1e-6, atol=1e-7)
+
+
 class Recorder(FileSystem):
     def __init__(self) -> None:
         self.calls = []

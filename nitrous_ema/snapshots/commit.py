@@ -48,7 +48,15 @@ from typing import TYPE_CHECKING, TypeVar
 from nitrous_ema.errors import SnapshotError, SnapshotWriteError
 from nitrous_ema.processes import signature
 from nitrous_ema.sizes import amount
-from nitrous_ema.snapshots.files import FileSystem, rename_to_new, sync_folder, write_fully
+from nitrous_ema.snapshots.files import (
+    NO_SPACE,
+    FileSystem,
+    hint_writeback,
+    rename_to_new,
+    reserve,
+    sync_folder,
+    write_fully,
+)
 from nitrous_ema.snapshots.format import (
     Header,
     Layout,
@@ -67,8 +75,6 @@ _log = logging.getLogger(__name__)
 
 _Filled = TypeVar("_Filled")
 
-_NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT))
-_BYTES_LOST = _NO_SPACE | {errno.EIO}
 _TEMPORARY = re.compile(r"\.(?:probe|rank-[0-9-]+of-[0-9]+\.safetensors)\.([0-9a-f.]+)-[0-9a-f]{16}")
 
 
@@ -170,7 +176,7 @@ class Committer:
         except OSError as error:
             _log.info("%s could not be written (%s); writing it once more, as a new file", final, error)
             first = error
-        if first.errno in _NO_SPACE:
+        if first.errno in NO_SPACE:
             self._free_some()
         try:
             return self._attempt(final, layout, stamp, chunks)
@@ -210,28 +216,14 @@ class Committer:
     ) -> Header:
         data_begin = header_bytes(layout, stamp)
         file_bytes = data_begin + layout.data_bytes
-        try:
-            self.files.preallocate(descriptor, file_bytes)
-        except OSError as error:
-            if error.errno in _NO_SPACE:
-                raise
+        reserve(self.files, descriptor, file_bytes)
         crc32, is_paced = [0] * len(layout.chunks), True
         for chunk, begin, view in _matched(layout, chunks()):
             crc32[chunk] = zlib.crc32(view, crc32[chunk])
             write_fully(self.files, descriptor, view, data_begin + begin)
-            is_paced = is_paced and self._start_writeback(descriptor, data_begin + begin, len(view))
+            is_paced = is_paced and hint_writeback(self.files, descriptor, data_begin + begin, len(view))
         write_fully(self.files, descriptor, encode_header(layout, stamp, crc32), 0)
         return Header(layout=layout, stamp=stamp, crc32=tuple(crc32), data_begin=data_begin, file_bytes=file_bytes)
-
-    def _start_writeback(self, descriptor: int, offset: int, size_bytes: int) -> bool:
-        """Whether the hint was taken."""
-        try:
-            self.files.start_writeback(descriptor, offset, size_bytes)
-        except OSError as error:
-            if error.errno in _BYTES_LOST:
-                raise
-            return False
-        return True
 
     def _publish(self, temporary: Path, final: Path, step: int) -> None:
         try:
@@ -305,7 +297,7 @@ def _taken(final: Path, step: int) -> SnapshotWriteError:
 
 def remedy(error: OSError) -> str:
     """What to do about a failed call."""
-    if error.errno in _NO_SPACE:
+    if error.errno in NO_SPACE:
         return "Free some space there, or choose another folder."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "Allow this user to write there, or choose another folder."

@@ -23,6 +23,8 @@ _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
 """What a call fails with where kernel or file system do not offer it."""
+NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT))
+_BYTES_LOST = NO_SPACE | {errno.EIO}
 
 
 class FileSystem:
@@ -140,6 +142,26 @@ def rename_to_new(files: FileSystem, source: Path, target: Path) -> None:
         if files.exists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(target)) from error
         files.rename(source, target)
+
+
+def reserve(files: FileSystem, descriptor: int, size_bytes: int) -> None:
+    """Preallocate, where that can be done. Raises ``OSError`` where it cannot for want of space."""
+    try:
+        files.preallocate(descriptor, size_bytes)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+
+
+def hint_writeback(files: FileSystem, descriptor: int, offset: int, size_bytes: int) -> bool:
+    """Whether the disk has begun with a part of a file. Raises ``OSError`` where bytes were lost already."""
+    try:
+        files.start_writeback(descriptor, offset, size_bytes)
+    except OSError as error:
+        if error.errno in _BYTES_LOST:
+            raise
+        return False
+    return True
 
 
 def sync_folder(files: FileSystem, folder: Path) -> None:

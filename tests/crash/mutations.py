@@ -144,7 +144,7 @@ _WRITES = """\
         for chunk, begin, view in _matched(layout, chunks()):
             crc32[chunk] = zlib.crc32(view, crc32[chunk])
             write_fully(self.files, descriptor, view, data_begin + begin)
-            is_paced = is_paced and self._start_writeback(descriptor, data_begin + begin, len(view))
+            is_paced = is_paced and hint_writeback(self.files, descriptor, data_begin + begin, len(view))
         write_fully(self.files, descriptor, encode_header(layout, stamp, crc32), 0)
 """
 _HEADER_FIRST = """\
