@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -40,3 +41,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"no CUDA device, or torch {torch.__version__} was built without CUDA")
     for item in needy:
         item.add_marker(pytest.mark.skip(reason="needs a CUDA device (make test-cuda PYTHON=...)"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def toys_are_averaged_like_models() -> Iterator[None]:
+    """By the thread, not where they are."""
+    import nitrous_ema.async_.service
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nitrous_ema.async_.service, "_FEW_ELEMENTS", -1)
+        yield

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import nitrous_ema.async_.service
 from nitrous_ema import AsyncPostHocEMA, NitrousError, NitrousWarning, PostHocEMA, SnapshotStore
 from nitrous_ema.async_.lane import ThreadLane
 from nitrous_ema.errors import ClosedError, SnapshotError, SnapshotWriteError
@@ -102,6 +103,21 @@ def test_update_returns_before_anything_was_averaged(training, monkeypatch):
     assert training.ema.step == 3
     gate.open()
     assert not all(torch.equal(before[key], value) for key, value in averages_of(training.ema).items())
+
+
+def test_few_parameters_are_averaged_where_they_are(training, monkeypatch):
+    monkeypatch.setattr(nitrous_ema.async_.service, "_FEW_ELEMENTS", 1 << 16)
+    training = training()
+    training.steps(1)
+    seen = training.model[0].bias.clone()
+    training.ema.update()
+    with torch.no_grad():
+        training.model[0].bias.fill_(7.0)
+    assert not any("averaging" in name for name in background_threads())
+    training.ema.checkpoint()
+    training.ema.flush(TIMEOUT_SECONDS)
+    assert training.on_disk() == [2]
+    assert torch.equal(training.ema.ema_models[0].ema_model[0].bias, seen)
 
 
 # Failures of averaging

@@ -29,12 +29,15 @@ from nitrous_ema.snapshots.format import Layout
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.tracked import NameFilter
 
+_FEW_ELEMENTS = 1 << 16  # on the CPU, averaging so few takes less time than handing them to a thread
+
 
 class AsyncPostHocEMA(PostHocEMA):
     """Post-hoc EMA in the background: ``update()`` queues the averaging and returns.
 
-    On an accelerator the averaging runs on a side stream, ordered by events; on the CPU in a worker thread. Snapshots
-    go through host memory to disk by threads of their own. For the same training run the averages have the same bits as
+    On an accelerator the averaging runs on a side stream, ordered by events; on the CPU in a worker thread (of a few
+    thousand parameters inside update(), which is quicker). Snapshots go through host memory to disk by threads of their
+    own. For the same training run the averages have the same bits as
     those of ``PostHocEMA`` with the same settings.
 
     Args:
@@ -117,8 +120,9 @@ class AsyncPostHocEMA(PostHocEMA):
         )
         if offload not in (None, "host"):
             raise ValueError(f"offload is {offload!r}; expected None or 'host'.")
+        at_once = offload is None and sum(parameter.numel() for parameter in model.parameters()) <= _FEW_ELEMENTS
         background = Background(
-            make_lane=lambda device: make_lane(device),  # looked up when it is called: tests put their own there
+            make_lane=lambda device: InlineLane() if at_once and device.type == "cpu" else make_lane(device),
             read=read,
             scratch_bytes=_scratch_bytes(scratch),
             offloads=offload == "host",
