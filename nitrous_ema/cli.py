@@ -28,12 +28,20 @@ _VERIFY = (
     "Reads every byte of every snapshot, whatever run it belongs to. One line per damaged file, which says what to do; "
     "exit status 4 if there is one, else 0."
 )
+_IMPORT = (
+    "Writes the averages of files named {i}.{step}.pt into another folder, as snapshots of one run. The old folder is "
+    "only read. Call it again to go on after an interruption. Damaged files are named and the rest is taken over; exit "
+    "status 4 if there is one, else 0."
+)
 _PLOT = (
     "Of a file of a sweep's results: the values against the length, and against the step if there are several. Of a "
     "snapshot folder: the profiles asked for and obtained, their difference, and the weight of each snapshot. Needs "
     "matplotlib: pip install 'nitrous-ema[plot]'."
 )
-_INSPECT = "Lists runs, snapshots, profiles and sizes by the files' headers; damage in the data is seen by verify only."
+_INSPECT = (
+    "Lists runs, snapshots, profiles and sizes by the files' headers, and which lengths the snapshots can give; damage "
+    "in the data is seen by verify only. With --sigma-rel or --gamma: how well those would come out, and from what."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,12 +91,71 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--run", metavar="ID", help="run that the others are seen from; the newest by default")
     inspect.add_argument("--all", action="store_true", help="every snapshot, however many there are")
     inspect.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    _add_length_options(inspect)
+    _add_import_options(
+        command("import", _import, "rewrite a folder of nitrous-ema 0.0.1 or ema-pytorch as snapshots", _IMPORT)
+    )
     _add_prune_options(command("prune", _prune, "remove the snapshots that matter least", _PRUNE))
     plot = commands.add_parser("plot", help="draw a sweep's results, or the profiles that snapshots give",
                                description=_PLOT, allow_abbrev=False)  # fmt: skip
     plot.set_defaults(run_command=_plot)
     _add_plot_options(plot)
     return parser
+
+
+def _add_length_options(inspect: argparse.ArgumentParser) -> None:
+    listed, lengths = exits.argument(_lengths), inspect.add_mutually_exclusive_group()
+    lengths.add_argument("--sigma-rel", type=listed, metavar="LENGTHS", help="lengths wanted: 0.05,0.06,...,0.15")
+    lengths.add_argument("--gamma", type=listed, metavar="LENGTHS", help="the same, as exponents of the profile")
+    inspect.add_argument(
+        "--step",
+        type=exits.argument(_targets),
+        metavar="STEPS",
+        help="steps at which averages end: 1000,2000,...,10000, or 'all'; the newest snapshot by default",
+    )
+    _add_choice_options(inspect)
+    profiles = inspect.add_mutually_exclusive_group()
+    profiles.add_argument("--sigma-rels", type=listed, help="the tracked profiles of a folder of {i}.{step}.pt files")
+    profiles.add_argument("--gammas", type=listed, help="the same, as exponents")
+
+
+def _add_import_options(command: argparse.ArgumentParser) -> None:
+    from nitrous_ema.async_.arguments import DTYPES
+
+    listed, add = exits.argument(_lengths), command.add_argument
+    add("new", type=Path, metavar="NEW", help="folder of the snapshots, made if need be")
+    profiles = command.add_mutually_exclusive_group(required=True)
+    profiles.add_argument("--sigma-rels", type=listed, help="the profiles that were tracked, in their order: 0.05,0.1")
+    profiles.add_argument("--gammas", type=listed, help="the same, as exponents")
+    add("--dtype", choices=list(DTYPES), help="type in which averages are stored; by default that of the old files")
+    add(
+        "--exclude",
+        type=exits.argument(_steps),
+        action="extend",
+        default=[],
+        metavar="STEP,...",
+        help="steps to leave out",
+    )
+    add("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    add("--json", action="store_true", help="one JSON object instead of text")
+
+
+def _add_choice_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--exclude",
+        type=exits.argument(_steps),
+        action="extend",
+        default=[],
+        metavar="STEP,...",
+        help="steps to leave out",
+    )
+    command.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        metavar="E",
+        help="relative profile error that may be added to read fewer snapshots (default: 0.001); 0 reads all",
+    )
 
 
 def _add_plot_options(plot: argparse.ArgumentParser) -> None:
@@ -98,21 +165,7 @@ def _add_plot_options(plot: argparse.ArgumentParser) -> None:
     add("--sigma-rel", type=exits.argument(_lengths), metavar="LENGTHS", help="lengths to draw: 0.05,0.06,...,0.15")
     add("--step", type=int, help="step at which the averages end; the newest snapshot by default")
     add("--run", metavar="ID", help="run whose snapshots are read, with its ancestors; the newest by default")
-    add(
-        "--exclude",
-        type=exits.argument(_steps),
-        action="extend",
-        default=[],
-        metavar="STEP,...",
-        help="steps to leave out",
-    )
-    add(
-        "--tolerance",
-        type=float,
-        default=1e-3,
-        metavar="E",
-        help="relative profile error that may be added to read fewer snapshots (default: 0.001); 0 reads all",
-    )
+    _add_choice_options(plot)
 
 
 def _add_prune_options(prune: argparse.ArgumentParser) -> None:
@@ -181,6 +234,14 @@ def _prune(options: argparse.Namespace) -> int:
     return prune.run(options)
 
 
+def _import(options: argparse.Namespace) -> int:
+    from nitrous_ema.async_.arguments import DTYPES
+    from nitrous_ema.commands import importing
+
+    options.dtype = DTYPES.get(options.dtype)
+    return importing.run(options)
+
+
 def _plot(options: argparse.Namespace) -> int:
     from nitrous_ema.commands import plot
 
@@ -194,6 +255,12 @@ def _lengths(text: str) -> list[float]:
     from nitrous_ema.async_.synthesize_worker import parse_lengths
 
     return parse_lengths(text)
+
+
+def _targets(text: str) -> object:
+    from nitrous_ema.async_.arguments import parse_steps
+
+    return parse_steps(text)
 
 
 def _steps(text: str) -> list[int]:

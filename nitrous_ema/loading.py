@@ -1,4 +1,7 @@
-"""A synthesized average into a model."""
+"""A synthesized average into a model.
+
+Longer than the house's 300 lines because three kinds of files and one check of all of them belong on one page.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,12 @@ def load_average(model: torch.nn.Module, path: str | os.PathLike[str], *, strict
     """Copy a synthesized average into a model, in place, cast to the types the model has.
 
     The model may be wrapped (``torch.compile``, DDP) and have tied tensors; names are those of the unwrapped model's
-    ``state_dict()``. Everything is checked before the first tensor is touched. Tensors that were skipped while
+    ``state_dict()``. Names that a wrapper has left in the file (old folders of a wrapped model) are understood where
+    they leave no doubt. Everything is checked before the first tensor is touched. Tensors that were skipped while
     training are in no file; they keep what the model has.
+
+    ema-pytorch stores whole numbers as float16 like all else. They become what the model has if they are still whole,
+    and so small (below 2048 in float16, else 256) that no rounding can have changed them.
 
     Args:
         model: Any device, any floating types.
@@ -54,6 +61,7 @@ def load_tensors(
     path = Path(path)
     with _told(path):
         stored = _opened(path)
+    tensors = _under_names_of(stored, tensors)
     _check(path, stored, tensors, strict=strict)
     with torch.no_grad():
         for key, tensor in tensors.items():
@@ -254,6 +262,20 @@ def _not_ours(path: Path, found: str) -> SnapshotDamaged:
     )
 
 
+def _under_names_of(
+    stored: _TorchFile | _SafetensorsFile | _Parts, tensors: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """The tensors under the file's names, if these differ by the names of wrappers only; else as they are."""
+    from nitrous_ema.tracked import without_wrappers
+
+    wanted = {key: without_wrappers(key) for key in tensors if key not in stored.skipped}
+    there = {without_wrappers(key): key for key in stored.described}
+    one_to_one = len(there) == len(stored.described) and len(set(wanted.values())) == len(wanted)
+    if wanted.keys() == stored.described.keys() or not one_to_one or set(wanted.values()) != there.keys():
+        return tensors
+    return {there[plain]: tensors[key] for key, plain in wanted.items()}
+
+
 def _check(
     path: Path, stored: _TorchFile | _SafetensorsFile | _Parts, tensors: Mapping[str, torch.Tensor], *, strict: bool
 ) -> None:
@@ -280,7 +302,9 @@ def _check(
         found, tensor = stored.described[key], tensors[key]
         if found.shape != tuple(tensor.shape):
             problems.append(f"{key!r} is {found.shape} in the file and {tuple(tensor.shape)} in the model")
-        elif found.dtype not in TORCH_DTYPES or _kind(TORCH_DTYPES[found.dtype]) != _kind(tensor.dtype):
+        elif found.dtype not in TORCH_DTYPES or (
+            _kind(TORCH_DTYPES[found.dtype]) != _kind(tensor.dtype) and not _are_whole(stored.read(key), tensor.dtype)
+        ):
             problems.append(f"{key!r} is {found.dtype} in the file and {tensor.dtype} in the model")
     if problems:
         raise SnapshotMismatch(
@@ -293,6 +317,19 @@ def _check(
 def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
     """Real, complex or whole numbers: none is rounded to another silently."""
     return dtype.is_floating_point, dtype.is_complex
+
+
+def _are_whole(values: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether floating numbers are whole ones of this type, which no rounding to a floating type can have changed."""
+    import torch
+
+    if not values.is_floating_point() or dtype.is_floating_point or dtype.is_complex:
+        return False
+    limit = 2048 if values.dtype == torch.float16 else 256  # which bfloat16 still holds
+    values = values.double()
+    if not bool(((values == values.round()) & (values.abs() < limit)).all()):
+        return False
+    return torch.equal(values.to(dtype).double(), values)  # nothing negative, and only 0 and 1 where that is all
 
 
 def _some(names: list[str]) -> str:

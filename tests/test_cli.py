@@ -16,7 +16,7 @@ from tests.snapshot_folders import layout_of, record, run_id, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUT = layout_of([record("w", (50_000,)), record("n", (), "I64", "copied")])  # several chunks in each profile
-COMMANDS = ("demo", "synthesize", "verify", "inspect", "prune", "plot")
+COMMANDS = ("demo", "synthesize", "verify", "inspect", "import", "prune", "plot")
 RUN = run_id(0)
 
 
@@ -80,6 +80,7 @@ def test_wrong_usage_exits_with_2_and_says_what_is_wrong(wrong, capsys):
         ["--help"],
         ["verify", "."],
         ["inspect", "."],
+        ["inspect", ".", "--sigma-rel", "0.05,0.07"],
         ["prune", ".", "--keep", "2", "--dry-run"],
         ["synthesize", "--help"],
     ],

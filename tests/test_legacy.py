@@ -15,8 +15,8 @@ from nitrous_ema.profile import sigma_rel_to_gamma
 from nitrous_ema.snapshots.legacy import LegacyFolder
 from nitrous_ema.synthesis.arrays import synthesize_plan
 from nitrous_ema.synthesis.plan import plan_synthesis
+from tests.old_folders import SIGMA_RELS, Plain, write_ema_pytorch, write_nitrous_001
 
-SIGMA_RELS = (0.05, 0.10)
 GAMMAS = [float(sigma_rel_to_gamma(each)) for each in SIGMA_RELS]
 STEPS = (100, 200, 300, 400)
 
@@ -115,6 +115,81 @@ def test_worker_writes_what_the_model_takes(tmp_path, real_net, capsys):
     assert (lines[1]["step"], lines[1]["columns"], lines[1]["run"]) == (300, 6, "legacy")
 
 
+# Counters beyond what half precision holds exactly (2048), and beyond what it holds at all (65504).
+
+
+@pytest.fixture
+def halved(tmp_path):
+    """A folder of ema-pytorch as it is by default, of a model that had seen so many batches when its EMA was made."""
+
+    def written(batches: int, dtype: torch.dtype = torch.float16):
+        model = Plain()
+        model.norm.num_batches_tracked.fill_(batches)
+        write_ema_pytorch(tmp_path / "old", [1000, 3001, 70001], model, dtype)
+        return tmp_path / "old"
+
+    return written
+
+
+def test_files_of_ema_pytorch_have_lost_their_counters(halved):
+    old = halved(3001)
+    steps = [torch.load(old / f"0.{step}.pt", weights_only=True)["step"] for step in (3001, 70001)]
+    assert [float(step) for step in steps] == [3000, float("inf")]
+    held = torch.load(old / "0.1000.pt", weights_only=True)["ema_model.norm.num_batches_tracked"]
+    assert (held.dtype, float(held)) == (torch.float16, 3000)
+
+
+def test_steps_of_ema_pytorch_files_are_those_of_their_names(halved):
+    folder = LegacyFolder(halved(0), sigma_rels=SIGMA_RELS)
+    assert [(each.step, each.t) for each in folder.snapshots()] == [(1000, 1000), (3001, 3001), (70001, 70001)]
+    plan = plan_synthesis(folder.snapshots(), target=folder.get(), sigma_rels=[0.07], tolerance=0)
+    expected = solve_weights([1000, 1000, 3001, 3001, 70001, 70001], GAMMAS * 3, [70001], [sigma_rel_to_gamma(0.07)])
+    np.testing.assert_allclose(plan.weights, expected[np.any(expected != 0, axis=1)], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("batches", "dtype", "repaired"),
+    [
+        (0, torch.float16, 0),
+        (2047, torch.float16, 2047),
+        (2049, torch.float16, 70001),
+        (100_000, torch.float16, 70001),
+        (255, torch.bfloat16, 255),
+        (257, torch.bfloat16, 70001),
+        (100_000, torch.float32, 100_000),
+    ],
+)
+def test_worker_repairs_the_counters_of_ema_pytorch(halved, tmp_path, batches, dtype, repaired):
+    old = halved(batches, dtype)
+    arguments = [old, "--sigma-rels", "0.05,0.1", "--sigma-rel", "0.07", "--step", 70001, "--out", tmp_path / "out"]
+    assert worker.main([str(each) for each in arguments]) == 0
+    state = safetensors.torch.load_file(tmp_path / "out" / "step-70001-sigma-0.07.safetensors")
+    assert state["norm.num_batches_tracked"].dtype == torch.int64
+    assert int(state["norm.num_batches_tracked"]) == repaired
+    model = Plain()
+    model.load_state_dict(state, strict=True)
+    assert model.linear.weight.isfinite().all()
+
+
+def test_damaged_counter_is_damage(halved):
+    old = halved(3)
+    content = (old / "0.3001.pt").read_bytes()
+    numbers = torch.load(old / "0.3001.pt", weights_only=True)
+    held = numbers["ema_model.norm.num_batches_tracked"].numpy().tobytes()
+    place = content.index(held + b"PK")
+    (old / "0.3001.pt").write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+    with pytest.raises(SnapshotDamaged, match="bad CRC-32"):
+        _ = LegacyFolder(old, sigma_rels=SIGMA_RELS).get(3001).records
+
+
+def test_number_that_only_looks_like_a_counter_is_averaged(tmp_path):
+    net = nn.Linear(2, 2)
+    net.register_buffer("num_batches_tracked", torch.tensor(3.0))
+    write_nitrous_001(tmp_path, [1000], net)
+    records = {each.name: each for each in LegacyFolder(tmp_path, sigma_rels=SIGMA_RELS).get().records}
+    assert (records["num_batches_tracked"].dtype, records["num_batches_tracked"].role) == ("F32", "averaged")
+
+
 def test_step_without_files_names_the_nearest(tmp_path, real_net):
     write_folder(tmp_path, nitrous_state, real_net)
     with pytest.raises(SnapshotNotFound, match="200, 300") as e:
@@ -124,8 +199,9 @@ def test_step_without_files_names_the_nearest(tmp_path, real_net):
 
 def test_profiles_must_all_be_named(tmp_path, real_net):
     write_folder(tmp_path, nitrous_state, real_net)
-    with pytest.raises(ValueError, match="files of 2 profiles, but 1 are named"):
-        LegacyFolder(tmp_path, sigma_rels=[0.05])
+    for named in ([0.05], [0.05, 0.1, 0.2]):
+        with pytest.raises(ValueError, match=f"files of 2 profiles, but {len(named)} are named"):
+            LegacyFolder(tmp_path, sigma_rels=named)
 
 
 @pytest.mark.parametrize("gammas", [{}, {"gammas": [1.0], "sigma_rels": [0.1]}])

@@ -8,6 +8,7 @@ from typing import Any
 
 from nitrous_ema import exits
 from nitrous_ema.commands.folder import legacy_sentence, legacy_steps, survey
+from nitrous_ema.commands.lengths import asked, asked_lines, covered, covered_lines, old_profiles_given
 from nitrous_ema.commands.terminal import columns, counted, elided, paragraph, show
 from nitrous_ema.sizes import amount
 from nitrous_ema.snapshots.store import SnapshotStore
@@ -25,9 +26,15 @@ _STATES = {
 def run(options: argparse.Namespace) -> int:
     """List a folder."""
     store = SnapshotStore(options.folder)
+    is_old, asks = old_profiles_given(options), options.sigma_rel is not None or options.gamma is not None
     found = survey(store, options.run)
     if not found["runs"]:
         found["legacy"] = legacy_steps(store.root)
+        if asks and not is_old and (sentence := legacy_sentence(found["folder"], "inspect")):
+            raise exits.UsageError(sentence)
+    with exits.usage_errors():
+        found["covered"] = covered(options, store) if found["runs"] or is_old else None
+        found["asked"] = asked(options, store) if asks else []
     show(json.dumps(found, indent=2) if options.json else "\n".join(_lines(found, everything=options.all)))
     return exits.DONE
 
@@ -43,6 +50,9 @@ def _lines(found: dict[str, Any], *, everything: bool) -> list[str]:
     for each in found["runs"]:
         lines += ["", *_run_lines(each, found["run"], most)]
     lines += _legacy_lines(found, most)
+    lines += ["", *covered_lines(found["covered"])] if found["covered"] else []
+    for each in found["asked"]:
+        lines += ["", *asked_lines(each)]
     lines += _section("incomplete", [f"{each['path']}: {each['reason']}" for each in found["incomplete"]])
     lines += _section("temporary files", [_temporary_line(each) for each in found["temporary"]])
     lines += _section("damaged", [each["message"] for each in found["damaged"]])

@@ -92,7 +92,7 @@ def synthesis_report(
         error = _error_of_weights(problem, used)
     mean_time, sigma_rel = _moments(problem, used)
     weight_l2 = np.sqrt((used**2).sum(0))
-    rounding = weight_l2 * _RMS_ROUNDING * 2.0 ** -_FRACTION_BITS[checkpoint_dtype]
+    rounding = weight_l2 * rounding_of(checkpoint_dtype)
     told = [_told_error(problem, error), _told_rounding(problem, rounding, checkpoint_dtype)]
     told += [_told_start(problem, t_first), _told_updates(problem, updates)]
     return SynthesisReport(
@@ -104,6 +104,11 @@ def synthesis_report(
         rounding=rounding,
         warnings=tuple(sentence for sentence in told if sentence),
     )
+
+
+def rounding_of(checkpoint_dtype: str) -> float:
+    """Expected rms error of a number stored as ``"F64"``, ``"F32"``, ``"F16"`` or ``"BF16"``, relative to its size."""
+    return float(_RMS_ROUNDING * 2.0 ** -_FRACTION_BITS[checkpoint_dtype])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 Such a file says neither which profile it holds nor the model's types, and its step counter may have been rounded to
 float16. So the user names the profiles, the step is taken from the file's name, and tensors have the types they were
-stored in. Files are loaded with ``weights_only=True`` and mapped, not read: their bytes come when synthesis asks for
-them. A tensor's bytes are compared with the checksum that torch wrote right before synthesis gets the first of them:
-then they come from the disk once.
+stored in. ema-pytorch casts counters of batches with all else: from 2048 on a float16 is no exact number of them,
+beyond 65504 it is infinite. Here they are integers again, with the step of the file's name where theirs was lost.
+
+Files are loaded with ``weights_only=True`` and mapped, not read: their bytes come when synthesis asks for them. A
+tensor's bytes are compared with the checksum that torch wrote right before synthesis gets the first of them: then they
+come from the disk once.
 
 Longer than the house's 300 lines because what such a file may hold, and how it is read, belong on one page.
 """
@@ -20,7 +23,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
 from nitrous_ema.profile import sigma_rel_to_gamma
@@ -58,7 +61,7 @@ class LegacyFolder:
         gammas: the same as exponents. Exactly one of the two.
 
     Raises:
-        ValueError: Both or neither of sigma_rels and gammas, or files of more profiles than are named.
+        ValueError: Both or neither of sigma_rels and gammas, or files of more or fewer profiles than are named.
         SnapshotNotFound: No such folder, or it has no such files.
     """
 
@@ -106,7 +109,7 @@ class LegacyFolder:
         if not paths:
             raise SnapshotNotFound(f"{self.root} has no files named {{i}}.{{step}}.pt.", path=self.root, nearest=())
         highest = max(max(profiles) for profiles in paths.values())
-        if highest >= len(self.gammas):
+        if highest + 1 != len(self.gammas):
             raise ValueError(
                 f"{self.root} has files of {highest + 1} profiles, but {len(self.gammas)} are named; "
                 "name all that were tracked, in their order."
@@ -153,11 +156,25 @@ class LegacySnapshot:
         """Its first file."""
         return self._paths[0]
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Its files, one per profile."""
+        return tuple(self._paths)
+
+    def check(self) -> None:
+        """Open all of its files and compare their tensors, as reading them does later. Reads no numbers.
+
+        Raises:
+            SnapshotDamaged: One is not what was saved, or they differ in their tensors.
+        """
+        for source in self.averages:
+            _loaded(source)
+
     @cached_property
     def records(self) -> tuple[TensorRecord, ...]:
         """The tensors of its first file, in the types in which they are stored."""
         try:
-            return tuple(_record(name, tensor) for name, tensor in _load(self.path)[0].items())
+            return tuple(_record(name, tensor) for name, tensor in _load(self.path).tensors.items())
         except ValueError as error:
             raise _damaged(self.path, str(error)) from error
 
@@ -254,19 +271,34 @@ class _Reader:
             return bisect_right(self._begins, begin) - 1
 
 
+class _Loaded(NamedTuple):
+    """The averaged model's tensors by the model's own names, mapped, and what their parts should have as checksums."""
+
+    tensors: dict[str, torch.Tensor]
+    checksums: Checksums
+    repaired: frozenset[str]
+    """Tensors that are not the file's own: already checked."""
+
+
+def _loaded(source: LegacySource) -> _Loaded:
+    """Its file, which must hold the source's tensors."""
+    loaded = _load(source.path)
+    for record in source.records:
+        tensor = loaded.tensors.get(record.name)
+        if tensor is None or tuple(tensor.shape) != record.shape or _code(tensor) != record.dtype:
+            raise _damaged(source.path, f"{brief(repr(record.name))} is not as in the other files of its step")
+    return loaded
+
+
 def _flats(source: LegacySource) -> Iterator[torch.Tensor]:
     """The tensors of a source as one-dimensional ones, in the source's type or in one that converts to it."""
     import torch
 
-    tensors, checksums = _load(source.path)
-    for record in source.records:
-        tensor = tensors.get(record.name)
-        if tensor is None or tuple(tensor.shape) != record.shape or _code(tensor) != record.dtype:
-            raise _damaged(source.path, f"{brief(repr(record.name))} is not as in the other files of its step")
+    tensors, checksums, repaired = _loaded(source)
     checked: set[int] = set()  # tensors may share their part
     for record in source.records:
         tensor = tensors[record.name]
-        if (begin := tensor.untyped_storage().data_ptr()) not in checked:
+        if record.name not in repaired and (begin := tensor.untyped_storage().data_ptr()) not in checked:
             checked.add(begin)
             try:
                 check_part(tensor, checksums)
@@ -279,8 +311,8 @@ def _flats(source: LegacySource) -> Iterator[torch.Tensor]:
             yield (torch.view_as_real(plain) if plain.is_complex() else plain).reshape(-1)
 
 
-def _load(path: Path) -> tuple[dict[str, torch.Tensor], Checksums]:
-    """The averaged model's tensors by the model's own names, mapped, and the checksums of their parts."""
+def _load(path: Path) -> _Loaded:
+    """What such a file holds."""
     import torch
 
     try:
@@ -309,7 +341,30 @@ def _load(path: Path) -> tuple[dict[str, torch.Tensor], Checksums]:
         raise _damaged(path, str(error)) from error
     if not any(_is_averaged(_code(tensor)) for tensor in tensors.values()):
         raise _damaged(path, f"no floating tensor in it has a name that starts with {_PREFIX!r}")
-    return tensors, checksums
+    try:
+        repaired = _repaired_counters(tensors, checksums, _step_of(path))
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    return _Loaded({**tensors, **repaired}, checksums, frozenset(repaired))
+
+
+def _repaired_counters(tensors: Mapping[str, torch.Tensor], checksums: Checksums, step: int) -> dict[str, torch.Tensor]:
+    """Counters of batches that were cast to a floating type, as integers: what they held if that is certain.
+
+    Neither library updates them, so they say how many batches the model had seen when its EMA was made: mostly none.
+    """
+    import torch
+
+    repaired = {}
+    for name, tensor in tensors.items():
+        module, _, attribute = name.rpartition("num_batches_tracked")
+        is_counter = attribute == "" and tensor.dim() == 0 and f"{module}running_mean" in tensors
+        if is_counter and tensor.is_floating_point():
+            check_part(tensor, checksums)
+            held, limit = float(tensor), 2 / torch.finfo(tensor.dtype).eps
+            is_exact = 0 <= held < limit and held == int(held)
+            repaired[name] = torch.tensor(int(held) if is_exact else step, dtype=torch.int64)
+    return repaired
 
 
 def _record(name: str, tensor: torch.Tensor) -> TensorRecord:
@@ -323,13 +378,17 @@ def _record(name: str, tensor: torch.Tensor) -> TensorRecord:
 
 
 def _damaged(path: Path, found: str) -> SnapshotDamaged:
-    step = int(path.name.split(".")[1])
+    step = _step_of(path)
     return SnapshotDamaged(
         f"{path}: {found}. Leave this snapshot out with exclude=[{step}] (on the command line: --exclude {step}).",
         path=path,
         step=step,
         chunk=None,
     )
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.split(".")[1])
 
 
 def _code(tensor: torch.Tensor) -> str:

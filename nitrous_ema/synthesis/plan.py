@@ -137,7 +137,7 @@ def plan_synthesis(
         tolerance=tolerance,
     )
     chosen = [(candidates[place], profile) for place, profile in choice.places]
-    _check_same_tensors(target, [moment for moment, _ in chosen])
+    check_same_tensors(target, [moment for moment, _ in chosen])
     return Plan(
         target=target,
         sigma_rels=tuple(sigma_rel for sigma_rel, _ in lengths),
@@ -265,7 +265,8 @@ def _coarsest(chosen: Sequence[tuple[Moment, int]]) -> str:
     return next(code for code in ("BF16", "F16", "F32", "F64") if code in found)
 
 
-def _check_same_tensors(target: Moment, moments: Sequence[Moment]) -> None:
+def check_same_tensors(target: Moment, moments: Sequence[Moment]) -> None:
+    """Raise SnapshotMismatch for the first snapshot whose averaged tensors are not the target's, by name and shape."""
     expected = _tensors(target)
     checked: set[int] = {id(target.records)}
     for moment in moments:
