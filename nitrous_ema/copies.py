@@ -7,16 +7,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from nitrous_ema.foreach import copy_each
+
 
 class CallerCopies:
-    """One copy per tensor, allocated once and written again at each update.
+    """One copy per tensor, allocated once and written again at each update."""
 
-    Args:
-        order_writers: Orders what the caller does next after every read by a lane so far.
-    """
-
-    def __init__(self, order_writers: Callable[[], None]) -> None:
-        self._order_writers = order_writers
+    def __init__(self) -> None:
         self._copies: dict[str, Tensor] = {}
 
     @property
@@ -24,23 +21,26 @@ class CallerCopies:
         """Whether there are copies from the last call."""
         return bool(self._copies)
 
-    def take(self, live: Mapping[str, Tensor], devices: Mapping[str, torch.device]) -> Mapping[str, Tensor]:
+    def take(
+        self, live: Mapping[str, Tensor], devices: Mapping[str, torch.device], order_writers: Callable[[], None]
+    ) -> Mapping[str, Tensor]:
         """Copy tensors.
 
         Args:
             live: What to copy.
             devices: Where each copy is to be.
+            order_writers: Orders what the caller does next after every read by a lane so far.
 
         Returns:
             The copies, in the type and memory order of the originals; valid until the next call.
         """
         if self._copies:
-            self._order_writers()  # the lane may still be reading the last ones
+            order_writers()  # the lane may still be reading the last ones
         if not live:
             self._copies = {}
             return {}
         self._copies = {name: self._place(name, tensor, devices[name]) for name, tensor in live.items()}
-        torch._foreach_copy_([self._copies[name] for name in live], list(live.values()))
+        copy_each([self._copies[name] for name in live], list(live.values()))
         return self._copies
 
     def _place(self, name: str, tensor: Tensor, device: torch.device) -> Tensor:

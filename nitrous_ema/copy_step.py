@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from nitrous_ema.arena import CopyGroup
+from nitrous_ema.foreach import copy_each
 
 _ALIGNED_BYTES = 16
 
@@ -33,7 +33,7 @@ class CopyStep:
 
     def run(self, sources: list[Tensor], weights: Sequence[float], batches: Sequence[int] | None = None) -> None:
         """Take them over."""
-        torch._foreach_copy_(self._kept, sources)
+        copy_each(self._kept, sources)
 
     def kept_bytes(self, batch: int) -> int:
         """Scratch that ``keep`` needs."""
@@ -45,7 +45,7 @@ class CopyStep:
         for begin, value in zip(self._begins, self._kept, strict=False):
             num_bytes = math.prod(value.shape) * value.dtype.itemsize
             views.append(scratch[begin : begin + num_bytes].view(value.dtype).view(value.shape))
-        torch._foreach_copy_(views, sources, non_blocking=True)
+        copy_each(views, sources, non_blocking=True)
         return views
 
     def run_kept(self, kept: list[Tensor], weights: Sequence[float]) -> None:

@@ -65,7 +65,7 @@ class Dispatch:
         # Reentrant, and around all that touches followers: optimizers may step on other threads than the trainer's.
         self._lock = threading.RLock()
         self._error: Exception | None = None  # raised where nobody may be told; guarded by _lock
-        self._copies = CallerCopies(self.order_writers)
+        self._copies = CallerCopies()
         self._last_live: Mapping[str, Tensor] | None = None
         self._held: Mapping[str, Tensor] = {}  # aliases of the same: they hold storages, not objects
         self.sinks: list[Sink] = []
@@ -110,7 +110,8 @@ class Dispatch:
         copied = self._copied_names(live, copy_all)
         read = self._held
         if copied or self._copies.are_held:
-            read = {**read, **self._copies.take({name: read[name] for name in copied}, self._copy_devices)}
+            to_copy = {name: read[name] for name in copied}
+            read = {**read, **self._copies.take(to_copy, self._copy_devices, self.order_writers)}
         with self._lock:
             for group, placed in self._steps:
                 tensors = [read[tensor.tracked.name] for tensor in group.tensors]
@@ -232,20 +233,22 @@ class Dispatch:
     def _follower(self, device: torch.device) -> Follower:
         if device not in self._followers:
             scratch = Scratch(device, self._own_bytes(device) if self._scratch_bytes is None else self._scratch_bytes)
-            self._followers[device] = Follower(self.lane(device), partial(self._copies_in_flight, device), scratch)
+            copies = partial(_copies_in_flight, self.sinks, device)  # no reference to this object: no cycle
+            self._followers[device] = Follower(self.lane(device), copies, scratch)
         return self._followers[device]
 
     def _late_followers(self) -> Iterable[Follower]:
         return [follower for follower in self._followers.values() if follower.is_late]
-
-    def _copies_in_flight(self, device: torch.device) -> CopiesInFlight | None:
-        return self.sinks[0].copies_in_flight(device) if self.sinks else None
 
     def _own_bytes(self, device: torch.device) -> int:
         """What one copy of all that is averaged or copied on a device takes as scratch."""
         steps = [placed.step for group, placed in self._steps if group.device == device]
         steps += [placed.step for copies, placed in self._copy_steps if copies.device == device]
         return sum(step.kept_bytes(batch) for step in steps for batch in range(len(step.batches)))
+
+
+def _copies_in_flight(sinks: Sequence[Sink], device: torch.device) -> CopiesInFlight | None:
+    return sinks[0].copies_in_flight(device) if sinks else None
 
 
 def _placed(step: Step, ranges: Ranges) -> Placed:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from nitrous_ema.averager import Averager
 from nitrous_ema.errors import NitrousError
+from nitrous_ema.foreach import copy_each
 from nitrous_ema.pipeline import neutral_modes
 from nitrous_ema.tracked import writable
 
@@ -36,6 +35,6 @@ def swapped(averager: Averager, profile: int) -> Iterator[None]:
     finally:
         try:
             with neutral_modes():
-                torch._foreach_copy_([live for live, _ in pairs], weights)
+                copy_each([live for live, _ in pairs], weights)
         finally:
             averager.end_refusal(refusal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from tests.cuda.accounts import count
 from tests.cuda.results import Results, machine
+from tests.cuda.test_host import no_waits
 from tests.cuda.trace import Trace, overlaps
 
 TRACE = [
@@ -21,6 +23,8 @@ TRACE = [
     {"cat": "cuda_runtime", "name": "cudaEventSynchronize", "tid": 2, "ts": 5.0, "dur": 1.0, "args": {}},
     {"cat": "cuda_runtime", "name": "cudaEventQuery", "tid": 1, "ts": 6.0, "dur": 1.0, "args": {}},
     {"cat": "kernel", "name": "average", "ts": 30.0, "dur": 10.0, "args": {"stream": 20, "correlation": 7}},
+    {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "tid": 1, "ts": 7.0, "dur": 1.0, "args": {"correlation": 6}},
+    {"cat": "kernel", "name": "between chunks", "ts": 41.0, "dur": 1.0, "args": {"stream": 24, "correlation": 6}},
     {"cat": "kernel", "name": "gemm", "ts": 39.0, "dur": 5.0, "args": {"stream": 7, "correlation": 8}},
     {"cat": "kernel", "name": "late gemm", "ts": 40.0, "dur": 5.0, "args": {"stream": 7, "correlation": 9}},
 ]
@@ -38,6 +42,7 @@ def test_kernels_belong_to_the_range_that_launched_them(trace):
         ("average", "update"),
         ("gemm", "forward"),
         ("late gemm", None),
+        ("between chunks", "update"),
     ]
 
 
@@ -50,6 +55,22 @@ def test_kernels_overlap_only_on_different_streams_and_at_the_same_time(trace):
 def test_waits_are_those_of_the_same_thread_in_the_range(trace):
     assert trace.waits("update") == []
     assert trace.waits("forward") == ["cudaStreamSynchronize"]
+
+
+def test_mode_that_forbids_waits_may_warn_and_ends_in_any_case(monkeypatch):
+    """torch warns, once, when it is switched on; where warnings are errors it is on all the same."""
+    modes = []
+
+    def set_mode(mode: str) -> None:
+        modes.append(mode)
+        if len(modes) == 1:
+            warnings.warn("Synchronization debug mode is a prototype feature and ...", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with pytest.raises(ZeroDivisionError), no_waits("cuda"):
+        raise ZeroDivisionError
+    assert modes == ["error", "default"]
 
 
 def report(name: str, when: str, outcome: str, **more: object) -> SimpleNamespace:

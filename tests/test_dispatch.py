@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -61,3 +64,24 @@ def test_frozen_part_made_in_inference_mode_is_averaged_in_the_background(tmp_pa
             optimizer.step()
             ema.update()
         assert torch.equal(ema.state_dict()["ema_models.0.ema_model.0.weight"], frozen.weight)
+
+
+@pytest.mark.parametrize("cls", [PostHocEMA, AsyncPostHocEMA])
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_averages_are_freed_with_the_ema_without_a_garbage_collection(tmp_path, cls, is_closed):
+    """Device memory: torch's allocator starts no collection where it runs short, and some trainers switch it off."""
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    gc.disable()
+    try:
+        ema = cls(net, checkpoint_folder=tmp_path, update_every=1)
+        optimizer.step()
+        ema.update()
+        ema.checkpoint()
+        averages = [weakref.ref(flat) for group in ema._averager.arena.groups for flat in group.flats]
+        if is_closed:
+            ema.close(timeout=60)
+        del ema
+        assert [each() for each in averages] == [None, None]
+    finally:
+        gc.enable()

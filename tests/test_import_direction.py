@@ -61,6 +61,7 @@ LAYERS = (
     "guard",
     "arena",
     "chunks",
+    "foreach",
     "copies",
     "step",
     "fused_kernel",

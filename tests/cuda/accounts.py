@@ -22,7 +22,9 @@ def device_bytes(kind: str = "current") -> int:
 
 def host_bytes() -> int:
     """What of pinned memory is in use. Not in torch 2.6."""
-    return torch.cuda.host_memory_stats().get("active_bytes.current", 0)  # empty before the first allocation
+    stats = torch.cuda.host_memory_stats()  # empty before the first allocation
+    # Its first releases call that "allocated_bytes", which is what the allocator holds in later ones.
+    return stats.get("active_bytes.current", stats.get("allocated_bytes.current", 0))
 
 
 @dataclass(frozen=True)

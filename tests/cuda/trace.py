@@ -77,7 +77,13 @@ class Trace:
 
 
 def overlaps(kernels: Sequence[Kernel], one: str, others: Sequence[str | None]) -> list[tuple[Kernel, Kernel]]:
-    """Pairs that ran at once on different streams: of one range, and of the others (None: of no range)."""
+    """Pairs that ran at once on different streams: of one range, and of the others (None: of no range).
+
+    Of the one range only the stream of its longest kernel counts: that averages. Between the chunks of a snapshot there
+    are kernels too, on a stream of their own, which overlap with training wherever the averaging is.
+    """
     side = [kernel for kernel in kernels if kernel.launched_by == one]
+    longest = max(side, key=lambda kernel: kernel.end - kernel.begin, default=None)
+    side = [kernel for kernel in side if longest is not None and kernel.stream == longest.stream]
     main = [kernel for kernel in kernels if kernel.launched_by in others]
     return [(a, b) for a in side for b in main if a.stream != b.stream and max(a.begin, b.begin) < min(a.end, b.end)]

@@ -210,7 +210,7 @@ LINES: dict[str, Line] = {
         "A3",
         COPIES,
         "CallerCopies.take",
-        (("self._order_writers()", "pass"),),
+        (("            order_writers()  #", "            pass  #"),),
         {"read": "copied", "writes": "unfenced"},
     ),
     "optimizer is not ordered": Line("G1", GUARD, "Guard.fence", (("self._order_writer()", "pass"),)),
