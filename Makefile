@@ -32,7 +32,7 @@ demo: venv  ## train, snapshot, synthesize and choose an EMA length on real digi
 	@$(BIN)/python -m nitrous_ema demo $(DEMO_FLAGS)
 
 test: venv  ## all tests this machine can run (PYTEST_FLAGS="-k words -x -n 8")
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -n 3 --dist loadfile $(PYTEST_FLAGS)
 
 check: venv  ## format, lint, types and import direction
 	$(BIN)/ruff format --check .

@@ -35,15 +35,15 @@ from torch.nn import Module
 
 from nitrous_ema.arena import Arena, snapshot_layout
 from nitrous_ema.dispatch import Dispatch
-from nitrous_ema.ending import DrainRequest, shut_down
+from nitrous_ema.ending import DrainRequest, at_most, shut_down
 from nitrous_ema.errors import ClosedError, NitrousError, SnapshotWriteError, warn
-from nitrous_ema.guard import Guard, ReadMode, install_hooks
+from nitrous_ema.guard import Guard, ReadMode, fence_all, install_hooks
 from nitrous_ema.history import History
-from nitrous_ema.live import LiveTensors
+from nitrous_ema.live import LiveTensors, is_lent
 from nitrous_ema.pipeline import Lane, Pending, Sink, neutral_modes
 from nitrous_ema.schedule import Schedule, StepSizeCorrection, Time
 from nitrous_ema.stats import Stats
-from nitrous_ema.tracked import TrackedTensor, TrackingPolicy, track, unwrap, writable
+from nitrous_ema.tracked import TrackedTensor, TrackingPolicy, track, unwrap, writable, write
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,6 +239,11 @@ class Averager:
         if self.guard is not None and self._process == os.getpid():
             self.guard.fence()
 
+    def fence_everybody(self) -> None:
+        """The same for every EMA that reads these weights."""
+        if self._process == os.getpid():
+            fence_all([tracked.live() for tracked in self.arena.averaged])
+
     def stats(self) -> Stats:
         """What was done so far."""
         written = self._sink.stats() if self._sink is not None and self._process == os.getpid() else Stats()
@@ -261,7 +266,7 @@ class Averager:
     def flush(self, timeout_seconds: float | None = None) -> None:
         """Block until every update is done and every snapshot is on disk or told failed. Raises TimeoutError."""
         if self.is_usable("flush()", reading=True):
-            self._dispatch.drain(timeout_seconds)
+            self._dispatch.drain(at_most(timeout_seconds))
             self._raise_failures("flush()")
 
     def close(self, timeout_seconds: float | None = None) -> bool:
@@ -276,7 +281,9 @@ class Averager:
         if self._process != os.getpid() or not self._finalizer.alive:
             return False
         self._closed = True
-        self._dispatch.drain(timeout_seconds)
+        self._dispatch.drain(at_most(timeout_seconds))
+        if self.guard is not None:
+            self.guard.fence()  # nothing is read any more: whoever writes from now on is right
         try:
             self._raise_failures("close()")
             if self.guard is not None:
@@ -320,6 +327,8 @@ class Averager:
             raise type(self._refusal)(f"{what}: {self._refusal}")
         self._raise_failures(what, failed_writes=failed_writes)
         if self.guard is not None:
+            if failed_writes:
+                self.guard.notice()  # update() does where it reads
             self.guard.check()
         return True
 
@@ -346,11 +355,10 @@ class Averager:
     def copy_to_model(self, profile: int) -> None:
         """Set the model's weights to an average."""
         self.order_readers("copy_params_from_ema_to_model()")
-        self.fence()
+        self.fence_everybody()
         with neutral_modes():
             for tracked, average in self.arena.averages(profile):
-                live, value = writable(tracked.live(), average)
-                live.copy_(value)
+                write(*writable(tracked.live(), average))
 
     def prepare_loading(self, what: str = "load_state_dict()", *, with_snapshots: bool = False) -> bool:
         """The averages are about to be set from outside: whatever is queued or failed does not matter any more.
@@ -390,7 +398,7 @@ class Averager:
 
     def _drain(self) -> None:
         """What ``drain_request`` asks for, at the end of an update."""
-        timeout = self.drain_timeout_seconds
+        timeout = at_most(self.drain_timeout_seconds)
         deadline = None if timeout is None else time.monotonic() + timeout
         self._dispatch.drain(timeout)  # first, so that there is room for one more snapshot whatever ``on_full`` says
         try:
@@ -409,6 +417,11 @@ class Averager:
         if live is not self._checked and not self._offloads and not self.policy.allow_different_devices:
             self._check_devices(live)
         self._checked = live
+        if is_lent(live.values()):
+            raise NitrousError(
+                "an average of another EMA is in the place of the model's weights. Leave its "
+                "`with ema.average_parameters()` block first."
+            )
         return live
 
     def _check_devices(self, live: Mapping[str, Tensor]) -> None:
@@ -426,7 +439,7 @@ class Averager:
 
     def _average(self, live: Mapping[str, Tensor], weights: Sequence[float]) -> None:
         self._run(live, weights)
-        if self.guard is not None:
+        if self.guard is not None and self._dispatch.reads_later:
             self.guard.after_update(self._parameters, [live[name] for name in self._parameters])
 
     def _run(self, live: Mapping[str, Tensor], weights: Sequence[float]) -> None:

@@ -154,6 +154,11 @@ class Dispatch:
         return any(lane.is_capturing() for lane in self.lanes())
 
     @property
+    def reads_later(self) -> bool:
+        """Whether any of the lanes may still be reading when ``queue`` has returned."""
+        return not all(isinstance(lane, InlineLane) for lane in self._lanes.values())
+
+    @property
     def scratch_bytes(self) -> int:
         """Device memory held for parameters, on all devices."""
         return sum(follower.scratch.num_bytes for follower in self._followers.values())

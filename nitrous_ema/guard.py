@@ -22,12 +22,14 @@ G3  Until a first optimizer step or fence() was seen, update()  test_first_updat
 G4  A write that torch's version counters see while READING,    test_guarded_names_the_weight_that_was_written
     or an update() in that state with no optimizer over the     test_guarded_refuses_a_loop_without_optimizer
     parameters anywhere, or with one whose step was captured    test_replay_without_fence_is_noticed
-    into a graph, is an error of the next call ("guarded"), or
-    one warning and copies from then on ("auto").
+    into a graph, is an error of the next call ("guarded"), or    test_write_after_the_last_update_is_told_by_whatever_is_
+    one warning and copies from then on ("auto").                 called_next
 G5  An update() in state READING whose weights have not moved   test_step_skipped_by_a_gradient_scaler_is_no_mistake
     follows a step that a gradient scaler skipped; it is fine.
 G6  While a graph is captured nothing waits and no state        test_nothing_waits_while_a_graph_is_captured
     changes: the wait would become part of every replay.        test_fence_before_a_replay_waits
+G7  What this library writes into a model itself is ordered     test_average_put_into_the_model_waits_for_every_ema_of_it
+    after the reads of every EMA of that model.
 
 The counters are a net, not a proof: writes through ``.data``, numpy, fused optimizers' kernels, graph replays and
 foreach on DTensors do not count. They are safe behind an optimizer step or ``fence()``, and nowhere else.
@@ -42,6 +44,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -118,11 +121,17 @@ class Guard:
     def before_update(self) -> None:
         """Call before the parameters are read for another ``update()``. Raises UnsafeReadError."""
         with self._lock:
+            self.notice()
+            if self._reading and not self.copies:
+                self._notice_absence()
+        self.check()
+
+    def notice(self) -> None:
+        """Call before the averages are shown or saved: what was written since the last update may be in them."""
+        with self._lock:
             if self._reading and not self.copies:
                 self._notice_writes()
                 self._versions = _versions(self._tensors)  # what was noticed is told once
-                self._notice_absence()
-        self.check()
 
     def after_update(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
         """Call when reads of these live parameters have been queued."""
@@ -149,6 +158,10 @@ class Guard:
             self._order_writer()
             self._reading = False
             self._writer_is_known = self._writer_is_known or self._mistake is None
+
+    def reads(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether one of these was read by the last update()."""
+        return not self._identities.isdisjoint(map(id, tensors))
 
     def is_concerned(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer's next step may write parameters that are being read; not while it is captured."""
@@ -209,12 +222,27 @@ class Guard:
         return found
 
 
+_guards: weakref.WeakSet[Guard] = weakref.WeakSet()
+_guards_lock = threading.Lock()  # of the set itself
+
+
+def fence_all(tensors: Sequence[Tensor]) -> None:
+    """Fence for every EMA that may be reading one of these tensors: this library is about to write them itself."""
+    with _guards_lock:
+        guards = list(_guards)
+    for guard in guards:
+        if guard.reads(tensors):
+            guard.fence()
+
+
 def install_hooks(guard: Guard, model: Module) -> Callable[[], None]:
     """Fence before every optimizer step, and before the model loads a state. Returns what removes the hooks again.
 
     The hooks hold the guard weakly and do nothing once it is gone.
     """
     reference = weakref.ref(guard)
+    with _guards_lock:
+        _guards.add(guard)
     # Compiled optimizers trace into their hooks, and cannot see through a weak reference. The import that this costs
     # is paid by every optimizer's constructor as well.
     hook = torch.compiler.disable(_StepHook(reference).__call__)  # type: ignore[no-untyped-call]
@@ -264,18 +292,21 @@ class _FenceAfterFirstCall:
 
 
 class _LoadHook:
-    """Runs in front of the model's ``load_state_dict``. Copies and pickles of the model keep one that does nothing."""
+    """Runs in front of the model's ``load_state_dict``.
 
-    def __init__(self, guard: weakref.ref[Guard] | None = None) -> None:
+    Copies and pickles of the model keep something that does nothing, and is there wherever torch is.
+    """
+
+    def __init__(self, guard: weakref.ref[Guard]) -> None:
         self._guard = guard
 
     def __call__(self, *_: Any) -> None:
-        guard = self._guard() if self._guard is not None else None
+        guard = self._guard()
         if guard is not None:
             guard.fence()
 
-    def __reduce__(self) -> tuple[type[_LoadHook], tuple[()]]:
-        return _LoadHook, ()
+    def __reduce__(self) -> tuple[type[partial[Any]], tuple[type[torch.nn.Identity]]]:
+        return partial, (torch.nn.Identity,)  # which takes any arguments
 
 
 def _calls_closure_first(optimizer: Optimizer) -> bool:

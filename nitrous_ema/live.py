@@ -11,13 +11,32 @@ very same mapping, and must hold their memory meanwhile, or another tensor may c
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 from torch.nn import Module
 
 from nitrous_ema.trackable import check_gathered
 from nitrous_ema.tracked import Structure, TrackedTensor
+
+_lent: list[frozenset[int]] = []  # ids of tensors that hold averages for now, of each average_parameters() block
+
+
+@contextmanager
+def lent(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """In here these tensors of a model hold averages, which are nobody's weights."""
+    identities = frozenset(map(id, tensors))
+    _lent.append(identities)
+    try:
+        yield
+    finally:
+        _lent.remove(identities)
+
+
+def is_lent(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of these tensors holds an average for now."""
+    return bool(_lent) and not frozenset().union(*_lent).isdisjoint(map(id, tensors))
 
 
 class LiveTensors:

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from nitrous_ema.averager import Averager
 from nitrous_ema.errors import NitrousError
-from nitrous_ema.foreach import copy_each
+from nitrous_ema.live import lent
 from nitrous_ema.pipeline import neutral_modes
-from nitrous_ema.tracked import writable
+from nitrous_ema.tracked import writable, write
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def swapped(averager: Averager, profile: int) -> Iterator[None]:
     The tensors and their storages stay the same objects. Costs one copy of the averaged tensors in their own types.
     """
     averager.order_readers("average_parameters()")
-    averager.fence()
+    averager.fence_everybody()
     with neutral_modes():
         pairs = [writable(tracked.live(), average) for tracked, average in averager.arena.averages(profile)]
         weights = [live.detach().clone() for live, _ in pairs]
@@ -28,13 +28,15 @@ def swapped(averager: Averager, profile: int) -> Iterator[None]:
     )
     averager.refuse(refusal)
     try:
-        with neutral_modes():
-            for live, average in pairs:
-                live.copy_(average)
-        yield
+        with lent([tracked.live() for tracked in averager.arena.averaged]):
+            with neutral_modes():
+                for live, average in pairs:
+                    write(live, average)
+            yield
     finally:
         try:
             with neutral_modes():
-                copy_each([live for live, _ in pairs], weights)
+                for (live, _), weight in zip(pairs, weights, strict=True):
+                    write(live, weight)
         finally:
             averager.end_refusal(refusal)

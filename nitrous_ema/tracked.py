@@ -145,15 +145,23 @@ class TrackingPolicy:
     """Left out entirely if the name starts with one of these (``ignore_startswith_names``)."""
 
     def __post_init__(self) -> None:
-        for argument, given in (
-            ("param_or_buffer_names_no_ema", self.copied),
-            ("ignore_names", self.skipped),
-            ("ignore_startswith_names", self.skipped_prefixes),
+        for argument, field_name in (
+            ("param_or_buffer_names_no_ema", "copied"),
+            ("ignore_names", "skipped"),
+            ("ignore_startswith_names", "skipped_prefixes"),
         ):
+            given = getattr(self, field_name)
             if isinstance(given, str):
                 raise TypeError(f"{argument} is the string {given!r}; expected a collection of names: [{given!r}].")
-            if not (given is None or callable(given) or isinstance(given, Iterable)):
+            if given is None or callable(given):
+                continue
+            if not isinstance(given, Iterable):
                 raise TypeError(f"{argument} is {given!r}; expected names, or () for none.")
+            names = tuple(given)  # asked again and again, which an iterator does not survive
+            wrong = next((name for name in names if not isinstance(name, str)), None)
+            if wrong is not None:
+                raise TypeError(f"{argument} has {wrong!r:.80}; expected names of tensors, which are strings.")
+            object.__setattr__(self, field_name, names)
 
 
 class Structure:
@@ -175,7 +183,8 @@ class Structure:
         Raises:
             UntrackableModelError: A tracked tensor belongs to a submodule that is not in the model any more.
         """
-        if self._children == self._noted_children and list(map(len, self._tensors)) == self._noted_counts:
+        is_as_noted = self._children == self._noted_children and list(map(len, self._tensors)) == self._noted_counts
+        if is_as_noted and all(tensors[name] is None for tensors, name in self._empty):
             return
         now = canonical_tensors(self._model, persistent_only=False)
         for tensor in self._tracked:
@@ -201,6 +210,8 @@ class Structure:
         self._noted_children = [dict(children) for children in self._children]
         self._tensors = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
         self._noted_counts = list(map(len, self._tensors))
+        # register_buffer("mean", None), to be set later.
+        self._empty = [(tensors, name) for tensors in self._tensors for name, value in tensors.items() if value is None]
 
 
 @dataclass(slots=True, eq=False)
@@ -256,6 +267,18 @@ def writable(live: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return live, value
 
 
+def write(live: Tensor, value: Tensor) -> None:
+    """Give a tensor of the model other values; a frozen part may have been made in inference mode."""
+    with torch.inference_mode(live.is_inference()), torch.no_grad():
+        live.copy_(value)
+
+
+def check_module(model: Module) -> None:
+    """Raises TypeError for what is no module: parameters, a state_dict, a function."""
+    if not isinstance(model, Module):
+        raise TypeError(f"model is {model!r:.80}; expected a torch.nn.Module.")
+
+
 def track(model: Module, policy: TrackingPolicy | None = None) -> tuple[TrackedTensor, ...]:
     """Every tensor of a model with its role, in the order of its ``state_dict()``.
 
@@ -268,8 +291,7 @@ def track(model: Module, policy: TrackingPolicy | None = None) -> tuple[TrackedT
             name), its values may be stale, or nothing is left to average.
         ValueError: A filter names something that the model does not have.
     """
-    if not isinstance(model, Module):
-        raise TypeError(f"model is {model!r:.80}; expected a torch.nn.Module.")
+    check_module(model)
     policy = policy or TrackingPolicy()
     for module in model.modules():
         check_gathered(module)

@@ -1038,3 +1038,20 @@ def test_compiled_training_step_may_contain_update(tmp_path):
     weights = [float((n / 3) ** (ema.gammas[0] + 1) - ((n - 1) / 3) ** (ema.gammas[0] + 1)) for n in (1, 2, 3)]
     expected = sum(weight * each for weight, each in zip(weights, seen, strict=True))
     torch.testing.assert_close(ema.state_dict()["ema_models.0.ema_model.weight"], expected)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "parameter"])
+def test_tensor_that_comes_to_an_empty_place_is_told(tmp_path, kind):
+    model = nn.Linear(3, 2)
+    if kind == "buffer":
+        model.register_buffer("late", None)
+    else:
+        model.register_parameter("late", None)
+    ema = PostHocEMA(model, checkpoint_folder=tmp_path, update_every=1)
+    ema.update()
+    model.late = nn.Parameter(torch.ones(2)) if kind == "parameter" else torch.ones(2)
+    with pytest.warns(NitrousWarning, match="'late'"):
+        ema.update()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ema.update()

@@ -155,3 +155,22 @@ def test_replaced_storage_is_held_until_it_was_read(tmp_path, monkeypatch, move,
     expected = averages_after(PostHocEMA, tmp_path, form, kind)
     use_lane(monkeypatch, LateLane())
     assert_same_bits(averages_after(AsyncPostHocEMA, tmp_path, form, kind, read="guarded"), expected)
+
+
+@pytest.mark.parametrize("cls", [PostHocEMA, AsyncPostHocEMA])
+def test_weights_in_new_memory_are_averaged(tmp_path, cls):
+    """Against a model that is written in place, not against the other class: both resolve tensors in one place."""
+    averages = []
+    for name in ("in place", "replaced"):
+        model = nn.Linear(3, 2)
+        ema = cls(model, checkpoint_folder=tmp_path / name, update_every=1, checkpoint_every_num_steps="manual")
+        for seed in range(5):
+            generator = torch.Generator().manual_seed(seed)
+            for p in model.parameters():
+                value = torch.randn(p.shape, generator=generator)
+                ema.fence()
+                p.data = value if name == "replaced" else p.data.copy_(value)
+            ema.update()
+        averages.append(ema.state_dict()["ema_models.0.ema_model.weight"].clone())
+        ema.close()
+    assert torch.equal(*averages)

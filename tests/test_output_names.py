@@ -47,6 +47,7 @@ def test_out_is_a_folder_or_a_template(out, format, first):
         ("out/step-{step}", None, "expected to end in .safetensors or .pt"),
         ("out/{step}.pt", "safetensors", "expected to end in .safetensors"),
         ("out/{run:d}.pt", None, "fits the field"),
+        ("out/average.safetensors", None, "expected a folder, or a name with a field"),
     ],
 )
 def test_template_that_names_no_file_is_refused(out, format, said):

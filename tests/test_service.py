@@ -639,3 +639,21 @@ def test_waiting_for_the_lane_keeps_no_core_busy(training, monkeypatch):
     training.ema.fence()
     assert time.thread_time() - started < 0.1
     opener.join(TIMEOUT_SECONDS)
+
+
+@pytest.mark.parametrize("wrong", [None, nn.Linear(3, 2).parameters(), nn.Linear(3, 2).state_dict()])
+def test_what_is_no_model_is_named(tmp_path, wrong):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
+        AsyncPostHocEMA(wrong, checkpoint_folder=tmp_path)
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), 1e12])
+def test_time_without_an_end_can_be_waited_for(tmp_path, seconds):
+    ema = AsyncPostHocEMA(make_model(), checkpoint_folder=tmp_path, wait_timeout=seconds, max_pending=1, read="copied")
+    for _ in range(3):
+        ema.update()
+        ema.checkpoint()
+    ema.request_drain()
+    ema.update()
+    ema.flush(seconds)
+    ema.close(seconds)

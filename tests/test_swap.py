@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nitrous_ema import KarrasEMA, NitrousError
+from nitrous_ema import KarrasEMA, NitrousError, PostHocEMA
 from nitrous_ema.errors import ClosedError
 from tests.models import Net, Tied, set_weights
 from tests.test_arena import Orders
@@ -125,3 +125,18 @@ def test_bfloat16_weights_come_back_to_the_bit():
         assert model.head.weight.dtype == torch.bfloat16
         assert not torch.equal(model.head.weight, before["head.weight"])
     assert_same(values(model), before)
+
+
+def test_frozen_part_made_in_inference_mode_is_swapped_too(tmp_path):
+    with torch.inference_mode():
+        frozen = nn.Linear(2, 2).requires_grad_(False)
+    model = nn.Sequential(nn.Linear(3, 2), frozen, nn.Linear(2, 2))
+    ema = PostHocEMA(model, checkpoint_folder=tmp_path, update_every=1)
+    ema.update()
+    with torch.no_grad():
+        model[2].weight.add_(1)
+    before = [tensor.clone() for tensor in model.parameters()]
+    with ema.average_parameters():
+        assert not torch.equal(model[2].weight, before[4])
+    assert all(map(torch.equal, model.parameters(), before))
+    ema.copy_params_from_ema_to_model()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from nitrous_ema import PostHocEMA
 from nitrous_ema.errors import NitrousWarning, UntrackableModelError
 from nitrous_ema.tracked import Structure, TrackingPolicy, canonical_tensors, track, unwrap, without_wrappers, writable
 from tests.models import Net, Tied
@@ -294,3 +295,15 @@ def test_one_element_of_each_repeated_one_is_written_of_an_expanded_tensor():
     assert rows.tolist() == [[1.0, 1.0, 1.0]]
     plain = torch.zeros(2, 3)
     assert writable(plain, plain)[0] is plain
+
+
+@pytest.mark.parametrize("argument", ["ignore_names", "ignore_startswith_names", "param_or_buffer_names_no_ema"])
+def test_names_may_come_from_an_iterator(tmp_path, argument):
+    ema = PostHocEMA(nn.Linear(3, 2), checkpoint_folder=tmp_path, **{argument: (name for name in ["bias"])})
+    assert [tensor.role == "averaged" for tensor in ema._averager.arena.tracked] == [True, False]
+
+
+@pytest.mark.parametrize("argument", ["ignore_names", "ignore_startswith_names", "param_or_buffer_names_no_ema"])
+def test_name_that_is_no_string_is_named(tmp_path, argument):
+    with pytest.raises(TypeError, match=f"{argument} has 3; expected"):
+        PostHocEMA(nn.Linear(3, 2), checkpoint_folder=tmp_path, **{argument: [3]})

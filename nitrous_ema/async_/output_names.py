@@ -50,6 +50,11 @@ class OutputNames:
 
     def __post_init__(self) -> None:
         fields = self.fields
+        if not fields and os.path.splitext(self.out)[1] in _SUFFIXES.values() and not os.path.isdir(self.out):
+            raise ValueError(
+                f"--out {self.out!r} looks like one file; expected a folder, or a name with a field for what there may "
+                f"be several of, as in '{os.path.splitext(self.out)[0]}-{{sigma_rel}}{os.path.splitext(self.out)[1]}'."
+            )
         if unknown := [field for field in fields if field not in FIELDS]:
             there = ", ".join(f"{{{field}}}" for field in FIELDS)
             raise ValueError(

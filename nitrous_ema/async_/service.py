@@ -27,7 +27,7 @@ from nitrous_ema.settings import Settings
 from nitrous_ema.sizes import parse_bytes
 from nitrous_ema.snapshots.format import Layout
 from nitrous_ema.snapshots.snapshot import Snapshot
-from nitrous_ema.tracked import NameFilter
+from nitrous_ema.tracked import NameFilter, check_module
 
 _FEW_ELEMENTS = 1 << 16  # on the CPU, averaging so few takes less time than handing them to a thread
 
@@ -120,6 +120,7 @@ class AsyncPostHocEMA(PostHocEMA):
         )
         if offload not in (None, "host"):
             raise ValueError(f"offload is {offload!r}; expected None or 'host'.")
+        check_module(model)
         at_once = offload is None and sum(parameter.numel() for parameter in model.parameters()) <= _FEW_ELEMENTS
         background = Background(
             make_lane=lambda device: InlineLane() if at_once and device.type == "cpu" else make_lane(device),

@@ -27,6 +27,7 @@ import torch
 from nitrous_ema.async_.host_memory import make_pool
 from nitrous_ema.async_.staging import DeviceCopies, Slot, SlotCopies, SlotPool, deadline_after
 from nitrous_ema.chunks import ChunkCopier
+from nitrous_ema.ending import at_most
 from nitrous_ema.errors import NitrousError, SnapshotWriteError, warn
 from nitrous_ema.keeping import Keeper
 from nitrous_ema.pipeline import BackgroundThread, Lane, Pending
@@ -156,7 +157,9 @@ class BackgroundSink:
 
     def close(self, timeout_seconds: float | None = None) -> None:
         """Flush within the policy's time, then end the threads. What was not written by then is logged as an error."""
-        left_seconds = deadline_after(self._policy.wait_timeout if timeout_seconds is None else timeout_seconds)
+        left_seconds = deadline_after(
+            at_most(self._policy.wait_timeout if timeout_seconds is None else timeout_seconds)
+        )
         left = self._pool.wait_idle(left_seconds())
         if left:
             _log.error("gave up waiting: snapshots of steps %s are not on disk", left)
@@ -190,7 +193,7 @@ class BackgroundSink:
         if policy.on_full == "raise":
             raise NitrousError(f"{what}. Take snapshots less often, or raise max_pending.")
         started = time.monotonic()
-        slot = self._pool.claim(policy.wait_timeout)
+        slot = self._pool.claim(at_most(policy.wait_timeout))
         self._ledger.add(seconds_waited=time.monotonic() - started)
         if slot is None:
             raise TimeoutError(
