@@ -10,7 +10,7 @@ FUZZ_FLAGS ?= --seconds 300
 RACES_FLAGS ?= --seeds 2000
 BENCHES ?= $(filter-out bench.bench_device,$(patsubst bench/%.py,bench.%,$(sort $(wildcard bench/bench_*.py))))
 CUDA_RESULTS ?= build/test-cuda.json
-CUDA_BENCHES ?= bench.bench_device bench.speed_test
+CUDA_BENCHES ?= bench.speed_test bench.bench_device
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -60,7 +60,7 @@ bench: venv  ## side by side with ema-pytorch and nitrous-ema 0.0.1 (BENCHES=ben
 test-cuda:  ## the CUDA tests, with the torch that PYTHON=... has; installs nothing (CUDA_RESULTS=file.json)
 	@$(WITH_PYTHON) -m pytest tests/cuda -m cuda --require-cuda --device-results $(CUDA_RESULTS) $(PYTEST_FLAGS)
 
-bench-cuda:  ## ten minutes on the accelerator, with the torch that PYTHON=... has; installs nothing (CUDA_BENCHES=...)
+bench-cuda:  ## a quarter of an hour on the accelerator, with the torch that PYTHON=... has; installs nothing (CUDA_BENCHES=...)
 	@mkdir -p build/bench
 	@status=0; for bench in $(CUDA_BENCHES); do \
 		$(WITH_PYTHON) -m $$bench --device cuda --json build/bench $(BENCH_FLAGS) || status=1; done; exit $$status

@@ -22,13 +22,14 @@ G3  Until a first optimizer step or fence() was seen, update()  test_first_updat
 G4  A write that torch's version counters see while READING,    test_guarded_names_the_weight_that_was_written
     or an update() in that state with no optimizer over the     test_guarded_refuses_a_loop_without_optimizer
     parameters anywhere, or with one whose step was captured    test_replay_without_fence_is_noticed
-    into a graph, is an error of the next call ("guarded"), or    test_write_after_the_last_update_is_told_by_whatever_is_
-    one warning and copies from then on ("auto").                 called_next
+    into a graph, is an error of the next call ("guarded"), or  test_update_that_refuses_tells_a_mistake_once
+    one warning and copies from then on ("auto"). Looked for    test_write_after_the_last_update_is_told
+    whenever the averages are asked for, too.
 G5  An update() in state READING whose weights have not moved   test_step_skipped_by_a_gradient_scaler_is_no_mistake
     follows a step that a gradient scaler skipped; it is fine.
 G6  While a graph is captured nothing waits and no state        test_nothing_waits_while_a_graph_is_captured
     changes: the wait would become part of every replay.        test_fence_before_a_replay_waits
-G7  What this library writes into a model itself is ordered     test_average_put_into_the_model_waits_for_every_ema_of_it
+G7  What this library writes into a model itself is ordered     test_average_in_the_model_waits_for_every_ema_of_it
     after the reads of every EMA of that model.
 
 The counters are a net, not a proof: writes through ``.data``, numpy, fused optimizers' kernels, graph replays and

@@ -35,7 +35,7 @@ def trained(tmp_path, **options):
 
 
 @pytest.mark.parametrize("call", ["checkpoint", "flush", "state_dict", "close"])
-def test_write_after_the_last_update_is_told_by_whatever_is_called_next(tmp_path, call):
+def test_write_after_the_last_update_is_told(tmp_path, call):
     model, ema, _ = trained(tmp_path, read="guarded")
     with torch.no_grad():
         model[0].bias.add_(1)
@@ -44,7 +44,7 @@ def test_write_after_the_last_update_is_told_by_whatever_is_called_next(tmp_path
     ema.close(TIMEOUT_SECONDS)
 
 
-def test_mistake_is_told_once_by_an_update_that_refuses(tmp_path):
+def test_update_that_refuses_tells_a_mistake_once(tmp_path):
     model, ema, _ = trained(tmp_path, read="guarded")
     with torch.no_grad():
         model[0].bias.add_(1)
@@ -63,7 +63,7 @@ def test_weights_may_be_written_after_close(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["average_parameters", "copy_params_from_ema_to_model"])
-def test_average_put_into_the_model_waits_for_every_ema_of_it(tmp_path, monkeypatch, how):
+def test_average_in_the_model_waits_for_every_ema_of_it(tmp_path, monkeypatch, how):
     """Hazard: one EMA writes weights that another one still reads."""
 
     def averages(cls, lanes):

@@ -32,6 +32,7 @@ import pytest
 import torch
 
 from nitrous_ema.step import GroupStep
+from tests.laggy import loops
 from tests.laggy.cases import IN_DEPTH, SCENARIOS
 from tests.laggy.loops import train
 from tests.laggy.without import LINES, without
@@ -85,6 +86,15 @@ def test_results_are_the_same_whoever_is_late(name, who):
         pytest.skip("this machine has one device")
     with late(who):
         assert different(train, **case) == []
+
+
+@pytest.mark.parametrize("options", [{"capturable": True}, {"capturable": True, "foreach": True}, {"fused": True}])
+def test_adamw_of_every_kind_waits_until_its_weights_were_read(options):
+    def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=0.1, **options)
+
+    with mock.patch.object(loops, "make_optimizer", adamw), late("updates"):
+        assert different(train, max_pending=4) == []
 
 
 @pytest.mark.parametrize("who", WHO)
