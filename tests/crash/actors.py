@@ -134,7 +134,8 @@ def _resume(ema: AsyncPostHocEMA, journal: Journal, chance: random.Random, state
         runs = ema.snapshots.runs()
         run = chance.choice([None, *runs[-3:]])
         with removed_ones_are_no_failure(ema.snapshots.root, journal, run):
-            steps = [snapshot.step for snapshot in ema.snapshots.snapshots(run)]
+            # With no run named, the newest may be another one by the time it is restored.
+            steps = [snapshot.step for snapshot in ema.snapshots.snapshots(run)] if run else []
             ema.restore(chance.choice([None, *steps]), run)
 
 
