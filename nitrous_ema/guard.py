@@ -137,6 +137,7 @@ class Guard:
     def after_update(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
         """Call when reads of these live parameters have been queued."""
         if self.copies:
+            self._end_live_reads()
             return
         with self._lock:
             if len(tensors) != len(self._tensors) or not all(map(operator.is_, tensors, self._tensors)):
@@ -146,6 +147,13 @@ class Guard:
             self._has_read = self._reading = True
             if not self._writer_is_known:
                 self._order_writer()
+
+    def _end_live_reads(self) -> None:
+        """Copies were taken up. Who writes from now on comes after this update(), or would spoil the copies anyway."""
+        with self._lock:
+            if self._has_read:
+                self._order_writer()
+                self._has_read = self._reading = False
 
     def fence(self) -> None:
         """What the calling thread does next comes after all reads of the parameters so far. Never raises."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pickle
+import threading
 
 import pytest
 import torch
 from torch import nn
 
-from nitrous_ema import AsyncPostHocEMA, NitrousError, PostHocEMA
+from nitrous_ema import AsyncPostHocEMA, NitrousError, NitrousWarning, PostHocEMA
 from nitrous_ema.errors import UnsafeReadError
 from tests.fakes import (
     TIMEOUT_SECONDS,
+    Gate,
+    GatedLane,
     LateLane,
     assert_same_bits,
     averages_of,
@@ -171,4 +174,23 @@ def test_average_that_is_put_into_the_model_is_no_mistake(tmp_path):
         ema.update()
     ema.copy_params_from_ema_to_model()
     ema.update()
+    ema.close(TIMEOUT_SECONDS)
+
+
+def test_nobody_waits_once_parameters_are_copied(tmp_path, monkeypatch):
+    gate = Gate(is_open=True)
+    use_lane(monkeypatch, GatedLane(run=gate))
+    model, ema, optimizer = trained(tmp_path, read="auto")
+    with torch.no_grad():
+        model[0].bias.add_(1)
+    with pytest.warns(NitrousWarning, match="copied at each update"):
+        ema.update()
+    gate.shut()
+    ema.update()
+    step = threading.Thread(target=optimizer.step, daemon=True)
+    step.start()
+    step.join(TIMEOUT_SECONDS)
+    waits = step.is_alive()
+    gate.open()
+    assert not waits
     ema.close(TIMEOUT_SECONDS)
