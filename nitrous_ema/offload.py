@@ -27,9 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nitrous_ema.errors import NitrousError, warn
+from nitrous_ema.host_memory import judge_host_memory, pinned_or_pageable
 from nitrous_ema.pipeline import Lane, Mark
-from nitrous_ema.resources import available_memory
 from nitrous_ema.sizes import amount
 from nitrous_ema.step import Step
 
@@ -96,18 +95,14 @@ def _average(step: Step, held: _Set, weights: Sequence[float], give_back: Callab
 def _allocate(sizes: Sequence[int]) -> list[list[Tensor]]:
     """Blocks of these sizes, in bytes, for every set; pinned, or pageable (and told) if that fails."""
     pieces, places = _pack(sizes)
-    needed = f"{_NUM_SETS} copies of the parameters, of {amount(sum(pieces))} each"
-    available = available_memory()
-    if _NUM_SETS * sum(pieces) > available.bytes:
-        raise NitrousError(
-            f"offload='host': no host memory for {needed}: {amount(available.bytes)} are available. "
-            "Keep the averages on the device (offload=None)."
-        )
-    try:
-        memory = [[_piece(size, pin=True) for size in pieces] for _ in range(_NUM_SETS)]
-    except (RuntimeError, MemoryError) as error:
-        warn(f"offload='host': no pinned memory for {needed} ({error}); using pageable memory, where update() waits.")
-        memory = [[_piece(size, pin=False) for size in pieces] for _ in range(_NUM_SETS)]
+    needed = f"the {_NUM_SETS} copies of the parameters of offload='host', of {amount(sum(pieces))} each"
+    remedy = "Keep the averages on the device (offload=None)."
+    judge_host_memory(_NUM_SETS * sum(pieces), needed, remedy)
+
+    def make(pin: bool) -> list[list[Tensor]]:
+        return [[_piece(size, pin=pin) for size in pieces] for _ in range(_NUM_SETS)]
+
+    memory = pinned_or_pageable(make, needed, remedy)
     return [
         [of_set[piece][begin : begin + size] for (piece, begin), size in zip(places, sizes, strict=True)]
         for of_set in memory

@@ -163,7 +163,7 @@ class Schedule:
 
     def check(self, t_delta: Any) -> Time:
         """The same time as a plain number (numpy's are fine), or the error that ``advance`` raises for it."""
-        if not isinstance(t_delta, Real) or not math.isfinite(t_delta) or float(t_delta) <= 0:
+        if not _is_time(t_delta):
             raise ValueError(
                 f"t_delta is {t_delta!r}: training time must move forward. Pass the steps, images or tokens since the "
                 "last update() (a positive, finite number)."
@@ -187,3 +187,10 @@ class Schedule:
 
 def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.3f}" for value in values)
+
+
+def _is_time(given: Any) -> bool:
+    try:
+        return isinstance(given, Real) and 0 < float(given) < math.inf
+    except OverflowError:  # an integer beyond all floats
+        return False

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +17,9 @@ from tests.cuda.accounts import count
 from tests.cuda.results import Results, machine
 from tests.cuda.test_host import no_waits
 from tests.cuda.trace import Trace, overlaps
+from tests.fakes import TIMEOUT_SECONDS
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 TRACE = [
     {"cat": "user_annotation", "name": "update", "tid": 1, "ts": 0.0, "dur": 10.0},
@@ -96,6 +103,41 @@ def test_results_say_what_became_of_each_test_also_of_one_that_hangs(tmp_path):
     assert written["counts"] == {"failed": 1, "not finished": 1, "passed": 1, "skipped": 1}
     assert written["tests"]["bad"] == {"outcome": "failed", "seconds": 1.5, "why": "assert 1 == 2"}
     assert written["tests"]["left out"]["why"] == "one device"
+
+
+HANGING = """
+import threading
+import pytest
+
+@pytest.fixture(scope="module")
+def hanging():
+    threading.Event().wait({timeout})
+
+@pytest.mark.cuda
+def test_something(hanging):
+    pass
+"""
+BOUNDED = """
+from tests.cuda import conftest
+from tests.cuda.conftest import pytest_addoption, pytest_runtest_protocol
+
+conftest.LIMIT_SECONDS = 0.1
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a device")
+"""
+
+
+def test_fixture_of_a_module_that_hangs_ends_the_run_and_leaves_all_stacks(tmp_path):
+    (tmp_path / "conftest.py").write_text(BOUNDED)
+    (tmp_path / "test_hanging.py").write_text(HANGING.format(timeout=TIMEOUT_SECONDS))
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--device-results", str(tmp_path / "out.json")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, timeout=TIMEOUT_SECONDS, capture_output=True)
+    assert done.returncode == 1, done.stdout
+    stacks = (tmp_path / "out.hung.txt").read_text()
+    assert stacks.startswith("test_hanging.py::test_something\n")
+    assert "in hanging" in stacks
 
 
 def test_memory_is_counted_at_each_moment(tmp_path):

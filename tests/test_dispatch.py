@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from nitrous_ema import AsyncPostHocEMA, NitrousError, PostHocEMA
+from nitrous_ema.arena import Arena
+from tests.fakes import TIMEOUT_SECONDS, Gate
 
 
 def divide_by_zero() -> None:
@@ -40,6 +42,22 @@ def test_failure_of_the_work_that_a_reader_waits_for_reaches_that_reader(ema, re
     lane.run(divide_by_zero)
     with pytest.raises(NitrousError, match="averaging failed"):
         read(ema)
+
+
+def test_averages_are_moved_once_the_copies_out_of_them_are_done(tmp_path, monkeypatch):
+    gate, moves = Gate(), []
+    with AsyncPostHocEMA(nn.Linear(3, 2), checkpoint_folder=tmp_path) as ema:
+        ema.update()
+        (lane,) = ema._averager._dispatch.lanes()
+        drain = lane.drain
+        lane.copy_out(gate.pass_through, gate.open)
+        gate.wait_entered()
+        # Opened by the wait itself, so that without one the move comes first.
+        monkeypatch.setattr(lane, "drain", lambda timeout_seconds=None: (gate.open(), drain(TIMEOUT_SECONDS)))
+        monkeypatch.setattr(Arena, "to", lambda arena, device: moves.append(gate.is_open()))
+        ema._averager.move(torch.device("cpu"))
+        gate.open()
+    assert moves == [True]
 
 
 def test_tensor_added_to_a_submodule_that_came_later_is_told(tmp_path):

@@ -10,9 +10,7 @@ import torch
 
 from nitrous_ema import offload
 from nitrous_ema.async_.lane import ThreadLane
-from nitrous_ema.errors import NitrousError, NitrousWarning
 from nitrous_ema.offload import Offload
-from nitrous_ema.resources import AvailableMemory
 from tests.fakes import TIMEOUT_SECONDS, Gate, GatedLane
 from tests.noting import BATCHES, NotingLane, NotingStep
 
@@ -133,20 +131,3 @@ def test_pieces_of_a_large_model_waste_little():
     sizes = [1 << 22] * 700 + [(1 << 22) + 64] * 7 + [12345 * 16]
     pieces, _ = offload._pack(sizes)
     assert sum(pieces) < 1.02 * sum(sizes)
-
-
-def test_missing_pinned_memory_is_told(host, monkeypatch):
-    def piece(num_bytes, pin):
-        if pin:
-            raise RuntimeError("made up")
-        return torch.empty(num_bytes, dtype=torch.uint8)
-
-    monkeypatch.setattr(offload, "_piece", piece)
-    with pytest.warns(NitrousWarning, match=r"no pinned memory .*made up.*pageable"):
-        Offload(NotingStep([]), NotingLane([]), host)
-
-
-def test_missing_host_memory_is_an_error(host, monkeypatch):
-    monkeypatch.setattr(offload, "available_memory", lambda: AvailableMemory(10, None))
-    with pytest.raises(NitrousError, match=r"no host memory .*offload=None"):
-        Offload(NotingStep([]), NotingLane([]), host)

@@ -24,18 +24,21 @@ from typing import Literal
 
 import torch
 
-from nitrous_ema.async_.host_memory import make_pool
 from nitrous_ema.async_.staging import DeviceCopies, Slot, SlotCopies, SlotPool, deadline_after
 from nitrous_ema.chunks import ChunkCopier
 from nitrous_ema.ending import at_most
 from nitrous_ema.errors import NitrousError, SnapshotWriteError, warn
+from nitrous_ema.host_memory import judge_host_memory, pinned_or_pageable
 from nitrous_ema.keeping import Keeper
 from nitrous_ema.pipeline import BackgroundThread, Lane, Pending
+from nitrous_ema.sizes import amount
 from nitrous_ema.snapshots.format import Layout, Stamp
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.stats import Stats
 
 _log = logging.getLogger(__name__)
+
+_LESS_MEMORY = "Lower max_pending, or store averages in half the bytes (checkpoint_dtype=torch.float16)."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +83,7 @@ class BackgroundSink:
     def __init__(self, keeper: Keeper, layout: Layout, policy: WritePolicy, pin: bool) -> None:
         self._policy = policy
         self._layout = layout
-        self._pool = make_pool(layout, policy.max_pending, pin)
+        self._pool = _make_pool(layout, policy.max_pending, pin)
         self._copiers: dict[torch.device, ChunkCopier] = {}  # their memory is freed with the slots
         self._is_pageable_told = pin
         self._keeper = keeper
@@ -224,6 +227,12 @@ def _abandon(slot: Slot, pool: SlotPool, keeper: Keeper, stamp: Stamp) -> None:
     """Give up a snapshot whose copies could not be queued, unless the writer has it already."""
     if pool.abandon(slot):
         keeper.forget(stamp)
+
+
+def _make_pool(layout: Layout, num_slots: int, pin: bool) -> SlotPool:
+    needed = f"{num_slots} snapshots (max_pending) of {amount(layout.data_bytes)} each"
+    judge_host_memory(num_slots * layout.data_bytes, needed, _LESS_MEMORY)
+    return pinned_or_pageable(lambda pin: SlotPool(layout, num_slots, pin=pin), needed, _LESS_MEMORY, pin=pin)
 
 
 def _write_all(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -30,18 +30,20 @@ def pytest_report_header() -> str:
     return "device: " + ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None)
 
 
-@pytest.fixture(autouse=True)
-def bounded(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.node.get_closest_marker("cuda") is None:
-        yield
-        return
-    results = request.config.getoption("--device-results", default=None)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Bound a test together with the fixtures that it is the first or the last to use."""
+    if item.get_closest_marker("cuda") is None:
+        return (yield)
+    results = item.config.getoption("--device-results", default=None)
     path = Path(results).with_suffix(".hung.txt") if results else Path("build/cuda-tests.hung.txt")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as stacks:  # not stderr: what is captured would end with the process
-        stacks.write(f"{request.node.nodeid}\n")
+        stacks.write(f"{item.nodeid}\n")
         stacks.flush()
         faulthandler.dump_traceback_later(LIMIT_SECONDS, exit=True, file=stacks)
-        yield
-        faulthandler.cancel_dump_traceback_later()
-    path.unlink()
+        try:
+            return (yield)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            path.unlink()
