@@ -154,6 +154,21 @@ def test_halves_of_every_bit_pattern_become_float32():
         assert np.array_equal(np.signbit(out), np.signbit(expected[chosen]))
 
 
+@pytest.mark.parametrize("sums", [np.float32, np.float64])
+def test_smallest_halves_survive_where_the_process_flushes_such_numbers(sums):
+    from nitrous_ema.synthesis.numbers import widen
+
+    bits = np.arange(1, 1 << 10, dtype=np.uint16)  # all below 2**-14
+    out = np.zeros(bits.shape, sums)
+    try:
+        if not torch.set_flush_denormal(True):  # of this thread
+            pytest.skip("this processor does not flush")
+        widen(bits.view(np.uint8), "F16", out)
+    finally:
+        torch.set_flush_denormal(False)
+    assert np.array_equal(out, bits * sums(2.0**-24))
+
+
 # Threads
 
 

@@ -18,6 +18,7 @@ FLOAT_TYPES: dict[str, np.dtype[Any]] = {
 _QUIET_NAN = np.uint16(0x7FC0)
 _INFINITE_HALF, _HALF_SIGN = 0x7C00, 0x8000
 _WITHOUT_REPEATED_SIGNS = np.int32(-0x70000001)
+_SMALLEST = np.full(1, 2.0**-149, np.float32)
 _EXPONENT_OF_HALVES = np.float32(2.0**112)  # float32 counts exponents from 127, float16 from 15
 
 
@@ -50,8 +51,11 @@ def widen(
 def _widen_halves(halves: NDArray[np.generic], out: NDArray[np.floating], bits: NDArray[np.int32]) -> bool:
     """Move the bits of finite float16 to where float32 has them; three times as fast as numpy's own conversion.
 
-    False, with nothing done, where one of them is infinite or NaN.
+    False, with nothing done, where one of them is infinite or NaN, or where this thread takes the smallest float32 for
+    zeros (``torch.set_flush_denormal``): on their way all float16 below 2**-14 are such numbers.
     """
+    if not (_SMALLEST * _EXPONENT_OF_HALVES).all():
+        return False
     signed = halves.view("<i2")
     if signed.size and (signed.max() >= _INFINITE_HALF or signed.view("<u2").max() >= _INFINITE_HALF | _HALF_SIGN):
         return False
