@@ -264,10 +264,9 @@ def _targets(text: str) -> object:
 
 
 def _steps(text: str) -> list[int]:
-    steps = [word.strip() for word in text.split(",")]
-    if not all(re.fullmatch("[0-9]{1,18}", step) for step in steps):
-        raise ValueError(f"{text!r} is no list of steps; expected one such as 5000 or 5000,10000")
-    return [int(step) for step in steps]
+    from nitrous_ema.async_.arguments import parse_step_list
+
+    return parse_step_list(text)
 
 
 def _count(text: str) -> int:

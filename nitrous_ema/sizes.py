@@ -1,4 +1,4 @@
-"""Amounts of bytes, as people write and read them."""
+"""Amounts, of bytes and of things, as people write and read them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def parse_bytes(text: str) -> int:
     if found is None or found[2].upper() not in _UNITS:
         raise ValueError(f"{text!r} is no amount of bytes; expected one such as 1GiB, 500MB or 1073741824")
     return int(Decimal(found[1]) * _UNITS[found[2].upper()])
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: ``1 snapshot``, ``3 snapshots``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def amount(num_bytes: float) -> str:

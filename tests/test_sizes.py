@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nitrous_ema.sizes import amount, parse_bytes
+from nitrous_ema.sizes import amount, counted, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,7 @@ def test_amounts_that_mean_nothing_are_refused(text):
 )
 def test_amounts_are_shown_in_the_unit_that_fits(num_bytes, text):
     assert amount(num_bytes) == text
+
+
+def test_one_thing_is_no_plural():
+    assert [counted(number, "snapshot") for number in (0, 1, 2)] == ["0 snapshots", "1 snapshot", "2 snapshots"]

@@ -246,7 +246,22 @@ def test_unwritable_output_folder_ends_with_1(folder, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     status, err = main(capsys, folder, "--sigma-rel", "0.1", "--out", tmp_path / "out")
     assert status == 1
-    assert "File exists" in err
+    assert f"{tmp_path / 'out'} cannot be the folder of the averages" in err
+
+
+@pytest.mark.parametrize(("unread", "written"), [(("stdout",), [0.07]), (("stdout", "stderr"), [])], ids=str)
+def test_reader_that_left_ends_the_work_and_leaves_nothing_half_written(folder, tmp_path, unread, written):
+    """As where the process that launched it has ended."""
+    out, (read, write) = tmp_path / "out", os.pipe()
+    os.close(read)
+    command = [*WORKER, str(folder), "--sigma-rel", "0.07,0.08,0.09", "--out", str(out), "--progress-json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | dict.fromkeys(unread, write)
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes, text=True)
+    os.close(write)
+    _, stderr = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 1
+    assert stderr is None or stderr.endswith("stdout was closed before all outputs were written.\n")
+    assert [path.name for path in out.glob("*")] == [f"step-1000-sigma-{length}.safetensors" for length in written]
 
 
 def test_help_is_no_failure(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -42,6 +43,18 @@ def parse_steps(text: str) -> Steps:
         if step < 0 or step != step.to_integral_value():
             raise ValueError(f"{text!r}: {step} is not a step; expected whole numbers, or 'all'")
     return list(dict.fromkeys(int(step) for step in steps))
+
+
+def parse_step_list(text: str) -> list[int]:
+    """Read a list of steps: ``5000,10000``.
+
+    Raises:
+        ValueError: Not such a list.
+    """
+    steps = [word.strip() for word in text.split(",")]
+    if not all(re.fullmatch("[0-9]{1,18}", step) for step in steps):
+        raise ValueError(f"{text!r} is no list of steps; expected one such as 5000 or 5000,10000")
+    return [int(step) for step in steps]
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -96,7 +109,14 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         help="steps at which averages end: 1000,2000,...,10000, or 'all'; the newest snapshot by default",
     )
     add("--run", help="run whose snapshots are read, with its ancestors; the newest by default")
-    add("--exclude", type=int, nargs="+", action="extend", default=[], metavar="STEP", help="steps to leave out")
+    add(
+        "--exclude",
+        type=exits.argument(parse_step_list),
+        action="extend",
+        default=[],
+        metavar="STEP,...",
+        help="steps to leave out",
+    )
     add(
         "--tolerance",
         type=float,

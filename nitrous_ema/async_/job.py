@@ -93,7 +93,9 @@ class Output:
 
 
 class Job:
-    """A synthesis process. It goes on if nobody waits for it; it ends with this process only if cancelled.
+    """A synthesis process. It goes on if nobody waits for it, while this process lives.
+
+    Once this process is gone the worker ends when it next has something to tell; averages that are written stay.
 
     Args:
         process: The worker, with pipes.

@@ -18,6 +18,7 @@ from nitrous_ema import exits
 from nitrous_ema.async_.arguments import DTYPES
 from nitrous_ema.async_.parts import Part
 from nitrous_ema.async_.telling import progress_of, say, tell_plan
+from nitrous_ema.errors import NitrousError
 from nitrous_ema.existing import Expected, expected_outputs
 from nitrous_ema.outputs import check_outputs, write_outputs, write_shard
 from nitrous_ema.processes import fate
@@ -102,7 +103,13 @@ class Maker:
         options, part = self._options, self._part
         _give_way(options.nice, plan.trainer)
         for folder in dict.fromkeys(paths[index].parent for index in missing):
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise NitrousError(
+                    f"{folder} cannot be the folder of the averages: it, or what should hold it, is a file. "
+                    "Choose another --out."
+                ) from error
         progress = progress_of(plan.target.step, as_json=options.progress_json, as_text=options.progress)
         chosen = plan.only(missing), [paths[index] for index in missing]
         how = {

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from nitrous_ema.sizes import amount
+from nitrous_ema.sizes import amount, counted
 
 if TYPE_CHECKING:
     from nitrous_ema.synthesis.plan import Plan
@@ -31,8 +31,9 @@ def tell_plan(plan: Plan) -> None:
     """Tell what is read, and how good the averages will be."""
     target = plan.target
     say(
-        f"step {target.step} of run {target.run}: {len(plan.gammas)} averages from {len(plan.columns)} columns of "
-        f"{len(plan.steps)} snapshots, {amount(plan.bytes_to_read)} to read"
+        f"step {target.step} of run {target.run}: {counted(len(plan.gammas), 'average')} from "
+        f"{counted(len(plan.columns), 'column')} of {counted(len(plan.steps), 'snapshot')}, "
+        f"{amount(plan.bytes_to_read)} to read"
     )
     if plan.tolerance > 0:
         say(

@@ -32,6 +32,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from nitrous_ema.sizes import counted
 from nitrous_ema.snapshots.format import DTYPE_BYTES
 from nitrous_ema.synthesis.numbers import widen
 from nitrous_ema.synthesis.plan import Column, Plan
@@ -180,8 +181,9 @@ def engine_sizes(
     needed = _FIXED_BYTES + smallest + per_tile
     if memory_bytes < needed:
         raise ValueError(
-            f"memory: {memory_bytes} bytes are too few for {len(plan.gammas)} outputs of {len(plan.columns)} columns; "
-            f"at least {needed} bytes ({-(-needed >> 20)} MiB) are needed. Allow more memory, or ask for fewer at once."
+            f"memory: {memory_bytes} bytes are too few for {counted(len(plan.gammas), 'output')} of "
+            f"{counted(len(plan.columns), 'column')}; at least {needed} bytes ({-(-needed >> 20)} MiB) are needed. "
+            "Allow more memory, or ask for fewer at once."
         )
     used = min(wanted, (memory_bytes - _FIXED_BYTES) // (smallest + per_tile))
     tiles = min(most_tiles, ((memory_bytes - _FIXED_BYTES) // used - smallest) // per_tile)
