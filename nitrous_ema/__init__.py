@@ -18,6 +18,7 @@ __all__ = [
     "KeepBytes",
     "KeepCount",
     "KeepGeometric",
+    "LegacyFolder",
     "NitrousError",
     "NitrousWarning",
     "PostHocEMA",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from nitrous_ema.loading import load_average
     from nitrous_ema.posthoc.keep_rules import KeepAll, KeepBytes, KeepCount, KeepGeometric
     from nitrous_ema.search.sweep import sweep
+    from nitrous_ema.snapshots.legacy import LegacyFolder
     from nitrous_ema.snapshots.store import SnapshotStore
 else:  # hidden from type checkers, to which a module's __getattr__ would make every misspelled name an Any
     _HOMES = {
@@ -43,6 +45,7 @@ else:  # hidden from type checkers, to which a module's __getattr__ would make e
         "KeepBytes": "nitrous_ema.posthoc.keep_rules",
         "KeepCount": "nitrous_ema.posthoc.keep_rules",
         "KeepGeometric": "nitrous_ema.posthoc.keep_rules",
+        "LegacyFolder": "nitrous_ema.snapshots.legacy",
         "NitrousError": "nitrous_ema.errors",
         "NitrousWarning": "nitrous_ema.errors",
         "PostHocEMA": "nitrous_ema.ema",

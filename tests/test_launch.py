@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from nitrous_ema.async_.launch import launch
+from tests.old_folders import SIGMA_RELS, write_nitrous_001
 from tests.snapshot_folders import layout_of, record, write_run
 
 TIMEOUT = 60
@@ -80,6 +83,17 @@ def test_process_of_a_training_under_torchrun_writes_whole_files(folder, tmp_pat
 def test_wrong_steps_are_told_at_once(folder, tmp_path, arguments, error, said):
     with pytest.raises(error, match=said):
         launch(folder, sigma_rels=[0.1], out=tmp_path, **arguments)
+
+
+def test_tracked_profiles_of_an_old_folder_are_named_and_come_back_as_they_are(tmp_path):
+    write_nitrous_001(tmp_path / "old", [10, 20, 30])
+    job = launch(tmp_path / "old", sigma_rels=SIGMA_RELS, tracked_sigma_rels=SIGMA_RELS, out=tmp_path / "out")
+    for profile, output in enumerate(job.result(TIMEOUT)):
+        expected = torch.load(tmp_path / "old" / f"{profile}.30.pt", weights_only=True)
+        found = load_file(output.path)
+        assert torch.equal(found["linear.weight"], expected["ema_model.linear.weight"])
+    with pytest.raises(TypeError, match=r"tracked_gammas is 5"):
+        launch(tmp_path / "old", sigma_rels=[0.1], tracked_gammas=5, out=tmp_path / "out")
 
 
 def test_threads_and_type_of_sums_reach_the_worker(folder, tmp_path):

@@ -72,6 +72,7 @@ def test_what_the_snapshots_cannot_give_is_said(folder, tmp_path, capsys):
         ("snapshots", ["--sigma-rel", "0.1", "--step", "30"], 3, "nearest steps there: 20 and 40"),
         ("sweep.jsonl", ["--sigma-rel", "0.1"], 2, "leave it out"),
         ("nothing", [], 3, "no such folder or file"),
+        ("nothing", ["--sigma-rel", "0.1"], 3, "no such folder or file"),
     ],
 )
 def test_mistakes_are_told_without_a_picture(folder, results, tmp_path, capsys, of, options, status, said):

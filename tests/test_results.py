@@ -53,6 +53,11 @@ def test_no_file_has_no_results(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_folder_is_no_file_of_results(tmp_path):
+    with pytest.raises(ResultsError, match=r"is a folder; expected the file of the results"):
+        ResultsFile(tmp_path).read()
+
+
 def test_a_result_is_synced_before_it_counts(tmp_path):
     files = Syncs()
     ResultsFile(tmp_path / "results", files=files).add(ROWS[0])

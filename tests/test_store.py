@@ -46,6 +46,15 @@ def test_empty_folder_has_no_snapshots(store):
         store.get(run=A)
 
 
+def test_files_of_older_libraries_are_told_where_there_is_nothing_else(store):
+    (store.root / "0.100.pt").touch()
+    with pytest.raises(SnapshotNotFound, match=r"ema-pytorch.*--sigma-rels.*LegacyFolder.*nitrous-ema import"):
+        store.get()
+    commit(store)
+    with pytest.raises(SnapshotNotFound, match=r"holds no snapshot to read\. Left out"):
+        store.get(exclude=range(10**4))
+
+
 def test_unreadable_folder_is_told(store):
     class Forbidden(FileSystem):
         def list(self, path):

@@ -340,6 +340,7 @@ def test_old_folders_are_swept_too(tmp_path):
         ({"sigma_rels": []}, ValueError, "sigma_rels is empty"),
         ({"sigma_rels": [0.1, 0.5]}, ValueError, "sigma_rel has 0.5"),
         ({"sigma_rels": "0.05,0.1"}, TypeError, "expected a sequence of numbers"),
+        ({"sigma_rels": 0.05}, TypeError, "sigma_rels is 0.05; expected a sequence of numbers"),
         ({"steps": []}, ValueError, "steps is empty"),
         ({"steps": [200, 205]}, SnapshotNotFound, "nearest steps there: 200 and 220"),
         ({"refine": -1}, ValueError, "refine is -1"),

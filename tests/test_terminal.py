@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from nitrous_ema.commands.terminal import columns, counted, elided, percent, segments
+from nitrous_ema.commands.terminal import columns, elided, percent, segments
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,3 @@ def test_long_tables_keep_their_ends_and_say_what_is_missing():
 )
 def test_neighbours_are_drawn_together(chosen, text):
     assert segments([1, 2, 3, 5, 8], frozenset(chosen)) == text
-
-
-def test_one_has_no_plural():
-    assert (counted(1, "step"), counted(2, "step")) == ("1 step", "2 steps")

@@ -38,6 +38,8 @@ def launch(
     idle: float | None = None,
     look_every: float | None = None,
     progress: ProgressCallback | None = None,
+    tracked_sigma_rels: Sequence[float] | None = None,
+    tracked_gammas: Sequence[float] | None = None,
     nice: str = "auto",
     python: str | os.PathLike[str] = sys.executable,
 ) -> Job:
@@ -70,6 +72,8 @@ def launch(
         idle: With follow, also end when nothing new has come for so many seconds.
         look_every: With follow, seconds between looks at the folder, 2 by default.
         progress: Called with the bytes read and those to read, on a thread of the job; starts anew with each step.
+        tracked_sigma_rels: The profiles, in their order, of a folder of nitrous-ema 0.0.1 or ema-pytorch; or
+        tracked_gammas: the same as exponents.
         nice: Low priority: "auto" (while the trainer lives on this machine), "always" or "never".
         python: The interpreter.
 
@@ -86,10 +90,12 @@ def launch(
     if step is not None and steps is not None:
         raise ValueError("step and steps: at most one of them says where the averages end.")
     ends = [step] if step is not None else None if steps == "all" else steps
+    tracked = {"sigma-rels": tracked_sigma_rels, "gammas": tracked_gammas}
     _check_sequences(sigma_rels=sigma_rels, gammas=gammas, exclude=exclude, steps=ends)
+    _check_sequences(tracked_sigma_rels=tracked_sigma_rels, tracked_gammas=tracked_gammas)
     option, lengths = ("--sigma-rel", sigma_rels) if sigma_rels is not None else ("--gamma", gammas)
     arguments = [
-        f"{option}={','.join(repr(float(length)) for length in lengths or ())}",
+        f"{option}={_listed(lengths or ())}",
         f"--out={absolute(out)}",
         f"--nice={nice}",
     ]
@@ -99,11 +105,16 @@ def launch(
     optional |= {"threads": threads, "accumulate": accumulate, "idle": idle, "look-every": look_every}
     arguments += [f"--{name}={value}" for name, value in optional.items() if value is not None]
     arguments += [f"--exclude={excluded}" for excluded in exclude]
+    arguments += [f"--{name}={_listed(given)}" for name, given in tracked.items() if given is not None]
     flags = {"skip-existing": skip_existing, "dry-run": dry_run, "follow": follow}
     arguments += [f"--{name}" for name, is_set in flags.items() if is_set]
     arguments += ["--progress-json"] if progress is not None else []
     command = [os.fspath(python), "-m", _MODULE, *arguments, "--", str(Path(snapshots).absolute())]
     return Job(_start(command), progress)
+
+
+def _listed(lengths: Sequence[float]) -> str:
+    return ",".join(repr(float(length)) for length in lengths)
 
 
 def _check_sequences(**sequences: Any) -> None:

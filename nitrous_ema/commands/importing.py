@@ -7,10 +7,10 @@ import json
 from typing import Any
 
 from nitrous_ema import exits
-from nitrous_ema.commands.terminal import counted, paragraph, say, segments, show
+from nitrous_ema.commands.terminal import paragraph, say, segments, show
 from nitrous_ema.errors import SnapshotDamaged
 from nitrous_ema.importing import Import, plan_import
-from nitrous_ema.sizes import amount
+from nitrous_ema.sizes import amount, counted
 from nitrous_ema.snapshots.legacy import LegacyFolder
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore

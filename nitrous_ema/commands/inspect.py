@@ -9,8 +9,8 @@ from typing import Any
 from nitrous_ema import exits
 from nitrous_ema.commands.folder import legacy_sentence, legacy_steps, survey
 from nitrous_ema.commands.lengths import asked, asked_lines, covered, covered_lines, old_profiles_given
-from nitrous_ema.commands.terminal import columns, counted, elided, paragraph, show
-from nitrous_ema.sizes import amount
+from nitrous_ema.commands.terminal import columns, elided, paragraph, show
+from nitrous_ema.sizes import amount, counted
 from nitrous_ema.snapshots.store import SnapshotStore
 
 _MOST_ROWS = 16

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from nitrous_ema.commands.terminal import columns, counted, paragraph, percent
+from nitrous_ema.commands.terminal import columns, paragraph, percent
 from nitrous_ema.posthoc import select_mixed_steps
 from nitrous_ema.posthoc.coverage import LONGEST, SHORTEST, Stretch, condition, covered_lengths, gap_errors2
 from nitrous_ema.posthoc.report import rounding_of
 from nitrous_ema.profile import FloatArray, gamma_to_sigma_rel
-from nitrous_ema.sizes import amount
+from nitrous_ema.sizes import amount, counted
 from nitrous_ema.snapshots.legacy import LegacyFolder
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
@@ -278,7 +278,7 @@ def asked_lines(found: dict[str, Any]) -> list[str]:
     told += paragraph(
         " ",
         f"{together}{len(found['steps_read'])} of {counted(found['candidates'], 'snapshot')} are read "
-        f"(no fewer than {found['lower_bound']} would do), {found['columns']} columns, "
+        f"(no fewer than {found['lower_bound']} would do), {counted(found['columns'], 'column')}, "
         f"{amount(found['bytes_to_read'])}; condition {_number(found['condition'])}",
     )
     stored = "/".join(found["stored_dtypes"])

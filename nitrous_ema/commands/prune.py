@@ -28,10 +28,10 @@ from typing import Any
 
 from nitrous_ema import exits
 from nitrous_ema.commands.folder import legacy_sentence, survey
-from nitrous_ema.commands.terminal import counted, paragraph, show
+from nitrous_ema.commands.terminal import paragraph, show
 from nitrous_ema.commands.thinning import Thinning, Wish, lines, thin
 from nitrous_ema.errors import SnapshotDamaged, SnapshotNotFound
-from nitrous_ema.sizes import amount
+from nitrous_ema.sizes import amount, counted
 from nitrous_ema.snapshots.format import parse_folder_name
 from nitrous_ema.snapshots.snapshot import Listing, Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore

@@ -59,11 +59,6 @@ def percent(error: float, *, rounded_down: bool = False) -> str:
     return f"{digits * unit:.{max(0, -round(math.log10(unit)))}f} %"
 
 
-def counted(number: int, word: str) -> str:
-    """``1 step``, ``2 steps``."""
-    return f"{number} {word}{'' if number == 1 else 's'}"
-
-
 def moment(nanoseconds: int) -> str:
     """A time since 1970 as a date."""
     return datetime.fromtimestamp(nanoseconds / 1e9, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from nitrous_ema.commands.terminal import columns, counted, paragraph, percent, segments
+from nitrous_ema.commands.terminal import columns, paragraph, percent, segments
 from nitrous_ema.errors import SnapshotMismatch
 from nitrous_ema.posthoc import Retention, retain
-from nitrous_ema.sizes import amount
+from nitrous_ema.sizes import amount, counted
 from nitrous_ema.snapshots.snapshot import Snapshot
 
 _OLD_STEPS = (

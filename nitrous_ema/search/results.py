@@ -52,6 +52,12 @@ class ResultsFile:
             return self._parsed(self.path.read_bytes())[0]
         except FileNotFoundError:
             return []
+        except IsADirectoryError as error:
+            raise ResultsError(
+                f"{self.path} is a folder; expected the file of the results, such as {self.path / 'sweep.jsonl'}.",
+                path=self.path,
+                line=0,
+            ) from error
 
     def add(self, row: Row) -> None:
         """Add a line, durably; a cut last line goes first.

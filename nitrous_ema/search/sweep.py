@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -286,7 +286,7 @@ class _Search:
 
 def _lengths(sigma_rels: Sequence[float]) -> list[float]:
     """The lengths, ascending, each once."""
-    if isinstance(sigma_rels, (str, bytes)):
+    if isinstance(sigma_rels, (str, bytes)) or not isinstance(sigma_rels, Iterable):
         raise TypeError(f"sigma_rels is {sigma_rels!r}; expected a sequence of numbers.")
     lengths = sorted({float(each) for each in sigma_rels})
     if not lengths:

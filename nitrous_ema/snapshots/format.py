@@ -65,6 +65,7 @@ Lineage = tuple[tuple[str, int | None], ...]
 _RUN = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}-[0-9a-f]{8}")
 _FOLDER = re.compile(rf"step-([0-9]{{12,18}})-({_RUN.pattern})")
 _HIDDEN = re.compile(rf"\.trash-({_FOLDER.pattern})(?:\.[0-9a-f]{{8}})?")
+_OLD_FILE = re.compile(r"(0|[1-9][0-9]{0,8})\.([1-9][0-9]{0,17})\.pt")  # one name for each profile and step
 _RANK_FILE = re.compile(r"rank-([0-9]{5,9})-of-([0-9]{5,9})\.safetensors")
 _OPENING = b'{"__metadata__":{"header_crc32":"'
 _UNSIGNED = b"00000000"  # stands for the checksum while it is computed
@@ -621,6 +622,12 @@ def parse_rank_file_name(name: str) -> tuple[int, int] | None:
     if not found or rank_file_name(int(found[1]), int(found[2])) != name or int(found[1]) >= int(found[2]):
         return None
     return int(found[1]), int(found[2])
+
+
+def parse_old_file_name(name: str) -> tuple[int, int] | None:
+    """Profile and step of a file of nitrous-ema 0.0.1 or ema-pytorch, by its name; None for any other name."""
+    found = _OLD_FILE.fullmatch(name)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def damaged(path: Path, what: str, *, chunk: int | None = None) -> SnapshotDamaged:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import threading
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -28,13 +27,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
 from nitrous_ema.profile import sigma_rel_to_gamma
 from nitrous_ema.snapshots.bounded_json import brief
-from nitrous_ema.snapshots.format import DTYPE_BYTES, Lineage, TensorRecord
+from nitrous_ema.snapshots.format import DTYPE_BYTES, Lineage, TensorRecord, parse_old_file_name
 from nitrous_ema.snapshots.torch_files import Checksums, check_part, check_places, load_torch_file, plain_tensor
 
 if TYPE_CHECKING:
     import torch
 
-_FILE = re.compile(r"(0|[1-9][0-9]{0,8})\.([1-9][0-9]{0,17})\.pt")  # one name for each profile and step
 _PREFIX = "ema_model."
 _REAL = ("F64", "F32", "F16", "BF16")
 _CODES = {
@@ -133,8 +131,9 @@ def files_by_step(root: str | os.PathLike[str]) -> dict[int, dict[int, Path]]:
         raise SnapshotError(f"{folder} cannot be listed: {error}", path=folder) from error
     paths: dict[int, dict[int, Path]] = {}
     for name in names:
-        if (found := _FILE.fullmatch(name)) is not None:
-            paths.setdefault(int(found[2]), {})[int(found[1])] = folder / name
+        if (found := parse_old_file_name(name)) is not None:
+            profile, step = found
+            paths.setdefault(step, {})[profile] = folder / name
     return paths
 
 

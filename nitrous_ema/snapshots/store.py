@@ -27,6 +27,7 @@ from nitrous_ema.snapshots.format import (
     Stamp,
     folder_name,
     parse_folder_name,
+    parse_old_file_name,
     parse_rank_file_name,
 )
 from nitrous_ema.snapshots.retire import Retirer
@@ -113,7 +114,7 @@ class SnapshotStore:
                 return snapshot
         nearest = self._nearest(step, members)
         if step is None:
-            what = "holds no snapshot to read"
+            what = "holds no snapshot to read" + ("" if folders else self._old_files())
         else:
             elsewhere = [other for other in sorted(folders) if step in folders[other] and other not in dict(lineage)]
             there = f"; run {', '.join(elsewhere)} has that step (choose with run=)" if elsewhere else ""
@@ -122,6 +123,16 @@ class SnapshotStore:
             what = f"has no snapshot of step {step}{of_run}; nearest steps there: {steps}{there}"
         left_out = f". Left out by exclude: {sorted(exclude)}" if exclude else ""
         raise SnapshotNotFound(f"{self.root} {what}{left_out}.", path=self.root, nearest=nearest)
+
+    def _old_files(self) -> str:
+        """What else the folder holds, if that is what was meant."""
+        if not any(parse_old_file_name(name) for name in self.files.list(self.root)):
+            return ""
+        return (
+            ", but {profile}.{step}.pt files of nitrous-ema 0.0.1 or ema-pytorch. Name the profiles that they track: "
+            "--sigma-rels or --gammas on the command line, nitrous_ema.LegacyFolder in Python; or rewrite "
+            "them with nitrous-ema import"
+        )
 
     def examine(self, run: str | None = None) -> Listing:
         """The same for tools: what cannot be believed is listed too, and raises nothing.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -232,6 +232,9 @@ def lengths_of(gammas: Sequence[float] | None, sigma_rels: Sequence[float] | Non
     lengths: list[tuple[float, float]] = []
     if (gammas is None) == (sigma_rels is None):
         raise ValueError("gammas and sigma_rels: exactly one of them says which averages are wanted.")
+    for name, given in (("gammas", gammas), ("sigma_rels", sigma_rels)):
+        if given is not None and (isinstance(given, (str, bytes)) or not isinstance(given, Iterable)):
+            raise TypeError(f"{name} is {given!r}; expected a sequence of numbers.")
     if gammas is not None:
         lengths = [(float(gamma_to_sigma_rel(gamma)), float(gamma)) for gamma in gammas]
     elif sigma_rels is not None:
