@@ -27,8 +27,8 @@ def load_average(model: torch.nn.Module, path: str | os.PathLike[str], *, strict
 
     The model may be wrapped (``torch.compile``, DDP) and have tied tensors; names are those of the unwrapped model's
     ``state_dict()``. Names that a wrapper has left in the file (old folders of a wrapped model) are understood where
-    they leave no doubt. Everything is checked before the first tensor is touched. Tensors that were skipped while
-    training are in no file; they keep what the model has.
+    they leave no doubt. Everything is checked before the first tensor is touched, and an EMA that reads this model in
+    the background is waited for. Tensors that were skipped while training are in no file; they keep what the model has.
 
     ema-pytorch stores whole numbers as float16 like all else. They become what the model has if they are still whole,
     and so small (below 2048 in float16, else 256) that no rounding can have changed them.
@@ -44,11 +44,14 @@ def load_average(model: torch.nn.Module, path: str | os.PathLike[str], *, strict
     Raises:
         SnapshotNotFound: No such file.
         SnapshotDamaged: The file is not what the synthesis writes.
-        SnapshotMismatch: Names or shapes differ from the model's, or whole, real and complex numbers meet each other.
+        SnapshotMismatch: Names or shapes differ from the model's, or whole, real and complex numbers meet, or
+            a tensor of the model has no values of its own to be written (meta, sharded).
         SnapshotError: The file cannot be read.
+        TypeError: ``model`` is no module.
     """
-    from nitrous_ema.tracked import canonical_tensors
+    from nitrous_ema.tracked import canonical_tensors, check_module
 
+    check_module(model)
     return load_tensors(canonical_tensors(model), path, strict=strict)
 
 
@@ -56,17 +59,18 @@ def load_tensors(
     tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], *, strict: bool = True
 ) -> dict[str, str]:
     """``load_average`` into tensors by name, of whatever types they are."""
-    import torch
+    from nitrous_ema.guard import fence_all
+    from nitrous_ema.tracked import writable, write
 
     path = Path(path)
     with _told(path):
         stored = _opened(path)
     tensors = _under_names_of(stored, tensors)
     _check(path, stored, tensors, strict=strict)
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            if key in stored.described:
-                tensor.copy_(stored.read(key))
+    fence_all(list(tensors.values()))
+    for key, tensor in tensors.items():
+        if key in stored.described:
+            write(*writable(tensor, stored.read(key)))
     return stored.metadata
 
 
@@ -128,6 +132,13 @@ def _open_torch(path: Path) -> _TorchFile:
 
 
 def _opened(path: Path) -> _TorchFile | _SafetensorsFile | _Parts:
+    if path.is_dir():
+        raise SnapshotNotFound(
+            f"{path} is a folder; expected one average: a .safetensors or .pt file, or the .safetensors.index.json of "
+            "its parts.",
+            path=path,
+            nearest=(),
+        )
     if path.name.endswith(".index.json"):
         return _Parts(path)
     return _open_torch(path) if path.suffix == ".pt" else _SafetensorsFile(path)
@@ -300,7 +311,9 @@ def _check(
         problems.append("no tensor has the same name in both")
     for key in (key for key in tensors if key in stored.described):
         found, tensor = stored.described[key], tensors[key]
-        if found.shape != tuple(tensor.shape):
+        if (unwritable := _unwritable(tensor)) is not None:
+            problems.append(f"{key!r} of the model {unwritable}")
+        elif found.shape != tuple(tensor.shape):
             problems.append(f"{key!r} is {found.shape} in the file and {tuple(tensor.shape)} in the model")
         elif found.dtype not in TORCH_DTYPES or (
             _kind(TORCH_DTYPES[found.dtype]) != _kind(tensor.dtype) and not _are_whole(stored.read(key), tensor.dtype)
@@ -312,6 +325,20 @@ def _check(
             "architecture that was trained, or with strict=False to take what both have.",
             path=path,
         )
+
+
+def _unwritable(tensor: torch.Tensor) -> str | None:
+    """Why a tensor cannot be given values, if so."""
+    import torch
+    from torch.nn.parameter import is_lazy
+
+    if is_lazy(tensor):
+        return "is uninitialized (run one forward pass first)"
+    if tensor.is_meta:
+        return "is on the meta device and holds no values (give it memory first, with to_empty())"
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"is a {type(tensor).__name__}, not a plain tensor (load before the model is sharded or converted)"
+    return None
 
 
 def _kind(dtype: torch.dtype) -> tuple[bool, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 
 import pytest
 import safetensors.torch
@@ -10,12 +11,13 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from nitrous_ema import PostHocEMA
+from nitrous_ema import AsyncPostHocEMA, PostHocEMA
 from nitrous_ema.async_ import synthesize_worker
-from nitrous_ema.errors import SnapshotMismatch
+from nitrous_ema.errors import SnapshotMismatch, SnapshotNotFound
 from nitrous_ema.loading import load_average, read_average
 from nitrous_ema.outputs import write_outputs, write_shard
 from nitrous_ema.synthesis.plan import plan_from_store
+from tests.fakes import TIMEOUT_SECONDS, Gate
 from tests.old_folders import write_nitrous_001
 
 
@@ -120,6 +122,19 @@ def _more(model):
     model.extra = nn.Linear(1, 1)
 
 
+def _on_meta(model):
+    model.module.to("meta")
+
+
+def _sharded(model):
+    class Sharded(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise AssertionError("touched")
+
+    model._parameters["phase"] = torch.Tensor._make_subclass(Sharded, model.phase.data)
+
+
 def _less(model):
     del model.phase
 
@@ -132,17 +147,66 @@ def _less(model):
         (_real, "'phase' is C64 in the file and torch.float32 in the model"),
         (_more, "missing in the file: 'extra.weight', 'extra.bias'"),
         (_less, "missing in the model: 'phase'"),
+        (_on_meta, "'module.weight' of the model is on the meta device and holds no values"),
+        (_sharded, "'phase' of the model is a Sharded, not a plain tensor"),
     ],
 )
 def test_refused_average_touches_nothing_and_says_what_to_do(trained, file, change, message):
     model = Model()
     change(model)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    plain = {name: each for name, each in tensors.items() if not each.is_meta and type(each).__name__ != "Sharded"}
+    before = {name: each.detach().clone() for name, each in plain.items()}
     with pytest.raises(SnapshotMismatch, match=re.escape(message)) as refused:
         load_average(model, trained / file)
     assert str(trained / file) in str(refused.value)
     assert "Nothing was loaded. Load it into the architecture that was trained" in str(refused.value)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in plain.items())
+
+
+def test_what_is_no_module_and_no_file_is_told(trained):
+    with pytest.raises(TypeError, match=r"model is 'net'; expected a torch.nn.Module"):
+        load_average("net", trained / "average.safetensors")
+    with pytest.raises(SnapshotNotFound, match=r"is a folder; expected one average"):
+        load_average(Model(), trained)
+
+
+def test_model_made_in_inference_mode_takes_an_average(trained):
+    expected = safetensors.torch.load_file(trained / "average.safetensors")
+    with torch.inference_mode():
+        frozen = Model()
+    load_average(frozen, trained / "average.safetensors")
+    assert torch.equal(frozen.module.weight, expected["module.weight"])
+
+
+def test_expanded_tensor_takes_its_average(tmp_path):
+    model = nn.Linear(2, 2)
+    model.register_buffer("scale", torch.full((1,), 3.0).expand(5))
+    ema = PostHocEMA(model, checkpoint_folder=tmp_path, checkpoint_every_num_steps=1, update_every=1)
+    ema.update()
+    write_outputs(plan_from_store(tmp_path, sigma_rels=[0.05]), [tmp_path / "average.safetensors"])
+    model.scale[:1].zero_()
+    load_average(model, tmp_path / "average.safetensors")
+    assert torch.equal(model.scale, torch.full((5,), 3.0))
+
+
+def test_average_is_loaded_after_an_ema_has_read_the_model(trained, tmp_path):
+    model, gate = Model(), Gate()
+    with AsyncPostHocEMA(model, checkpoint_folder=tmp_path, checkpoint_every_num_steps="manual") as ema:
+        ema.update()
+        (lane,) = ema._averager._dispatch.lanes()
+        before, read = model.module.weight.detach().clone(), []
+        ema.flush()
+        lane.run(lambda: (gate.pass_through(), read.append(model.module.weight.detach().clone())))
+        gate.wait_entered()
+        waiting = threading.Thread(target=load_average, args=(model, trained / "average.safetensors"))
+        order_writer = lane.order_writer
+        lane.order_writer = lambda: (gate.open(), order_writer())  # so that whoever does not wait is too early
+        waiting.start()
+        waiting.join(TIMEOUT_SECONDS)
+        gate.open()
+        ema.flush()
+    assert torch.equal(read[0], before)
 
 
 def test_not_strictly_takes_what_both_have(trained):
