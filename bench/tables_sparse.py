@@ -29,6 +29,7 @@ CASES = (
     (TRIPLE, tuple(np.geomspace(0.03, 0.25, 11))),
     (GUIDED, tuple(np.geomspace(0.015, 0.25, 11))),
 )
+ALONE = (((0.10,), (0.08,)),)  # one profile, as many track: not in the plot
 BOUGHT = ((PAIR, (0.02, 0.03)), (TRIPLE, (0.015, 0.02, 0.04)), (GUIDED, (0.015, 0.03, 0.1)))
 
 
@@ -44,7 +45,7 @@ def table_of_columns(steps: int = STEPS) -> list[str]:
         f"| tracked; wanted | of | {' | '.join(f'{each:.0e}' for each in TOLERANCES)} | error of all {steps} steps |",
         "|---|---|---|---|---|---|",
     ]
-    for tracked, wanted in CASES:
+    for tracked, wanted in CASES + ALONE:
         choices = [selection(steps, tracked, wanted, tolerance) for tolerance in TOLERANCES]
         columns = [f"{len(tracked) * each.places.size} ({len(tracked) * each.lower_bound})" for each in choices]
         of_all = f"{choices[0].profile_error_of_all.max():.1e}"

@@ -78,6 +78,22 @@ def test_fewest_of_2000_even_steps(lengths, steps):
         assert chosen.places.size == chosen.lower_bound == expected
 
 
+@pytest.mark.parametrize(("steps", "tolerance"), [(2000, 1e-3), (2000, 1e-4), (4000, 1e-3)])
+def test_one_profile_of_thousands_of_steps_is_thinned_down_to_the_bound(steps, tolerance):
+    """No few candidates meet the limit there, so a search that begins with few must not lose its way."""
+    chosen = selected(np.arange(1.0, steps + 1), (0.1,), (0.05,), tolerance)
+    assert 0.98 * chosen.places.size <= chosen.lower_bound <= chosen.places.size < steps / 4
+
+
+@pytest.mark.parametrize("seed", [0, 8, 12, 29, 38, 68])  # but for the first, no best path is within the limits
+def test_fewest_of_few_steps_with_one_profile_where_the_sum_of_one_matters_most(seed):
+    rng = np.random.default_rng(seed)
+    t = np.sort(rng.choice(np.arange(1.0, 400), 7, replace=False))
+    lengths, tolerance = rng.uniform(0.02, 0.27, 1 + seed % 2), (1e-3, 1e-2, 0.1)[seed % 3]
+    chosen = selected(t, (0.05,), lengths, tolerance)
+    assert chosen.places.size == fewest_by_trying_all(t, (0.05,), lengths, tolerance)
+
+
 @pytest.mark.parametrize("lengths", [(0.15,), RANGE])
 def test_sum_of_one_costs_one_step_at_a_wide_tolerance(lengths):
     """Without the condition that the weights sum to 1 ten steps are enough."""
@@ -176,7 +192,7 @@ def test_4000_steps_and_21_lengths_take_about_a_second():
     assert time.process_time() - started < 10  # 0.6 s where nothing else runs
 
 
-def test_more_steps_than_fit_are_chosen_from_evenly():
+def test_more_steps_than_fit_are_chosen_from_where_they_matter():
     t = np.arange(1.0, 12001)
     chosen = selected(t, PAIR, (0.08,), 1e-2)
     assert 2000 < chosen.candidates < 12000

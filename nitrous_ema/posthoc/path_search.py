@@ -17,6 +17,7 @@ _ROUNDS, _FINE_ROUNDS, _CLOSING_ROUNDS = 20, 8, 12
 _CLOSING_WORK = 60_000_000
 _MORE_TIMES = 4  # than the bound, that a closing round tries
 _TIES = 4
+_SMALL = 32  # times of a set of which each is tried to be left out: 0.1 s
 # Multiplier of the errors, in steps per limit, that the search begins with; any would do.
 _FIRST_MULTIPLIER = 10.0
 _LEAST_ERROR_ROUNDS, _ROUNDS_TO_PRUNE = 16, 4
@@ -39,11 +40,16 @@ def fewest_times(question: Question, judge: Callable[[Places], float | None]) ->
         question: Times, targets and limits. All times together must be within the limits.
         judge: Tells exactly whether a set is within the limits: its amplification of rounding, or None.
     """
-    search, paths = _Search(question, judge), KeptPaths(question)
+    search, paths, rounds = _Search(question, judge), KeptPaths(question), _ROUNDS
     if paths.edges > _ROUGH_EDGES:
-        search.find_multipliers(KeptPaths(question, edges_limit=_ROUGH_EDGES), _ROUNDS, certify=False)
-    search.find_multipliers(paths, _FINE_ROUNDS if paths.edges > _ROUGH_EDGES else _ROUNDS, certify=True)
-    search.close_gap(paths)
+        rough = KeptPaths(question, edges_limit=_ROUGH_EDGES)
+        if rough.can_do:  # else the multipliers would grow without end
+            search.find_multipliers(rough, _ROUNDS, certify=False)
+            rounds = _FINE_ROUNDS
+    if paths.can_do:
+        search.find_multipliers(paths, rounds, certify=True)
+        search.close_gap(paths)
+    search.leave_out_more()
     return Fewest(places=search.best, lower_bound=search.lower_bound, candidates=paths.places.size, ties=search.ties)
 
 
@@ -121,6 +127,19 @@ class _Search:
                     break
                 layers.append(paths.one_more(prices, layers[-1]))
             self.share = _updated(self.share, overshoot, 0.8 / (1 + k / 4))
+
+    def leave_out_more(self) -> None:
+        """Leave out single times of a small set while the limits hold.
+
+        Paths do not know that weights sum to 1. Where few times give a target badly that makes much of its error, and
+        the best paths are not within the limits.
+        """
+        while self.lower_bound < self.best.size <= _SMALL:
+            free = np.setdiff1d(np.arange(self.best.size), np.searchsorted(self.best, self.question.required))
+            smaller = [np.delete(self.best, place) for place in free]
+            smaller.sort(key=lambda places: float((self.question.errors2(places) / self.question.limit2).max()))
+            if not any(map(self.consider, smaller)):
+                return
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
