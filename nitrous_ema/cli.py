@@ -120,14 +120,19 @@ def _add_length_options(inspect: argparse.ArgumentParser) -> None:
 
 
 def _add_import_options(command: argparse.ArgumentParser) -> None:
-    from nitrous_ema.async_.arguments import DTYPES
+    from nitrous_ema.async_.arguments import DTYPES, parse_dtype
 
     listed, add = exits.argument(_lengths), command.add_argument
     add("new", type=Path, metavar="NEW", help="folder of the snapshots, made if need be")
     profiles = command.add_mutually_exclusive_group(required=True)
     profiles.add_argument("--sigma-rels", type=listed, help="the profiles that were tracked, in their order: 0.05,0.1")
     profiles.add_argument("--gammas", type=listed, help="the same, as exponents")
-    add("--dtype", choices=list(DTYPES), help="type in which averages are stored; by default that of the old files")
+    add(
+        "--dtype",
+        type=parse_dtype,
+        choices=list(DTYPES),
+        help="type in which averages are stored; by default that of the old files",
+    )
     add(
         "--exclude",
         type=exits.argument(_steps),

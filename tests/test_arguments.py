@@ -22,6 +22,15 @@ def test_steps_are_read_as_lengths_are(text, steps):
     assert parse_steps(text) == steps
 
 
+@pytest.mark.parametrize("text", ["bfloat16", "bf16", "torch.bfloat16"])
+def test_types_have_the_names_that_people_use(text):
+    assert parse_arguments([*GIVEN, "--dtype", text]).dtype == "bfloat16"
+
+
+def test_steps_to_leave_out_are_lists_as_everywhere():
+    assert parse_arguments([*GIVEN, "--exclude", "100,200", "--exclude", "7"]).exclude == [100, 200, 7]
+
+
 @pytest.mark.parametrize("text", ["", "x", "1.5", "-1", "100,all", "1,2,...", "0,1,...,1000000"])
 def test_lists_that_are_no_steps_are_refused(text):
     with pytest.raises(ValueError, match=r"number|step"):

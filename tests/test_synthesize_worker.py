@@ -14,6 +14,7 @@ import psutil
 import pytest
 import safetensors
 import safetensors.numpy
+import torch
 
 from nitrous_ema.async_ import synthesize_worker as worker
 from nitrous_ema.async_.job import Output
@@ -290,7 +291,7 @@ def test_launched_job_returns_its_outputs(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nitrous_ema").mkdir()
     (tmp_path / "nitrous_ema" / "__init__.py").write_text("raise ImportError('the wrong one')")
-    job = launch(folder, sigma_rels=[0.07, 0.06], out="out", step=900, exclude=[100, 200], dtype="bfloat16")
+    job = launch(folder, sigma_rels=[0.07, 0.06], out="out", step=900, exclude=[100, 200], dtype=torch.bfloat16)
     outputs = job.result(timeout=TIMEOUT)
     assert job.done()
     assert [(each.sigma_rel, each.step, each.excluded) for each in outputs] == [

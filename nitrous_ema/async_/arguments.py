@@ -14,6 +14,7 @@ from nitrous_ema.async_.parts import parse_part
 from nitrous_ema.sizes import parse_bytes
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 _MAX_NUMBERS = 10_000  # of one list: a typing mistake in an ellipsis should not fill the disk
 
 Steps = list[int] | Literal["all"]
@@ -55,6 +56,12 @@ def parse_step_list(text: str) -> list[int]:
     if not all(re.fullmatch("[0-9]{1,18}", step) for step in steps):
         raise ValueError(f"{text!r} is no list of steps; expected one such as 5000 or 5000,10000")
     return [int(step) for step in steps]
+
+
+def parse_dtype(text: str) -> str:
+    """The name that ``DTYPES`` has for a type: ``bf16`` and ``torch.bfloat16`` are ``bfloat16``."""
+    name = text.strip().removeprefix("torch.")
+    return _SHORT_DTYPES.get(name, name)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -132,7 +139,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
 
 def _add_how(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--dtype", choices=list(DTYPES), help="type of floating tensors; by default as in the model")
+    add("--dtype", type=parse_dtype, choices=list(DTYPES), help="type of floating tensors; by default as in the model")
     add("--format", choices=("safetensors", "pt"), help="kind of file (default: as --out ends, else safetensors)")
     size = exits.argument(parse_bytes)
     add("--memory", type=size, default=1 << 30, metavar="SIZE", help="to stay within (default: 1GiB)")

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nitrous_ema.async_.job import Job, ProgressCallback
 from nitrous_ema.async_.output_names import absolute
+
+if TYPE_CHECKING:
+    import torch
 
 _MODULE = "nitrous_ema.async_.synthesize_worker"
 _OF_ANOTHER_JOB = ("RANK", "WORLD_SIZE")  # a training's under torchrun: the worker would write its part only
@@ -27,7 +30,7 @@ def launch(
     run: str | None = None,
     exclude: Sequence[int] = (),
     tolerance: float | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     format: str | None = None,
     memory: int | str | None = None,
     threads: int | None = None,
@@ -60,7 +63,8 @@ def launch(
         run: Run whose snapshots are read, with its ancestors; the newest by default.
         exclude: Steps to leave out, damaged ones for example.
         tolerance: Relative profile error that may be added to read fewer snapshots, 1e-3 by default; 0 reads all.
-        dtype: Type of floating tensors: "float32", "bfloat16", "float16", "float64"; by default as in the model.
+        dtype: Type of floating tensors, by name or as torch's: "float32", "bfloat16" or "bf16", "float16", "float64";
+            by default as in the model.
         format: "safetensors" (default), or "pt" for a dict of tensors that ``torch.load(weights_only=True)`` reads.
         memory: Memory to stay within, in bytes or as "1GiB" (the default).
         threads: At most so many; by default one for each core the process may use.
