@@ -89,6 +89,7 @@ def sweep(
 
     Raises:
         ValueError: A length outside its domain, no length or step at all, or a number below its least.
+        TypeError: A single length, or text, where a sequence belongs.
         SnapshotError: No such snapshot, a damaged one, or one that does not fit the model.
         EvaluationError: ``evaluate`` raised or returned no number; names the length, the cause is chained.
         ResultsError: ``results`` is a file of something else.

@@ -120,6 +120,7 @@ def plan_synthesis(
 
     Raises:
         ValueError: Both or neither of gammas and sigma_rels, or one outside its domain; or a negative tolerance.
+        TypeError: A single length, or text, where a sequence belongs.
         SnapshotMismatch: Two of the snapshots, that are needed together, hold different tensors.
 
     Source:
@@ -177,7 +178,7 @@ def plan_from_store(
         tolerance: As in plan_synthesis().
 
     Raises:
-        ValueError: As plan_synthesis(); also where the target step is excluded.
+        ValueError, TypeError: As plan_synthesis(); also where the target step is excluded.
         SnapshotNotFound: There is no such snapshot or run; names the nearest steps.
         SnapshotDamaged: A snapshot that is not excluded has a wrong size or header.
         SnapshotMismatch: As plan_synthesis().
