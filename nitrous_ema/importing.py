@@ -17,7 +17,6 @@ I4  One buffer of a chunk, whatever the model.            test_import_holds_one_
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -30,7 +29,6 @@ from nitrous_ema.snapshots.format import DTYPE_BYTES, Layout, Stamp, header_byte
 from nitrous_ema.snapshots.legacy import LegacyFolder, LegacySnapshot
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
-from nitrous_ema.snapshots.torch_files import open_regular
 from nitrous_ema.synthesis.plan import check_same_tensors
 from nitrous_ema.synthesis.sources import OpenFiles
 
@@ -128,7 +126,7 @@ def plan_import(
         raise SnapshotNotFound(f"nothing to import: {found}", path=old.root, nearest=())
     check_same_tensors(whole[-1], whole)
     there, is_finished = _there(new, whole)
-    run = next((each.run for each in there.values()), None) or _run_id(whole[0])
+    run = next((each.run for each in there.values()), None) or _run_id(whole[0], dtype)
     steps = [_step(each, run, dtype) for each in whole]
     missing = []
     for step in steps:
@@ -184,27 +182,18 @@ def _step(old: LegacySnapshot, run: str, dtype: str | None) -> Step:
         t_first=1,  # both libraries apply the first call of update()
         run=run,
         lineage=((run, None),),
-        trainer={_FINGERPRINT: _fingerprint(old)},
+        trainer={_FINGERPRINT: old.fingerprint()},
         created_ns=max(path.stat().st_mtime_ns for path in old.paths),
     )
     return Step(old=old, layout=layout, stamp=stamp)
 
 
-def _run_id(first: LegacySnapshot) -> str:
-    """The same one for an import that is begun twice."""
+def _run_id(first: LegacySnapshot, dtype: str | None) -> str:
+    """The same one for an import that is begun twice; another one for other profiles or another type."""
     seconds = min(path.stat().st_mtime for path in first.paths)
     started = datetime.fromtimestamp(seconds, tz=timezone.utc)
-    return f"{new_run_id(started).rpartition('-')[0]}-{_fingerprint(first)[:8]}"
-
-
-def _fingerprint(old: LegacySnapshot) -> str:
-    """Of the files of one step: names, sizes and checksums of their parts."""
-    digest = hashlib.sha256()
-    for path in old.paths:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            for part in archive.infolist():
-                digest.update(f"{part.filename}\n{part.file_size}\n{part.CRC}\n".encode())
-    return digest.hexdigest()[:32]
+    how = f"{first.fingerprint()} {first.gammas!r} {dtype or first.averages[0].dtype}"
+    return f"{new_run_id(started).rpartition('-')[0]}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
 
 
 def _chunks(step: Step) -> Iterator[memoryview]:

@@ -44,8 +44,9 @@ def load_average(model: torch.nn.Module, path: str | os.PathLike[str], *, strict
     Raises:
         SnapshotNotFound: No such file.
         SnapshotDamaged: The file is not what the synthesis writes.
-        SnapshotMismatch: Names or shapes differ from the model's, or whole, real and complex numbers meet, or
-            a tensor of the model has no values of its own to be written (meta, sharded).
+        SnapshotMismatch: Names or shapes differ from the model's, or whole, real and complex numbers meet, or a number
+            is too large for the model's type, or a tensor of the model has no values of its own to be written (meta,
+            sharded).
         SnapshotError: The file cannot be read.
         TypeError: ``model`` is no module.
     """
@@ -196,8 +197,18 @@ class _Parts:
         listed = {(key, name) for name, part in self._parts.items() for key in part.described}
         if listed != set(places.items()):
             raise ValueError("its files do not hold the tensors that it says are there")
+        self._check_bytes(index.get("metadata"))
         self.metadata = next(iter(self._parts.values())).metadata
         self.skipped = next(iter(self._parts.values())).skipped
+
+    def _check_bytes(self, metadata: Any) -> None:
+        """Refuse parts that were rounded to other types than the index was made for."""
+        told = metadata.get("total_size") if type(metadata) is dict else None
+        held = sum(each.end - each.begin for each in self.described.values())
+        if type(told) is int and told != held:
+            raise ValueError(
+                f"it says that its tensors have {told} bytes, and they have {held}: not all of one --dtype"
+            )
 
     def read(self, key: str) -> torch.Tensor:
         return self._parts[self._places[key]].read(key)
@@ -257,11 +268,17 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as missing:
-        raise SnapshotNotFound(f"{path}: no such file.", path=path, nearest=()) from missing
+        raise SnapshotNotFound(f"{path}: no such file.{_in_parts(path)}", path=path, nearest=()) from missing
     except OSError as error:
         raise SnapshotError(f"{path} cannot be read: {error}", path=path) from error
     except ValueError as error:
         raise _not_ours(path, str(error)) from error
+
+
+def _in_parts(path: Path) -> str:
+    """What to do if an average of this name was written by several processes."""
+    index = path.with_name(path.name.removesuffix(".safetensors") + ".safetensors.index.json")
+    return f" It was written in parts: load {index}." if index != path and index.exists() else ""
 
 
 def _not_ours(path: Path, found: str) -> SnapshotDamaged:
@@ -315,6 +332,8 @@ def _check(
             problems.append(f"{key!r} of the model {unwritable}")
         elif found.shape != tuple(tensor.shape):
             problems.append(f"{key!r} is {found.shape} in the file and {tuple(tensor.shape)} in the model")
+        elif found.dtype in TORCH_DTYPES and _overflows(stored, key, tensor.dtype):
+            problems.append(f"{key!r} has numbers in the file that are too large for {tensor.dtype} in the model")
         elif found.dtype not in TORCH_DTYPES or (
             _kind(TORCH_DTYPES[found.dtype]) != _kind(tensor.dtype) and not _are_whole(stored.read(key), tensor.dtype)
         ):
@@ -357,6 +376,21 @@ def _are_whole(values: torch.Tensor, dtype: torch.dtype) -> bool:
     if not bool(((values == values.round()) & (values.abs() < limit)).all()):
         return False
     return torch.equal(values.to(dtype).double(), values)  # nothing negative, and only 0 and 1 where that is all
+
+
+def _overflows(stored: _TorchFile | _SafetensorsFile | _Parts, key: str, dtype: torch.dtype) -> bool:
+    """Whether numbers of a file would become infinite; it is read only where the model's type is far narrower."""
+    import torch
+
+    from nitrous_ema.tracked import TORCH_DTYPES
+
+    found = TORCH_DTYPES[stored.described[key].dtype]
+    if not (found.is_floating_point and dtype.is_floating_point):
+        return False
+    if torch.finfo(dtype).max * 2 > torch.finfo(found).max:  # bfloat16 ends a little before float32
+        return False
+    values = stored.read(key)
+    return bool((values.isfinite() & ~values.to(dtype).float().isfinite()).any())
 
 
 def _some(names: list[str]) -> str:

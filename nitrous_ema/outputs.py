@@ -3,6 +3,7 @@
 A file comes to exist whole or not at all: it is written under a temporary name that starts with a dot, in the folder of
 its final name, made durable and renamed. Its space is reserved before anything is computed. It is filled at offsets
 while the average streams by, by several threads, so its size does not matter; the disk is told to begin meanwhile.
+What a process that was killed has left in that folder is removed first.
 
 Several processes may share the work, each writing one file of every average (``write_shard``); they need not know of
 each other. What is whose is a function of the plan and their number.
@@ -12,11 +13,12 @@ Longer than the house's 300 lines because how a file is filled, made durable and
 
 from __future__ import annotations
 
+import errno
 import os
-import secrets
-from collections.abc import Callable, Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,7 @@ from nitrous_ema.synthesis.streaming import (
     stream,
     stream_copied,
 )
+from nitrous_ema.unfinished import remove_unfinished, unfinished_path
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -100,6 +103,7 @@ def write_outputs(
         _Output(index, path, contents[path.suffix], metadata_of(plan, index, accumulate), files or FileSystem())
         for index, path in enumerate(paths)
     ]
+    remove_unfinished(files or FileSystem(), [path.parent for path in paths])
     _write(plan, outputs, None, committed, memory_bytes, progress, threads, accumulate)
 
 
@@ -156,6 +160,7 @@ def write_shard(
         _Output(index, part_path(path, part, parts), contents, metadata_of(plan, index, accumulate), files)
         for index, path in enumerate(paths)
     ]
+    remove_unfinished(files, [path.parent for path in paths])
     _write(plan, outputs, contents.elements, committed, memory_bytes, progress, threads, accumulate)
     if part == 0:
         for path in paths:
@@ -302,7 +307,7 @@ def _rounded(values: NDArray[np.floating], dtype: str, outputs: Sequence[_Output
 
 def _replace(files: FileSystem, path: Path, content: bytes) -> None:
     """Give a small file new content, durably and atomically."""
-    temporary = _temporary(path)
+    temporary = unfinished_path(path)
     try:
         descriptor = files.open_exclusive(temporary)
         try:
@@ -318,8 +323,13 @@ def _replace(files: FileSystem, path: Path, content: bytes) -> None:
     files.fsync_folder(path.parent)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+@contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """What the system refuses is told with the name of the output, not with that of the unfinished file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
 
 
 class _Output:
@@ -338,11 +348,10 @@ class _Output:
 
     def open(self) -> None:
         """Create the temporary file. Whatever comes after this, discard() removes it."""
-        self._descriptor = self._create()
-        try:
+        with _told_of(self.path):
+            self._check_name()
+            self._descriptor = self._create()
             reserve(self._files, self._descriptor, len(self._header) + self._data_bytes)
-        except OSError as error:
-            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from error
         self.write(self._header, -len(self._header))
 
     def write(self, piece: ReadableBuffer, offset: int) -> None:
@@ -368,7 +377,8 @@ class _Output:
 
     def publish(self) -> None:
         """Give it its name."""
-        self._files.rename(self._temporaries[-1], self.path)
+        with _told_of(self.path):
+            self._files.rename(self._temporaries[-1], self.path)
         self._temporaries.pop()
         self._files.fsync_folder(self.path.parent)
 
@@ -382,8 +392,14 @@ class _Output:
             with suppress(OSError):
                 self._files.unlink(self._temporaries.pop())
 
+    def _check_name(self) -> None:
+        """Refuse one that could not be given in the end: of a folder, or too long."""
+        with suppress(FileNotFoundError):
+            if stat.S_ISDIR(self._files.lstat(self.path).st_mode):
+                raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+
     def _create(self) -> int:
-        self._temporaries.append(_temporary(self.path))  # before it exists: an interrupt may come in between
+        self._temporaries.append(unfinished_path(self.path))  # before it exists: an interrupt may come in between
         return self._files.open_exclusive(self._temporaries[-1])
 
     def _open_descriptor(self) -> int:

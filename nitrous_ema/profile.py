@@ -28,10 +28,13 @@ _NEWTON_STEPS = 60
 def numbers_between(thing: str, values: ArrayLike, low: float, high: float = math.inf, *, remedy: str) -> FloatArray:
     """``values`` in float64, all of them finite and strictly between ``low`` and ``high``.
 
+    The largest ``low`` that takes 0 as well is ``-np.finfo(float).tiny``.
+
     Raises:
         ValueError: One is not; the message names the first such number, what was expected, and ``remedy``.
     """
-    expected = f"numbers greater than {low:g}" + (f" and less than {high:.6g}" if high < math.inf else ", finite")
+    above = "of 0 or more" if low == -np.finfo(float).tiny else f"greater than {low:g}"
+    expected = f"numbers {above}" + (f" and less than {high:.6g}" if high < math.inf else ", finite")
     try:
         numbers = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:

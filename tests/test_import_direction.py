@@ -98,6 +98,7 @@ LAYERS = (
     "loading",
     "output_contents",
     "shards",
+    "unfinished",
     "outputs",
     "existing",
     "ema",

@@ -114,6 +114,14 @@ def test_imported_snapshots_say_what_they_are(old, tmp_path):
     assert store.verify() == []
 
 
+def test_run_is_another_one_where_files_are_imported_otherwise(old, tmp_path):
+    new = tmp_path / "new"
+    ways = [{}, {"exclude": [5000]}, {"dtype": "F32"}, {"sigma_rels": (0.05, 0.15)}]
+    first, again, *others = [planned(old, new, **way).run for way in ways]
+    assert first == again
+    assert len({first, *others}) == 3
+
+
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_averages_can_be_stored_in_another_type(old, tmp_path, dtype):
     planned(old, tmp_path / "new", dtype=dtype).carry_out()

@@ -57,6 +57,35 @@ def test_outputs_end_with_the_error_of_the_worker(folder, tmp_path):
         next(outputs)
 
 
+@pytest.mark.parametrize("timeout", [None, TIMEOUT, float("inf")])
+def test_any_time_can_be_waited(folder, tmp_path, timeout):
+    job = launch(folder, sigma_rels=[0.07], out=tmp_path)
+    assert [each.step for each in job.outputs(timeout)] == [each.step for each in job.result(timeout)] == [1000]
+    job.cancel(TIMEOUT)
+    assert len(job.result(timeout)) == 1
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (lambda job: job.cancel(), "was cancelled"),
+        (lambda job: job.cancel(float("inf")), "was cancelled"),
+        (lambda job: job._process.kill(), "was ended by SIGKILL. The system does that where memory runs out"),
+        (lambda job: job._process.send_signal(64), "was ended by SIGRTMAX"),
+        (lambda job: job._process.send_signal(63), "was ended by signal 63"),
+    ],
+)
+def test_job_that_was_ended_says_by_what(folder, tmp_path, end, said):
+    os.mkfifo(tmp_path / "gate")
+    script = "import sys\nprint('synthesize: warning: something else', file=sys.stderr)\n"
+    script += f"print('begun', flush=True)\nopen('{tmp_path}/gate').read()"
+    job = launch(folder, sigma_rels=[0.07], out=tmp_path, python=interpreter(tmp_path, script))
+    assert job._line(0, TIMEOUT) == "begun\n"
+    end(job)
+    with pytest.raises(WorkerError, match=said):
+        job.result(TIMEOUT)
+
+
 def test_progress_is_told_in_bytes_up_to_all_of_them(folder, tmp_path):
     told = []
     job = launch(folder, sigma_rels=[0.07], out=tmp_path, progress=lambda *numbers: told.append(numbers), tolerance=0)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -77,12 +78,28 @@ def test_process_of_a_training_under_torchrun_writes_whole_files(folder, tmp_pat
         ({"step": 1, "steps": [2]}, ValueError, "at most one"),
         ({"steps": 5}, TypeError, "steps is 5"),
         ({"steps": "some"}, TypeError, "steps is 'some'"),
+        ({"steps": []}, ValueError, "steps is empty"),
         ({"exclude": "5"}, TypeError, "exclude is '5'"),
+        ({"progress": 5}, TypeError, "progress is 5"),
     ],
 )
 def test_wrong_steps_are_told_at_once(folder, tmp_path, arguments, error, said):
     with pytest.raises(error, match=said):
         launch(folder, sigma_rels=[0.1], out=tmp_path, **arguments)
+
+
+def test_no_lengths_are_told_at_once(folder, tmp_path):
+    with pytest.raises(ValueError, match="sigma_rels is empty"):
+        launch(folder, sigma_rels=[], out=tmp_path)
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+def test_arrays_and_tensors_are_sequences_of_numbers(folder, tmp_path, array):
+    what = {"steps": array([900, 1000]), "exclude": array([100, 500]), "dry_run": True}
+    outputs = launch(folder, sigma_rels=array([0.0625, 0.125]), out=tmp_path, **what).result(TIMEOUT)
+    expected = [(900, 0.0625), (900, 0.125), (1000, 0.0625), (1000, 0.125)]
+    assert [(each.step, each.sigma_rel) for each in outputs] == expected
+    assert {each.excluded for each in outputs} == {(100, 500)}
 
 
 def test_tracked_profiles_of_an_old_folder_are_named_and_come_back_as_they_are(tmp_path):

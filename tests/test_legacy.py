@@ -112,7 +112,32 @@ def test_worker_writes_what_the_model_takes(tmp_path, real_net, capsys):
     assert real_net[1].num_batches_tracked == 300
     average = torch.from_numpy(expected(states, "0.weight", 300, 0.08).real).float()
     assert torch.equal(real_net[0].weight, average)
-    assert (lines[1]["step"], lines[1]["columns"], lines[1]["run"]) == (300, 6, "legacy")
+    assert (lines[1]["step"], lines[1]["columns"]) == (300, 6)
+    assert lines[1]["run"] == LegacyFolder(tmp_path, sigma_rels=SIGMA_RELS).run
+
+
+@pytest.mark.parametrize("other", ["profiles", "files"])
+def test_average_of_other_profiles_or_files_is_not_taken_for_this_one(tmp_path, capsys, other):
+    write_nitrous_001(tmp_path / "a", [100, 200])
+    write_nitrous_001(tmp_path / "b", [100, 200])
+
+    def made(folder, profiles):
+        asked = [tmp_path / folder, "--sigma-rels", profiles, "--sigma-rel", 0.07, "--out", tmp_path / "out"]
+        assert worker.main([*map(str, asked), "--skip-existing", "--tolerance", "0"]) == 0
+        return json.loads(capsys.readouterr().out)["state"]
+
+    first, second = ("a", "0.05,0.1"), ("a", "0.05,0.15") if other == "profiles" else ("b", "0.05,0.1")
+    assert [made(*each) for each in (first, first, second, second)] == ["written", "kept", "written", "kept"]
+
+
+def test_run_of_a_folder_is_named_by_its_first_whole_step(tmp_path):
+    write_nitrous_001(tmp_path, [100, 200, 300])
+    run = LegacyFolder(tmp_path, sigma_rels=SIGMA_RELS).run
+    (tmp_path / "1.300.pt").write_bytes(b"torn")
+    assert LegacyFolder(tmp_path, sigma_rels=SIGMA_RELS).run == run
+    for step in (100, 200):
+        (tmp_path / f"0.{step}.pt").write_bytes(b"torn")
+    assert LegacyFolder(tmp_path, sigma_rels=SIGMA_RELS).run == "legacy"
 
 
 # Counters beyond what half precision holds exactly (2048), and beyond what it holds at all (65504).

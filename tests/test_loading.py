@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from nitrous_ema import AsyncPostHocEMA, PostHocEMA
 from nitrous_ema.async_ import synthesize_worker
-from nitrous_ema.errors import SnapshotMismatch, SnapshotNotFound
+from nitrous_ema.errors import SnapshotDamaged, SnapshotMismatch, SnapshotNotFound
 from nitrous_ema.loading import load_average, read_average
 from nitrous_ema.outputs import write_outputs, write_shard
 from nitrous_ema.synthesis.plan import plan_from_store
@@ -102,6 +102,37 @@ def test_average_is_cast_to_the_types_that_the_model_has(trained, file, dtype):
     assert model.module.weight.dtype == dtype
     assert torch.equal(model.module.weight, expected["module.weight"].to(dtype))
     assert torch.equal(model.embed.weight, expected["embed.weight"])
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_number_too_large_for_the_model_is_refused(tmp_path, suffix):
+    path, model = tmp_path / f"a{suffix}", nn.Linear(2, 1, dtype=torch.float16)
+    save = safetensors.torch.save_file if suffix == ".safetensors" else torch.save
+    before = model.weight.clone()
+    save({"weight": torch.tensor([[1.0, 65520.0]]), "bias": torch.ones(1)}, path)
+    with pytest.raises(
+        SnapshotMismatch, match=r"'weight' has numbers in the file that are too large for torch.float16"
+    ):
+        load_average(model, path)
+    assert torch.equal(model.weight, before)
+    save({"weight": torch.tensor([[-float("inf"), 65519.0]]), "bias": torch.ones(1)}, path)
+    load_average(model, path)
+    assert model.weight.tolist() == [[-float("inf"), 65504.0]]
+
+
+def test_parts_of_different_types_are_no_average(trained, tmp_path):
+    plan = plan_from_store(trained / "s", sigma_rels=[0.07])
+    for part in range(3):
+        write_shard(plan, [tmp_path / "a.safetensors"], part=part, parts=3, dtype="F64" if part == 0 else None)
+    with pytest.raises(SnapshotDamaged, match=r"tensors have \d+ bytes, and they have \d+: not all of one --dtype"):
+        load_average(Model(), tmp_path / "a.safetensors.index.json")
+    write_shard(plan, [tmp_path / "a.safetensors"], part=0, parts=3)
+    load_average(Model(), tmp_path / "a.safetensors.index.json")
+
+
+def test_average_in_parts_is_told_where_its_plain_name_is_asked_for(trained):
+    with pytest.raises(SnapshotNotFound, match=r"written in parts: load .*parts\.safetensors\.index\.json"):
+        load_average(Model(), trained / "parts.safetensors")
 
 
 def test_loaded_parameters_stay_leaves_that_require_gradients(trained):

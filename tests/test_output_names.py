@@ -40,6 +40,8 @@ def test_out_is_a_folder_or_a_template(out, format, first):
 @pytest.mark.parametrize(
     ("out", "format", "said"),
     [
+        ("", None, "is empty"),
+        (absolute(""), None, "is empty"),
         ("out/{sigma}.pt", None, "unknown field {sigma}"),
         ("out/{}.pt", None, "unknown field"),
         ("out/{step.real}.pt", None, "unknown field"),

@@ -243,11 +243,63 @@ def test_damaged_snapshot_ends_with_4_and_can_be_left_out(tmp_path, capsys):
     assert main(capsys, *options, "--exclude", "200")[0] == 0
 
 
+def test_interrupts_right_after_the_first_do_not_disturb_the_cleaning_up():
+    now, before = [0.0], [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with worker._interruptible(clock=lambda: now[0]):
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        now[0] += 60
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_worker_in_the_background_goes_on_ignoring_ctrl_c():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with worker._interruptible():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_unwritable_output_folder_ends_with_1(folder, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     status, err = main(capsys, folder, "--sigma-rel", "0.1", "--out", tmp_path / "out")
     assert status == 1
     assert f"{tmp_path / 'out'} cannot be the folder of the averages" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "do"),
+    [
+        ("{sigma_rel}", "Is a directory", "choose another name"),
+        ("n" * 300 + "{sigma_rel}", "File name too long", "Choose a shorter name"),
+    ],
+)
+def test_output_that_cannot_get_its_name_is_told_with_a_remedy_before_the_work(
+    folder, tmp_path, capsys, name, found, do
+):
+    (tmp_path / "0.08.safetensors").mkdir()
+    status, err = main(capsys, folder, "--sigma-rel", "0.08", "--out", tmp_path / f"{name}.safetensors", "--progress")
+    assert status == 1
+    assert f"0.08.safetensors cannot be written: {found}. " in err
+    assert do in err.splitlines()[-1]
+    assert "read" not in err.splitlines()[-2]
+    assert [path.name for path in tmp_path.iterdir()] == ["0.08.safetensors"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody knows for certain that a process is gone")
+@pytest.mark.parametrize("more", [(), ("--part", "2/2")])
+def test_what_a_killed_worker_left_goes_with_the_next(folder, tmp_path, capsys, more):
+    code = "import sys; from pathlib import Path; from nitrous_ema.unfinished import *; "
+    code += "unfinished_path(Path(sys.argv[1])).touch()"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "old.pt")], check=True, timeout=TIMEOUT, cwd=ROOT)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert main(capsys, folder, "--sigma-rel", "0.08", "--step", "1000", "--out", tmp_path, *more)[0] == 0
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize(("unread", "written"), [(("stdout",), [0.07]), (("stdout", "stderr"), [])], ids=str)

@@ -65,7 +65,9 @@ class Follower:
             NitrousError: Whatever ``make`` raises; also a damaged snapshot that is not excluded.
         """
         heard = self.clock()
-        say(f"waiting for snapshots in {self.snapshots.store.root}")
+        store = self.snapshots.store
+        yet = "" if store.files.exists(store.root) else ", which is not there yet"
+        say(f"waiting for snapshots in {store.root}{yet}")
         while True:
             over = self._why_over(heard)
             if self._look():

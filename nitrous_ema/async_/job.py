@@ -14,10 +14,12 @@ J1  Both pipes are drained all the time, whatever the callback does or whoever r
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
@@ -29,6 +31,7 @@ from nitrous_ema.errors import WorkerError
 
 _KEPT_STDERR_CHARACTERS = 16_000
 _KILL_AFTER_SECONDS = 10.0
+_CANCELLED = (-signal.SIGTERM, -signal.SIGKILL, exits.INTERRUPTED)
 
 ProgressCallback = Callable[[int, int], object]
 """Called with the bytes read so far and those to read, on a thread of the job."""
@@ -110,6 +113,7 @@ class Job:
         self._has_all = False
         self._stderr = ""
         self._callback_error: BaseException | None = None
+        self._is_cancelled = False
         self._drains = [
             threading.Thread(target=self._drain_stdout, name="synthesize-stdout", daemon=True),
             threading.Thread(target=self._drain_stderr, name="synthesize-stderr", daemon=True),
@@ -132,6 +136,7 @@ class Job:
             ValueError: As result(), after the last one; so is the other.
             WorkerError: The worker failed or was cancelled.
         """
+        timeout = _at_most(timeout)
         for index in count():
             line = self._line(index, timeout)
             if line is None:
@@ -157,6 +162,7 @@ class Job:
             ValueError: It found an argument to be wrong; the message is its own.
             WorkerError: It failed or was cancelled; has ``exit_code`` and the last of its ``stderr``.
         """
+        timeout = _at_most(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             status = self._process.wait(timeout)
@@ -169,11 +175,7 @@ class Job:
         if status == exits.USAGE:
             raise ValueError(_last_message(self._stderr))
         if status != 0:
-            raise WorkerError(
-                f"the synthesis process ended with status {status}: {_last_message(self._stderr)}",
-                exit_code=status,
-                stderr=self._stderr,
-            )
+            raise WorkerError(self._why_ended(status), exit_code=status, stderr=self._stderr)
         if self._callback_error is not None:
             raise self._callback_error
         return [Output.parse(line) for line in self._lines]
@@ -189,12 +191,21 @@ class Job:
         Args:
             timeout: Seconds it gets for cleaning up before it is killed.
         """
+        self._is_cancelled = True
         self._process.terminate()
         try:
-            self._process.wait(timeout)
+            self._process.wait(_at_most(timeout))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def _why_ended(self, status: int) -> str:
+        if self._is_cancelled and status in _CANCELLED:
+            return "the synthesis was cancelled; outputs that were written stay."
+        if status < 0:
+            more = " The system does that where memory runs out." if status == -signal.SIGKILL else ""
+            return f"the synthesis process was ended by {_signal_name(-status)}.{more} Outputs that were written stay."
+        return f"the synthesis process ended with status {status}: {_last_message(self._stderr)}"
 
     def _drain_stdout(self) -> None:
         try:
@@ -224,6 +235,17 @@ class Job:
             self._progress(told["done"], told["total"])
         except BaseException as error:
             self._callback_error = error
+
+
+def _at_most(timeout: float | None) -> float | None:
+    """A time that threads can wait for: float("inf") is as long as there is."""
+    return None if timeout is None else min(timeout, threading.TIMEOUT_MAX / 2)
+
+
+def _signal_name(number: int) -> str:
+    with suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
 
 
 def _pipe(pipe: IO[str] | None) -> IO[str]:

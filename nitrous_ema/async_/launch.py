@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,30 +85,32 @@ def launch(
         The job; its result() waits, its outputs() are there as they come.
 
     Raises:
-        ValueError: Both or neither of ``sigma_rels`` and ``gammas``, or both of ``step`` and ``steps``. Other wrong
-            arguments are told by result().
-        TypeError: A single number, or text, where a sequence belongs.
+        ValueError: Both or neither of ``sigma_rels`` and ``gammas``, or both of ``step`` and ``steps``; nothing in one
+            of them. Other wrong arguments are told by result().
+        TypeError: A single number, or text, where a sequence belongs; ``progress`` cannot be called.
     """
     if (sigma_rels is None) == (gammas is None):
         raise ValueError("sigma_rels and gammas: exactly one of them says which averages are wanted.")
+    _check_callable(progress)
     if step is not None and steps is not None:
         raise ValueError("step and steps: at most one of them says where the averages end.")
-    ends = [step] if step is not None else None if steps == "all" else steps
+    is_all = isinstance(steps, str) and steps == "all"
+    ends = [step] if step is not None else None if is_all else steps
     tracked = {"sigma-rels": tracked_sigma_rels, "gammas": tracked_gammas}
     _check_sequences(sigma_rels=sigma_rels, gammas=gammas, exclude=exclude, steps=ends)
     _check_sequences(tracked_sigma_rels=tracked_sigma_rels, tracked_gammas=tracked_gammas)
     option, lengths = ("--sigma-rel", sigma_rels) if sigma_rels is not None else ("--gamma", gammas)
     arguments = [
-        f"{option}={_listed(lengths or ())}",
+        f"{option}={_listed(() if lengths is None else lengths)}",
         f"--out={absolute(out)}",
         f"--nice={nice}",
     ]
-    if steps == "all" or ends is not None:
-        arguments.append(f"--step={'all' if ends is None else ','.join(map(str, ends))}")
+    if is_all or ends is not None:
+        arguments.append(f"--step={'all' if ends is None else ','.join(map(_plain, ends))}")
     optional = {"run": run, "dtype": dtype, "format": format, "memory": memory, "tolerance": tolerance}
     optional |= {"threads": threads, "accumulate": accumulate, "idle": idle, "look-every": look_every}
     arguments += [f"--{name}={value}" for name, value in optional.items() if value is not None]
-    arguments += [f"--exclude={excluded}" for excluded in exclude]
+    arguments += [f"--exclude={_plain(excluded)}" for excluded in exclude]
     arguments += [f"--{name}={_listed(given)}" for name, given in tracked.items() if given is not None]
     flags = {"skip-existing": skip_existing, "dry-run": dry_run, "follow": follow}
     arguments += [f"--{name}" for name, is_set in flags.items() if is_set]
@@ -117,14 +119,28 @@ def launch(
     return Job(_start(command), progress)
 
 
-def _listed(lengths: Sequence[float]) -> str:
+def _listed(lengths: Iterable[float]) -> str:
     return ",".join(repr(float(length)) for length in lengths)
+
+
+def _plain(step: Any) -> str:
+    """A step as text; one of an array or a tensor too."""
+    return str(step.item() if hasattr(step, "item") else step)
 
 
 def _check_sequences(**sequences: Any) -> None:
     for name, given in sequences.items():
-        if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
+        if given is None:
+            continue
+        if isinstance(given, str) or not isinstance(given, Iterable):
             raise TypeError(f"{name} is {given!r}; expected a sequence of numbers.")
+        if name != "exclude" and isinstance(given, Sized) and len(given) == 0:
+            raise ValueError(f"{name} is empty; expected at least one number.")
+
+
+def _check_callable(progress: object) -> None:
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress is {progress!r}; expected a function of the bytes read and those to read.")
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:

@@ -9,8 +9,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ from nitrous_ema.existing import Expected, expected_outputs
 from nitrous_ema.outputs import check_outputs, write_outputs, write_shard
 from nitrous_ema.processes import fate
 from nitrous_ema.sizes import amount
+from nitrous_ema.snapshots.commit import remedy
 from nitrous_ema.synthesis.plan import Plan
 from nitrous_ema.synthesis.streaming import available_cores
 
@@ -103,13 +104,7 @@ class Maker:
         options, part = self._options, self._part
         _give_way(options.nice, plan.trainer)
         for folder in dict.fromkeys(paths[index].parent for index in missing):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except (FileExistsError, NotADirectoryError) as error:
-                raise NitrousError(
-                    f"{folder} cannot be the folder of the averages: it, or what should hold it, is a file. "
-                    "Choose another --out."
-                ) from error
+            _make_folder(folder)
         progress = progress_of(plan.target.step, as_json=options.progress_json, as_text=options.progress)
         chosen = plan.only(missing), [paths[index] for index in missing]
         how = {
@@ -121,10 +116,11 @@ class Maker:
             "accumulate": options.accumulate,
         }
         try:
-            if part.parts > 1:
-                write_shard(*chosen, part=part.index, parts=part.parts, **how)
-            else:
-                write_outputs(*chosen, **how)
+            with _refusals_told():
+                if part.parts > 1:
+                    write_shard(*chosen, part=part.index, parts=part.parts, **how)
+                else:
+                    write_outputs(*chosen, **how)
         finally:
             if progress is not None:
                 progress.end()
@@ -184,6 +180,28 @@ class _Lines:
             "memory_bytes": 0 if state == "kept" else self._memory,
             "seconds": round(time.monotonic() - self._began, 6),
         }
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        with _refusals_told(but=(FileExistsError, NotADirectoryError)):
+            folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NitrousError(
+            f"{folder} cannot be the folder of the averages: it, or what should hold it, is a file. "
+            "Choose another --out."
+        ) from error
+
+
+@contextmanager
+def _refusals_told(but: tuple[type[OSError], ...] = ()) -> Iterator[None]:
+    """What the system refuses is told with a remedy; what concerns no file (stdout) passes."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or isinstance(error, but):
+            raise
+        raise NitrousError(f"{error.filename} cannot be written: {error.strerror}. {remedy(error)}") from error
 
 
 def _give_way(when: str, trainer: Mapping[str, str | int | float]) -> None:

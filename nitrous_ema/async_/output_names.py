@@ -42,13 +42,17 @@ class OutputNames:
         format: Kind of file, "safetensors" or "pt"; by default as the template's name ends, else safetensors.
 
     Raises:
-        ValueError: A field that does not exist, or a template that does not end as the format says.
+        ValueError: Nothing, a field that does not exist, or a template that does not end as the format says.
     """
 
     out: str
     format: str | None = None
 
     def __post_init__(self) -> None:
+        if not self.out:
+            raise ValueError(
+                "--out is empty; expected a folder or a template of names ('.' for the working directory)."
+            )
         fields = self.fields
         if not fields and os.path.splitext(self.out)[1] in _SUFFIXES.values() and not os.path.isdir(self.out):
             raise ValueError(
@@ -118,6 +122,6 @@ class OutputNames:
 
 
 def absolute(out: str | os.PathLike[str]) -> str:
-    """A folder or template that means the same in any working directory."""
+    """A folder or template that means the same in any working directory; what is empty stays so, to be refused."""
     given = os.fspath(out)
-    return given if os.path.isabs(given) else os.path.join(os.getcwd().translate(_DOUBLED), given)
+    return given if not given or os.path.isabs(given) else os.path.join(os.getcwd().translate(_DOUBLED), given)

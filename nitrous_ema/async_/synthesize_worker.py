@@ -17,7 +17,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
@@ -46,6 +47,8 @@ else:
 
 __all__ = ["Job", "Output", "launch", "main", "parse_lengths"]
 
+_UNDISTURBED_SECONDS = 5.0
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the worker.
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, as the module says.
     """
-    with _sigterm_interrupts():
+    with _interruptible():
         return exits.status_of(
             lambda: _run(parse_arguments(argv)),
             lambda why: say(f"error: {why}"),
@@ -162,20 +165,34 @@ def _follow(
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends the work the way Ctrl-C does, with its cleaning up."""
+def _interruptible(clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
+    """SIGTERM ends the work the way Ctrl-C does. More of either, right after, do not disturb the cleaning up.
+
+    A terminal and torchrun, say, both signal the same processes. Later ones count again: an interrupt that comes while
+    Python runs a destructor is lost.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may ask for signals
         return
+    last = -_UNDISTURBED_SECONDS
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        nonlocal last
+        if (now := clock()) - last >= _UNDISTURBED_SECONDS:
+            last = now
+            raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    numbers = [signal.SIGTERM]
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # else it is ignored, as of jobs in the background
+        numbers.append(signal.SIGINT)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def use_one_thread_per_product() -> None:
@@ -185,4 +202,8 @@ def use_one_thread_per_product() -> None:
 
 if __name__ == "__main__":
     use_one_thread_per_product()
-    sys.exit(main())
+    exit_status = main()
+    if exit_status == exits.INTERRUPTED:  # nothing is left to be ended but threads
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+    sys.exit(exit_status)

@@ -303,4 +303,8 @@ def remedy(error: OSError) -> str:
         return "Allow this user to write there, or choose another folder."
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
         return "Something that is not a folder has this name: choose another folder."
+    if error.errno == errno.EISDIR:
+        return "A folder has this name: choose another name."
+    if error.errno == errno.ENAMETOOLONG:
+        return "Choose a shorter name."
     return "Check the disk and the folder, or choose another folder."

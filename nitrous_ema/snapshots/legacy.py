@@ -14,11 +14,14 @@ Longer than the house's 300 lines because what such a file may hold, and how it 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import threading
+import zipfile
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,12 +31,20 @@ from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
 from nitrous_ema.profile import sigma_rel_to_gamma
 from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.format import DTYPE_BYTES, Lineage, TensorRecord, parse_old_file_name
-from nitrous_ema.snapshots.torch_files import Checksums, check_part, check_places, load_torch_file, plain_tensor
+from nitrous_ema.snapshots.torch_files import (
+    Checksums,
+    check_part,
+    check_places,
+    load_torch_file,
+    open_regular,
+    plain_tensor,
+)
 
 if TYPE_CHECKING:
     import torch
 
 _PREFIX = "ema_model."
+_RUN = "legacy"
 _REAL = ("F64", "F32", "F16", "BF16")
 _CODES = {
     "float64": "F64",
@@ -80,9 +91,23 @@ class LegacyFolder:
 
     def snapshots(self, *, exclude: Collection[int] = ()) -> list[LegacySnapshot]:
         """All steps, ascending, but those to leave out."""
-        return [
-            LegacySnapshot(step, self._paths[step], self.gammas) for step in sorted(self._paths) if step not in exclude
-        ]
+        return [self._snapshot(step) for step in sorted(self._paths) if step not in exclude]
+
+    @cached_property
+    def run(self) -> str:
+        """Name of the training: another one for other files, and where other profiles are named.
+
+        What is made of a folder is recognized by it later. The files of the first whole step stand for all.
+        """
+        for step in sorted(self._paths):
+            snapshot = LegacySnapshot(step, self._paths[step], self.gammas, _RUN)
+            with suppress(OSError, ValueError, zipfile.BadZipFile):
+                named = f"{snapshot.fingerprint()} {self.gammas!r}"
+                return f"{_RUN}-{hashlib.sha256(named.encode()).hexdigest()[:8]}"
+        return _RUN
+
+    def _snapshot(self, step: int) -> LegacySnapshot:
+        return LegacySnapshot(step, self._paths[step], self.gammas, self.run)
 
     def get(self, step: int | None = None, *, exclude: Collection[int] = ()) -> LegacySnapshot:
         """The snapshot of one step, the last one by default.
@@ -141,10 +166,10 @@ class LegacySnapshot:
     """The averages of one step, with the attributes that synthesis needs of a snapshot."""
 
     t_first = None
-    run = "legacy"
-    lineage: Lineage = (("legacy", None),)
 
-    def __init__(self, step: int, paths: Mapping[int, Path], gammas: Sequence[float]) -> None:
+    def __init__(self, step: int, paths: Mapping[int, Path], gammas: Sequence[float], run: str) -> None:
+        self.run = run
+        self.lineage: Lineage = ((run, None),)
         self.step = step
         self.t = float(step)
         self._paths = [paths[profile] for profile in sorted(paths)]
@@ -159,6 +184,21 @@ class LegacySnapshot:
     def paths(self) -> tuple[Path, ...]:
         """Its files, one per profile."""
         return tuple(self._paths)
+
+    def fingerprint(self) -> str:
+        """Of its files: names, sizes and checksums of their parts. No numbers are read.
+
+        Raises:
+            OSError: A file cannot be opened.
+            zipfile.BadZipFile: One is no archive.
+            ValueError: One is no regular file.
+        """
+        digest = hashlib.sha256()
+        for path in self.paths:
+            with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+                for part in archive.infolist():
+                    digest.update(f"{part.filename}\n{part.file_size}\n{part.CRC}\n".encode())
+        return digest.hexdigest()[:32]
 
     def check(self) -> None:
         """Open all of its files and compare their tensors, as reading them does later. Reads no numbers.
