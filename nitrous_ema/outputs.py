@@ -415,13 +415,14 @@ class _Output:
 
         from nitrous_ema.tracked import TORCH_DTYPES
 
-        plain = self._temporaries[-1]
+        # One mapping for all: each keeps a descriptor open, and models have thousands of tensors.
+        plain = np.memmap(self._temporaries[-1], np.uint8, "c")
         tensors: dict[str, torch.Tensor] = {}
         for entry in self.contents.entries:
             tensor = torch.empty(entry.record.shape, dtype=TORCH_DTYPES[entry.dtype], device="cpu")
             if entry.begin < entry.end:
-                mapped = np.memmap(plain, np.uint8, "c", len(self._header) + entry.begin, (entry.end - entry.begin,))
-                tensor = torch.from_numpy(mapped).view(TORCH_DTYPES[entry.dtype]).reshape(entry.record.shape)
+                own = plain[len(self._header) + entry.begin : len(self._header) + entry.end]
+                tensor = torch.from_numpy(own).view(TORCH_DTYPES[entry.dtype]).reshape(entry.record.shape)
             tensors.update(dict.fromkeys(entry.record.keys, tensor))
         descriptor, self._descriptor = self._open_descriptor(), None
         self._files.close(descriptor)

@@ -22,24 +22,28 @@ FloatArray = NDArray[np.float64]
 SIGMA_REL_LIMIT = 12**-0.5
 """Length of the plain mean of all weights (gamma = 0); the lengths of the paper lie below it."""
 
+EXPONENT_LIMIT = 1e12
+"""Exponents of a solve lie below it: profiles a million-millionth of the training long. Beyond, an average is a single
+snapshot, and the nodes that integrate it need more and more memory."""
+
 _NEWTON_STEPS = 60
 
 
-def numbers_between(thing: str, values: ArrayLike, low: float, high: float = math.inf, *, remedy: str) -> FloatArray:
-    """``values`` in float64, all of them finite and strictly between ``low`` and ``high``.
-
-    The largest ``low`` that takes 0 as well is ``-np.finfo(float).tiny``.
+def numbers_between(
+    thing: str, values: ArrayLike, low: float, high: float = math.inf, *, remedy: str, or_low: bool = False
+) -> FloatArray:
+    """``values`` in float64, all of them finite and strictly between ``low`` and ``high``; or ``low``, if ``or_low``.
 
     Raises:
         ValueError: One is not; the message names the first such number, what was expected, and ``remedy``.
     """
-    above = "of 0 or more" if low == -np.finfo(float).tiny else f"greater than {low:g}"
-    expected = f"numbers {above}" + (f" and less than {high:.6g}" if high < math.inf else ", finite")
+    expected = f"numbers of at least {low:g}" if or_low else f"numbers greater than {low:g}"
+    expected += f" and less than {high:.6g}" if high < math.inf else ", finite"
     try:
         numbers = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{thing} is {values!r}; expected real {expected}. {remedy}") from error
-    right = np.isfinite(numbers) & (numbers > low) & (numbers < high)
+    right = np.isfinite(numbers) & ((numbers >= low) if or_low else (numbers > low)) & (numbers < high)
     if not right.all():
         raise ValueError(f"{thing} has {float(numbers[~right].flat[0])!r}; expected {expected}. {remedy}")
     return numbers
@@ -184,9 +188,12 @@ def times(thing: str, values: ArrayLike) -> FloatArray:
 
 
 def exponents(thing: str, values: ArrayLike) -> FloatArray:
-    """``values`` as exponents of square-integrable profiles in float64, or a ValueError that names one that is not."""
-    remedy = "The solve needs profiles whose square has an integral; sigma_rel_to_gamma gives exponents above 0."
-    return numbers_between(thing, values, -0.5, remedy=remedy)
+    """``values`` as exponents of profiles that a solve can take, in float64, or a ValueError that names another one."""
+    remedy = (
+        "The solve needs profiles whose square has an integral, and that are longer than a sigma_rel of 1e-12; "
+        "sigma_rel_to_gamma gives exponents above 0."
+    )
+    return numbers_between(thing, values, -0.5, EXPONENT_LIMIT, remedy=remedy)
 
 
 def _log_decay(gamma: float, t_now: float, t_delta: float) -> float:

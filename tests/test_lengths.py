@@ -147,6 +147,10 @@ def test_missing_step_is_not_found_and_bad_lengths_are_usage_errors(tmp_path, ca
     for wrong in (["--sigma-rel", "0.5"], ["--sigma-rel", "x"], ["--sigma-rel", "0.1", "--gamma", "7"]):
         assert cli.main(["inspect", folder, *wrong]) == 2
     assert cli.main(["inspect", folder, "--sigma-rel", "0.05", "--tolerance", "-1"]) == 2
+    assert cli.main(["inspect", folder, "--sigma-rel", "1e-300"]) == 2
+    assert "less than 1e+12" in capsys.readouterr().err
+    assert cli.main(["inspect", folder, "--step", "1000"]) == 2
+    assert "--step says where the averages of --sigma-rel or --gamma end" in capsys.readouterr().err
 
 
 def test_nothing_is_touched(tmp_path, capsys):

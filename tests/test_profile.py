@@ -180,6 +180,15 @@ def test_time_that_does_not_pass_is_named(t_now, t_delta):
             call(6.94, t_now, t_delta)
 
 
+def test_exponents_that_no_memory_could_integrate_are_refused():
+    """sigma_rel 1e-300 is a length, but it needs nodes without end."""
+    with pytest.raises(
+        ValueError, match=r"gamma_b has 1e\+300; expected numbers greater than -0.5 and less than 1e\+12"
+    ):
+        correlation(1.0, 7.0, 1.0, 1e300)
+    assert sigma_rel_to_gamma(1e-300) == pytest.approx(1e300)
+
+
 @pytest.mark.parametrize(("arguments", "thing"), [((0, 1, 1, 1), "t_a"), ((1, -0.5, 1, 1), "gamma_a")])
 def test_correlation_names_what_has_no_integral(arguments, thing):
     with pytest.raises(ValueError, match=f"{thing} has .*expected"):

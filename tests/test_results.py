@@ -163,6 +163,14 @@ def test_table_of_a_file_has_the_recipe_of_its_last_line(tmp_path):
     assert "1 results" in table.notes[0]
 
 
+def test_direction_of_the_last_line_counts_for_all(tmp_path):
+    """Whoever called the first sweep without ``maximize`` says so in the second, which only adds to the file."""
+    file = ResultsFile(tmp_path / "results.jsonl")
+    for each in (row(0.1, 5.0), row(0.2, 3.0), row(0.15, 4.0, maximize=True)):
+        file.add(each)
+    assert read_table(file.path).best.value == 5.0
+
+
 def test_table_of_an_empty_file_is_refused(tmp_path):
     (tmp_path / "empty").touch()
     with pytest.raises(ResultsError, match="has no results"):

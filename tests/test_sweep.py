@@ -95,6 +95,8 @@ def test_lengths_and_steps_make_a_grid(folder, tmp_path):
     table = swept(folder, tmp_path, evaluate, steps=[400, 200], sigma_rels=[0.1, 0.05, 0.1])
     assert [(row.step, row.sigma_rel) for row in table.rows] == [(200, 0.05), (200, 0.1), (400, 0.05), (400, 0.1)]
     assert [step for step, _ in evaluate.seen] == [200, 200, 400, 400]
+    again = swept(folder, tmp_path, Distance(breaks_at=0), steps=np.array([200]), sigma_rels=np.array([0.05, 0.1]))
+    assert again.rows == table.rows[:2]
 
 
 def test_without_a_model_it_is_what_load_state_dict_takes(folder, tmp_path):
@@ -136,7 +138,9 @@ def test_state_dict_is_what_other_readers_find_in_the_file(folder, tmp_path, suf
     assert all(each.dtype == found[name].dtype and torch.equal(each, found[name]) for name, each in expected.items())
 
 
-@pytest.mark.parametrize("returned", [2, 2.0, np.float32(2), torch.tensor(2.0), torch.tensor(2)])
+@pytest.mark.parametrize(
+    "returned", [2, 2.0, np.float32(2), torch.tensor(2.0), torch.tensor(2), torch.tensor(2.0, requires_grad=True)]
+)
 def test_a_value_is_whatever_is_one_number(folder, tmp_path, returned):
     assert swept(folder, tmp_path, lambda _: returned, sigma_rels=[0.1]).best.value == 2.0
 
@@ -312,6 +316,19 @@ def test_averages_stay_where_the_caller_wants_them(folder, tmp_path):
     assert names(tmp_path / "averages") == sorted(row.path.name for row in table.rows)
 
 
+def test_averages_stay_also_of_lengths_that_were_evaluated_before(folder, tmp_path):
+    """By a sweep that kept none of them; what is there is not made again."""
+    swept(folder, tmp_path)
+    first, again = (swept(folder, tmp_path, Distance(breaks_at=0), averages=tmp_path / "kept") for _ in range(2))
+    assert [row.path for row in first.rows] == [row.path for row in again.rows]
+    assert names(tmp_path / "kept") == sorted(row.path.name for row in first.rows)
+    made = [row.path.stat().st_ino for row in first.rows]
+    assert swept(folder, tmp_path, Distance(breaks_at=0), averages=tmp_path / "kept").rows == first.rows
+    assert [row.path.stat().st_ino for row in first.rows] == made
+    evaluate = Distance()
+    assert [evaluate(read_average(row.path)) for row in first.rows] == [row.value for row in first.rows]
+
+
 def test_each_new_result_is_told_at_once(folder, tmp_path):
     told = []
     swept(folder, tmp_path, sigma_rels=LENGTHS[:2])
@@ -329,6 +346,8 @@ def test_old_folders_are_swept_too(tmp_path):
     table = sweep(old, lambda state: float(state["w"]), sigma_rels=[0.05, 0.08, 0.1], results=tmp_path / "r", refine=0)
     assert table.rows[0].value == table.rows[2].value == 200.0  # tracked lengths are the snapshots themselves
     assert {row.run for row in table.rows} == {str(root)}
+    with pytest.raises(ValueError, match="know no runs"):
+        sweep(old, lambda state: 0.0, sigma_rels=[0.05], results=tmp_path / "r", run="mine")
 
 
 # Refused before anything is touched
@@ -343,6 +362,14 @@ def test_old_folders_are_swept_too(tmp_path):
         ({"sigma_rels": 0.05}, TypeError, "sigma_rels is 0.05; expected a sequence of numbers"),
         ({"steps": []}, ValueError, "steps is empty"),
         ({"steps": [200, 205]}, SnapshotNotFound, "nearest steps there: 200 and 220"),
+        ({"sigma_rels": [0.1, "x"]}, ValueError, "sigma_rel is .*; expected real numbers"),
+        ({"steps": 400}, TypeError, "steps is 400; expected a sequence of steps"),
+        ({"steps": "all"}, TypeError, "steps is 'all'; expected a sequence of steps"),
+        ({"steps": ["400"]}, TypeError, r"steps is \['400'\]; expected a sequence of steps"),
+        ({"exclude": 400}, TypeError, "exclude is 400; expected a sequence of steps"),
+        ({"evaluate": 3}, TypeError, "evaluate is 3; expected a function"),
+        ({"metric": 3}, TypeError, "metric is 3; expected a name"),
+        ({"refine": 1.5}, ValueError, "refine is 1.5; expected a whole number"),
         ({"refine": -1}, ValueError, "refine is -1"),
         ({"at_once": 0}, ValueError, "at_once is 0"),
         ({"tolerance": -1.0}, ValueError, "tolerance"),
@@ -353,7 +380,7 @@ def test_old_folders_are_swept_too(tmp_path):
 )
 def test_wrong_arguments_are_refused_before_anything_is_evaluated(folder, tmp_path, wrong, error, said):
     with pytest.raises(error, match=said):
-        swept(folder, tmp_path, Distance(breaks_at=0), **wrong)
+        swept(folder, tmp_path, **{"evaluate": Distance(breaks_at=0), **wrong})
     assert names(tmp_path) == []
 
 

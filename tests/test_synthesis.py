@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 
 from nitrous_ema.errors import NitrousError, SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotNotFound
-from nitrous_ema.loading import load_average
+from nitrous_ema.loading import load_average, read_average
 from nitrous_ema.outputs import write_outputs
 from nitrous_ema.posthoc import solve_weights
 from nitrous_ema.snapshots.files import FileSystem
@@ -323,6 +325,22 @@ def test_files_larger_than_a_block_hold_the_averages(tmp_path, suffix):
         assert torch.equal(state["b"], state["b2"])
         for name, array in expected.averaged(output).items():
             assert torch.equal(state[name], torch.from_numpy(array).to(TORCH_TYPES[sizes[name][0]]))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="descriptors have a limit on Unix only")
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_many_tensors_need_few_descriptors(tmp_path, suffix):
+    import resource
+
+    write_run(tmp_path, layout_of([record(f"w{number}", (3,)) for number in range(300)]), range(10, 60, 10))
+    plan, path = plan_from_store(tmp_path, sigma_rels=[0.08], tolerance=0), tmp_path / f"average{suffix}"
+    limits, in_use = resource.getrlimit(resource.RLIMIT_NOFILE), len(os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 100, limits[1]))
+    try:
+        write_outputs(plan, [path])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(read_average(path)) == 300
 
 
 def test_dtype_changes_real_floating_tensors_only(tmp_path):

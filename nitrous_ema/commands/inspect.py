@@ -27,6 +27,8 @@ def run(options: argparse.Namespace) -> int:
     """List a folder."""
     store = SnapshotStore(options.folder)
     is_old, asks = old_profiles_given(options), options.sigma_rel is not None or options.gamma is not None
+    if options.step is not None and not asks:
+        raise exits.UsageError("--step says where the averages of --sigma-rel or --gamma end; give one of these too.")
     found = survey(store, options.run)
     if not found["runs"]:
         found["legacy"] = legacy_steps(store.root)

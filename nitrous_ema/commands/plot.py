@@ -33,8 +33,9 @@ def _results(options: argparse.Namespace) -> tuple[Figure, Sequence[str]]:
     """The values of a sweep."""
     if not options.source.exists():
         raise SnapshotNotFound(f"{options.source}: no such folder or file.", path=options.source, nearest=())
-    if options.sigma_rel is not None:
-        raise ValueError(f"--sigma-rel is for snapshot folders, and {options.source} is none; leave it out.")
+    for name, given in (("sigma-rel", options.sigma_rel), ("step", options.step), ("run", options.run)):
+        if given is not None:
+            raise ValueError(f"--{name} is for snapshot folders, and {options.source} is none; leave it out.")
     table = read_table(options.source)
     pictures = [plot_sweep, plot_sweep_steps] if len(table.steps) > 1 else [plot_sweep]
     figure = new_figure((_WIDTH, _HEIGHT * len(pictures)))

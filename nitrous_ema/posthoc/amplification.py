@@ -49,7 +49,7 @@ def least_amplifying_weights(
         raised by bisection until the error reaches its limit or the norm reaches 1.
     """
     problem = Problem.of(t_i, gamma_i, t_r, gamma_r)
-    limit = numbers_between("within", within, -np.finfo(float).tiny, remedy="Give the errors that are allowed.")
+    limit = numbers_between("within", within, 0.0, or_low=True, remedy="Give the errors that are allowed.")
     if limit.shape not in ((), problem.t_r.shape):
         raise ValueError(f"within has the shape {limit.shape}; expected one number, or one for each output.")
     limit2 = np.broadcast_to(limit, problem.t_r.shape) ** 2

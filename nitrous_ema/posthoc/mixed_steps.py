@@ -46,7 +46,7 @@ def select_mixed_steps(
     given_t = times("t", t)
     if given_t.shape != (len(gammas),):
         raise ValueError(f"t and gammas: {given_t.shape} times and {len(gammas)} lists of exponents; expected as many.")
-    tolerance = float(numbers_between("tolerance", tolerance, -np.finfo(float).tiny, remedy="0 chooses all steps."))
+    tolerance = float(numbers_between("tolerance", tolerance, 0.0, or_low=True, remedy="0 chooses all steps."))
     kept, given = np.unique(given_t, return_index=True)
     columns = _Columns([np.asarray(gammas[place], dtype=np.float64) for place in given], kept, float(t_r), gammas_r)
     groups, group = np.unique(columns.table, axis=0, return_inverse=True)

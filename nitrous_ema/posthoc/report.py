@@ -181,7 +181,8 @@ def _told_rounding(problem: Problem, rounding: FloatArray, checkpoint_dtype: str
         rounding > _ROUNDING_TO_TELL,
         [f"{r:.2g} of a weight" for r in rounding],
         f"The rounding of snapshots stored as {checkpoint_dtype} is amplified at",
-        'Store them as "F32", or ask for a length between the tracked ones.',
+        ("" if checkpoint_dtype in ("F32", "F64") else 'Store them as "F32". ')
+        + "Ask for a length between the tracked ones, or track one nearer to it.",
     )
 
 

@@ -66,7 +66,7 @@ def select_steps(
         path; the bound is its Lagrangian dual, closed by a shortest path for each number of steps.
     """
     solver = Solver.of(t, gammas, t_r, gammas_r)
-    tolerance = float(numbers_between("tolerance", tolerance, -np.finfo(float).tiny, remedy="0 chooses all steps."))
+    tolerance = float(numbers_between("tolerance", tolerance, 0.0, or_low=True, remedy="0 chooses all steps."))
     everything = np.arange(solver.log_t.size)
     error_of_all, weight_l2 = solver.solve(everything)
     found = Fewest(places=everything, lower_bound=everything.size, candidates=everything.size, ties=1)

@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,8 @@ class ResultsFile:
 def read_table(path: str | os.PathLike[str]) -> SweepTable:
     """All results in a file, of the recipe (metric, run, tolerance, steps left out) of its last line.
 
+    That line also says whether higher is better: results of a sweep that was told otherwise count in the same way.
+
     Raises:
         ResultsError: A line is no result, or there is none.
         OSError: The file cannot be read.
@@ -125,8 +127,10 @@ def read_table(path: str | os.PathLike[str]) -> SweepTable:
     found = ResultsFile(path).read()
     if not found:
         raise ResultsError(f"{path} has no results of a sweep.", path=Path(path), line=0)
-    chosen = {(row.step, row.sigma_rel): row for row in found if row.recipe == found[-1].recipe}
-    others = sum(row.recipe != found[-1].recipe for row in found)
+    last = found[-1]
+    alike = [replace(row, maximize=last.maximize) for row in found if row.recipe == last.recipe]
+    chosen = {(row.step, row.sigma_rel): row for row in alike}
+    others = len(found) - len(alike)
     notes = (f"{others} results in {path} are of another metric, run, tolerance or exclusion.",) if others else ()
     return SweepTable(tuple(chosen[key] for key in sorted(chosen)), notes)
 

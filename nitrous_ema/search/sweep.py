@@ -17,10 +17,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nitrous_ema.errors import EvaluationError
+from nitrous_ema.existing import expected_outputs
 from nitrous_ema.loading import load_average, read_average
 from nitrous_ema.outputs import output_name, write_outputs
 from nitrous_ema.profile import sigma_rel_to_gamma
@@ -95,10 +97,12 @@ def sweep(
         ResultsError: ``results`` is a file of something else.
     """
     lengths = _lengths(sigma_rels)
+    wanted_steps, left_out = _steps("steps", steps), _steps("exclude", exclude)
+    _check_names(evaluate, metric)
     _check_counts(refine, at_once)
     store = SnapshotStore(snapshots) if isinstance(snapshots, (str, os.PathLike)) else snapshots
-    folder = _Folder(store, run, tuple(sorted(exclude)), float(tolerance))
-    targets, file = folder.targets(steps), ResultsFile(results)
+    folder = _Folder(store, run, tuple(sorted(left_out or ())), float(tolerance))
+    targets, file = folder.targets(wanted_steps), ResultsFile(results)
     known = {_identity(row): replace(row, maximize=maximize) for row in file.read()}
     before = set(known)
     warnings: list[str] = []
@@ -123,10 +127,28 @@ def sweep(
     return SweepTable(rows, (*_notes(rows), *dict.fromkeys(warnings), *_reused(rows, before, file.path)))
 
 
+def _check_names(evaluate: object, metric: object) -> None:
+    """What would else be told when a length has been synthesized, or when its result is on disk."""
+    if not callable(evaluate):
+        raise TypeError(f"evaluate is {evaluate!r}; expected a function of a model or a state_dict.")
+    if not isinstance(metric, str):
+        raise TypeError(f"metric is {metric!r}; expected a name, as text.")
+
+
+def _steps(name: str, given: object) -> list[int] | None:
+    if given is None:
+        return None
+    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
+    found = list(given) if several else []  # type: ignore[call-overload]
+    if not several or not all(isinstance(step, Real) for step in found):
+        raise TypeError(f"{name} is {given!r}; expected a sequence of steps, such as [10_000, 20_000].")
+    return found
+
+
 def _check_counts(refine: int, at_once: int) -> None:
     for name, number, least in (("refine", refine, 0), ("at_once", at_once, 1)):
-        if number < least:
-            raise ValueError(f"{name} is {number!r}; expected {least} or more.")
+        if not isinstance(number, int) or number < least:
+            raise ValueError(f"{name} is {number!r}; expected a whole number, {least} or more.")
 
 
 def _identity(row: Row) -> tuple[object, ...]:
@@ -153,6 +175,8 @@ class _Folder:
     def _get(self, step: int | None) -> Any:
         if isinstance(self.snapshots, SnapshotStore):
             return self.snapshots.get(step, self.run, exclude=self.exclude)
+        if self.run is not None:
+            raise ValueError(f"run is {self.run!r}, but files of old folders know no runs; leave it out.")
         return self.snapshots.get(step, exclude=self.exclude)
 
     def plan(self, step: int, run: str, sigma_rels: Sequence[float]) -> Plan:
@@ -215,16 +239,19 @@ class _Search:
     def _one_pass(self, lengths: Sequence[float]) -> dict[float, Row]:
         """Results of some lengths: those that are not known are synthesized, together, and evaluated."""
         missing = [length for length in lengths if self._key(length) not in self.known]
-        if missing:
+        if missing or self.keeps:
             plan = self.folder.plan(self.step, self.run, lengths)
-            self.warnings.extend(plan.report.warnings)
-            self.out.mkdir(exist_ok=True)
             paths = [self.out / output_name(self.step, length) for length in lengths]
-            write_outputs(plan, paths, memory_bytes=self.memory_bytes)
+            if missing or not all(each.is_there for each in expected_outputs(plan, paths)):
+                self.warnings.extend(plan.report.warnings)
+                self.out.mkdir(exist_ok=True)
+                write_outputs(plan, paths, memory_bytes=self.memory_bytes)
             for index, (length, path) in enumerate(zip(lengths, paths, strict=True)):
                 if length in missing:
                     self._add(plan, index, path)
-                if not self.keeps:
+                if self.keeps:  # also where the result is that of a sweep which kept no file
+                    self.known[self._key(length)] = replace(self.known[self._key(length)], path=path.absolute())
+                else:
                     path.unlink()
         return {length: self.known[self._key(length)] for length in lengths}
 
@@ -274,7 +301,7 @@ class _Search:
             what = f"returned {type(returned).__name__}, not one number:"
             if isinstance(returned, (str, bytes)):
                 raise TypeError("text is no number")
-            return float(returned)
+            return float(returned.detach() if hasattr(returned, "detach") else returned)  # torch warns of gradients
         except Exception as error:
             raise EvaluationError(
                 f"evaluate() {what} {type(error).__name__}: {error}. It had the average of sigma_rel {length:g} at "
@@ -289,11 +316,11 @@ def _lengths(sigma_rels: Sequence[float]) -> list[float]:
     """The lengths, ascending, each once."""
     if isinstance(sigma_rels, (str, bytes)) or not isinstance(sigma_rels, Iterable):
         raise TypeError(f"sigma_rels is {sigma_rels!r}; expected a sequence of numbers.")
-    lengths = sorted({float(each) for each in sigma_rels})
+    lengths = list(sigma_rels)
     if not lengths:
         raise ValueError("sigma_rels is empty; give at least one length.")
-    sigma_rel_to_gamma(lengths)
-    return lengths
+    sigma_rel_to_gamma(lengths)  # says what is no length
+    return sorted({float(each) for each in lengths})
 
 
 def _reused(rows: Sequence[Row], before: Collection[tuple[object, ...]], path: Path) -> Iterator[str]:
