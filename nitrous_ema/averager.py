@@ -35,8 +35,9 @@ from torch.nn import Module
 
 from nitrous_ema.arena import Arena, snapshot_layout
 from nitrous_ema.dispatch import Dispatch
-from nitrous_ema.ending import DrainRequest, at_most, shut_down
+from nitrous_ema.ending import DrainRequest, shut_down
 from nitrous_ema.errors import ClosedError, NitrousError, SnapshotWriteError, warn
+from nitrous_ema.given import at_most
 from nitrous_ema.guard import Guard, ReadMode, fence_all, install_hooks
 from nitrous_ema.history import History
 from nitrous_ema.live import LiveTensors, is_lent

@@ -16,6 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from nitrous_ema import __version__, exits
+from nitrous_ema.async_.arguments import (
+    DTYPES,
+    add_choice_options,
+    add_exclude,
+    add_old_profiles,
+    parse_dtype,
+    parse_lengths,
+    parse_step_list,
+    parse_steps,
+)
 from nitrous_ema.commands.terminal import say
 from nitrous_ema.sizes import parse_bytes
 
@@ -104,25 +114,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_length_options(inspect: argparse.ArgumentParser) -> None:
-    listed, lengths = exits.argument(_lengths), inspect.add_mutually_exclusive_group()
+    listed, lengths = exits.argument(parse_lengths), inspect.add_mutually_exclusive_group()
     lengths.add_argument("--sigma-rel", type=listed, metavar="LENGTHS", help="lengths wanted: 0.05,0.06,...,0.15")
     lengths.add_argument("--gamma", type=listed, metavar="LENGTHS", help="the same, as exponents of the profile")
     inspect.add_argument(
         "--step",
-        type=exits.argument(_targets),
+        type=exits.argument(parse_steps),
         metavar="STEPS",
         help="steps at which averages end: 1000,2000,...,10000, or 'all'; the newest snapshot by default",
     )
-    _add_choice_options(inspect)
-    profiles = inspect.add_mutually_exclusive_group()
-    profiles.add_argument("--sigma-rels", type=listed, help="the tracked profiles of a folder of {i}.{step}.pt files")
-    profiles.add_argument("--gammas", type=listed, help="the same, as exponents")
+    add_choice_options(inspect)
+    add_old_profiles(inspect)
 
 
 def _add_import_options(command: argparse.ArgumentParser) -> None:
-    from nitrous_ema.async_.arguments import DTYPES, parse_dtype
-
-    listed, add = exits.argument(_lengths), command.add_argument
+    listed, add = exits.argument(parse_lengths), command.add_argument
     add("new", type=Path, metavar="NEW", help="folder of the snapshots, made if need be")
     profiles = command.add_mutually_exclusive_group(required=True)
     profiles.add_argument("--sigma-rels", type=listed, help="the profiles that were tracked, in their order: 0.05,0.1")
@@ -133,48 +139,30 @@ def _add_import_options(command: argparse.ArgumentParser) -> None:
         choices=list(DTYPES),
         help="type in which averages are stored; by default that of the old files",
     )
-    add(
-        "--exclude",
-        type=exits.argument(_steps),
-        action="extend",
-        default=[],
-        metavar="STEP,...",
-        help="steps to leave out",
-    )
+    add_exclude(command)
     add("--dry-run", action="store_true", help="say what would be done, and write nothing")
     add("--json", action="store_true", help="one JSON object instead of text")
-
-
-def _add_choice_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--exclude",
-        type=exits.argument(_steps),
-        action="extend",
-        default=[],
-        metavar="STEP,...",
-        help="steps to leave out",
-    )
-    command.add_argument(
-        "--tolerance",
-        type=float,
-        default=1e-3,
-        metavar="E",
-        help="relative profile error that may be added to read fewer snapshots (default: 0.001); 0 reads all",
-    )
 
 
 def _add_plot_options(plot: argparse.ArgumentParser) -> None:
     add = plot.add_argument
     add("source", type=Path, metavar="DIR|FILE", help="the snapshot folder, or the file of a sweep's results")
     add("--out", type=Path, required=True, metavar="FILE", help="the picture, as .png, .svg or .pdf")
-    add("--sigma-rel", type=exits.argument(_lengths), metavar="LENGTHS", help="lengths to draw: 0.05,0.06,...,0.15")
+    add(
+        "--sigma-rel", type=exits.argument(parse_lengths), metavar="LENGTHS", help="lengths to draw: 0.05,0.06,...,0.15"
+    )
     add("--step", type=int, help="step at which the averages end; the newest snapshot by default")
     add("--run", metavar="ID", help="run whose snapshots are read, with its ancestors; the newest by default")
-    _add_choice_options(plot)
+    add_choice_options(plot)
 
 
 def _add_prune_options(prune: argparse.ArgumentParser) -> None:
-    steps: dict[str, Any] = {"type": exits.argument(_steps), "action": "extend", "default": [], "metavar": "STEP,..."}
+    steps: dict[str, Any] = {
+        "type": exits.argument(parse_step_list),
+        "action": "extend",
+        "default": [],
+        "metavar": "STEP,...",
+    }
     amount = prune.add_mutually_exclusive_group()
     amount.add_argument("--keep", type=exits.argument(_count), metavar="N", help="snapshots that stay")
     amount.add_argument(
@@ -193,7 +181,7 @@ def _add_prune_options(prune: argparse.ArgumentParser) -> None:
     add("--run", metavar="ID", help="last run of the history to prune; the newest by default")
     add("--pin", **steps, help="steps that stay from now on, with what they need as targets; may be all that is asked")
     add("--unpin", **steps, help="steps that need not stay any longer")
-    add("--exclude", **steps, help="steps to leave alone and not to count on, damaged ones for example")
+    add_exclude(prune, help="steps to leave alone and not to count on, damaged ones for example")
     add(
         "--grace",
         type=exits.argument(_seconds),
@@ -240,7 +228,6 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from nitrous_ema.async_.arguments import DTYPES
     from nitrous_ema.commands import importing
 
     options.dtype = DTYPES.get(options.dtype)
@@ -254,24 +241,6 @@ def _plot(options: argparse.Namespace) -> int:
 
 
 # ---- what options say
-
-
-def _lengths(text: str) -> list[float]:
-    from nitrous_ema.async_.synthesize_worker import parse_lengths
-
-    return parse_lengths(text)
-
-
-def _targets(text: str) -> object:
-    from nitrous_ema.async_.arguments import parse_steps
-
-    return parse_steps(text)
-
-
-def _steps(text: str) -> list[int]:
-    from nitrous_ema.async_.arguments import parse_step_list
-
-    return parse_step_list(text)
 
 
 def _count(text: str) -> int:

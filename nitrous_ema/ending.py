@@ -15,11 +15,6 @@ from nitrous_ema.pipeline import BackgroundThread, Lane
 _log = logging.getLogger(__name__)
 
 
-def at_most(timeout_seconds: float | None) -> float | None:
-    """A time that threads can wait for: float("inf") is as long as there is."""
-    return None if timeout_seconds is None else min(timeout_seconds, threading.TIMEOUT_MAX / 2)
-
-
 class DrainRequest:
     """Somebody wants everything on disk and training to end; answered by the training thread at its next update().
 

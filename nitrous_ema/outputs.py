@@ -329,7 +329,11 @@ def _told_of(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: OSError) -> OSError:
+    return OSError(error.errno, os.strerror(error.errno or 0), str(path))
 
 
 class _Output:
@@ -363,8 +367,8 @@ class _Output:
             if self._is_paced and begin // _WRITEBACK_BYTES != end // _WRITEBACK_BYTES:
                 part = max(0, end // _WRITEBACK_BYTES - 1) * _WRITEBACK_BYTES
                 self._is_paced = hint_writeback(self._files, descriptor, part, _WRITEBACK_BYTES)
-        except OSError as error:
-            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from error
+        except OSError as error:  # not by a with block, of which there would be thousands
+            raise _refused(self.path, error) from error
 
     def make_durable(self) -> None:
         """Write everything to disk and close the file."""

@@ -27,6 +27,7 @@ LAZY = ("", "async_")
 LAYERS = (
     "errors",
     "exits",
+    "given",
     "processes",
     "sizes",
     "resources",
@@ -144,6 +145,7 @@ USE_THE_LIBRARY = ("demo", "integrations.lightning", "integrations.transformers"
 WITHOUT_TORCH = (
     "errors",
     "exits",
+    "given",
     "processes",
     "sizes",
     "resources",

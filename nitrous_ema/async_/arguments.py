@@ -116,23 +116,31 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         help="steps at which averages end: 1000,2000,...,10000, or 'all'; the newest snapshot by default",
     )
     add("--run", help="run whose snapshots are read, with its ancestors; the newest by default")
-    add(
-        "--exclude",
-        type=exits.argument(parse_step_list),
-        action="extend",
-        default=[],
-        metavar="STEP,...",
-        help="steps to leave out",
-    )
-    add(
+    add_choice_options(parser)
+    add_old_profiles(parser)
+
+
+def add_choice_options(parser: argparse.ArgumentParser) -> None:
+    """Which snapshots may be read: ``--exclude`` and ``--tolerance``."""
+    add_exclude(parser)
+    parser.add_argument(
         "--tolerance",
         type=float,
         default=1e-3,
         metavar="E",
         help="relative profile error that may be added to read fewer snapshots (default: 0.001); 0 reads all",
     )
-    profiles = parser.add_mutually_exclusive_group()
-    listed = exits.argument(parse_lengths)
+
+
+def add_exclude(parser: argparse.ArgumentParser, help: str = "steps to leave out") -> None:
+    """``--exclude``, a list of steps."""
+    listed = exits.argument(parse_step_list)
+    parser.add_argument("--exclude", type=listed, action="extend", default=[], metavar="STEP,...", help=help)
+
+
+def add_old_profiles(parser: argparse.ArgumentParser) -> None:
+    """``--sigma-rels`` or ``--gammas``, which name the profiles of an old folder."""
+    listed, profiles = exits.argument(parse_lengths), parser.add_mutually_exclusive_group()
     profiles.add_argument("--sigma-rels", type=listed, help="the tracked profiles of a folder of {i}.{step}.pt files")
     profiles.add_argument("--gammas", type=listed, help="the same, as exponents")
 

@@ -28,6 +28,7 @@ from typing import IO, Literal
 from nitrous_ema import exits
 from nitrous_ema.async_.telling import PROGRESS, WARNING
 from nitrous_ema.errors import WorkerError
+from nitrous_ema.given import at_most
 
 _KEPT_STDERR_CHARACTERS = 16_000
 _KILL_AFTER_SECONDS = 10.0
@@ -136,7 +137,7 @@ class Job:
             ValueError: As result(), after the last one; so is the other.
             WorkerError: The worker failed or was cancelled.
         """
-        timeout = _at_most(timeout)
+        timeout = at_most(timeout)
         for index in count():
             line = self._line(index, timeout)
             if line is None:
@@ -162,7 +163,7 @@ class Job:
             ValueError: It found an argument to be wrong; the message is its own.
             WorkerError: It failed or was cancelled; has ``exit_code`` and the last of its ``stderr``.
         """
-        timeout = _at_most(timeout)
+        timeout = at_most(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             status = self._process.wait(timeout)
@@ -194,7 +195,7 @@ class Job:
         self._is_cancelled = True
         self._process.terminate()
         try:
-            self._process.wait(_at_most(timeout))
+            self._process.wait(at_most(timeout))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -235,11 +236,6 @@ class Job:
             self._progress(told["done"], told["total"])
         except BaseException as error:
             self._callback_error = error
-
-
-def _at_most(timeout: float | None) -> float | None:
-    """A time that threads can wait for: float("inf") is as long as there is."""
-    return None if timeout is None else min(timeout, threading.TIMEOUT_MAX / 2)
 
 
 def _signal_name(number: int) -> str:

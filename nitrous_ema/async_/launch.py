@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nitrous_ema.async_.job import Job, ProgressCallback
 from nitrous_ema.async_.output_names import absolute
+from nitrous_ema.given import check_sequence
 
 if TYPE_CHECKING:
     import torch
@@ -132,8 +133,7 @@ def _check_sequences(**sequences: Any) -> None:
     for name, given in sequences.items():
         if given is None:
             continue
-        if isinstance(given, str) or not isinstance(given, Iterable):
-            raise TypeError(f"{name} is {given!r}; expected a sequence of numbers.")
+        check_sequence(name, given)
         if name != "exclude" and isinstance(given, Sized) and len(given) == 0:
             raise ValueError(f"{name} is empty; expected at least one number.")
 

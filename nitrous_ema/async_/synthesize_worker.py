@@ -183,9 +183,7 @@ def _interruptible(clock: Callable[[], float] = time.monotonic) -> Iterator[None
             raise KeyboardInterrupt
 
     numbers = [signal.SIGTERM]
-    if (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):  # else it is ignored, as of jobs in the background
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, as of jobs in the background
         numbers.append(signal.SIGINT)
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:

@@ -26,8 +26,8 @@ import torch
 
 from nitrous_ema.async_.staging import DeviceCopies, Slot, SlotCopies, SlotPool, deadline_after
 from nitrous_ema.chunks import ChunkCopier
-from nitrous_ema.ending import at_most
 from nitrous_ema.errors import NitrousError, SnapshotWriteError, warn
+from nitrous_ema.given import at_most
 from nitrous_ema.host_memory import judge_host_memory, pinned_or_pageable
 from nitrous_ema.keeping import Keeper
 from nitrous_ema.pipeline import BackgroundThread, Lane, Pending

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from nitrous_ema.errors import EvaluationError
 from nitrous_ema.existing import expected_outputs
+from nitrous_ema.given import check_sequence
 from nitrous_ema.loading import load_average, read_average
 from nitrous_ema.outputs import output_name, write_outputs
 from nitrous_ema.profile import sigma_rel_to_gamma
@@ -135,13 +136,14 @@ def _check_names(evaluate: object, metric: object) -> None:
         raise TypeError(f"metric is {metric!r}; expected a name, as text.")
 
 
-def _steps(name: str, given: object) -> list[int] | None:
+def _steps(name: str, given: Iterable[int] | None) -> list[int] | None:
     if given is None:
         return None
-    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
-    found = list(given) if several else []  # type: ignore[call-overload]
-    if not several or not all(isinstance(step, Real) for step in found):
-        raise TypeError(f"{name} is {given!r}; expected a sequence of steps, such as [10_000, 20_000].")
+    of = "steps, such as [10_000, 20_000]"
+    check_sequence(name, given, of)
+    found = list(given)
+    if not all(isinstance(step, Real) for step in found):
+        raise TypeError(f"{name} is {given!r}; expected a sequence of {of}.")
     return found
 
 
@@ -314,8 +316,7 @@ class _Search:
 
 def _lengths(sigma_rels: Sequence[float]) -> list[float]:
     """The lengths, ascending, each once."""
-    if isinstance(sigma_rels, (str, bytes)) or not isinstance(sigma_rels, Iterable):
-        raise TypeError(f"sigma_rels is {sigma_rels!r}; expected a sequence of numbers.")
+    check_sequence("sigma_rels", sigma_rels)
     lengths = list(sigma_rels)
     if not lengths:
         raise ValueError("sigma_rels is empty; give at least one length.")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nitrous_ema.errors import SnapshotMismatch
+from nitrous_ema.given import check_sequence
 from nitrous_ema.posthoc import SynthesisReport, synthesis_report
 from nitrous_ema.profile import gamma_to_sigma_rel, sigma_rel_to_gamma
 from nitrous_ema.snapshots.snapshot import Snapshot
@@ -234,8 +235,8 @@ def lengths_of(gammas: Sequence[float] | None, sigma_rels: Sequence[float] | Non
     if (gammas is None) == (sigma_rels is None):
         raise ValueError("gammas and sigma_rels: exactly one of them says which averages are wanted.")
     for name, given in (("gammas", gammas), ("sigma_rels", sigma_rels)):
-        if given is not None and (isinstance(given, (str, bytes)) or not isinstance(given, Iterable)):
-            raise TypeError(f"{name} is {given!r}; expected a sequence of numbers.")
+        if given is not None:
+            check_sequence(name, given)
     if gammas is not None:
         lengths = [(float(gamma_to_sigma_rel(gamma)), float(gamma)) for gamma in gammas]
     elif sigma_rels is not None:

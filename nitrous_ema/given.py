@@ -1,0 +1,26 @@
+"""What users give, made fit for use or told: timeouts that threads can wait for, sequences that are none."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+
+def at_most(timeout_seconds: float | None) -> float | None:
+    """A time that threads can wait for: float("inf") is as long as there is."""
+    return None if timeout_seconds is None else min(timeout_seconds, threading.TIMEOUT_MAX / 2)
+
+
+def check_sequence(name: str, given: object, of: str = "numbers") -> None:
+    """Refuse a single number, or text, where several things belong.
+
+    Args:
+        name: Of the argument.
+        given: Its value.
+        of: What it should be a sequence of, for the message.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise TypeError(f"{name} is {given!r}; expected a sequence of {of}.")
