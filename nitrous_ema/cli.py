@@ -17,16 +17,16 @@ from typing import Any
 
 from nitrous_ema import __version__, exits
 from nitrous_ema.async_.arguments import (
-    DTYPES,
     add_choice_options,
     add_exclude,
     add_old_profiles,
-    parse_dtype,
     parse_lengths,
+    parse_profiles,
     parse_step_list,
     parse_steps,
 )
 from nitrous_ema.commands.terminal import say
+from nitrous_ema.dtypes import DTYPES, dtype_code, parse_dtype
 from nitrous_ema.sizes import parse_bytes
 
 _PRUNE = (
@@ -36,7 +36,7 @@ _PRUNE = (
 )
 _VERIFY = (
     "Reads every byte of every snapshot, whatever run it belongs to. One line per damaged file, which says what to do; "
-    "exit status 4 if there is one, else 0."
+    "exit status 4 if there is one, 3 if there is no snapshot, else 0."
 )
 _IMPORT = (
     "Writes the averages of files named {i}.{step}.pt into another folder, as snapshots of one run. The old folder is "
@@ -128,7 +128,7 @@ def _add_length_options(inspect: argparse.ArgumentParser) -> None:
 
 
 def _add_import_options(command: argparse.ArgumentParser) -> None:
-    listed, add = exits.argument(parse_lengths), command.add_argument
+    listed, add = exits.argument(parse_profiles), command.add_argument
     add("new", type=Path, metavar="NEW", help="folder of the snapshots, made if need be")
     profiles = command.add_mutually_exclusive_group(required=True)
     profiles.add_argument("--sigma-rels", type=listed, help="the profiles that were tracked, in their order: 0.05,0.1")
@@ -154,6 +154,7 @@ def _add_plot_options(plot: argparse.ArgumentParser) -> None:
     add("--step", type=int, help="step at which the averages end; the newest snapshot by default")
     add("--run", metavar="ID", help="run whose snapshots are read, with its ancestors; the newest by default")
     add_choice_options(plot)
+    plot.set_defaults(exclude=None, tolerance=None)  # so that a file of results can refuse them
 
 
 def _add_prune_options(prune: argparse.ArgumentParser) -> None:
@@ -230,7 +231,7 @@ def _prune(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     from nitrous_ema.commands import importing
 
-    options.dtype = DTYPES.get(options.dtype)
+    options.dtype = dtype_code(options.dtype)
     return importing.run(options)
 
 

@@ -7,20 +7,19 @@ may differ in their last digit.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nitrous_ema.output_contents import Contents, metadata_of
+from nitrous_ema.safetensors_header import read_header
 from nitrous_ema.shards import index_path, index_text, part_names, part_path
-from nitrous_ema.snapshots.bounded_json import parse_json
-from nitrous_ema.snapshots.format import MAX_HEADER_VALUES
 from nitrous_ema.snapshots.torch_files import open_regular
 from nitrous_ema.synthesis.plan import Plan
 
 _FOLLOWS_FROM_THE_RECIPE = ("library_version", "profile_error", "weight_l1", "weight_l2", "rounding", "lower_bound")
+_ASKED_FOR = ("run", "step", "sigma_rel", "gamma", "tolerance", "excluded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,37 +67,60 @@ def expected_outputs(
     expected: list[Expected] = []
     for index, path in enumerate(paths):
         file = part_path(path, part, parts) if names else path
-        header = contents[path.suffix].header(metadata_of(plan, index, accumulate))
-        data_bytes = max((entry.end for entry in contents[path.suffix].entries), default=0)
+        content, metadata = contents[path.suffix], metadata_of(plan, index, accumulate)
         if path.suffix == ".pt":
-            expected.append(Expected(file, data_bytes, False))
+            expected.append(Expected(file, content.data_bytes, False))
             continue
-        is_there = _is_whole(file, header, data_bytes)
+        is_there = _is_whole(file, content, metadata)
         if is_there and names and part == 0:
             is_there = _holds(index_path(path), index_text(plan, dtype, names, path).encode())
-        expected.append(Expected(file, len(header) + data_bytes, is_there))
+        expected.append(Expected(file, len(content.header(metadata)) + content.data_bytes, is_there))
     return expected
 
 
-def _is_whole(path: Path, header: bytes, data_bytes: int) -> bool:
-    """Whether a file has the recipe and the tensors of this header, and their bytes."""
+def is_another(plan: Plan, index: int, path: Path, *, dtype: str | None = None) -> bool:
+    """Whether a file of this name is no average, or one of another run, step, length, tolerance, exclusion or type.
+
+    An average of the same that was made from other snapshots, of which some may be gone, is none; nor is a cut one.
+
+    Args:
+        plan: The averages.
+        index: Which of them.
+        path: A ``.safetensors`` file, or nothing.
+        dtype: As given to the writer.
+    """
     try:
-        with open_regular(path) as file:
-            size = int.from_bytes(file.read(8), "little")
-            if os.fstat(file.fileno()).st_size != 8 + size + data_bytes:
-                return False
-            found = parse_json(file.read(size), max_values=MAX_HEADER_VALUES)
+        found, _ = _made_of(path)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
+    wanted = metadata_of(plan, index, "")
+    told = found["__metadata__"]
+    return any(told.get(name) != wanted[name] for name in _ASKED_FOR) or not Contents(plan, dtype).are_named_by(found)
+
+
+def _is_whole(path: Path, contents: Contents, metadata: dict[str, str]) -> bool:
+    """Whether a file has this recipe and these tensors, and their bytes."""
+    try:
+        found, data_bytes = _made_of(path)
     except (OSError, ValueError):
         return False
-    return bool(_recipe(found) == _recipe(parse_json(header[8:], max_values=MAX_HEADER_VALUES)))
+    is_made_so = _recipe(found["__metadata__"]) == _recipe(metadata)
+    return data_bytes == contents.data_bytes and is_made_so and contents.are_named_by(found)
 
 
-def _recipe(header: Any) -> Any:
-    """What a header says of the tensors and of what they are made of."""
-    if type(header) is not dict or type(header.get("__metadata__")) is not dict:
-        return None
-    metadata = {key: value for key, value in header["__metadata__"].items() if key not in _FOLLOWS_FROM_THE_RECIPE}
-    return {**header, "__metadata__": metadata}
+def _made_of(path: Path) -> tuple[dict[str, Any], int]:
+    """A file's header, and how many bytes follow it. Raises ValueError if it has none, OSError if it cannot be read."""
+    found, begin, end = read_header(path)
+    if type(found) is not dict or type(found.get("__metadata__")) is not dict:
+        raise ValueError("it does not say what it is made of")
+    return found, end - begin
+
+
+def _recipe(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What metadata say of how an average is made."""
+    return {key: value for key, value in metadata.items() if key not in _FOLLOWS_FROM_THE_RECIPE}
 
 
 def _holds(path: Path, content: bytes) -> bool:

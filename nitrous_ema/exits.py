@@ -42,19 +42,48 @@ def status_of(
         interrupted: What is told of Ctrl-C.
         unread: What is told if the reader of stdout has left; nothing by default: it has seen enough.
     """
+    _open_missing()
     try:
         return work()
     except SystemExit as stop:  # argparse has said what is wrong, or has printed the help
         return stop.code if isinstance(stop.code, int) else USAGE
     except BrokenPipeError:
-        # Without this the interpreter complains once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout()
         if unread:
             tell(unread)
         return FAILED
     except tuple(kind for kind, _ in _STATUS) as error:
         tell(interrupted if isinstance(error, KeyboardInterrupt) else str(error))
         return next(status for kind, status in _STATUS if isinstance(error, kind))
+
+
+def put(text: str) -> None:
+    """Write to stdout, now.
+
+    Raises:
+        BrokenPipeError: Its reader has left.
+        NitrousError: It cannot be written, on a full disk for example.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        _leave_stdout()
+        raise NitrousError(f"stdout cannot be written: {error.strerror}.") from error
+
+
+def _leave_stdout() -> None:
+    """Without this the interpreter complains once more when it closes stdout."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_missing() -> None:
+    """Give stdout and stderr a place where the caller has closed them: else the next file that is opened gets it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotNotFound
+from nitrous_ema.safetensors_header import read_header
 from nitrous_ema.snapshots.bounded_json import brief, parse_json
 from nitrous_ema.snapshots.format import DTYPE_BYTES, MAX_HEADER_BYTES, MAX_HEADER_VALUES
 from nitrous_ema.snapshots.torch_files import check_numbers, check_places, load_torch_file, open_regular, plain_tensor
@@ -150,13 +151,7 @@ class _SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with open_regular(path) as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
-                raise ValueError(f"its header would be {header_bytes} of {file_bytes} bytes")
-            header = parse_json(file.read(header_bytes), max_values=MAX_HEADER_VALUES)
-        self.metadata, self.described = _describe(header, 8 + header_bytes, file_bytes)
+        self.metadata, self.described = _describe(*read_header(path))
         skipped = parse_json(self.metadata.get("skipped", "[]"), max_values=MAX_HEADER_VALUES)
         if type(skipped) is not list or not all(type(name) is str for name in skipped):
             raise ValueError("the names that it says were skipped are none")

@@ -11,7 +11,9 @@ import math
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 from nitrous_ema.errors import NitrousError
 from nitrous_ema.snapshots.format import DTYPE_BYTES, TensorRecord, library_version
@@ -70,6 +72,7 @@ class Contents:
         self, plan: Plan, dtype: str | None, *, tied_once: bool = False, names: Collection[str] | None = None
     ) -> None:
         self.entries = _entries(plan, dtype, tied_once=tied_once, names=names)
+        self.data_bytes = max((entry.end for entry in self.entries), default=0)
         self.copied = _copied_segments(plan, self.entries)
         self._averaged = sorted(_averaged_segments(plan, self.entries), key=lambda segment: segment.begin)
         self._begins = [segment.begin for segment in self._averaged]
@@ -88,7 +91,23 @@ class Contents:
 
     def header(self, metadata: dict[str, str]) -> bytes:
         """What stands in a file before these tensors."""
-        return _header(self.entries, metadata)
+        text = _json({"__metadata__": metadata})[:-1] + self._described + b"}"
+        text += b" " * (-(len(text) + 8) % _DATA_ALIGNMENT_BYTES)
+        return len(text).to_bytes(8, "little") + text
+
+    def are_named_by(self, header: dict[str, Any]) -> bool:
+        """Whether a header that was read names these tensors, where they lie, and no other."""
+        return len(header) == len(self.entries) + 1 and all(
+            header.get(entry.key) == _description(entry) for entry in self.entries
+        )
+
+    @cached_property
+    def _described(self) -> bytes:
+        """The tensors in a header, the same in all: thousands of them take megabytes."""
+        described = bytearray()
+        for entry in self.entries:
+            described += b"," + _json(entry.key) + b":" + _json(_description(entry))
+        return bytes(described)
 
 
 def _entries(plan: Plan, dtype: str | None, *, tied_once: bool, names: Collection[str] | None) -> list[Entry]:
@@ -147,14 +166,12 @@ def _copied_segments(plan: Plan, entries: Sequence[Entry]) -> list[Segment]:
     ]
 
 
-def _header(entries: Sequence[Entry], metadata: dict[str, str]) -> bytes:
-    described: dict[str, object] = {"__metadata__": metadata}
-    for entry in entries:
-        offsets = [entry.begin, entry.end]
-        described[entry.key] = {"dtype": entry.dtype, "shape": entry.record.shape, "data_offsets": offsets}
-    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(len(text) + 8) % _DATA_ALIGNMENT_BYTES)
-    return len(text).to_bytes(8, "little") + text
+def _description(entry: Entry) -> dict[str, object]:
+    return {"dtype": entry.dtype, "shape": [*entry.record.shape], "data_offsets": [entry.begin, entry.end]}
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def metadata_of(plan: Plan, index: int, accumulate: str) -> dict[str, str]:

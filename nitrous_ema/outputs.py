@@ -17,7 +17,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +37,7 @@ from nitrous_ema.synthesis.streaming import (
     Accumulate,
     Progress,
     engine_sizes,
+    passes,
     stream,
     stream_copied,
 )
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 SUFFIXES = (".safetensors", ".pt")
-OUTPUTS_PER_PASS = 128  # each has an open file; more of them take another pass over the snapshots
 _ROUNDED_OUTPUTS = 8  # at a time: rounding a tile of these takes at most 1.8 MB
 _FSYNC_THREADS = 8
 _WRITEBACK_BYTES = 8 << 20  # the disk is told to begin with so many, while the next ones are computed
@@ -92,17 +92,15 @@ def write_outputs(
         accumulate: Type of products and sums, "float64" or "float32".
 
     Raises:
-        ValueError: Wrong number of paths, unknown suffix or dtype, or a budget that is too small.
+        ValueError: Wrong number of paths, unknown suffix or dtype, or a budget that is too small for
+            GROUP_OUTPUTS of the averages. More are written in as few passes over the snapshots as it allows.
         SnapshotDamaged: A chunk's checksum is wrong. No output of that pass is left behind.
         NitrousError: A value does not fit into the type.
         OSError: The folder cannot be written to.
     """
     check_outputs(plan, paths, dtype=dtype, memory_bytes=memory_bytes, threads=threads, accumulate=accumulate)
     contents = {suffix: Contents(plan, dtype, tied_once=suffix == ".pt") for suffix in {each.suffix for each in paths}}
-    outputs = [
-        _Output(index, path, contents[path.suffix], metadata_of(plan, index, accumulate), files or FileSystem())
-        for index, path in enumerate(paths)
-    ]
+    outputs = [_Output(index, path, contents[path.suffix], files or FileSystem()) for index, path in enumerate(paths)]
     remove_unfinished(files or FileSystem(), [path.parent for path in paths])
     _write(plan, outputs, None, committed, memory_bytes, progress, threads, accumulate)
 
@@ -156,10 +154,7 @@ def write_shard(
     files = files or FileSystem()
     names = part_names(plan, dtype, parts)
     contents = Contents(plan, dtype, names=names[part])
-    outputs = [
-        _Output(index, part_path(path, part, parts), contents, metadata_of(plan, index, accumulate), files)
-        for index, path in enumerate(paths)
-    ]
+    outputs = [_Output(index, part_path(path, part, parts), contents, files) for index, path in enumerate(paths)]
     remove_unfinished(files, [path.parent for path in paths])
     _write(plan, outputs, contents.elements, committed, memory_bytes, progress, threads, accumulate)
     if part == 0:
@@ -195,14 +190,8 @@ def check_outputs(
         raise ValueError(f"dtype: {dtype!r} is not a floating type; expected one of {', '.join(FLOAT_TYPES)}.")
     return max(
         engine_sizes(plan.only(indices), memory_bytes, threads=threads, accumulate=accumulate).memory_bytes
-        for indices in _passes(plan)
+        for indices in passes(plan, memory_bytes, accumulate=accumulate)
     )
-
-
-def _passes(plan: Plan) -> list[range]:
-    """Outputs that are written while the snapshots are read once."""
-    total = len(plan.gammas)
-    return [range(first, min(first + OUTPUTS_PER_PASS, total)) for first in range(0, total, OUTPUTS_PER_PASS)]
 
 
 def _write(
@@ -216,11 +205,11 @@ def _write(
     accumulate: Accumulate,
 ) -> None:
     """Read the snapshots, once per pass, into these files, and make them durable."""
-    for indices in _passes(plan):
+    for indices in passes(plan, memory_bytes, accumulate=accumulate):
         now = outputs[indices.start : indices.stop]
         try:
             for output in now:
-                output.open()
+                output.open(metadata_of(plan, output.index, accumulate))
             fill = _Fill(now)
             stream(
                 plan.only(indices),
@@ -242,8 +231,11 @@ def _write(
 def _commit(outputs: Sequence[_Output], committed: Committed | None) -> None:
     """Make files durable, several at a time: the disk orders their blocks better than we could."""
     with ThreadPoolExecutor(min(_FSYNC_THREADS, len(outputs)), thread_name_prefix="synthesis-fsync") as pool:
-        durable = [pool.submit(output.make_durable) for output in outputs]
+        durable: list[Future[None]] = []
         try:
+            for output in outputs:
+                output.fill_torch_file()  # here, one after the other: torch holds kilobytes for each tensor meanwhile
+                durable.append(pool.submit(output.make_durable))
             for output, future in zip(outputs, durable, strict=True):
                 future.result()
                 output.publish()
@@ -339,28 +331,29 @@ def _refused(path: Path, error: OSError) -> OSError:
 class _Output:
     """One file under its temporary name, until publish() or discard()."""
 
-    def __init__(self, index: int, path: Path, contents: Contents, metadata: dict[str, str], files: FileSystem) -> None:
+    def __init__(self, index: int, path: Path, contents: Contents, files: FileSystem) -> None:
         self.index = index
         self.path = path
         self.contents = contents
         self._files = files
-        self._header = contents.header(metadata)
-        self._data_bytes = max((entry.end for entry in contents.entries), default=0)
+        self._data_begin = 0  # set by open()
         self._is_paced = True  # until the system takes no hint; any thread may find that out
         self._temporaries: list[Path] = []
         self._descriptor: int | None = None
 
-    def open(self) -> None:
-        """Create the temporary file. Whatever comes after this, discard() removes it."""
+    def open(self, metadata: dict[str, str]) -> None:
+        """Create the temporary file, with its header. Whatever comes after this, discard() removes it."""
+        header = self.contents.header(metadata)
+        self._data_begin = len(header)
         with _told_of(self.path):
             self._check_name()
             self._descriptor = self._create()
-            reserve(self._files, self._descriptor, len(self._header) + self._data_bytes)
-        self.write(self._header, -len(self._header))
+            reserve(self._files, self._descriptor, self._data_begin + self.contents.data_bytes)
+        self.write(header, -len(header))
 
     def write(self, piece: ReadableBuffer, offset: int) -> None:
         """Write bytes at an offset in the tensors."""
-        descriptor, begin = self._open_descriptor(), len(self._header) + offset
+        descriptor, begin = self._open_descriptor(), self._data_begin + offset
         end = begin + memoryview(piece).nbytes
         try:
             write_fully(self._files, descriptor, piece, begin)
@@ -370,10 +363,13 @@ class _Output:
         except OSError as error:  # not by a with block, of which there would be thousands
             raise _refused(self.path, error) from error
 
-    def make_durable(self) -> None:
-        """Write everything to disk and close the file."""
+    def fill_torch_file(self) -> None:
+        """Make a ``.pt`` file of what was written; nothing is to be done for others."""
         if self.path.suffix == ".pt":
             self._become_torch_file()
+
+    def make_durable(self) -> None:
+        """Write everything to disk and close the file."""
         descriptor = self._open_descriptor()
         self._files.fsync(descriptor)
         self._descriptor = None
@@ -425,7 +421,7 @@ class _Output:
         for entry in self.contents.entries:
             tensor = torch.empty(entry.record.shape, dtype=TORCH_DTYPES[entry.dtype], device="cpu")
             if entry.begin < entry.end:
-                own = plain[len(self._header) + entry.begin : len(self._header) + entry.end]
+                own = plain[self._data_begin + entry.begin : self._data_begin + entry.end]
                 tensor = torch.from_numpy(own).view(TORCH_DTYPES[entry.dtype]).reshape(entry.record.shape)
             tensors.update(dict.fromkeys(entry.record.keys, tensor))
         descriptor, self._descriptor = self._open_descriptor(), None

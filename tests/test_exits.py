@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from nitrous_ema import exits
 from nitrous_ema.errors import ClosedError, SnapshotDamaged, SnapshotMismatch, SnapshotNotFound
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def ending(error: BaseException):
@@ -55,3 +61,36 @@ def test_value_error_of_what_the_user_gave_is_wrong_usage():
     told = []
     assert exits.status_of(work, told.append) == 2
     assert told == ["yours"]
+
+
+def test_what_stdout_does_not_take_is_told(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        told = []
+        assert exits.status_of(lambda: exits.put("x\n"), told.append) == 1
+    assert told == ["stdout cannot be written: No space left on device."]
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_program_without_stdout_or_stderr_goes_on(closed, tmp_path):
+    """A shell closes them with >&-. What is opened next does not get their number, where messages would end up."""
+    script = (
+        "import sys; from nitrous_ema import exits\n"
+        "def work():\n"
+        "    file = open(sys.argv[1], 'w')\n"
+        "    file.write(str(file.fileno())); file.flush()\n"
+        "    exits.put('told'); sys.stderr.write('said'); sys.stderr.flush()\n"
+        "    return 0\n"
+        "sys.exit(exits.status_of(work, print))\n"
+    )
+    number = {"stdout": 1, "stderr": 2}[closed]
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {number}>&-', "sh", sys.executable, "-c", script, str(tmp_path / "x")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0
+    assert (done.stdout, done.stderr) == (("", "said") if closed == "stdout" else ("told", ""))
+    assert int((tmp_path / "x").read_text()) > 2

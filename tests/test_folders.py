@@ -70,3 +70,8 @@ def test_closed_and_unrelated_are_said_of_the_newest_run(tmp_path):
     other.look()
     assert (newest.is_closed, newest.unrelated_runs()) == (False, [old])
     assert (other.is_closed, other.unrelated_runs()) == (True, [new])
+
+
+def test_steps_to_leave_out_that_are_not_there_are_known(tmp_path):
+    write_run(tmp_path, LAYOUT, [100, 200, 300])
+    assert opened(tmp_path, exclude=[200, 7, 5]).unknown_exclusions() == [5, 7]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -38,3 +40,24 @@ def test_every_number_has_its_place_in_every_key(contents, step):
 def test_wide_numbers_come_first_and_further_keys_last(contents):
     assert [entry.key for entry in contents.entries] == ["t3", "t7", "t0", "t2", "t4", "t6", "u4", "v4", "t1", "t5"]
     assert [entry.begin for entry in contents.entries[1:]] == [entry.end for entry in contents.entries[:-1]]
+
+
+def test_header_names_every_tensor_and_is_aligned(contents):
+    metadata = {"a": "é", "format": "pt"}
+    header = contents.header(metadata)
+    assert len(header) % 64 == 0
+    assert int.from_bytes(header[:8], "little") == len(header) - 8
+    found = json.loads(header[8:])
+    assert found.pop("__metadata__") == metadata
+    assert list(found) == [entry.key for entry in contents.entries]
+    assert found["u4"] == found["t4"] | {"data_offsets": found["u4"]["data_offsets"]}
+    assert contents.data_bytes == max(each["data_offsets"][1] for each in found.values())
+
+
+def test_other_tensors_are_not_taken_for_these(contents):
+    header = json.loads(contents.header({})[8:])
+    assert contents.are_named_by(header)
+    assert not contents.are_named_by({**header, "more": header["t0"]})
+    assert not contents.are_named_by({name: each for name, each in header.items() if name != "t0"})
+    for changed in ({"dtype": "F16"}, {"shape": [7, 1]}, {"data_offsets": [0, 28]}):
+        assert not contents.are_named_by({**header, "t0": {**header["t0"], **changed}})

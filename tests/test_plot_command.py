@@ -73,6 +73,8 @@ def test_what_the_snapshots_cannot_give_is_said(folder, tmp_path, capsys):
         ("sweep.jsonl", ["--sigma-rel", "0.1"], 2, "--sigma-rel is for snapshot folders"),
         ("sweep.jsonl", ["--step", "200"], 2, "--step is for snapshot folders"),
         ("sweep.jsonl", ["--run", "mine"], 2, "--run is for snapshot folders"),
+        ("sweep.jsonl", ["--exclude", "20"], 2, "--exclude is for snapshot folders"),
+        ("sweep.jsonl", ["--tolerance", "0.001"], 2, "--tolerance is for snapshot folders"),
         ("nothing", [], 3, "no such folder or file"),
         ("nothing", ["--sigma-rel", "0.1"], 3, "no such folder or file"),
     ],

@@ -4,6 +4,7 @@ import json
 import math
 import threading
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,15 @@ import safetensors.torch
 import torch
 
 from nitrous_ema.errors import SnapshotDamaged
+from nitrous_ema.existing import expected_outputs
 from nitrous_ema.outputs import write_outputs
+from nitrous_ema.snapshots.format import _decode_layout
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis import sources, streaming
 from nitrous_ema.synthesis.arrays import synthesize_plan
 from nitrous_ema.synthesis.plan import plan_from_store
 from nitrous_ema.synthesis.products import _library
-from nitrous_ema.synthesis.streaming import TILE_ELEMENTS, engine_sizes, stream
+from nitrous_ema.synthesis.streaming import GROUP_OUTPUTS, TILE_ELEMENTS, engine_sizes, passes, stream
 from tests.snapshot_folders import layout_of, record, run_id, snapshot_file, write_run
 
 LENGTHS = (0.05, 0.07, 0.12)
@@ -99,6 +102,34 @@ def test_no_bit_depends_on_threads_memory_or_open_files(tmp_path, monkeypatch, a
             assert np.array_equal(np.stack(found.flats).view(np.int64), np.stack(expected).view(np.int64))
     assert len({threads for threads, _ in sizes}) == 3
     assert len({block for _, block in sizes}) >= 3
+
+
+def least_bytes(plan, accumulate="float64"):
+    """What the refusal of a budget says is needed."""
+    with pytest.raises(ValueError, match="at least") as refused:
+        engine_sizes(plan, 1, accumulate=accumulate)
+    return int(str(refused.value).split("at least ")[1].split()[0])
+
+
+@pytest.mark.parametrize("accumulate", ["float64", "float32"])
+def test_no_bit_depends_on_how_many_outputs_are_made_at_once(tmp_path, accumulate):
+    write_run(tmp_path, layout_of([record("weight", (TILE_ELEMENTS + 7,))]), range(10, 450, 10))  # 88 columns
+    plan = plan_from_store(tmp_path, sigma_rels=np.linspace(0.05, 0.2, 2 * GROUP_OUTPUTS + 5), tolerance=0)
+    together = synthesize_plan(plan, dtype=np.float64, accumulate=accumulate).flats
+    for at_once, sizes in ((32, [32, 32, 5]), (64, [64, 5])):
+        found = passes(plan, least_bytes(plan.only(range(at_once)), accumulate), accumulate=accumulate)
+        assert [len(each) for each in found] == sizes
+        apart = [synthesize_plan(plan.only(each), dtype=np.float64, accumulate=accumulate).flats for each in found]
+        assert np.array_equal(np.concatenate(apart).view(np.int64), np.stack(together).view(np.int64))
+
+
+def test_passes_keep_few_files_open_and_are_all_within_the_budget(tmp_path):
+    write_run(tmp_path, layout_of([record("weight", (50,))]), range(10, 110, 10))
+    plan = plan_from_store(tmp_path, sigma_rels=np.linspace(0.05, 0.2, 300), tolerance=0)
+    assert [len(each) for each in passes(plan, 1 << 30)] == [128, 128, 44]
+    for memory_bytes in (64 * MIB, 100 * MIB):
+        for outputs in passes(plan, memory_bytes):
+            assert engine_sizes(plan.only(outputs), memory_bytes).memory_bytes <= memory_bytes
 
 
 def test_part_of_the_elements_has_the_bits_of_the_whole(tmp_path):
@@ -256,13 +287,36 @@ def test_memory_stays_within_the_budget(tmp_path, accumulate, lengths):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize(("letters", "profiles"), [(12, 1), (12, 4), (70, 2)])
+def test_what_is_known_of_many_tensors_is_counted(tmp_path, letters, profiles):
+    """From the first look at the folder on."""
+    records = [record(f"{place:0{letters}}", (3,)) for place in range(2000)]
+    write_run(tmp_path, layout_of(records, sigma_rels=(0.05, 0.1, 0.15, 0.2)[:profiles]), range(100, 600, 100))
+    paths = [tmp_path / f"{length}.safetensors" for length in LENGTHS]
+    _decode_layout.cache_clear()
+    tracemalloc.start()
+    try:
+        plan = plan_from_store(tmp_path, sigma_rels=LENGTHS, tolerance=0)
+        expected_outputs(plan, paths)
+        listed = tracemalloc.get_traced_memory()[1]
+        write_outputs(plan, paths, threads=1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    few = replace(plan, target=replace(plan.target, records=plan.target.records[:1]))
+    names = least_bytes(plan) - least_bytes(few)
+    assert names / 2 < listed < names
+    assert peak < engine_sizes(plan, 1 << 30, threads=1).memory_bytes
+
+
 def test_a_budget_that_is_too_small_is_told_with_what_is_needed(tmp_path):
     plan = plan_of(tmp_path)
     with pytest.raises(
-        ValueError, match=r"1000 bytes are too few for 3 outputs of 20 columns; at least (\d+) bytes"
-    ) as e:
+        ValueError,
+        match=r"1000 bytes are too few for 3 outputs of 20 columns at once and the names of 1 tensor; at least",
+    ):
         stream(plan, lambda *_: None, memory_bytes=1000)
-    needed = int(str(e.value).split("at least ")[1].split()[0])
+    needed = least_bytes(plan)
     sizes = engine_sizes(plan, needed)
     assert (sizes.threads, sizes.block_elements, sizes.memory_bytes) == (1, TILE_ELEMENTS, needed)
     with pytest.raises(ValueError, match="too few"):

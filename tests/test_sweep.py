@@ -13,12 +13,20 @@ import safetensors.torch
 import torch
 
 from nitrous_ema import PostHocEMA, SnapshotStore, load_average, sweep
-from nitrous_ema.errors import EvaluationError, ResultsError, SnapshotDamaged, SnapshotMismatch, SnapshotNotFound
+from nitrous_ema.errors import (
+    EvaluationError,
+    NitrousError,
+    ResultsError,
+    SnapshotDamaged,
+    SnapshotMismatch,
+    SnapshotNotFound,
+)
 from nitrous_ema.loading import read_average
 from nitrous_ema.outputs import write_outputs
+from nitrous_ema.search.results import read_table
 from nitrous_ema.snapshots.legacy import LegacyFolder
 from nitrous_ema.synthesis import plan_from_store
-from tests.snapshot_folders import damage, snapshot_file
+from tests.snapshot_folders import damage, layout_of, record, snapshot_file, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (0.05, 0.07, 0.1, 0.14, 0.2)
@@ -261,7 +269,7 @@ def test_what_is_no_number_is_refused_by_the_name_of_its_type(folder, tmp_path, 
 
 @pytest.mark.parametrize(
     "other",
-    [{"metric": "fid"}, {"tolerance": 0.0}, {"exclude": [200]}, {"steps": [380]}],
+    [{"metric": "fid"}, {"tolerance": 0.0}, {"exclude": [200]}, {"steps": [380]}, {"dtype": "bf16"}],
     ids=lambda each: next(iter(each)),
 )
 def test_results_of_another_recipe_are_told_apart(folder, tmp_path, other):
@@ -329,6 +337,50 @@ def test_averages_stay_also_of_lengths_that_were_evaluated_before(folder, tmp_pa
     assert [evaluate(read_average(row.path)) for row in first.rows] == [row.value for row in first.rows]
 
 
+@pytest.mark.parametrize("other", [{"tolerance": 0.0}, {"dtype": "bf16"}, {"exclude": [200]}])
+def test_averages_of_another_sweep_are_not_replaced(folder, tmp_path, other):
+    table = swept(folder, tmp_path, averages=tmp_path / "kept")
+    content = [row.path.read_bytes() for row in table.rows]
+    with pytest.raises(ValueError, match=r"no average of this sweep: .* Name another folder"):
+        swept(folder, tmp_path, averages=tmp_path / "kept", **other)
+    assert [row.path.read_bytes() for row in table.rows] == content
+    swept(folder, tmp_path, averages=tmp_path / "others", **other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "float64"])
+def test_averages_have_the_type_asked_for(folder, tmp_path, dtype):
+    seen = []
+
+    def evaluate(state):
+        seen.append((str(state["0.weight"].dtype), state["1.num_batches_tracked"].dtype))
+        return 0.0
+
+    table = swept(folder, tmp_path, evaluate, dtype=dtype, sigma_rels=[0.1])
+    name = str(dtype).removeprefix("torch.")
+    assert seen == [(f"torch.{name}", torch.int64)]
+    assert [row.dtype for row in table.rows] == [{"bfloat16": "BF16", "float64": "F64"}[name]]
+
+
+def test_types_that_averages_cannot_have_are_swept_in_another(tmp_path):
+    write_run(tmp_path / "snapshots", layout_of([record("w", (30,), "F8_E4M3")]), range(10, 210, 10))
+    seen = []
+    with pytest.raises(NitrousError, match="F8_E4M3"):
+        swept(tmp_path / "snapshots", tmp_path, seen.append)
+    swept(tmp_path / "snapshots", tmp_path, lambda state: seen.append(state["w"].dtype) or 0.0, dtype="bf16")
+    assert seen == [torch.bfloat16] * len(LENGTHS)
+
+
+def test_a_finished_sweep_that_is_told_the_other_direction_says_so_in_its_file(folder, tmp_path):
+    evaluate = lambda state: float(state["0.weight"].mean())  # noqa: E731
+    first = swept(folder, tmp_path, evaluate)
+    assert read_table(tmp_path / "r.jsonl").best == first.best
+    for _ in range(2):
+        second = swept(folder, tmp_path, Distance(breaks_at=0), maximize=True)
+        assert second.best.sigma_rel != first.best.sigma_rel
+        assert read_table(tmp_path / "r.jsonl").best == second.best
+        assert len((tmp_path / "r.jsonl").read_text().splitlines()) == len(LENGTHS) + 1
+
+
 def test_each_new_result_is_told_at_once(folder, tmp_path):
     told = []
     swept(folder, tmp_path, sigma_rels=LENGTHS[:2])
@@ -372,6 +424,7 @@ def test_old_folders_are_swept_too(tmp_path):
         ({"refine": 1.5}, ValueError, "refine is 1.5; expected a whole number"),
         ({"refine": -1}, ValueError, "refine is -1"),
         ({"at_once": 0}, ValueError, "at_once is 0"),
+        ({"dtype": "int8"}, ValueError, "dtype is 'int8'; expected one of float64"),
         ({"tolerance": -1.0}, ValueError, "tolerance"),
         ({"run": "nobody"}, SnapshotNotFound, "nobody"),
         ({"memory_bytes": 1000}, ValueError, "memory"),

@@ -23,7 +23,7 @@ from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis import numbers, streaming
 from nitrous_ema.synthesis.arrays import synthesize
 from nitrous_ema.synthesis.plan import plan_from_store
-from nitrous_ema.synthesis.streaming import TILE_ELEMENTS, stream
+from nitrous_ema.synthesis.streaming import TILE_ELEMENTS, engine_sizes, stream
 from nitrous_ema.tracked import track
 from tests.snapshot_folders import TORCH_TYPES, layout_of, record, run_id, snapshot_file, write_run, write_snapshot
 
@@ -502,13 +502,37 @@ def test_output_is_durable_before_it_has_its_name(tmp_path, suffix):
     assert [each.name for each in (tmp_path / "out").iterdir()] == [f"0.08{suffix}"]
 
 
-def test_many_outputs_take_several_passes(tmp_path, monkeypatch):
-    monkeypatch.setattr("nitrous_ema.outputs.OUTPUTS_PER_PASS", 2)
+class Opened(FileSystem):
+    """Notes how many files are open at once."""
+
+    def __init__(self, noted: list[int]) -> None:
+        self.noted = noted
+        self.now = 0
+
+    def open_exclusive(self, path):
+        self.now += 1
+        self.noted.append(self.now)
+        return super().open_exclusive(path)
+
+    def close(self, descriptor):
+        self.now -= 1
+        super().close(descriptor)
+
+
+def test_many_outputs_take_the_passes_that_the_memory_demands_and_have_the_same_bits(tmp_path):
     write_run(tmp_path, plain_layout(50), STEPS)
-    paths = written(tmp_path, tmp_path / "out", (0.06, 0.07, 0.08, 0.09, 0.11))
-    expected = synthesize(tmp_path, sigma_rels=(0.06, 0.07, 0.08, 0.09, 0.11), tolerance=0).flats
-    for path, flat in zip(paths, expected, strict=True):
-        np.testing.assert_allclose(safetensors.numpy.load_file(path)["weight"], flat, rtol=1e-6, atol=1e-7)
+    lengths = [float(each) for each in np.linspace(0.05, 0.2, 70)]
+    one, several = (tmp_path / each for each in ("one", "several"))
+    plan = plan_from_store(tmp_path, sigma_rels=lengths, tolerance=0)
+    little = engine_sizes(plan.only(range(32)), 1 << 30, threads=1).memory_bytes
+    opened = []
+    written(tmp_path, one, lengths, files=Opened(opened), memory_bytes=1 << 30)
+    assert max(opened) == 70
+    opened.clear()
+    written(tmp_path, several, lengths, files=Opened(opened), memory_bytes=little)
+    assert max(opened) == 32
+    for path in one.iterdir():
+        assert path.read_bytes() == (several / path.name).read_bytes()
 
 
 # Loading

@@ -243,7 +243,15 @@ def test_damaged_snapshot_ends_with_4_and_can_be_left_out(tmp_path, capsys):
     assert main(capsys, *options, "--exclude", "200")[0] == 0
 
 
-def test_interrupts_right_after_the_first_do_not_disturb_the_cleaning_up():
+@pytest.fixture
+def listens_to_ctrl_c():
+    """As in a process that a shell started in the foreground, whoever started this one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupts_right_after_the_first_do_not_disturb_the_cleaning_up(listens_to_ctrl_c):
     now, before = [0.0], [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with worker._interruptible(clock=lambda: now[0]):
         with pytest.raises(KeyboardInterrupt):

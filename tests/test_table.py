@@ -19,6 +19,7 @@ def row(sigma_rel: float, value: float, step: int = 100, **more) -> Row:
         "rounding": 1e-8,
         "tolerance": 1e-3,
         "excluded": (),
+        "dtype": "model",
         "snapshots_read": 5,
         "bytes_read": 1000,
         "seconds": 0.5,

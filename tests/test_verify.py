@@ -48,9 +48,9 @@ def test_folder_that_is_not_there_exits_with_3(command, tmp_path, capsys):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["verify", "inspect"])
-def test_folder_without_snapshots_is_no_error(command, tmp_path, capsys):
-    assert cli.main([command, str(tmp_path)]) == 0
+@pytest.mark.parametrize(("command", "status"), [("verify", 3), ("inspect", 0)])
+def test_folder_without_snapshots_is_told_and_was_not_verified(command, status, tmp_path, capsys):
+    assert cli.main([command, str(tmp_path)]) == status
     assert "holds no snapshot" in capsys.readouterr().out
 
 
@@ -84,7 +84,7 @@ def test_snapshot_with_another_history_than_its_run_is_told(folder, capsys):
 
 def test_folder_of_another_library_is_named(tmp_path, capsys):
     (tmp_path / "0.100.pt").write_bytes(b"x")
-    assert cli.main(["verify", str(tmp_path)]) == 0
+    assert cli.main(["verify", str(tmp_path)]) == 3
     out = capsys.readouterr().out
     assert "ema-pytorch" in out
     assert "nitrous-ema synthesize" in out

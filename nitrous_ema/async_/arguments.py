@@ -11,10 +11,9 @@ from typing import Literal
 
 from nitrous_ema import exits
 from nitrous_ema.async_.parts import parse_part
+from nitrous_ema.dtypes import DTYPES, parse_dtype
 from nitrous_ema.sizes import parse_bytes
 
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 _MAX_NUMBERS = 10_000  # of one list: a typing mistake in an ellipsis should not fill the disk
 
 Steps = list[int] | Literal["all"]
@@ -29,6 +28,15 @@ def parse_lengths(text: str) -> list[float]:
         ValueError: Not such a list; also where the steps miss c.
     """
     return list(dict.fromkeys(float(each) for each in _numbers(text, "0.05,0.06,...,0.15")))
+
+
+def parse_profiles(text: str) -> list[float]:
+    """Read a list of numbers in the same way, each as often as it is named: the trainer was told so.
+
+    Raises:
+        ValueError: As parse_lengths().
+    """
+    return [float(each) for each in _numbers(text, "0.05,0.10")]
 
 
 def parse_steps(text: str) -> Steps:
@@ -56,12 +64,6 @@ def parse_step_list(text: str) -> list[int]:
     if not all(re.fullmatch("[0-9]{1,18}", step) for step in steps):
         raise ValueError(f"{text!r} is no list of steps; expected one such as 5000 or 5000,10000")
     return [int(step) for step in steps]
-
-
-def parse_dtype(text: str) -> str:
-    """The name that ``DTYPES`` has for a type: ``bf16`` and ``torch.bfloat16`` are ``bfloat16``."""
-    name = text.strip().removeprefix("torch.")
-    return _SHORT_DTYPES.get(name, name)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -140,7 +142,7 @@ def add_exclude(parser: argparse.ArgumentParser, help: str = "steps to leave out
 
 def add_old_profiles(parser: argparse.ArgumentParser) -> None:
     """``--sigma-rels`` or ``--gammas``, which name the profiles of an old folder."""
-    listed, profiles = exits.argument(parse_lengths), parser.add_mutually_exclusive_group()
+    listed, profiles = exits.argument(parse_profiles), parser.add_mutually_exclusive_group()
     profiles.add_argument("--sigma-rels", type=listed, help="the tracked profiles of a folder of {i}.{step}.pt files")
     profiles.add_argument("--gammas", type=listed, help="the same, as exponents")
 

@@ -89,6 +89,11 @@ class StoredSnapshots:
             tolerance=wanted.tolerance,
         )
 
+    def unknown_exclusions(self) -> list[int]:
+        """Steps to leave out of which there is nothing in the folder."""
+        names = map(parse_folder_name, self.store.files.list(self.store.root))
+        return sorted({*self.wanted.exclude} - {known[0] for known in names if known})
+
     def unrelated_runs(self) -> list[str]:
         """Runs that have no part in this history."""
         runs = {known[1] for name in self.store.files.list(self.store.root) if (known := parse_folder_name(name))}
@@ -136,6 +141,10 @@ class OldSnapshots:
             excluded=wanted.exclude,
             tolerance=wanted.tolerance,
         )
+
+    def unknown_exclusions(self) -> list[int]:
+        """As StoredSnapshots.unknown_exclusions()."""
+        return sorted({*self.wanted.exclude} - {each.step for each in self._folder.snapshots()})
 
     def unrelated_runs(self) -> list[str]:
         """None."""

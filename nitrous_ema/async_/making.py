@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from nitrous_ema import exits
-from nitrous_ema.async_.arguments import DTYPES
 from nitrous_ema.async_.parts import Part
 from nitrous_ema.async_.telling import progress_of, say, tell_plan
+from nitrous_ema.dtypes import dtype_code
 from nitrous_ema.errors import NitrousError
 from nitrous_ema.existing import Expected, expected_outputs
 from nitrous_ema.outputs import check_outputs, write_outputs, write_shard
@@ -45,7 +44,7 @@ class Maker:
         self._options = options
         self._part = part
         self._began = time.monotonic()
-        self._dtype = DTYPES[options.dtype] if options.dtype else None
+        self._dtype = dtype_code(options.dtype)
         self._threads: int | None = options.threads
         if self._threads is None and part.on_this_machine > 1:
             self._threads = max(1, available_cores() // part.on_this_machine)
@@ -149,8 +148,7 @@ class _Lines:
             self._tell(self._next, "kept")
 
     def _tell(self, index: int, state: State) -> None:
-        sys.stdout.write(json.dumps(self._result(index, state)) + "\n")
-        sys.stdout.flush()
+        exits.put(json.dumps(self._result(index, state)) + "\n")
         self._next = index + 1
 
     def _result(self, index: int, state: State) -> dict[str, object]:

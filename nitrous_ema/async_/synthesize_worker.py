@@ -24,6 +24,9 @@ from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback, nothing to clean up
+
 from nitrous_ema import exits
 from nitrous_ema.async_.arguments import parse_arguments, parse_lengths
 from nitrous_ema.async_.output_names import OutputNames
@@ -48,6 +51,7 @@ else:
 __all__ = ["Job", "Output", "launch", "main", "parse_lengths"]
 
 _UNDISTURBED_SECONDS = 5.0
+_UNCLAIMED = (signal.default_int_handler, signal.SIG_DFL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,6 +114,8 @@ def _make_all(
         paths = names.of_all(targets, lengths)
     if unrelated := folder.unrelated_runs():
         say(f"left out unrelated runs (--run takes one of them): {', '.join(unrelated)}")
+    if unknown := folder.unknown_exclusions():
+        say(f"--exclude: there is no snapshot of step {', '.join(map(str, unknown))} to leave out")
     for target, paths_there in zip(targets, paths, strict=True):
         with exits.usage_errors():
             plan = folder.plan(target)
@@ -183,7 +189,7 @@ def _interruptible(clock: Callable[[], float] = time.monotonic) -> Iterator[None
             raise KeyboardInterrupt
 
     numbers = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, as of jobs in the background
+    if signal.getsignal(signal.SIGINT) in _UNCLAIMED:  # jobs in the background ignore it
         numbers.append(signal.SIGINT)
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:

@@ -277,7 +277,8 @@ def asked_lines(found: dict[str, Any]) -> list[str]:
     told = [f"averages that end at step {found['step']}, within {found['tolerance']:g} of what all snapshots give:"]
     told += paragraph(
         " ",
-        f"{together}{len(found['steps_read'])} of {counted(found['candidates'], 'snapshot')} are read "
+        f"{together}{len(found['steps_read'])} of {counted(found['candidates'], 'snapshot')} "
+        f"{'is' if len(found['steps_read']) == 1 else 'are'} read "
         f"(no fewer than {found['lower_bound']} would do), {counted(found['columns'], 'column')}, "
         f"{amount(found['bytes_to_read'])}; condition {_number(found['condition'])}",
     )

@@ -11,7 +11,7 @@ from nitrous_ema.commands.terminal import say
 from nitrous_ema.errors import SnapshotNotFound
 from nitrous_ema.plot import new_figure, plot_profiles, plot_sweep, plot_sweep_steps, plot_weights
 from nitrous_ema.search.results import read_table
-from nitrous_ema.synthesis import plan_from_store
+from nitrous_ema.synthesis import DEFAULT_TOLERANCE, plan_from_store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,8 +33,8 @@ def _results(options: argparse.Namespace) -> tuple[Figure, Sequence[str]]:
     """The values of a sweep."""
     if not options.source.exists():
         raise SnapshotNotFound(f"{options.source}: no such folder or file.", path=options.source, nearest=())
-    for name, given in (("sigma-rel", options.sigma_rel), ("step", options.step), ("run", options.run)):
-        if given is not None:
+    for name in ("sigma-rel", "step", "run", "exclude", "tolerance"):
+        if getattr(options, name.replace("-", "_")) is not None:
             raise ValueError(f"--{name} is for snapshot folders, and {options.source} is none; leave it out.")
     table = read_table(options.source)
     pictures = [plot_sweep, plot_sweep_steps] if len(table.steps) > 1 else [plot_sweep]
@@ -53,8 +53,8 @@ def _profiles(options: argparse.Namespace) -> tuple[Figure, Sequence[str]]:
         sigma_rels=options.sigma_rel,
         step=options.step,
         run=options.run,
-        exclude=options.exclude,
-        tolerance=options.tolerance,
+        exclude=options.exclude or (),
+        tolerance=DEFAULT_TOLERANCE if options.tolerance is None else options.tolerance,
     )
     figure = new_figure((_WIDTH, 3 * _HEIGHT))
     above, middle, below = figure.subplots(3, 1)

@@ -8,13 +8,14 @@ import textwrap
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
+from nitrous_ema.exits import put
+
 _WIDTH = 120
 
 
 def show(text: str) -> None:
     """Write to stdout, now: whoever reads along sees it before the next long thing begins."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    put(text + "\n")
 
 
 def say(line: str) -> None:

@@ -32,9 +32,9 @@ def run(options: argparse.Namespace) -> int:
         return exits.DAMAGED
     if store.runs():
         show("every snapshot is whole")
-    else:
-        show(legacy_sentence(store.root, "verify") or f"{store.root} holds no snapshot")
-    return exits.DONE
+        return exits.DONE
+    show(legacy_sentence(store.root, "verify") or f"{store.root} holds no snapshot")
+    return exits.NOT_FOUND
 
 
 def _misplaced(store: SnapshotStore, told: set[Path]) -> list[str]:

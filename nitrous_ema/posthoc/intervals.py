@@ -22,8 +22,7 @@ from nitrous_ema.profile import FloatArray
 _NODES = 24
 # Largest exponent * log-width of the piece next to v = 1: 24 Gauss nodes integrate its exponentials to rounding.
 _FIRST_PIECE_REACH = 8.0
-# Numbers in one temporary array of the interval fits (32 MiB): 2000 steps and some 80 lengths in one go.
-_BATCH_NUMBERS = 1 << 22
+_BATCH_NUMBERS = 1 << 18  # in one temporary array of the interval fits (2 MiB), of which there are some six
 
 PROFILES_LIMIT = 12
 """Largest number of tracked profiles: the nodes integrate products of two divided differences of this order."""

@@ -21,9 +21,9 @@ from nitrous_ema.profile import FloatArray
 
 Places = NDArray[np.intp]
 
-# Beyond this many edges (about 150 MB in all) every second time is left out until they fit. So many are only left at
-# limits so wide that a handful of times meets them.
-EDGES_LIMIT = 1 << 22
+# Beyond this many edges (about 80 MB in all, every pair of 2048 times) every second time is left out until they fit. So
+# many are only left at limits so wide that a handful of times meets them.
+EDGES_LIMIT = 1 << 21
 # Multiplications in one matrix product. BLAS does larger ones on several threads, which wait for each other: on a busy
 # machine that took a hundred times longer than the product.
 _PRODUCT_SIZE = 200_000

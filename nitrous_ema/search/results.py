@@ -116,7 +116,7 @@ class ResultsFile:
 
 
 def read_table(path: str | os.PathLike[str]) -> SweepTable:
-    """All results in a file, of the recipe (metric, run, tolerance, steps left out) of its last line.
+    """All results in a file, of the recipe (metric, run, tolerance, steps left out, type) of its last line.
 
     That line also says whether higher is better: results of a sweep that was told otherwise count in the same way.
 
@@ -131,7 +131,9 @@ def read_table(path: str | os.PathLike[str]) -> SweepTable:
     alike = [replace(row, maximize=last.maximize) for row in found if row.recipe == last.recipe]
     chosen = {(row.step, row.sigma_rel): row for row in alike}
     others = len(found) - len(alike)
-    notes = (f"{others} results in {path} are of another metric, run, tolerance or exclusion.",) if others else ()
+    notes = (
+        (f"{others} results in {path} are of another metric, run, tolerance, exclusion or dtype.",) if others else ()
+    )
     return SweepTable(tuple(chosen[key] for key in sorted(chosen)), notes)
 
 

@@ -21,8 +21,9 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nitrous_ema.dtypes import dtype_code
 from nitrous_ema.errors import EvaluationError
-from nitrous_ema.existing import expected_outputs
+from nitrous_ema.existing import expected_outputs, is_another
 from nitrous_ema.given import check_sequence
 from nitrous_ema.loading import load_average, read_average
 from nitrous_ema.outputs import output_name, write_outputs
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["sweep"]
 
+_OF_THE_MODEL = "model"  # as Row.dtype says
+
 
 def sweep(
     snapshots: SnapshotStore | LegacyFolder | str | os.PathLike[str],
@@ -57,6 +60,7 @@ def sweep(
     run: str | None = None,
     exclude: Collection[int] = (),
     tolerance: float = DEFAULT_TOLERANCE,
+    dtype: str | torch.dtype | None = None,
     at_once: int = 16,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     told: Callable[[Row], object] | None = None,
@@ -64,8 +68,8 @@ def sweep(
     """Evaluate averages of many lengths, look closer around the best, and tell which one it is.
 
     Every result goes to ``results``, durably, before the next evaluation. The same call goes on from there after an
-    interruption, and evaluates nothing twice. Results are told apart by metric, run, step, length, tolerance and
-    exclusion, not by what ``evaluate`` does: where that changes, give ``metric`` another name.
+    interruption, and evaluates nothing twice. Results are told apart by metric, run, step, length, tolerance, exclusion
+    and dtype, not by what ``evaluate`` does: where that changes, give ``metric`` another name.
 
     Args:
         snapshots: The snapshot folder, or a store opened on it, or a ``LegacyFolder``. Training may go on in it.
@@ -78,11 +82,13 @@ def sweep(
         refine: Evaluations at most, per step, of lengths between the best one and its neighbours; 0 for none.
         metric: Name of the value, in the results and in pictures.
         results: The file of results, one JSON object a line; made if it is not there. Sweeps may share one.
-        averages: Folder in which the averages stay. By default they lie in a hidden folder beside ``results`` until
-            they were evaluated.
+        averages: Folder in which the averages stay; one for each recipe. By default they lie in a hidden folder beside
+            ``results`` until they were evaluated.
         run: Run whose snapshots are read, with its ancestors; the newest by default.
         exclude: Steps to leave out, damaged ones for example.
         tolerance: Relative profile error that may be added to read fewer snapshots; 0 reads all.
+        dtype: Type that floating numbers are rounded to, by name ("float32", "bf16") or as torch's; by default each
+            tensor has the model's own.
         at_once: Lengths per pass over the snapshots, each a file of the model's size on disk.
         memory_bytes: Memory to stay within while reading.
         told: Called with each new result.
@@ -91,7 +97,8 @@ def sweep(
         The results of these lengths and steps and of those that the refinement added.
 
     Raises:
-        ValueError: A length outside its domain, no length or step at all, or a number below its least.
+        ValueError: A length outside its domain, no length or step at all, a number below its least, an unknown type, or
+            ``averages`` has a file of another average under a name that is needed.
         TypeError: A single length, or text, where a sequence belongs.
         SnapshotError: No such snapshot, a damaged one, or one that does not fit the model.
         EvaluationError: ``evaluate`` raised or returned no number; names the length, the cause is chained.
@@ -103,6 +110,7 @@ def sweep(
     _check_counts(refine, at_once)
     store = SnapshotStore(snapshots) if isinstance(snapshots, (str, os.PathLike)) else snapshots
     folder = _Folder(store, run, tuple(sorted(left_out or ())), float(tolerance))
+    code = dtype_code(dtype)
     targets, file = folder.targets(wanted_steps), ResultsFile(results)
     known = {_identity(row): replace(row, maximize=maximize) for row in file.read()}
     before = set(known)
@@ -116,6 +124,7 @@ def sweep(
             maximize=maximize,
             metric=metric,
             file=file,
+            dtype=code,
             memory_bytes=memory_bytes,
             told=told,
             out=out,
@@ -125,6 +134,7 @@ def sweep(
         )
         found = [search(step=step, run=of_run).all(lengths, refine, at_once) for step, of_run in targets]
     rows = tuple(row for at_step in found for row in at_step)
+    _say_direction(file, rows[-1])
     return SweepTable(rows, (*_notes(rows), *dict.fromkeys(warnings), *_reused(rows, before, file.path)))
 
 
@@ -151,6 +161,13 @@ def _check_counts(refine: int, at_once: int) -> None:
     for name, number, least in (("refine", refine, 0), ("at_once", at_once, 1)):
         if not isinstance(number, int) or number < least:
             raise ValueError(f"{name} is {number!r}; expected a whole number, {least} or more.")
+
+
+def _say_direction(file: ResultsFile, row: Row) -> None:
+    """Let the file end with a line that says whether higher is better, where no evaluation has added one."""
+    last = [known for known in file.read() if known.recipe == row.recipe][-1]
+    if last.maximize != row.maximize:
+        file.add(row)
 
 
 def _identity(row: Row) -> tuple[object, ...]:
@@ -215,6 +232,7 @@ class _Search:
     maximize: bool
     metric: str
     file: ResultsFile
+    dtype: str | None
     memory_bytes: int
     told: Callable[[Row], object] | None
     step: int
@@ -244,10 +262,13 @@ class _Search:
         if missing or self.keeps:
             plan = self.folder.plan(self.step, self.run, lengths)
             paths = [self.out / output_name(self.step, length) for length in lengths]
-            if missing or not all(each.is_there for each in expected_outputs(plan, paths)):
+            expected = expected_outputs(plan, paths, dtype=self.dtype)
+            if self.keeps:
+                self._check_not_replaced(plan, paths)
+            if missing or not all(each.is_there for each in expected):
                 self.warnings.extend(plan.report.warnings)
                 self.out.mkdir(exist_ok=True)
-                write_outputs(plan, paths, memory_bytes=self.memory_bytes)
+                write_outputs(plan, paths, dtype=self.dtype, memory_bytes=self.memory_bytes)
             for index, (length, path) in enumerate(zip(lengths, paths, strict=True)):
                 if length in missing:
                     self._add(plan, index, path)
@@ -257,10 +278,19 @@ class _Search:
                     path.unlink()
         return {length: self.known[self._key(length)] for length in lengths}
 
+    def _check_not_replaced(self, plan: Plan, paths: Sequence[Path]) -> None:
+        """Refuse to write over what another sweep has kept."""
+        for index, path in enumerate(paths):
+            if is_another(plan, index, path, dtype=self.dtype):
+                raise ValueError(
+                    f"averages: {path} is no average of this sweep: its run, step, length, tolerance, exclusion or "
+                    "dtype differs. Name another folder, or move that file."
+                )
+
     def _key(self, length: float) -> tuple[object, ...]:
         folder = self.folder
         run = folder.name_of(self.run)
-        return (self.metric, run, folder.tolerance, folder.exclude, self.step, length)
+        return (self.metric, run, folder.tolerance, folder.exclude, self.dtype or _OF_THE_MODEL, self.step, length)
 
     def _add(self, plan: Plan, index: int, path: Path) -> None:
         """Evaluate one average, and note the result."""
@@ -280,6 +310,7 @@ class _Search:
             rounding=float(plan.report.rounding[index]),
             tolerance=self.folder.tolerance,
             excluded=self.folder.exclude,
+            dtype=self.dtype or _OF_THE_MODEL,
             snapshots_read=len(plan.steps),
             bytes_read=plan.bytes_to_read,
             seconds=round(time.monotonic() - began, 6),

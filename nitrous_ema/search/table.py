@@ -39,6 +39,8 @@ class Row:
     """Relative profile error that reading few snapshots was allowed to add."""
     excluded: tuple[int, ...]
     """Steps left out on request."""
+    dtype: str
+    """Type that the floating numbers of the average were rounded to; "model" if each tensor had the model's own."""
     snapshots_read: int
     """Snapshots that were read, for all lengths of the pass together."""
     bytes_read: int
@@ -51,7 +53,7 @@ class Row:
     @property
     def recipe(self) -> tuple[object, ...]:
         """What must agree for two results to be the same one, apart from step and length."""
-        return (self.metric, self.run, self.tolerance, self.excluded)
+        return (self.metric, self.run, self.tolerance, self.excluded, self.dtype)
 
     @property
     def loss(self) -> float:

@@ -277,13 +277,11 @@ class Layout:
     def header_json(self) -> bytes:
         """The part of a header that all snapshots with this layout share: from the comma before it to the end."""
         facts = _json({"layout_sha256": self.sha256, **self._facts})
-        entries = _json(
-            {
-                entry.name: {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (entry.begin, entry.end)}
-                for entry in self.entries
-            }
-        )
-        return b"," + facts[1:] + (b"," + entries[1:] if self.entries else b"}")
+        entries = (
+            b",%b:%b" % (_json(name), _json({"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}))
+            for name, dtype, shape, begin, end in self.entries
+        )  # one after the other: thousands of dicts are large
+        return b"".join((b",", facts[1:], *entries, b"}"))
 
     @functools.cached_property
     def num_values(self) -> int:
@@ -508,7 +506,8 @@ def _decode(blob: bytes, file_bytes: int) -> Header:
 # Snapshots of a run share these bytes: 2000 of them with 2000 tensors each list in seconds instead of a minute.
 @functools.lru_cache(maxsize=4)
 def _decode_layout(header_json: bytes) -> Layout:
-    header, facts = _parse_part(b'{"__metadata__":{' + header_json[1:])
+    text = b'{"__metadata__":{' + header_json[1:]
+    facts = _parse_part(text)[1]  # the entries of all tensors go at once: they are large
     layout = Layout(
         records=tuple(_record(*described) for described in _parse(facts["tensors"])),
         gammas=tuple(_parse(facts["gammas"])),
@@ -517,6 +516,7 @@ def _decode_layout(header_json: bytes) -> Layout:
         chunk_bytes=int(facts["chunk_bytes"]),
     )
     if layout.header_json != header_json:
+        header = _parse_part(text)[0]
         for name, dtype, shape, begin, end in layout.entries:
             expected = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
             if header.get(name) != expected:

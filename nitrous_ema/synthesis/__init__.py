@@ -21,6 +21,7 @@ from nitrous_ema.synthesis.streaming import (
     Progress,
     Sizes,
     engine_sizes,
+    passes,
     stream,
     stream_copied,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "StoredMoment",
     "Synthesized",
     "engine_sizes",
+    "passes",
     "plan_from_store",
     "plan_synthesis",
     "stored_moment",

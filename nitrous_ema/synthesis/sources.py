@@ -32,6 +32,7 @@ from nitrous_ema.snapshots.format import DTYPE_BYTES, Lineage, TensorRecord, dam
 
 _MAX_KEPT_OPEN = 128  # of the 1024 that a process usually may; with more files each read opens its own
 _PIECE_BYTES = 1 << 19  # checksummed while it is still in the core's cache
+_HELD_OF_CHUNK_BYTES = 64  # a number and its place in a tuple take 40
 _AHEAD_BYTES = 1 << 20  # of each file, that the system is asked to read before they are wanted
 
 
@@ -63,6 +64,10 @@ class Source(Protocol):
     @property
     def chunk_bytes(self) -> int:
         """What has to be read as a whole to be checked, a power of two; 1 where any part can be."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that is held of it while it is read, beside the bytes that are asked for; not less than that."""
 
     def reader(self, files: OpenFiles) -> Reader:
         """A reader at the first byte."""
@@ -210,6 +215,11 @@ class FileSource:
     """One checksum per chunk."""
     first_chunk: int
     """Index of the first chunk in the file, for messages."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Checksums."""
+        return _HELD_OF_CHUNK_BYTES * len(self.crc32)
 
     def reader(self, files: OpenFiles) -> Reader:
         """A reader at the first byte."""

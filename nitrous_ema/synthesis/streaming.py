@@ -2,9 +2,10 @@
 
 The flat element space is cut into tiles on one fixed grid, the tail of the last one filled with zeros. A tile is the
 work of one thread from the first byte to the last, and of one order of operations: the columns in groups of
-GROUP_COLUMNS, one product of matrices a group, their sums in float64 (or float32). So for the same columns, lengths and
-type of sums no bit depends on threads, memory budget, or on which part of the model is computed: results of BLAS depend
-on the shape of a product, and nothing else is left that could differ.
+GROUP_COLUMNS, the outputs in groups of GROUP_OUTPUTS, one product of matrices for each two groups, their sums in
+float64 (or float32). So for the same columns, lengths and type of sums no bit depends on threads, memory budget, or on
+which part of the model is computed: results of BLAS depend on the shape of a product, and nothing else is left that
+could differ. Outputs that the budget does not allow at once take another pass over the snapshots, in whole groups.
 
 Threads get blocks of neighbouring tiles, so that each read is long enough. The system is asked to read ahead of them
 (``sources``); the first block of a new part of a file may wait for the disk, the others find it in memory.
@@ -45,8 +46,13 @@ TILE_ELEMENTS = (
     1 << 14
 )  # with 32 columns the float64 tile is 4 MiB; 8 Ki to 32 Ki were equally fast, 2 Ki up to 25 % slower
 GROUP_COLUMNS = 32
+GROUP_OUTPUTS = 32
+_OUTPUTS_PER_PASS = 4 * GROUP_OUTPUTS  # at most: each has an open file
 _MAX_BLOCK_ELEMENTS = 1 << 16  # measured with 32 columns: 256 Ki was 1.3 times slower, 1 Mi up to twice
-_FIXED_BYTES = 4 << 20  # copied tensors, headers, running checksums
+_FIXED_BYTES = 4 << 20  # copied tensors, running checksums
+# For each name of a tensor: its places in files, as text and as objects. Measured were 1.9 kB, 0.7 kB for each profile
+# and 8 (1 + profiles) copies of the name, the most of it while the headers are read.
+_TENSOR_BYTES, _PROFILE_BYTES, _NAME_COPIES = 2048, 768, 9
 _CONSUMER_BYTES = 3 << 20  # per thread: what outputs.py rounds and writes at a time, packed matrices of BLAS
 _COPY_BYTES = 1 << 20
 
@@ -177,17 +183,32 @@ def engine_sizes(
     most_tiles = max(1, min(-(-plan.elements // TILE_ELEMENTS), _MAX_BLOCK_ELEMENTS // TILE_ELEMENTS))
     wanted = threads or available_cores()
     wanted = max(1, min(wanted, -(-plan.elements // (most_tiles * TILE_ELEMENTS))))
-    smallest, per_tile = _workspace_bytes(plan, accumulate)
-    needed = _FIXED_BYTES + smallest + per_tile
+    fixed = _fixed_bytes(plan)
+    smallest, per_tile = _workspace_bytes(plan, len(plan.gammas), accumulate)
+    needed = fixed + smallest + per_tile
     if memory_bytes < needed:
         raise ValueError(
             f"memory: {memory_bytes} bytes are too few for {counted(len(plan.gammas), 'output')} of "
-            f"{counted(len(plan.columns), 'column')}; at least {needed} bytes ({-(-needed >> 20)} MiB) are needed. "
-            "Allow more memory, or ask for fewer at once."
+            f"{counted(len(plan.columns), 'column')} at once and the names of "
+            f"{counted(len(plan.target.records), 'tensor')}; at least {needed} bytes ({-(-needed >> 20)} MiB) are "
+            "needed. Allow more memory, or ask for fewer averages at once."
         )
-    used = min(wanted, (memory_bytes - _FIXED_BYTES) // (smallest + per_tile))
-    tiles = min(most_tiles, ((memory_bytes - _FIXED_BYTES) // used - smallest) // per_tile)
-    return Sizes(used, tiles * TILE_ELEMENTS, _FIXED_BYTES + used * (smallest + tiles * per_tile))
+    used = min(wanted, (memory_bytes - fixed) // (smallest + per_tile))
+    tiles = min(most_tiles, ((memory_bytes - fixed) // used - smallest) // per_tile)
+    return Sizes(used, tiles * TILE_ELEMENTS, fixed + used * (smallest + tiles * per_tile))
+
+
+def passes(plan: Plan, memory_bytes: int, *, accumulate: Accumulate = "float64") -> list[range]:
+    """The outputs that are made while the snapshots are read once, for as few readings as a memory budget allows.
+
+    No bit depends on it: all but the last consist of whole groups of GROUP_OUTPUTS.
+    """
+    total, fixed = len(plan.gammas), _fixed_bytes(plan)
+    at_once = GROUP_OUTPUTS
+    for more in range(2 * GROUP_OUTPUTS, _OUTPUTS_PER_PASS + 1, GROUP_OUTPUTS):
+        if fixed + sum(_workspace_bytes(plan, min(more, total), accumulate)) <= memory_bytes:
+            at_once = more
+    return [range(first, min(first + at_once, total)) for first in range(0, total, at_once)]
 
 
 def available_cores() -> int:
@@ -195,10 +216,19 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _workspace_bytes(plan: Plan, accumulate: Accumulate) -> tuple[int, int]:
+def _fixed_bytes(plan: Plan) -> int:
+    """Memory whatever is computed at a time: what there is once, and what is known of each tensor and column."""
+    profiles, sources = len(plan.target.gammas), [column.source for column in plan.columns]
+    keys = [key for record in plan.target.records for key in record.keys]
+    named = _TENSOR_BYTES + profiles * _PROFILE_BYTES
+    names = len(keys) * named + _NAME_COPIES * (1 + profiles) * sum(map(len, keys))
+    return _FIXED_BYTES + names + sum(source.held_bytes for source in sources)
+
+
+def _workspace_bytes(plan: Plan, outputs: int, accumulate: Accumulate) -> tuple[int, int]:
     """Memory of one thread: whatever the size of its blocks, and for each tile of them."""
-    group, outputs, item = min(GROUP_COLUMNS, len(plan.columns)), len(plan.gammas), np.dtype(accumulate).itemsize
-    fixed = group * TILE_ELEMENTS * (item + 4) + 2 * outputs * TILE_ELEMENTS * item + _CONSUMER_BYTES
+    group, item = min(GROUP_COLUMNS, len(plan.columns)), np.dtype(accumulate).itemsize
+    fixed = group * TILE_ELEMENTS * (item + 4) + min(outputs, GROUP_OUTPUTS) * TILE_ELEMENTS * item + _CONSUMER_BYTES
     # Sums of the block while its groups come; and finished ones, of which two per thread wait for the calling thread.
     return fixed, TILE_ELEMENTS * (group * _widest(plan.columns) + 3 * outputs * item)
 
@@ -237,7 +267,7 @@ class _Workspace:
         self.raw = np.empty((group, sizes.block_elements * _widest(plan.columns)), dtype=np.uint8)
         self.wide = np.empty((group, TILE_ELEMENTS), dtype=accumulate)
         self.scratch = np.empty((group, TILE_ELEMENTS), dtype=np.uint32)
-        self.product = np.empty((outputs, TILE_ELEMENTS), dtype=accumulate)
+        self.product = np.empty((min(outputs, GROUP_OUTPUTS), TILE_ELEMENTS), dtype=accumulate)
         self.sums = np.empty((tiles, outputs, TILE_ELEMENTS), dtype=accumulate)  # one will do where no group follows
 
 
@@ -297,9 +327,12 @@ def _widen_tile(runs: Sequence[tuple[str, int, int]], space: _Workspace, begin: 
 
 def _multiply(weights: NDArray[np.floating], space: _Workspace, sums: NDArray[np.floating], *, is_first: bool) -> None:
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):  # weights that diverged give what they give
-        np.matmul(weights, space.wide[: weights.shape[1]], out=sums if is_first else space.product)
-        if not is_first:
-            sums += space.product
+        for first in range(0, len(weights), GROUP_OUTPUTS):
+            some, summed = weights[first : first + GROUP_OUTPUTS], sums[first : first + GROUP_OUTPUTS]
+            product = summed if is_first else space.product[: len(some)]
+            np.matmul(some, space.wide[: some.shape[1]], out=product)
+            if not is_first:
+                summed += product
 
 
 def _runs(columns: Sequence[Column]) -> Iterator[tuple[str, int, int]]:
