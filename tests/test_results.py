@@ -5,6 +5,7 @@ import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,8 @@ def test_blocks_that_a_power_cut_left_empty_are_a_torn_line(path):
         (lambda line: line.replace('"step": 100', '"step": true'), "its 'step' is True"),
         (lambda line: line.replace('"excluded": []', '"excluded": ["a"]'), "its 'excluded' is"),
         (lambda line: line.replace('"path": null', '"path": 3'), "its 'path' is 3"),
+        (lambda line: line.replace('[["r", null]]', '[["r", "x"]]'), "its 'lineage' is"),
+        (lambda line: line.replace('[["r", null]]', '[["r"]]'), "its 'lineage' is"),
     ],
 )
 def test_a_line_that_is_no_result_is_named(path, change, found):
@@ -161,6 +164,28 @@ def test_table_of_a_file_has_the_recipe_of_its_last_line(tmp_path):
     assert [(each.step, each.sigma_rel) for each in table.rows] == [(50, 0.1), (100, 0.1), (100, 0.2)]
     assert table.best.value == 3.0
     assert "1 results" in table.notes[0]
+
+
+def test_table_of_a_file_has_the_results_of_one_history(tmp_path):
+    """Also those of an earlier run that another one continues, up to where it was left, whichever comes last."""
+    first, later = (("a", None),), (("a", 200), ("b", None))
+    of_history = [
+        row(0.1, 1.0, step=100, run="a", lineage=first),
+        row(0.1, 2.0, step=200, run="a", lineage=first),
+        row(0.1, 3.0, step=300, run="b", lineage=later),
+    ]
+    others = [
+        row(0.1, 4.0, step=300, run="a", lineage=first),  # an abandoned future
+        row(0.1, 5.0, step=300, run="c", lineage=(("a", 100), ("c", None))),
+    ]
+    file = ResultsFile(tmp_path / "results.jsonl")
+    for each in [*others, *of_history]:
+        file.add(each)
+    table = read_table(file.path)
+    assert [each.value for each in table.rows] == [1.0, 2.0, 3.0]
+    assert "2 results" in table.notes[0]
+    file.add(replace(of_history[0], sigma_rel=0.2))
+    assert {each.value for each in read_table(file.path).rows if each.step <= 200} == {1.0, 2.0}
 
 
 def test_direction_of_the_last_line_counts_for_all(tmp_path):

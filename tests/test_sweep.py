@@ -291,6 +291,22 @@ def test_results_of_another_run_are_told_apart(folder, tmp_path):
     assert len(evaluated) == len(LENGTHS)
 
 
+def test_steps_of_a_run_and_of_one_that_continues_it_are_one_table(tmp_path):
+    model, root = net(), tmp_path / "snapshots"
+    settings = {"checkpoint_every_num_steps": 10, "checkpoint_folder": root, "update_every": 1}
+    with PostHocEMA(model, **settings) as ema:
+        for _ in range(40):
+            ema.update()
+        state = ema.state_dict()
+    with PostHocEMA(model, **settings) as ema:
+        ema.load_state_dict(state)
+        for _ in range(40):
+            ema.update()
+    table = swept(root, tmp_path, lambda _: 1.0, steps=[30, 40, 60, 80], sigma_rels=[0.1])
+    assert len({row.run for row in table.rows}) == 2
+    assert read_table(tmp_path / "r.jsonl").rows == table.rows
+
+
 def test_newest_step_is_meant_anew_at_every_call(tmp_path):
     model, root = net(), tmp_path / "snapshots"
     with PostHocEMA(model, checkpoint_every_num_steps=10, checkpoint_folder=root, update_every=1) as ema:

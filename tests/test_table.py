@@ -13,6 +13,7 @@ def row(sigma_rel: float, value: float, step: int = 100, **more) -> Row:
     common = {
         "metric": "loss",
         "run": "r",
+        "lineage": ((more.get("run", "r"), None),),
         "t": float(step),
         "maximize": False,
         "profile_error": 1e-3,

@@ -25,7 +25,7 @@ from nitrous_ema.search.table import Row, SweepTable
 from nitrous_ema.snapshots.bounded_json import brief, parse_json
 from nitrous_ema.snapshots.files import FileSystem, sync_folder, write_fully
 
-_MAX_VALUES = 10_000  # in a line; steps left out are the only list
+_MAX_VALUES = 10_000  # in a line; steps left out and runs are the only lists
 _KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
 
 
@@ -116,9 +116,11 @@ class ResultsFile:
 
 
 def read_table(path: str | os.PathLike[str]) -> SweepTable:
-    """All results in a file, of the recipe (metric, run, tolerance, steps left out, type) of its last line.
+    """All results in a file that are alike that of its last line.
 
-    That line also says whether higher is better: results of a sweep that was told otherwise count in the same way.
+    They have its metric, tolerance, exclusions and type, and are of its run, of what that continues or of what
+    continues that. That line also says whether higher is better: results of a sweep that was told otherwise count in
+    the same way.
 
     Raises:
         ResultsError: A line is no result, or there is none.
@@ -128,7 +130,7 @@ def read_table(path: str | os.PathLike[str]) -> SweepTable:
     if not found:
         raise ResultsError(f"{path} has no results of a sweep.", path=Path(path), line=0)
     last = found[-1]
-    alike = [replace(row, maximize=last.maximize) for row in found if row.recipe == last.recipe]
+    alike = [replace(row, maximize=last.maximize) for row in found if row.is_alike(last)]
     chosen = {(row.step, row.sigma_rel): row for row in alike}
     others = len(found) - len(alike)
     notes = (
@@ -157,9 +159,15 @@ def _row(line: bytes) -> Row:
     return Row(**values)
 
 
+def _is_link(link: Any) -> bool:
+    return type(link) is list and len(link) == 2 and type(link[0]) is str and type(link[1]) in (int, type(None))
+
+
 def _value(name: str, kind: str, found: Any) -> Any:
     if name == "excluded" and type(found) is list and all(type(step) is int for step in found):
         return tuple(found)
+    if name == "lineage" and type(found) is list and all(_is_link(link) for link in found):
+        return tuple((run, left_at) for run, left_at in found)
     if name == "path" and (found is None or type(found) is str):
         return found if found is None else Path(found)
     if kind == "float" and found in ("nan", "inf", "-inf"):

@@ -32,6 +32,7 @@ from nitrous_ema.search.refinement import next_length
 from nitrous_ema.search.results import ResultsFile
 from nitrous_ema.search.scratch import scratch_folder
 from nitrous_ema.search.table import Row, SweepTable
+from nitrous_ema.snapshots.format import Lineage
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis import DEFAULT_MEMORY_BYTES, DEFAULT_TOLERANCE, Moment, Plan, plan_from_store, plan_synthesis
 
@@ -165,7 +166,7 @@ def _check_counts(refine: int, at_once: int) -> None:
 
 def _say_direction(file: ResultsFile, row: Row) -> None:
     """Let the file end with a line that says whether higher is better, where no evaluation has added one."""
-    last = [known for known in file.read() if known.recipe == row.recipe][-1]
+    last = [known for known in file.read() if known.is_alike(row)][-1]
     if last.maximize != row.maximize:
         file.add(row)
 
@@ -220,6 +221,10 @@ class _Folder:
     def name_of(self, run: str) -> str:
         """What tells these snapshots from others: the run, or the folder where snapshots know no runs."""
         return run if isinstance(self.snapshots, SnapshotStore) else str(self.snapshots.root.absolute())
+
+    def lineage_of(self, plan: Plan) -> Lineage:
+        """The runs that led to a plan's target, by these names."""
+        return tuple((self.name_of(run), left_at) for run, left_at in plan.target.lineage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,6 +306,7 @@ class _Search:
         row = Row(
             metric=self.metric,
             run=self.folder.name_of(self.run),
+            lineage=self.folder.lineage_of(plan),
             step=self.step,
             t=float(plan.target.t),
             sigma_rel=length,

@@ -21,6 +21,8 @@ class Row:
     """Name of the value."""
     run: str
     """Run of the snapshot at which the average ends; the folder where snapshots know no runs."""
+    lineage: tuple[tuple[str, int | None], ...]
+    """That run's ancestors, each with the step at which it was left, oldest first; then the run itself with None."""
     step: int
     """Step at which the average ends."""
     t: float
@@ -54,6 +56,16 @@ class Row:
     def recipe(self) -> tuple[object, ...]:
         """What must agree for two results to be the same one, apart from step and length."""
         return (self.metric, self.run, self.tolerance, self.excluded, self.dtype)
+
+    def is_alike(self, other: Row) -> bool:
+        """Whether two results belong into one table: made in the same way, of one history of training."""
+        is_same = (self.metric, *self.recipe[2:]) == (other.metric, *other.recipe[2:])
+        return is_same and (self._is_before(other) or other._is_before(self))
+
+    def _is_before(self, other: Row) -> bool:
+        """Whether the other one's history has this result's snapshot."""
+        left_at = dict(other.lineage).get(self.run, -1)
+        return left_at is None or self.step <= left_at
 
     @property
     def loss(self) -> float:
@@ -107,7 +119,8 @@ class SweepTable:
             writer.writeheader()
             for record in self.records():
                 excluded = " ".join(map(str, record["excluded"]))
-                writer.writerow({**record, "excluded": excluded, "path": record["path"] or ""})
+                lineage = " ".join(run for run, _ in record["lineage"])
+                writer.writerow({**record, "excluded": excluded, "lineage": lineage, "path": record["path"] or ""})
 
     def __str__(self) -> str:
         best = min(_finite(self.rows), key=lambda row: row.loss, default=None)
