@@ -19,7 +19,7 @@ from nitrous_ema.snapshots.torch_files import open_regular
 from nitrous_ema.synthesis.plan import Plan
 
 _FOLLOWS_FROM_THE_RECIPE = ("library_version", "profile_error", "weight_l1", "weight_l2", "rounding", "lower_bound")
-_ASKED_FOR = ("run", "step", "sigma_rel", "gamma", "tolerance", "excluded")
+_ASKED_FOR = ("run", "step", "sigma_rel", "tolerance", "excluded")
 
 
 @dataclass(frozen=True, slots=True)
