@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nitrous_ema.output_contents import Contents, metadata_of
-from nitrous_ema.safetensors_header import read_header
 from nitrous_ema.shards import index_path, index_text, part_names, part_path
+from nitrous_ema.snapshots.safetensors_header import read_header
 from nitrous_ema.snapshots.torch_files import open_regular
 from nitrous_ema.synthesis.plan import Plan
 

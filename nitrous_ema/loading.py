@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotNotFound
-from nitrous_ema.safetensors_header import read_header
 from nitrous_ema.snapshots.bounded_json import brief, parse_json
 from nitrous_ema.snapshots.format import DTYPE_BYTES, MAX_HEADER_BYTES, MAX_HEADER_VALUES
+from nitrous_ema.snapshots.safetensors_header import read_header
 from nitrous_ema.snapshots.torch_files import check_numbers, check_places, load_torch_file, open_regular, plain_tensor
 
 if TYPE_CHECKING:

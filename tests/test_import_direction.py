@@ -49,7 +49,7 @@ LAYERS = (
     "snapshots.bounded_json",
     "snapshots.format",
     "snapshots.torch_files",
-    "safetensors_header",
+    "snapshots.safetensors_header",
     "snapshots.files",
     "snapshots.snapshot",
     "snapshots.commit",

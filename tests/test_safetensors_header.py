@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from nitrous_ema.safetensors_header import read_header
 from nitrous_ema.snapshots.format import MAX_HEADER_BYTES
+from nitrous_ema.snapshots.safetensors_header import read_header
 
 
 @pytest.fixture

@@ -357,10 +357,17 @@ def test_averages_stay_also_of_lengths_that_were_evaluated_before(folder, tmp_pa
 def test_averages_of_another_sweep_are_not_replaced(folder, tmp_path, other):
     table = swept(folder, tmp_path, averages=tmp_path / "kept")
     content = [row.path.read_bytes() for row in table.rows]
-    with pytest.raises(ValueError, match=r"no average of this sweep: .* Name another folder"):
-        swept(folder, tmp_path, averages=tmp_path / "kept", **other)
+    others = swept(folder, tmp_path, averages=tmp_path / "kept", **other)
     assert [row.path.read_bytes() for row in table.rows] == content
-    swept(folder, tmp_path, averages=tmp_path / "others", **other)
+    assert not {row.path for row in table.rows} & {row.path for row in others.rows}
+    made = [row.path.stat().st_ino for row in (*table.rows, *others.rows)]
+    for rows, options in ((table.rows, {}), (others.rows, other)):
+        assert swept(folder, tmp_path, Distance(breaks_at=0), averages=tmp_path / "kept", **options).rows == rows
+    assert [row.path.stat().st_ino for row in (*table.rows, *others.rows)] == made
+    for row in (*table.rows, *others.rows):
+        row.path.write_text("my thesis")
+    with pytest.raises(ValueError, match="no average of this sweep; move it"):
+        swept(folder, tmp_path, averages=tmp_path / "kept", **other)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float64"])

@@ -10,6 +10,7 @@ Longer than the house's 300 lines by the docstring of ``sweep``.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
@@ -83,8 +84,8 @@ def sweep(
         refine: Evaluations at most, per step, of lengths between the best one and its neighbours; 0 for none.
         metric: Name of the value, in the results and in pictures.
         results: The file of results, one JSON object a line; made if it is not there. Sweeps may share one.
-        averages: Folder in which the averages stay; one for each recipe. By default they lie in a hidden folder beside
-            ``results`` until they were evaluated.
+        averages: Folder in which the averages stay. What other sweeps have kept there is not replaced: then a name gets
+            longer. By default they lie in a hidden folder beside ``results`` until they were evaluated.
         run: Run whose snapshots are read, with its ancestors; the newest by default.
         exclude: Steps to leave out, damaged ones for example.
         tolerance: Relative profile error that may be added to read fewer snapshots; 0 reads all.
@@ -98,8 +99,7 @@ def sweep(
         The results of these lengths and steps and of those that the refinement added.
 
     Raises:
-        ValueError: A length outside its domain, no length or step at all, a number below its least, an unknown type, or
-            ``averages`` has a file of another average under a name that is needed.
+        ValueError: A length outside its domain, no length or step at all, a number below its least, or an unknown type.
         TypeError: A single length, or text, where a sequence belongs.
         SnapshotError: No such snapshot, a damaged one, or one that does not fit the model.
         EvaluationError: ``evaluate`` raised or returned no number; names the length, the cause is chained.
@@ -266,10 +266,8 @@ class _Search:
         missing = [length for length in lengths if self._key(length) not in self.known]
         if missing or self.keeps:
             plan = self.folder.plan(self.step, self.run, lengths)
-            paths = [self.out / output_name(self.step, length) for length in lengths]
+            paths = [self._path(plan, index) for index in range(len(lengths))]
             expected = expected_outputs(plan, paths, dtype=self.dtype)
-            if self.keeps:
-                self._check_not_replaced(plan, paths)
             if missing or not all(each.is_there for each in expected):
                 self.warnings.extend(plan.report.warnings)
                 self.out.mkdir(exist_ok=True)
@@ -283,14 +281,21 @@ class _Search:
                     path.unlink()
         return {length: self.known[self._key(length)] for length in lengths}
 
-    def _check_not_replaced(self, plan: Plan, paths: Sequence[Path]) -> None:
-        """Refuse to write over what another sweep has kept."""
-        for index, path in enumerate(paths):
-            if is_another(plan, index, path, dtype=self.dtype):
-                raise ValueError(
-                    f"averages: {path} is no average of this sweep: its run, step, length, tolerance, exclusion or "
-                    "dtype differs. Name another folder, or move that file."
-                )
+    def _path(self, plan: Plan, index: int) -> Path:
+        """The file of one average of a plan: where another sweep has kept its own of that name, one with a longer name.
+
+        Raises:
+            ValueError: Something else has that name too.
+        """
+        path = self.out / output_name(self.step, plan.sigma_rels[index])
+        if not self.keeps or not is_another(plan, index, path, dtype=self.dtype):
+            return path
+        _, *recipe = self._key(plan.sigma_rels[index])  # the metric makes no other average
+        digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
+        own = path.with_name(f"{path.stem}-{digest}{path.suffix}")
+        if is_another(plan, index, own, dtype=self.dtype):
+            raise ValueError(f"averages: {own} is no average of this sweep; move it, or name another folder.")
+        return own
 
     def _key(self, length: float) -> tuple[object, ...]:
         folder = self.folder

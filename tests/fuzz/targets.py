@@ -27,7 +27,9 @@ from tests.snapshot_folders import layout_of, record, stored
 
 STEP = 1000
 PARENT, RUN = "20251231T000000.000000-0123abcd", "20260101T000000.000000-00000000"
-MODULES = tuple(f"snapshots/{name}" for name in ("bounded_json", "format", "examine", "store", "torch_files"))
+MODULES = tuple(
+    f"snapshots/{name}" for name in ("bounded_json", "format", "examine", "store", "torch_files", "safetensors_header")
+)
 TRACED = frozenset(str(PACKAGE / f"{name}.py") for name in (*MODULES, "snapshots/legacy", "loading"))
 
 
