@@ -172,14 +172,15 @@ def test_part_verifies_whole_chunks(tmp_path, where):
         stream(plan, lambda *_: None, elements=(TILE_ELEMENTS * 2, TILE_ELEMENTS * 2 + 1))
 
 
-def test_halves_of_every_bit_pattern_become_float32():
+@pytest.mark.parametrize("sums", [np.float32, np.float64])
+def test_halves_of_every_bit_pattern_are_converted(sums):
     from nitrous_ema.synthesis.numbers import widen
 
     bits = np.arange(1 << 16, dtype=np.uint16)
-    expected = torch.from_numpy(bits.view(np.float16).copy()).float().numpy()
+    expected = torch.from_numpy(bits.view(np.float16).copy()).double().numpy().astype(sums)
     finite = np.isfinite(expected)
     for chosen in (np.ones(bits.shape, bool), finite):  # NaN and infinities take another way
-        out = np.empty(chosen.sum(), np.float32)
+        out = np.empty(chosen.sum(), sums)
         widen(bits[chosen].view(np.uint8), "F16", out)
         assert np.array_equal(out, expected[chosen], equal_nan=True)
         assert np.array_equal(np.signbit(out), np.signbit(expected[chosen]))

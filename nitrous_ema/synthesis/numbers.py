@@ -41,7 +41,7 @@ def widen(
             np.copyto(bits, numbers)
             np.left_shift(bits, np.uint32(16), out=bits)
             numbers = bits.view("<f4")
-        elif code == "F16" and out.dtype == np.float32:
+        elif code == "F16":
             bits = np.empty(numbers.shape, np.uint32) if scratch is None else scratch
             if _widen_halves(numbers, out, bits.view(np.int32)):
                 return
@@ -49,7 +49,7 @@ def widen(
 
 
 def _widen_halves(halves: NDArray[np.generic], out: NDArray[np.floating], bits: NDArray[np.int32]) -> bool:
-    """Move the bits of finite float16 to where float32 has them; three times as fast as numpy's own conversion.
+    """Move the bits of finite float16 to where float32 has them; faster than numpy's own conversion.
 
     False, with nothing done, where one of them is infinite or NaN, or where this thread takes the smallest float32 for
     zeros (``torch.set_flush_denormal``): on their way all float16 below 2**-14 are such numbers.
@@ -62,7 +62,10 @@ def _widen_halves(halves: NDArray[np.generic], out: NDArray[np.floating], bits: 
     np.copyto(bits, signed)  # which repeats the sign
     np.left_shift(bits, 13, out=bits)
     np.bitwise_and(bits, _WITHOUT_REPEATED_SIGNS, out=bits)
-    np.multiply(bits.view(np.float32), _EXPONENT_OF_HALVES, out=out)
+    singles = out if out.dtype == np.float32 else bits.view(np.float32)
+    np.multiply(bits.view(np.float32), _EXPONENT_OF_HALVES, out=singles)
+    if singles is not out:
+        np.copyto(out, singles)
     return True
 
 
