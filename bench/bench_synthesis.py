@@ -75,6 +75,8 @@ def main() -> None:
     if chosen.rounds:
         size = replace(size, rounds=(chosen.rounds,) * len(size.lengths), small_rounds=chosen.rounds)
     report = start("bench_synthesis", chosen)
+    if chosen.folder:
+        chosen.folder.mkdir(parents=True, exist_ok=True)
     for name, reason in contestants.makers()[1].items():
         print(f"left out: {name}: {reason}")
     for table, run in (("lengths", lengths), ("sparse", sparse)):

@@ -115,4 +115,4 @@ IN_DEPTH = (
     "saved and loaded", "unseen once", "storages replaced by other values", "assigned parameters", "host",
     "host, copied", "host, batch norm", "host, transposed",
 )  # fmt: skip
-"""Those to which the tests give all schedules; the others get a few there, and all in the campaign."""
+"""Those to which the tests give many schedules; the others get a few there, and all in the campaign."""
