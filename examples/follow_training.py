@@ -62,26 +62,30 @@ def evaluate(model: nn.Module) -> float:
     return nn.functional.mse_loss(model(x), y).item()
 
 
-def newest_step(snapshots: Path) -> int:
+def newest(snapshots: Path) -> tuple[str, int] | None:
+    """Run and step of the newest snapshot."""
     try:
-        return SnapshotStore(snapshots).get().step
+        found = SnapshotStore(snapshots).get()
     except SnapshotNotFound:
-        return 0
+        return None
+    return found.run, found.step
 
 
-def follow(out: Path, training: subprocess.Popen[bytes] | None) -> None:
-    model, done = make_model(), 0
+def follow(out: Path, training: subprocess.Popen[bytes] | None, done: tuple[str, int] | None = None) -> None:
+    model = make_model()
     while True:
         # Asked before the folder is looked at, so that a last snapshot is not missed.
         is_over = training is None or training.poll() is not None
-        step = newest_step(out / "snapshots")
-        if step > done:
-            done = step  # where evaluating takes longer than a snapshot's distance, those in between are left out
+        found = newest(out / "snapshots")
+        if found is not None and found != done:
+            done = found  # where evaluating takes longer than a snapshot's distance, those in between are left out
+            run, step = found
             table = sweep(
                 out / "snapshots",
                 evaluate,
                 sigma_rels=SIGMA_RELS,
                 steps=[step],
+                run=run,
                 model=model,
                 refine=2,
                 metric="mean squared error",
@@ -115,11 +119,12 @@ def main() -> int:
     if options.attach:
         follow(options.out, None)
         return 0
+    earlier = newest(snapshots)  # of another training, if there is one
     command = [sys.executable, __file__, "--train", f"--out={options.out}"]
     command += [f"--steps={options.steps}", f"--every={options.every}"]
     with subprocess.Popen(command) as training:
         try:
-            follow(options.out, training)
+            follow(options.out, training, earlier)
         except BaseException:
             training.terminate()
             raise

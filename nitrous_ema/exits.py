@@ -53,8 +53,20 @@ def status_of(
             tell(unread)
         return FAILED
     except tuple(kind for kind, _ in _STATUS) as error:
+        if isinstance(error, KeyboardInterrupt):
+            _forget_interrupt()
         tell(interrupted if isinstance(error, KeyboardInterrupt) else str(error))
         return next(status for kind, status in _STATUS if isinstance(error, kind))
+
+
+def _forget_interrupt() -> None:
+    """Have ``python -m`` end with the status that it is given.
+
+    Where the interrupt came while text was executed (during imports the classes of dataclasses and namedtuple are made
+    so), CPython notes it, and at the end kills the process by SIGINT. The next text that is executed removes that note
+    (Python/pythonrun.c, run_eval_code_obj).
+    """
+    exec("")
 
 
 def put(text: str) -> None:

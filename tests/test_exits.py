@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,15 @@ def test_program_without_stdout_or_stderr_goes_on(closed, tmp_path):
     assert done.returncode == 0
     assert (done.stdout, done.stderr) == (("", "said") if closed == "stdout" else ("told", ""))
     assert int((tmp_path / "x").read_text()) > 2
+
+
+def test_interrupt_of_text_that_is_executed_ends_with_its_status_too(tmp_path):
+    """As dataclasses do while they are imported; ``python -m`` would end by SIGINT."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys; from nitrous_ema import exits\n"
+        "sys.exit(exits.status_of(lambda: exec('raise KeyboardInterrupt'), sys.stderr.write))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    command = [sys.executable, "-m", "interrupted"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (130, "interrupted.")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,11 @@ def test_error_of_the_progress_callback_is_raised(folder, tmp_path):
         job.result(TIMEOUT)
     assert len(calls) == 1
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_job_that_nobody_waits_for_ends_without_a_warning(folder, tmp_path):
+    process = launch(folder, sigma_rels=[0.07], out=tmp_path / "out")._process
+    drains = [each for each in threading.enumerate() if each.name == "synthesize-stderr"]
+    for drain in drains:
+        drain.join(TIMEOUT)
+    assert process.returncode == 0

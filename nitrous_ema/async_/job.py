@@ -227,6 +227,7 @@ class Job:
                     self._tell_progress(line)
                 else:
                     self._stderr = (self._stderr + line)[-_KEPT_STDERR_CHARACTERS:]
+        self._process.wait()  # else Python warns of a job that nobody waited for
 
     def _tell_progress(self, line: str) -> None:
         if self._progress is None or self._callback_error is not None:
