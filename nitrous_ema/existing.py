@@ -19,7 +19,6 @@ from nitrous_ema.snapshots.torch_files import open_regular
 from nitrous_ema.synthesis.plan import Plan
 
 _FOLLOWS_FROM_THE_RECIPE = ("library_version", "profile_error", "weight_l1", "weight_l2", "rounding", "lower_bound")
-_ASKED_FOR = ("run", "step", "sigma_rel", "tolerance", "excluded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,28 +75,6 @@ def expected_outputs(
             is_there = _holds(index_path(path), index_text(plan, dtype, names, path).encode())
         expected.append(Expected(file, len(content.header(metadata)) + content.data_bytes, is_there))
     return expected
-
-
-def is_another(plan: Plan, index: int, path: Path, *, dtype: str | None = None) -> bool:
-    """Whether a file of this name is no average, or one of another run, step, length, tolerance, exclusion or type.
-
-    An average of the same that was made from other snapshots, of which some may be gone, is none; nor is a cut one.
-
-    Args:
-        plan: The averages.
-        index: Which of them.
-        path: A ``.safetensors`` file, or nothing.
-        dtype: As given to the writer.
-    """
-    try:
-        found, _ = _made_of(path)
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError):
-        return True
-    wanted = metadata_of(plan, index, "")
-    told = found["__metadata__"]
-    return any(told.get(name) != wanted[name] for name in _ASKED_FOR) or not Contents(plan, dtype).are_named_by(found)
 
 
 def _is_whole(path: Path, contents: Contents, metadata: dict[str, str]) -> bool:

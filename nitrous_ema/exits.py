@@ -86,6 +86,21 @@ def put(text: str) -> None:
         raise NitrousError(f"stdout cannot be written: {error.strerror}.") from error
 
 
+def tell(text: str) -> None:
+    """Write to stderr, now. Where it cannot be written, on a full disk for example, the work goes on untold.
+
+    Raises:
+        BrokenPipeError: Its reader has left.
+    """
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
+
+
 def _leave_stdout() -> None:
     """Without this the interpreter complains once more when it closes stdout."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

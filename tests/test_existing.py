@@ -2,16 +2,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from itertools import pairwise
 
 import pytest
 
-from nitrous_ema.existing import expected_outputs, is_another
+from nitrous_ema.existing import expected_outputs
 from nitrous_ema.outputs import write_outputs, write_shard
 from nitrous_ema.shards import index_path
 from nitrous_ema.synthesis.plan import plan_from_store
-from tests.snapshot_folders import layout_of, record, snapshot_file, write_run
+from tests.snapshot_folders import layout_of, record, write_run
 
 RECORDS = [record("w", (100,)), record("v", (90,)), record("b", (7,), "BF16")]
 
@@ -51,9 +50,13 @@ def test_another_recipe_is_not_there(plan, tmp_path, other):
     assert are_there(changed, tmp_path)[1] is False
 
 
-@pytest.mark.parametrize("how", [{"dtype": "F16"}, {"accumulate": "float32"}])
-def test_another_type_is_not_there(plan, tmp_path, how):
-    write_outputs(plan, paths_in(tmp_path))
+@pytest.mark.parametrize(
+    ("before", "how"),
+    [({}, {"dtype": "F16"}), ({}, {"accumulate": "float32"}), ({"dtype": "BF16"}, {"dtype": "F16"})],
+    ids=["smaller", "sums", "of the same size"],
+)
+def test_another_type_is_not_there(plan, tmp_path, before, how):
+    write_outputs(plan, paths_in(tmp_path), **before)
     assert are_there(plan, tmp_path, **how) == [False, False]
     write_outputs(plan, paths_in(tmp_path), **how)
     assert are_there(plan, tmp_path, **how) == [True, True]
@@ -73,38 +76,6 @@ def test_what_is_not_whole_is_not_there(plan, tmp_path, spoil):
         made = {"cut": content[:-1], "empty": b"", "garbage": bytes(len(content)), "longer": content + b"x"}
         path.write_bytes(made[spoil])
     assert are_there(plan, tmp_path) == [False, True]
-
-
-@pytest.mark.parametrize(
-    "other", [{"tolerance": 0}, {"step": 900}, {"exclude": [300]}, {"sigma_rels": [0.06, 0.1]}, {"dtype": "F16"}]
-)
-def test_average_that_was_asked_for_otherwise_is_another(plan, tmp_path, other):
-    how = {"dtype": other.pop("dtype")} if "dtype" in other else {}
-    path = paths_in(tmp_path)[1]
-    assert not is_another(plan, 1, path)
-    write_outputs(plan, paths_in(tmp_path))
-    assert not is_another(plan, 1, path)
-    changed = plan_from_store(tmp_path / "snapshots", **{"sigma_rels": [0.06, 0.09], "tolerance": 1e-2, **other})
-    assert is_another(changed, 1, path, **how)
-
-
-def test_average_from_other_snapshots_or_a_cut_one_is_no_other(plan, tmp_path):
-    write_outputs(plan, paths_in(tmp_path))
-    shutil.rmtree(snapshot_file(tmp_path / "snapshots", plan.steps[0]).parent)
-    changed = make_plan(tmp_path)
-    assert changed.steps != plan.steps
-    first, second = paths_in(tmp_path)
-    os.truncate(second, second.stat().st_size - 1)
-    assert are_there(changed, tmp_path) == [False, False]
-    assert not is_another(changed, 0, first)
-    assert not is_another(changed, 1, second)
-
-
-@pytest.mark.parametrize("content", [b"my thesis", b"\2" + bytes(7) + b"{}", None])
-def test_what_is_no_average_is_another(plan, tmp_path, content):
-    path = paths_in(tmp_path)[0]
-    path.mkdir() if content is None else path.write_bytes(content)
-    assert is_another(plan, 0, path)
 
 
 def test_torch_files_never_count_as_there(plan, tmp_path):

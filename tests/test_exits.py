@@ -107,3 +107,21 @@ def test_interrupt_of_text_that_is_executed_ends_with_its_status_too(tmp_path):
     command = [sys.executable, "-m", "interrupted"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (130, "interrupted.")
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"), [("return 0", 0), ("raise SnapshotNotFound('x', path=None, nearest=())", 3)]
+)
+def test_program_goes_on_where_stderr_cannot_be_written(ending, status):
+    script = (
+        "import sys; from nitrous_ema import exits; from nitrous_ema.errors import SnapshotNotFound\n"
+        "def work():\n"
+        "    exits.tell('said'); exits.put('told')\n"
+        f"    {ending}\n"
+        "sys.exit(exits.status_of(work, exits.tell))\n"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=full, text=True, timeout=300, cwd=ROOT
+        )
+    assert (done.returncode, done.stdout) == (status, "told")

@@ -206,6 +206,17 @@ def test_interrupted_import_goes_on_where_it_stopped(old, tmp_path):
     assert planned(old, tmp_path / "new").steps == ()
 
 
+def test_leaving_out_a_step_that_is_not_there_leaves_nothing_out(old, tmp_path, capsys):
+    plan = planned(old, tmp_path / "new", exclude=[4001])
+    assert plan.excluded == ()
+    plan.carry_out()
+    assert list((tmp_path / "new").glob("closed-*"))
+    run_cli(old, tmp_path / "new", "--exclude=4001,5000,4002", "--dry-run")
+    told = capsys.readouterr()
+    assert "--exclude: there is no snapshot of step 4001, 4002 to leave out" in told.err
+    assert "left out: 5000\n" in told.out
+
+
 def test_steps_that_came_later_are_added(old, tmp_path):
     planned(old, tmp_path / "new", exclude=[4000, 5000]).carry_out()
     assert not list((tmp_path / "new").glob("closed-*"))

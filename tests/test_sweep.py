@@ -367,7 +367,20 @@ def test_averages_of_another_sweep_are_not_replaced(folder, tmp_path, other):
     for row in (*table.rows, *others.rows):
         row.path.write_text("my thesis")
     with pytest.raises(ValueError, match="no average of this sweep; move it"):
-        swept(folder, tmp_path, averages=tmp_path / "kept", **other)
+        swept(folder, tmp_path, averages=tmp_path / "kept", results=tmp_path / "new.jsonl", **other)
+
+
+@pytest.mark.parametrize("results", ["r.jsonl", "other.jsonl"])
+def test_evaluated_averages_stay_where_more_lengths_read_other_snapshots(folder, tmp_path, results):
+    few = {"sigma_rels": [0.06, 0.12], "tolerance": 1e-2, "averages": tmp_path / "kept"}
+    first = swept(folder, tmp_path, **few)
+    content = [row.path.read_bytes() for row in first.rows]
+    more = swept(folder, tmp_path, **{**few, "sigma_rels": [0.06, 0.12, 0.2]}, results=tmp_path / results)
+    assert more.rows[2].snapshots_read > first.rows[0].snapshots_read
+    assert [row.path.read_bytes() for row in first.rows] == content
+    evaluate = Distance()
+    assert [evaluate(read_average(row.path)) for row in more.rows] == [row.value for row in more.rows]
+    assert (more.rows[:2] == first.rows) == (results == "r.jsonl")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float64"])

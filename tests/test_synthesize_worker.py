@@ -431,3 +431,19 @@ def test_job_that_ignores_the_signal_is_killed(tmp_path):
     with pytest.raises(WorkerError) as e:
         job.result(timeout=TIMEOUT)
     assert e.value.exit_code == -signal.SIGKILL
+
+
+def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # it may be ignored here
+        "class Interrupting:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'nitrous_ema.async_.output_names':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    command = [sys.executable, "-m", "nitrous_ema.async_.synthesize_worker", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

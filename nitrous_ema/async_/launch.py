@@ -76,7 +76,8 @@ def launch(
             Without steps it begins with the newest one there is. Skips what exists.
         idle: With follow, also end when nothing new has come for so many seconds.
         look_every: With follow, seconds between looks at the folder, 2 by default.
-        progress: Called with the bytes read and those to read, on a thread of the job; starts anew with each step.
+        progress: Called with the bytes read and those to read, on a thread of the job; starts anew with each step, and
+            with each pass over the snapshots where there are more lengths than one makes (128, or less memory).
         tracked_sigma_rels: The profiles, in their order, of a folder of nitrous-ema 0.0.1 or ema-pytorch; or
         tracked_gammas: the same as exponents.
         nice: Low priority: "auto" (while the trainer lives on this machine), "always" or "never".

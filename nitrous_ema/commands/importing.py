@@ -21,6 +21,8 @@ def run(options: argparse.Namespace) -> int:
     with exits.usage_errors():
         old = LegacyFolder(options.folder, sigma_rels=options.sigma_rels, gammas=options.gammas)
         planned = plan_import(old, SnapshotStore(options.new), dtype=options.dtype, exclude=options.exclude)
+    if unknown := sorted({*options.exclude} - {*planned.excluded}):
+        say(f"--exclude: there is no snapshot of step {', '.join(map(str, unknown))} to leave out")
     found = _described(planned, options)
     if not options.json:
         show("\n".join(_lines(found)))

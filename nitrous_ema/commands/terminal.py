@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 import textwrap
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
-from nitrous_ema.exits import put
+from nitrous_ema.exits import put, tell
 
 _WIDTH = 120
 
@@ -20,7 +19,7 @@ def show(text: str) -> None:
 
 def say(line: str) -> None:
     """Write to stderr, with the program's name."""
-    sys.stderr.write(f"nitrous-ema: {line}\n")
+    tell(f"nitrous-ema: {line}\n")
 
 
 def columns(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> list[str]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from nitrous_ema.dtypes import dtype_code
 from nitrous_ema.errors import EvaluationError
-from nitrous_ema.existing import expected_outputs, is_another
+from nitrous_ema.existing import expected_outputs
 from nitrous_ema.given import check_sequence
 from nitrous_ema.loading import load_average, read_average
 from nitrous_ema.outputs import output_name, write_outputs
@@ -266,12 +266,19 @@ class _Search:
         missing = [length for length in lengths if self._key(length) not in self.known]
         if missing or self.keeps:
             plan = self.folder.plan(self.step, self.run, lengths)
-            paths = [self._path(plan, index) for index in range(len(lengths))]
+            paths = [self._evaluated(length) or self._path(plan, index) for index, length in enumerate(lengths)]
             expected = expected_outputs(plan, paths, dtype=self.dtype)
-            if missing or not all(each.is_there for each in expected):
+            # An evaluated average stays, also where other snapshots would be read for these lengths together.
+            made = [place for place, each in enumerate(expected) if each.is_there or not each.path.exists()]
+            if missing or not all(expected[place].is_there for place in made):
                 self.warnings.extend(plan.report.warnings)
                 self.out.mkdir(exist_ok=True)
-                write_outputs(plan, paths, dtype=self.dtype, memory_bytes=self.memory_bytes)
+                write_outputs(
+                    plan.only(made),
+                    [paths[place] for place in made],
+                    dtype=self.dtype,
+                    memory_bytes=self.memory_bytes,
+                )
             for index, (length, path) in enumerate(zip(lengths, paths, strict=True)):
                 if length in missing:
                     self._add(plan, index, path)
@@ -281,21 +288,26 @@ class _Search:
                     path.unlink()
         return {length: self.known[self._key(length)] for length in lengths}
 
+    def _evaluated(self, length: float) -> Path | None:
+        """The kept file of a known result, if it is still there."""
+        row = self.known.get(self._key(length))
+        path = row.path if row and self.keeps else None
+        return path if path and path.parent == self.out.absolute() and path.exists() else None
+
     def _path(self, plan: Plan, index: int) -> Path:
-        """The file of one average of a plan: where another sweep has kept its own of that name, one with a longer name.
+        """A name for one average of a plan: a longer one where something else has the plain one already.
 
         Raises:
-            ValueError: Something else has that name too.
+            ValueError: Something else has the longer one too.
         """
         path = self.out / output_name(self.step, plan.sigma_rels[index])
-        if not self.keeps or not is_another(plan, index, path, dtype=self.dtype):
-            return path
-        _, *recipe = self._key(plan.sigma_rels[index])  # the metric makes no other average
+        recipe = (*self._key(plan.sigma_rels[index])[1:], plan.steps)  # the metric makes no other average
         digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
-        own = path.with_name(f"{path.stem}-{digest}{path.suffix}")
-        if is_another(plan, index, own, dtype=self.dtype):
-            raise ValueError(f"averages: {own} is no average of this sweep; move it, or name another folder.")
-        return own
+        for own in (path, path.with_name(f"{path.stem}-{digest}{path.suffix}")):
+            (expected,) = expected_outputs(plan.only([index]), [own], dtype=self.dtype)
+            if not self.keeps or expected.is_there or not os.path.lexists(own):
+                return own
+        raise ValueError(f"averages: {own} is no average of this sweep; move it, or name another folder.")
 
     def _key(self, length: float) -> tuple[object, ...]:
         folder = self.folder
