@@ -128,14 +128,16 @@ def pytest_configure(config):
 """
 
 
-def test_fixture_of_a_module_that_hangs_ends_the_run_and_leaves_all_stacks(tmp_path):
+@pytest.mark.parametrize(("worker", "name"), [("", "out.hung.txt"), ("gw1", "out.gw1.hung.txt")])
+def test_fixture_of_a_module_that_hangs_ends_the_run_and_leaves_all_stacks(tmp_path, worker, name):
+    """Each of several processes in a file of its own."""
     (tmp_path / "conftest.py").write_text(BOUNDED)
     (tmp_path / "test_hanging.py").write_text(HANGING.format(timeout=TIMEOUT_SECONDS))
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--device-results", str(tmp_path / "out.json")]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTEST_XDIST_WORKER": worker}
     done = subprocess.run(command, cwd=tmp_path, env=environment, timeout=TIMEOUT_SECONDS, capture_output=True)
     assert done.returncode == 1, done.stdout
-    stacks = (tmp_path / "out.hung.txt").read_text()
+    stacks = (tmp_path / name).read_text()
     assert stacks.startswith("test_hanging.py::test_something\n")
     assert "in hanging" in stacks
 

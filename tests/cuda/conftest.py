@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 from collections.abc import Generator
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     if item.get_closest_marker("cuda") is None:
         return (yield)
     results = item.config.getoption("--device-results", default=None)
-    path = Path(results).with_suffix(".hung.txt") if results else Path("build/cuda-tests.hung.txt")
+    worker = os.environ.get("PYTEST_XDIST_WORKER")  # each has a file of its own
+    suffix = f".{worker}.hung.txt" if worker else ".hung.txt"
+    path = Path(results or "build/cuda-tests.json").absolute().with_suffix(suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as stacks:  # not stderr: what is captured would end with the process
         stacks.write(f"{item.nodeid}\n")
