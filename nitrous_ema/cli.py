@@ -21,12 +21,11 @@ from nitrous_ema.async_.arguments import (
     add_exclude,
     add_old_profiles,
     parse_lengths,
-    parse_profiles,
     parse_step_list,
     parse_steps,
 )
 from nitrous_ema.commands.terminal import say
-from nitrous_ema.dtypes import DTYPES, dtype_code, parse_dtype
+from nitrous_ema.dtypes import DTYPES, parse_dtype, rounded_code
 from nitrous_ema.sizes import parse_bytes
 
 _PRUNE = (
@@ -128,11 +127,9 @@ def _add_length_options(inspect: argparse.ArgumentParser) -> None:
 
 
 def _add_import_options(command: argparse.ArgumentParser) -> None:
-    listed, add = exits.argument(parse_profiles), command.add_argument
+    add = command.add_argument
     add("new", type=Path, metavar="NEW", help="folder of the snapshots, made if need be")
-    profiles = command.add_mutually_exclusive_group(required=True)
-    profiles.add_argument("--sigma-rels", type=listed, help="the profiles that were tracked, in their order: 0.05,0.1")
-    profiles.add_argument("--gammas", type=listed, help="the same, as exponents")
+    add_old_profiles(command, required=True)
     add(
         "--dtype",
         type=parse_dtype,
@@ -231,7 +228,7 @@ def _prune(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     from nitrous_ema.commands import importing
 
-    options.dtype = dtype_code(options.dtype)
+    options.dtype = rounded_code(options.dtype)
     return importing.run(options)
 
 

@@ -12,7 +12,7 @@ def parse_dtype(text: str) -> str:
     return _SHORT.get(name, name)
 
 
-def dtype_code(given: object) -> str | None:
+def rounded_code(given: object) -> str | None:
     """What files call a type that is given by name or as torch's; None if none is given.
 
     Raises:

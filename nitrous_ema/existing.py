@@ -80,19 +80,13 @@ def expected_outputs(
 def _is_whole(path: Path, contents: Contents, metadata: dict[str, str]) -> bool:
     """Whether a file has this recipe and these tensors, and their bytes."""
     try:
-        found, data_bytes = _made_of(path)
+        found, data_begin, file_bytes = read_header(path)
     except (OSError, ValueError):
         return False
-    is_made_so = _recipe(found["__metadata__"]) == _recipe(metadata)
-    return data_bytes == contents.data_bytes and is_made_so and contents.are_named_by(found)
-
-
-def _made_of(path: Path) -> tuple[dict[str, Any], int]:
-    """A file's header, and how many bytes follow it. Raises ValueError if it has none, OSError if it cannot be read."""
-    found, begin, end = read_header(path)
     if type(found) is not dict or type(found.get("__metadata__")) is not dict:
-        raise ValueError("it does not say what it is made of")
-    return found, end - begin
+        return False
+    is_made_so = _recipe(found["__metadata__"]) == _recipe(metadata)
+    return file_bytes - data_begin == contents.data_bytes and is_made_so and contents.are_named_by(found)
 
 
 def _recipe(metadata: dict[str, Any]) -> dict[str, Any]:

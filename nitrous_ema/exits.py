@@ -21,8 +21,7 @@ class UsageError(Exception):
 
 
 # The first that fits counts.
-_STATUS: tuple[tuple[type[BaseException], int], ...] = (
-    (KeyboardInterrupt, INTERRUPTED),
+_STATUS: tuple[tuple[type[Exception], int], ...] = (
     (UsageError, USAGE),
     (SnapshotNotFound, NOT_FOUND),
     (SnapshotDamaged, DAMAGED),
@@ -52,10 +51,12 @@ def status_of(
         if unread:
             tell(unread)
         return FAILED
+    except KeyboardInterrupt:
+        _forget_interrupt()
+        tell(interrupted)
+        return INTERRUPTED
     except tuple(kind for kind, _ in _STATUS) as error:
-        if isinstance(error, KeyboardInterrupt):
-            _forget_interrupt()
-        tell(interrupted if isinstance(error, KeyboardInterrupt) else str(error))
+        tell(str(error))
         return next(status for kind, status in _STATUS if isinstance(error, kind))
 
 
@@ -69,7 +70,7 @@ def _forget_interrupt() -> None:
     exec("")
 
 
-def put(text: str) -> None:
+def to_stdout(text: str) -> None:
     """Write to stdout, now.
 
     Raises:
@@ -79,14 +80,14 @@ def put(text: str) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
         _leave_stdout()
         raise NitrousError(f"stdout cannot be written: {error.strerror}.") from error
 
 
-def tell(text: str) -> None:
+def to_stderr(text: str) -> None:
     """Write to stderr, now. Where it cannot be written, on a full disk for example, the work goes on untold.
 
     Raises:

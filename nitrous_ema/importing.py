@@ -26,7 +26,7 @@ from nitrous_ema.errors import NitrousError, SnapshotDamaged, SnapshotError, Sna
 from nitrous_ema.profile import gamma_to_sigma_rel
 from nitrous_ema.sizes import amount
 from nitrous_ema.snapshots.format import DTYPE_BYTES, Layout, Stamp, header_bytes, new_run_id
-from nitrous_ema.snapshots.legacy import LegacyFolder, LegacySnapshot, files_by_step
+from nitrous_ema.snapshots.legacy import LegacyFolder, LegacySnapshot
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis.plan import check_same_tensors
@@ -147,7 +147,7 @@ def plan_import(
             if len(each.gammas) < len(old.gammas)
         ),
         damaged=tuple(damaged),
-        excluded=tuple(sorted({*exclude} & files_by_step(old.root).keys())),
+        excluded=tuple(sorted({*exclude}.intersection(old.steps))),
     )
     _check_room(planned)
     return planned

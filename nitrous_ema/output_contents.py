@@ -16,7 +16,14 @@ from itertools import accumulate
 from typing import Any
 
 from nitrous_ema.errors import NitrousError
-from nitrous_ema.snapshots.format import DTYPE_BYTES, TensorRecord, library_version
+from nitrous_ema.snapshots.format import (
+    DTYPE_BYTES,
+    TensorRecord,
+    as_json,
+    described,
+    entry_json,
+    library_version,
+)
 from nitrous_ema.synthesis.numbers import FLOAT_TYPES
 from nitrous_ema.synthesis.plan import Plan
 
@@ -33,6 +40,11 @@ class Entry:
     begin: int
     """Offset in the file's data, in bytes."""
     end: int
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What the header says of it."""
+        return described(self.dtype, self.record.shape, self.begin, self.end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +103,20 @@ class Contents:
 
     def header(self, metadata: dict[str, str]) -> bytes:
         """What stands in a file before these tensors."""
-        text = _json({"__metadata__": metadata})[:-1] + self._described + b"}"
+        text = as_json({"__metadata__": metadata})[:-1] + self._described + b"}"
         text += b" " * (-(len(text) + 8) % _DATA_ALIGNMENT_BYTES)
         return len(text).to_bytes(8, "little") + text
 
     def are_named_by(self, header: dict[str, Any]) -> bool:
         """Whether a header that was read names these tensors, where they lie, and no other."""
         return len(header) == len(self.entries) + 1 and all(
-            header.get(entry.key) == _description(entry) for entry in self.entries
+            header.get(entry.key) == entry.described for entry in self.entries
         )
 
     @cached_property
     def _described(self) -> bytes:
         """The tensors in a header, the same in all: thousands of them take megabytes."""
-        described = bytearray()
-        for entry in self.entries:
-            described += b"," + _json(entry.key) + b":" + _json(_description(entry))
-        return bytes(described)
+        return b"".join(entry_json(entry.key, entry.described) for entry in self.entries)
 
 
 def _entries(plan: Plan, dtype: str | None, *, tied_once: bool, names: Collection[str] | None) -> list[Entry]:
@@ -164,14 +173,6 @@ def _copied_segments(plan: Plan, entries: Sequence[Entry]) -> list[Segment]:
         for entry in entries
         if entry.record.role == "copied"
     ]
-
-
-def _description(entry: Entry) -> dict[str, object]:
-    return {"dtype": entry.dtype, "shape": [*entry.record.shape], "data_offsets": [entry.begin, entry.end]}
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def metadata_of(plan: Plan, index: int, accumulate: str) -> dict[str, str]:

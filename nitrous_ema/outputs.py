@@ -240,7 +240,8 @@ def _commit(outputs: Sequence[_Output], committed: Committed | None) -> None:
         durable: list[Future[None]] = []
         try:
             for output in outputs:
-                output.fill_torch_file()  # here, one after the other: torch holds kilobytes for each tensor meanwhile
+                if output.path.suffix == ".pt":
+                    output.become_torch_file()  # one after the other: torch holds kilobytes for each tensor meanwhile
                 durable.append(pool.submit(output.make_durable))
             for output, future in zip(outputs, durable, strict=True):
                 future.result()
@@ -369,11 +370,6 @@ class _Output:
         except OSError as error:  # not by a with block, of which there would be thousands
             raise _refused(self.path, error) from error
 
-    def fill_torch_file(self) -> None:
-        """Make a ``.pt`` file of what was written; nothing is to be done for others."""
-        if self.path.suffix == ".pt":
-            self._become_torch_file()
-
     def make_durable(self) -> None:
         """Write everything to disk and close the file."""
         descriptor = self._open_descriptor()
@@ -415,7 +411,7 @@ class _Output:
             )
         return self._descriptor
 
-    def _become_torch_file(self) -> None:
+    def become_torch_file(self) -> None:
         """Replace the temporary file by one of torch's, tensor by tensor: neither is ever whole in memory."""
         import torch
 

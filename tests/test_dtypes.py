@@ -3,27 +3,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nitrous_ema.dtypes import DTYPES, dtype_code, parse_dtype
+from nitrous_ema.dtypes import DTYPES, parse_dtype, rounded_code
 from nitrous_ema.tracked import TORCH_DTYPES
 
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_names_codes_and_torchs_types_agree(name):
     dtype = getattr(torch, name)
-    assert TORCH_DTYPES[dtype_code(name)] == TORCH_DTYPES[dtype_code(dtype)] == dtype
+    assert TORCH_DTYPES[rounded_code(name)] == TORCH_DTYPES[rounded_code(dtype)] == dtype
     assert parse_dtype(str(dtype)) == name
 
 
 @pytest.mark.parametrize(("short", "name"), [("bf16", "bfloat16"), ("half", "float16"), (" fp32 ", "float32")])
 def test_short_names_are_known(short, name):
-    assert dtype_code(short) == DTYPES[name]
+    assert rounded_code(short) == DTYPES[name]
 
 
 def test_no_type_is_none():
-    assert dtype_code(None) is None
+    assert rounded_code(None) is None
 
 
 @pytest.mark.parametrize("wrong", ["F32", "float8", "", torch.int32, torch.float8_e4m3fn, 32])
 def test_other_types_are_refused_with_those_there_are(wrong):
     with pytest.raises(ValueError, match=r"dtype is .*; expected one of float64, float32, float16, bfloat16"):
-        dtype_code(wrong)
+        rounded_code(wrong)

@@ -68,7 +68,7 @@ def test_what_stdout_does_not_take_is_told(monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr("sys.stdout", full)
         told = []
-        assert exits.status_of(lambda: exits.put("x\n"), told.append) == 1
+        assert exits.status_of(lambda: exits.to_stdout("x\n"), told.append) == 1
     assert told == ["stdout cannot be written: No space left on device."]
 
 
@@ -80,7 +80,7 @@ def test_program_without_stdout_or_stderr_goes_on(closed, tmp_path):
         "def work():\n"
         "    file = open(sys.argv[1], 'w')\n"
         "    file.write(str(file.fileno())); file.flush()\n"
-        "    exits.put('told'); sys.stderr.write('said'); sys.stderr.flush()\n"
+        "    exits.to_stdout('told'); sys.stderr.write('said'); sys.stderr.flush()\n"
         "    return 0\n"
         "sys.exit(exits.status_of(work, print))\n"
     )
@@ -116,9 +116,9 @@ def test_program_goes_on_where_stderr_cannot_be_written(ending, status):
     script = (
         "import sys; from nitrous_ema import exits; from nitrous_ema.errors import SnapshotNotFound\n"
         "def work():\n"
-        "    exits.tell('said'); exits.put('told')\n"
+        "    exits.to_stderr('said'); exits.to_stdout('told')\n"
         f"    {ending}\n"
-        "sys.exit(exits.status_of(work, exits.tell))\n"
+        "sys.exit(exits.status_of(work, exits.to_stderr))\n"
     )
     with open("/dev/full", "w") as full:
         done = subprocess.run(

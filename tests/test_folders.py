@@ -4,6 +4,7 @@ import pytest
 
 from nitrous_ema.async_.folders import StoredSnapshots, Wanted
 from nitrous_ema.errors import SnapshotNotFound
+from nitrous_ema.given import unknown_exclusions
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis.plan import plan_from_store
 from tests.snapshot_folders import layout_of, record, run_id, write_run
@@ -74,4 +75,6 @@ def test_closed_and_unrelated_are_said_of_the_newest_run(tmp_path):
 
 def test_steps_to_leave_out_that_are_not_there_are_known(tmp_path):
     write_run(tmp_path, LAYOUT, [100, 200, 300])
-    assert opened(tmp_path, exclude=[200, 7, 5]).unknown_exclusions() == [5, 7]
+    told = unknown_exclusions([200, 7, 5], opened(tmp_path, exclude=[200, 7, 5]).steps())
+    assert told == "--exclude: there is no snapshot of step 5, 7 to leave out"
+    assert unknown_exclusions([200], opened(tmp_path, exclude=[200]).steps()) == ""

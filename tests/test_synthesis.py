@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -508,14 +509,19 @@ class Opened(FileSystem):
     def __init__(self, noted: list[int]) -> None:
         self.noted = noted
         self.now = 0
+        self.lock = threading.Lock()  # several threads open and close
+
+    def count(self, change):
+        with self.lock:
+            self.now += change
+            self.noted.append(self.now)
 
     def open_exclusive(self, path):
-        self.now += 1
-        self.noted.append(self.now)
+        self.count(1)
         return super().open_exclusive(path)
 
     def close(self, descriptor):
-        self.now -= 1
+        self.count(-1)
         super().close(descriptor)
 
 

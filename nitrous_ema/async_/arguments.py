@@ -140,10 +140,12 @@ def add_exclude(parser: argparse.ArgumentParser, help: str = "steps to leave out
     parser.add_argument("--exclude", type=listed, action="extend", default=[], metavar="STEP,...", help=help)
 
 
-def add_old_profiles(parser: argparse.ArgumentParser) -> None:
+def add_old_profiles(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """``--sigma-rels`` or ``--gammas``, which name the profiles of an old folder."""
-    listed, profiles = exits.argument(parse_profiles), parser.add_mutually_exclusive_group()
-    profiles.add_argument("--sigma-rels", type=listed, help="the tracked profiles of a folder of {i}.{step}.pt files")
+    listed, profiles = exits.argument(parse_profiles), parser.add_mutually_exclusive_group(required=required)
+    profiles.add_argument(
+        "--sigma-rels", type=listed, help="the tracked profiles of a folder of {i}.{step}.pt files, in their order"
+    )
     profiles.add_argument("--gammas", type=listed, help="the same, as exponents")
 
 

@@ -89,10 +89,10 @@ class StoredSnapshots:
             tolerance=wanted.tolerance,
         )
 
-    def unknown_exclusions(self) -> list[int]:
-        """Steps to leave out of which there is nothing in the folder."""
+    def steps(self) -> set[int]:
+        """Steps of which there is something in the folder, whole or not."""
         names = map(parse_folder_name, self.store.files.list(self.store.root))
-        return sorted({*self.wanted.exclude} - {known[0] for known in names if known})
+        return {known[0] for known in names if known}
 
     def unrelated_runs(self) -> list[str]:
         """Runs that have no part in this history."""
@@ -142,9 +142,9 @@ class OldSnapshots:
             tolerance=wanted.tolerance,
         )
 
-    def unknown_exclusions(self) -> list[int]:
-        """As StoredSnapshots.unknown_exclusions()."""
-        return sorted({*self.wanted.exclude} - {each.step for each in self._folder.snapshots()})
+    def steps(self) -> set[int]:
+        """As StoredSnapshots.steps()."""
+        return {*self._folder.steps}
 
     def unrelated_runs(self) -> list[str]:
         """None."""

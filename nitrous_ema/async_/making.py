@@ -16,7 +16,7 @@ from typing import Literal
 from nitrous_ema import exits
 from nitrous_ema.async_.parts import Part
 from nitrous_ema.async_.telling import progress_of, say, tell_plan
-from nitrous_ema.dtypes import dtype_code
+from nitrous_ema.dtypes import rounded_code
 from nitrous_ema.errors import NitrousError
 from nitrous_ema.existing import Expected, expected_outputs
 from nitrous_ema.outputs import check_outputs, write_outputs, write_shard
@@ -44,7 +44,7 @@ class Maker:
         self._options = options
         self._part = part
         self._began = time.monotonic()
-        self._dtype = dtype_code(options.dtype)
+        self._dtype = rounded_code(options.dtype)
         self._threads: int | None = options.threads
         if self._threads is None and part.on_this_machine > 1:
             self._threads = max(1, available_cores() // part.on_this_machine)
@@ -148,7 +148,7 @@ class _Lines:
             self._tell(self._next, "kept")
 
     def _tell(self, index: int, state: State) -> None:
-        exits.put(json.dumps(self._result(index, state)) + "\n")
+        exits.to_stdout(json.dumps(self._result(index, state)) + "\n")
         self._next = index + 1
 
     def _result(self, index: int, state: State) -> dict[str, object]:

@@ -32,6 +32,7 @@ from nitrous_ema.async_.arguments import parse_arguments, parse_lengths
 from nitrous_ema.async_.output_names import OutputNames
 from nitrous_ema.async_.parts import Part, part_of_process
 from nitrous_ema.async_.telling import say
+from nitrous_ema.given import unknown_exclusions
 
 if TYPE_CHECKING:
     from nitrous_ema.async_.folders import OldSnapshots, StoredSnapshots, Wanted
@@ -114,8 +115,8 @@ def _make_all(
         paths = names.of_all(targets, lengths)
     if unrelated := folder.unrelated_runs():
         say(f"left out unrelated runs (--run takes one of them): {', '.join(unrelated)}")
-    if unknown := folder.unknown_exclusions():
-        say(f"--exclude: there is no snapshot of step {', '.join(map(str, unknown))} to leave out")
+    if options.exclude and (unknown := unknown_exclusions(options.exclude, folder.steps())):
+        say(unknown)
     for target, paths_there in zip(targets, paths, strict=True):
         with exits.usage_errors():
             plan = folder.plan(target)

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from nitrous_ema.exits import tell
+from nitrous_ema.exits import to_stderr
 from nitrous_ema.sizes import amount, counted
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _JSON_SECONDS = 0.1
 
 def say(line: str) -> None:
     """Tell something."""
-    tell(f"synthesize: {line}\n")
+    to_stderr(f"synthesize: {line}\n")
 
 
 def tell_plan(plan: Plan) -> None:
@@ -43,7 +43,7 @@ def tell_plan(plan: Plan) -> None:
             f"error {max(plan.least_error_l2):.3g}"
         )
     for warning in plan.report.warnings:
-        tell(f"{WARNING}{warning}\n")
+        to_stderr(f"{WARNING}{warning}\n")
 
 
 class TextProgress:
@@ -62,12 +62,12 @@ class TextProgress:
         rate = done / max(now - self._began, 1e-9)
         left = f"{(total - done) / rate:.0f} s left" if done < total else f"{now - self._began:.1f} s"
         line = f"read {amount(done)} of {amount(total)} ({done / total:.0%}), {amount(rate)}/s, {left}"
-        tell(f"\r{line}\x1b[K" if self._on_terminal else f"{line}\n")
+        to_stderr(f"\r{line}\x1b[K" if self._on_terminal else f"{line}\n")
 
     def end(self) -> None:
         """Leave the line."""
         if self._on_terminal:
-            tell("\n")
+            to_stderr("\n")
 
 
 class JsonProgress:
@@ -83,7 +83,7 @@ class JsonProgress:
         if done < total and now - self._told < _JSON_SECONDS:
             return
         self._told = now
-        tell(f"{PROGRESS}{json.dumps({'step': self._step, 'done': done, 'total': total})}}}\n")
+        to_stderr(f"{PROGRESS}{json.dumps({'step': self._step, 'done': done, 'total': total})}}}\n")
 
     def end(self) -> None:
         """Nothing is left to do."""

@@ -9,6 +9,7 @@ from typing import Any
 from nitrous_ema import exits
 from nitrous_ema.commands.terminal import paragraph, say, segments, show
 from nitrous_ema.errors import SnapshotDamaged
+from nitrous_ema.given import unknown_exclusions
 from nitrous_ema.importing import Import, plan_import
 from nitrous_ema.sizes import amount, counted
 from nitrous_ema.snapshots.legacy import LegacyFolder
@@ -21,8 +22,8 @@ def run(options: argparse.Namespace) -> int:
     with exits.usage_errors():
         old = LegacyFolder(options.folder, sigma_rels=options.sigma_rels, gammas=options.gammas)
         planned = plan_import(old, SnapshotStore(options.new), dtype=options.dtype, exclude=options.exclude)
-    if unknown := sorted({*options.exclude} - {*planned.excluded}):
-        say(f"--exclude: there is no snapshot of step {', '.join(map(str, unknown))} to leave out")
+    if unknown := unknown_exclusions(options.exclude, old.steps):
+        say(unknown)
     found = _described(planned, options)
     if not options.json:
         show("\n".join(_lines(found)))

@@ -7,19 +7,19 @@ import textwrap
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
-from nitrous_ema.exits import put, tell
+from nitrous_ema.exits import to_stderr, to_stdout
 
 _WIDTH = 120
 
 
 def show(text: str) -> None:
     """Write to stdout, now: whoever reads along sees it before the next long thing begins."""
-    put(text + "\n")
+    to_stdout(text + "\n")
 
 
 def say(line: str) -> None:
     """Write to stderr, with the program's name."""
-    tell(f"nitrous-ema: {line}\n")
+    to_stderr(f"nitrous-ema: {line}\n")
 
 
 def columns(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> list[str]:

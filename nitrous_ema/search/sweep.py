@@ -22,7 +22,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nitrous_ema.dtypes import dtype_code
+from nitrous_ema.dtypes import rounded_code
 from nitrous_ema.errors import EvaluationError
 from nitrous_ema.existing import expected_outputs
 from nitrous_ema.given import check_sequence
@@ -111,7 +111,7 @@ def sweep(
     _check_counts(refine, at_once)
     store = SnapshotStore(snapshots) if isinstance(snapshots, (str, os.PathLike)) else snapshots
     folder = _Folder(store, run, tuple(sorted(left_out or ())), float(tolerance))
-    code = dtype_code(dtype)
+    code = rounded_code(dtype)
     targets, file = folder.targets(wanted_steps), ResultsFile(results)
     known = {_identity(row): replace(row, maximize=maximize) for row in file.read()}
     before = set(known)
@@ -266,19 +266,8 @@ class _Search:
         missing = [length for length in lengths if self._key(length) not in self.known]
         if missing or self.keeps:
             plan = self.folder.plan(self.step, self.run, lengths)
-            paths = [self._evaluated(length) or self._path(plan, index) for index, length in enumerate(lengths)]
-            expected = expected_outputs(plan, paths, dtype=self.dtype)
-            # An evaluated average stays, also where other snapshots would be read for these lengths together.
-            made = [place for place, each in enumerate(expected) if each.is_there or not each.path.exists()]
-            if missing or not all(expected[place].is_there for place in made):
-                self.warnings.extend(plan.report.warnings)
-                self.out.mkdir(exist_ok=True)
-                write_outputs(
-                    plan.only(made),
-                    [paths[place] for place in made],
-                    dtype=self.dtype,
-                    memory_bytes=self.memory_bytes,
-                )
+            paths = self._paths(plan)
+            self._make(plan, paths, is_due=bool(missing))
             for index, (length, path) in enumerate(zip(lengths, paths, strict=True)):
                 if length in missing:
                     self._add(plan, index, path)
@@ -288,31 +277,57 @@ class _Search:
                     path.unlink()
         return {length: self.known[self._key(length)] for length in lengths}
 
-    def _evaluated(self, length: float) -> Path | None:
-        """The kept file of a known result, if it is still there."""
-        row = self.known.get(self._key(length))
-        path = row.path if row and self.keeps else None
-        return path if path and path.parent == self.out.absolute() and path.exists() else None
+    def _paths(self, plan: Plan) -> list[Path]:
+        """Names for the averages of a plan.
 
-    def _path(self, plan: Plan, index: int) -> Path:
-        """A name for one average of a plan: a longer one where something else has the plain one already.
+        An evaluated average keeps its own; another one gets a longer name where something else has the plain one.
 
         Raises:
             ValueError: Something else has the longer one too.
         """
-        path = self.out / output_name(self.step, plan.sigma_rels[index])
-        recipe = (*self._key(plan.sigma_rels[index])[1:], plan.steps)  # the metric makes no other average
+        plain = [self.out / output_name(self.step, length) for length in plan.sigma_rels]
+        if not self.keeps:
+            return plain
+        recipe = (self.run, self.folder.tolerance, self.folder.exclude, self.dtype, plan.steps)
         digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
-        for own in (path, path.with_name(f"{path.stem}-{digest}{path.suffix}")):
-            (expected,) = expected_outputs(plan.only([index]), [own], dtype=self.dtype)
-            if not self.keeps or expected.is_there or not os.path.lexists(own):
-                return own
-        raise ValueError(f"averages: {own} is no average of this sweep; move it, or name another folder.")
+        longer = [path.with_name(f"{path.stem}-{digest}{path.suffix}") for path in plain]
+        names = (expected_outputs(plan, paths, dtype=self.dtype) for paths in (plain, longer))
+        paths: list[Path] = []
+        for length, *both in zip(plan.sigma_rels, *names, strict=True):
+            free = (each.path for each in both if each.is_there or not os.path.lexists(each.path))
+            path = self._evaluated(length) or next(free, None)
+            if path is None:
+                taken = both[-1].path
+                raise ValueError(f"averages: {taken} is no average of this sweep; move it, or name another folder.")
+            paths.append(path)
+        return paths
+
+    def _evaluated(self, length: float) -> Path | None:
+        """The kept file of a known result, if it is still there."""
+        row = self.known.get(self._key(length))
+        path = row.path if row else None
+        return path if path and path.parent == self.out.absolute() and path.exists() else None
+
+    def _make(self, plan: Plan, paths: Sequence[Path], *, is_due: bool) -> None:
+        """Write the averages of a plan if that is due, or if one that is to be kept lacks.
+
+        An evaluated one stays, also where other snapshots would be read now.
+        """
+        made: Sequence[int] = range(len(paths))
+        if self.keeps:
+            expected = expected_outputs(plan, paths, dtype=self.dtype)
+            made = [place for place in made if expected[place].is_there or not paths[place].exists()]
+            is_due = is_due or not all(expected[place].is_there for place in made)
+        if is_due:
+            self.warnings.extend(plan.report.warnings)
+            self.out.mkdir(exist_ok=True)
+            chosen = plan.only(made), [paths[place] for place in made]
+            write_outputs(*chosen, dtype=self.dtype, memory_bytes=self.memory_bytes)
 
     def _key(self, length: float) -> tuple[object, ...]:
-        folder = self.folder
+        folder, dtype = self.folder, self.dtype or _OF_THE_MODEL
         run = folder.name_of(self.run)
-        return (self.metric, run, folder.tolerance, folder.exclude, self.dtype or _OF_THE_MODEL, self.step, length)
+        return (run, self.metric, folder.tolerance, folder.exclude, dtype, self.step, length)
 
     def _add(self, plan: Plan, index: int, path: Path) -> None:
         """Evaluate one average, and note the result."""

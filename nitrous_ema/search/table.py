@@ -55,12 +55,16 @@ class Row:
     @property
     def recipe(self) -> tuple[object, ...]:
         """What must agree for two results to be the same one, apart from step and length."""
-        return (self.metric, self.run, self.tolerance, self.excluded, self.dtype)
+        return (self.run, *self._way)
+
+    @property
+    def _way(self) -> tuple[object, ...]:
+        """The same, whatever the run."""
+        return (self.metric, self.tolerance, self.excluded, self.dtype)
 
     def is_alike(self, other: Row) -> bool:
         """Whether two results belong into one table: made in the same way, of one history of training."""
-        is_same = (self.metric, *self.recipe[2:]) == (other.metric, *other.recipe[2:])
-        return is_same and (self._is_before(other) or other._is_before(self))
+        return self._way == other._way and (self._is_before(other) or other._is_before(self))
 
     def _is_before(self, other: Row) -> bool:
         """Whether the other one's history has this result's snapshot."""

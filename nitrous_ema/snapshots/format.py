@@ -271,16 +271,15 @@ class Layout:
     @functools.cached_property
     def sha256(self) -> str:
         """Digest of tensors, profiles, type and chunk size: equal for snapshots that can be summed."""
-        return hashlib.sha256(_json(self._facts)).hexdigest()
+        return hashlib.sha256(as_json(self._facts)).hexdigest()
 
     @functools.cached_property
     def header_json(self) -> bytes:
         """The part of a header that all snapshots with this layout share: from the comma before it to the end."""
-        facts = _json({"layout_sha256": self.sha256, **self._facts})
+        facts = as_json({"layout_sha256": self.sha256, **self._facts})
         entries = (
-            b",%b:%b" % (_json(name), _json({"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}))
-            for name, dtype, shape, begin, end in self.entries
-        )  # one after the other: thousands of dicts are large
+            entry_json(name, described(dtype, shape, begin, end)) for name, dtype, shape, begin, end in self.entries
+        )
         return b"".join((b",", facts[1:], *entries, b"}"))
 
     @functools.cached_property
@@ -352,7 +351,7 @@ class Stamp:
             raise ValueError(f"t_first is {self.t_first!r}, after t = {self.t!r}")
         _check_lineage(self.run, self.lineage)
         _encodable((self.library_version,))
-        if json.loads(_json(dict(self.trainer))) != self.trainer or not all(map(_is_scalar, self.trainer.values())):
+        if json.loads(as_json(dict(self.trainer))) != self.trainer or not all(map(_is_scalar, self.trainer.values())):
             raise ValueError(f"trainer is {self.trainer!r}; expected texts and numbers by name")
 
 
@@ -518,7 +517,7 @@ def _decode_layout(header_json: bytes) -> Layout:
     if layout.header_json != header_json:
         header = _parse_part(text)[0]
         for name, dtype, shape, begin, end in layout.entries:
-            expected = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+            expected = described(dtype, shape, begin, end)
             if header.get(name) != expected:
                 raise ValueError(f"tensor {name!r} is {reprlib.repr(header.get(name))}, expected {expected}")
         raise ValueError("it does not list exactly the tensors that its layout has")
@@ -569,7 +568,7 @@ def _particulars(stamp: Stamp, crc32: Sequence[int]) -> dict[str, str]:
 
 
 def _particular_json(facts: dict[str, str]) -> bytes:
-    return b'{"__metadata__":' + _json(facts)[:-1]
+    return b'{"__metadata__":' + as_json(facts)[:-1]
 
 
 def new_run_id(now: datetime | None = None) -> str:
@@ -662,12 +661,22 @@ def _back_to_back(sizes: Iterable[int], begin: int = 0) -> tuple[Span, ...]:
     return tuple(spans)
 
 
-def _json(value: Any) -> bytes:
+def described(dtype: str, shape: Sequence[int], begin: int, end: int) -> dict[str, Any]:
+    """What a safetensors header says of a tensor."""
+    return {"dtype": dtype, "shape": [*shape], "data_offsets": [begin, end]}
+
+
+def entry_json(name: str, description: dict[str, Any]) -> bytes:
+    """A tensor in a safetensors header, from the comma before it on. One by one: thousands of dicts are large."""
+    return b",%b:%b" % (as_json(name), as_json(description))
+
+
+def as_json(value: Any) -> bytes:
+    """JSON as it stands in headers."""
     return _text(value).encode()
 
 
-def _text(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def _parse_part(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:

@@ -96,9 +96,14 @@ class LegacyFolder:
         )
         self._paths = self._find()
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps with files, whole or not, ascending."""
+        return tuple(sorted(self._paths))
+
     def snapshots(self, *, exclude: Collection[int] = ()) -> list[LegacySnapshot]:
         """All steps, ascending, but those to leave out."""
-        return [self._snapshot(step) for step in sorted(self._paths) if step not in exclude]
+        return [self._snapshot(step) for step in self.steps if step not in exclude]
 
     @cached_property
     def run(self) -> str:
@@ -106,7 +111,7 @@ class LegacyFolder:
 
         What is made of a folder is recognized by it later. The files of the first whole step stand for all.
         """
-        for step in sorted(self._paths):
+        for step in self.steps:
             snapshot = LegacySnapshot(step, self._paths[step], self.gammas, _RUN)
             with suppress(OSError, ValueError, zipfile.BadZipFile):
                 named = f"{snapshot.fingerprint()} {self.gammas!r}"
