@@ -20,14 +20,26 @@ from nitrous_ema.async_ import synthesize_worker as worker
 from nitrous_ema.async_.job import Output
 from nitrous_ema.async_.launch import launch
 from nitrous_ema.errors import WorkerError
+from nitrous_ema.posthoc.coverage import condition
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis.arrays import synthesize
+from nitrous_ema.synthesis.plan import plan_from_store
 from tests.snapshot_folders import layout_of, record, run_id, snapshot_file, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = [sys.executable, "-W", "error", "-m", "nitrous_ema.async_.synthesize_worker"]
 FIELDS = ["sigma_rel", "gamma", "step", "t", "run", "path", "state", "part", "parts", "profile_error", "weight_l1"]
-FIELDS += ["weight_l2", "rounding", "columns", "steps_read", "lower_bound", "tolerance", "excluded", "bytes_read"]
+FIELDS += [
+    "weight_l2",
+    "rounding",
+    "condition",
+    "columns",
+    "steps_read",
+    "lower_bound",
+    "tolerance",
+    "excluded",
+    "bytes_read",
+]
 FIELDS += ["file_bytes", "memory_bytes", "seconds"]
 TIMEOUT = 300
 
@@ -103,6 +115,10 @@ def test_stdout_is_one_json_object_per_output_and_nothing_else(folder, tmp_path)
     assert [list(line) for line in lines] == [FIELDS] * 4
     assert [line["sigma_rel"] for line in lines] == [0.06, 0.07, 0.08, 0.09]
     expected = synthesize(folder, sigma_rels=[0.06, 0.07, 0.08, 0.09], exclude=[300])
+    plan = plan_from_store(folder, sigma_rels=[0.06, 0.07, 0.08, 0.09], exclude=[300])
+    told = condition([column.t for column in plan.columns], [column.gamma for column in plan.columns])
+    assert [line["condition"] for line in lines] == [told] * 4
+    assert f"condition {told:.3g}\n" in done.stderr
     for index, line in enumerate(lines):
         assert line["path"] == str(out / f"step-1000-sigma-{line['sigma_rel']!r}.safetensors")
         tensors = safetensors.numpy.load_file(line["path"])

@@ -68,6 +68,8 @@ class Output:
     """Root of the sum of the squared weights."""
     rounding: float
     """Expected rms rounding error of a weight, relative to its size, from how the snapshots are stored."""
+    condition: float | None
+    """How nearly the profiles that were read depend on each other, at least 1; None for more than 1024."""
     columns: int
     """Profiles of snapshots that were read."""
     steps_read: tuple[int, ...]

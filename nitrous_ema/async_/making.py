@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -58,12 +59,13 @@ class Maker:
         """
         options = self._options
         memory, expected = self._checked(plan, paths), self._expected(plan, paths)
-        lines = _Lines(plan, self._part, expected, memory, self._began)
+        condition = plan.condition()
+        lines = _Lines(plan, self._part, expected, memory, condition, self._began)
         missing = [index for index, each in enumerate(expected) if not (options.skip_existing and each.is_there)]
         if len(missing) < len(paths):
             say(f"step {plan.target.step}: {len(paths) - len(missing)} of {len(paths)} averages are there already")
         if missing:
-            tell_plan(plan.only(missing))
+            tell_plan(plan.only(missing), condition)
         if options.dry_run:
             size = sum(expected[index].num_bytes for index in missing)
             say(f"dry run: {amount(size)} to write, at most {amount(memory)} of memory; nothing is written")
@@ -128,11 +130,14 @@ class Maker:
 class _Lines:
     """What stdout says of the averages of a plan."""
 
-    def __init__(self, plan: Plan, part: Part, expected: Sequence[Expected], memory: int, began: float) -> None:
+    def __init__(
+        self, plan: Plan, part: Part, expected: Sequence[Expected], memory: int, condition: float, began: float
+    ) -> None:
         self._plan = plan
         self._part = part
         self._expected = expected
         self._memory = memory
+        self._condition = condition if math.isfinite(condition) else None  # JSON has nothing else
         self._began = began
         self._next = 0
 
@@ -168,6 +173,7 @@ class _Lines:
             "weight_l1": float(report.weight_l1[index]),
             "weight_l2": float(report.weight_l2[index]),
             "rounding": float(report.rounding[index]),
+            "condition": self._condition,
             "columns": len(plan.columns),
             "steps_read": list(plan.steps),
             "lower_bound": plan.lower_bound,

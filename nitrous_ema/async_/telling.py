@@ -27,7 +27,7 @@ def say(line: str) -> None:
     to_stderr(f"synthesize: {line}\n")
 
 
-def tell_plan(plan: Plan) -> None:
+def tell_plan(plan: Plan, condition: float) -> None:
     """Tell what is read, and how good the averages will be."""
     target = plan.target
     say(
@@ -35,12 +35,16 @@ def tell_plan(plan: Plan) -> None:
         f"{counted(len(plan.columns), 'column')} of {counted(len(plan.steps), 'snapshot')}, "
         f"{amount(plan.bytes_to_read)} to read"
     )
+    report = plan.report
+    say(
+        f"profile error {max(report.profile_error):.2g}; rounding of a weight {max(report.rounding):.1e}, "
+        f"{max(report.weight_l2):.3g} times that of one snapshot; condition {condition:.3g}"
+    )
     if plan.tolerance > 0:
         say(
             f"tolerance {plan.tolerance:g}: {len(plan.steps)} of {plan.candidates} snapshots, not less than "
-            f"{plan.lower_bound} give all averages so well; profile error {max(plan.report.profile_error):.2g}, with "
-            f"all {max(plan.profile_error_of_all):.2g}; rounding times {max(plan.report.weight_l2):.3g}, at the least "
-            f"error {max(plan.least_error_l2):.3g}"
+            f"{plan.lower_bound} give all averages so well; with all, profile error "
+            f"{max(plan.profile_error_of_all):.2g}; at the least error, rounding times {max(plan.least_error_l2):.3g}"
         )
     for warning in plan.report.warnings:
         to_stderr(f"{WARNING}{warning}\n")

@@ -16,7 +16,7 @@ import numpy as np
 
 from nitrous_ema.commands.terminal import columns, paragraph, percent
 from nitrous_ema.posthoc import select_mixed_steps
-from nitrous_ema.posthoc.coverage import LONGEST, SHORTEST, Stretch, condition, covered_lengths, gap_errors2
+from nitrous_ema.posthoc.coverage import LONGEST, SHORTEST, Stretch, covered_lengths, gap_errors2
 from nitrous_ema.posthoc.report import rounding_of
 from nitrous_ema.profile import FloatArray, gamma_to_sigma_rel
 from nitrous_ema.sizes import amount, counted
@@ -119,7 +119,7 @@ def _described(plan: Plan, candidates: Sequence[Snapshot | Moment]) -> dict[str,
         "columns": len(plan.columns),
         "bytes_to_read": plan.bytes_to_read,
         "stored_dtypes": sorted(dtypes),
-        "condition": _finite(condition([each.t for each in plan.columns], [each.gamma for each in plan.columns])),
+        "condition": _finite(plan.condition()),
         "lengths": [
             {
                 "sigma_rel": sigma_rel,

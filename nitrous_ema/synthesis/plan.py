@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nitrous_ema.errors import SnapshotMismatch
 from nitrous_ema.given import check_sequence
 from nitrous_ema.posthoc import SynthesisReport, synthesis_report
+from nitrous_ema.posthoc.coverage import condition
 from nitrous_ema.profile import gamma_to_sigma_rel, sigma_rel_to_gamma
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
@@ -77,6 +78,10 @@ class Plan:
         """Bytes of all columns and of the target's copied tensors."""
         copied = self.target.copied
         return sum(column.source.num_bytes for column in self.columns) + (copied.num_bytes if copied else 0)
+
+    def condition(self) -> float:
+        """How nearly the columns' profiles depend on each other; NaN for more than 1024 (``posthoc.coverage``)."""
+        return condition([column.t for column in self.columns], [column.gamma for column in self.columns])
 
     def only(self, indices: Sequence[int]) -> Plan:
         """The same plan for some of its averages: what is read stays."""
