@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".safetensors", ".pt")
 _ROUNDED_OUTPUTS = 8  # at a time: rounding a tile of these takes at most 1.8 MB
-_DISK_THREADS = 8
+_FSYNC_THREADS = 8
 _WRITEBACK_BYTES = 8 << 20  # the disk is told to begin with so many, while the next ones are computed
 
 Committed = Callable[[int, Path], None]
@@ -208,7 +208,8 @@ def _write(
     for indices in passes(plan, memory_bytes, accumulate=accumulate):
         now = outputs[indices.start : indices.stop]
         try:
-            _open(now, [metadata_of(plan, output.index, accumulate) for output in now])
+            for output in now:  # one after the other: a header of thousands of tensors takes megabytes
+                output.open(metadata_of(plan, output.index, accumulate))
             fill = _Fill(now)
             stream(
                 plan.only(indices),
@@ -227,16 +228,9 @@ def _write(
                 output.discard()
 
 
-def _open(outputs: Sequence[_Output], metadata: Sequence[dict[str, str]]) -> None:
-    """Create files, several at a time: to reserve space takes some file systems (tmpfs) as long as to write it."""
-    with ThreadPoolExecutor(min(_DISK_THREADS, len(outputs)), thread_name_prefix="synthesis-open") as pool:
-        for opened in [pool.submit(output.open, told) for output, told in zip(outputs, metadata, strict=True)]:
-            opened.result()
-
-
 def _commit(outputs: Sequence[_Output], committed: Committed | None) -> None:
     """Make files durable, several at a time: the disk orders their blocks better than we could."""
-    with ThreadPoolExecutor(min(_DISK_THREADS, len(outputs)), thread_name_prefix="synthesis-fsync") as pool:
+    with ThreadPoolExecutor(min(_FSYNC_THREADS, len(outputs)), thread_name_prefix="synthesis-fsync") as pool:
         durable: list[Future[None]] = []
         try:
             for output in outputs:

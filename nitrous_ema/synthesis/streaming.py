@@ -51,7 +51,7 @@ _OUTPUTS_PER_PASS = 4 * GROUP_OUTPUTS  # at most: each has an open file
 _MAX_BLOCK_ELEMENTS = 1 << 16  # measured with 32 columns: 256 Ki was 1.3 times slower, 1 Mi up to twice
 _FIXED_BYTES = 4 << 20  # copied tensors, running checksums
 # For each name of a tensor: its places in files, as text and as objects. Measured were 1.9 kB, 0.7 kB for each profile
-# and 8 (1 + profiles) copies of the name, the most of it while the headers are read.
+# and 8 (1 + profiles) copies of the name, the most of it while headers are read (bench.tables_memory).
 _TENSOR_BYTES, _PROFILE_BYTES, _NAME_COPIES = 2048, 768, 9
 _CONSUMER_BYTES = 3 << 20  # per thread: what outputs.py rounds and writes at a time, packed matrices of BLAS
 _COPY_BYTES = 1 << 20
