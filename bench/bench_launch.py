@@ -19,7 +19,7 @@ import torch
 
 from bench.harness import Measure, compare, duration, parser, start, timed
 from nitrous_ema import PostHocEMA
-from nitrous_ema.async_.launch import launch
+from nitrous_ema.synthesis.worker.launch import launch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODULE = "nitrous_ema.async_.synthesize_worker"

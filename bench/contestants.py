@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModule, get_ema_multi_avg_fn
 
 from nitrous_ema import AsyncPostHocEMA, PostHocEMA
 
@@ -188,7 +188,7 @@ def _ema_foreach(library: ModuleType, model: nn.Module, stack: ExitStack, update
 
 def _averaged_model(model: nn.Module, stack: ExitStack, update_every: int = 1) -> Averaging:
     averages = [
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - weight), use_buffers=True) for weight in WEIGHTS
+        AveragedModule(model, multi_avg_fn=get_ema_multi_avg_fn(1 - weight), use_buffers=True) for weight in WEIGHTS
     ]
     return Averaging(_every(update_every, lambda: [average.update_parameters(model) for average in averages]))
 
@@ -202,7 +202,7 @@ def _every(calls: int, update: Callable[[], Any]) -> Callable[[], None]:
 def nitrous_001() -> tuple[ModuleType | None, str]:
     """The module, or None and why it is absent."""
     try:
-        from tests.peers import ABSENT, find_nitrous_001
+        from tests.support.peers import ABSENT, find_nitrous_001
 
         return find_nitrous_001(), ABSENT
     except ImportError as error:  # what it imports itself

@@ -26,11 +26,11 @@ import torch
 from torch import nn
 
 from bench import contestants, models
-from nitrous_ema import outputs
 from nitrous_ema.snapshots import store as _  # noqa: F401 - imported before the clock starts
+from nitrous_ema.snapshots.reading import FileSource
 from nitrous_ema.synthesis import plan_from_store
+from nitrous_ema.synthesis.outputs import writer as outputs
 from nitrous_ema.synthesis.plan import Plan
-from nitrous_ema.synthesis.sources import FileSource
 
 Synthesize = Callable[[Path, Path, Sequence[float]], Any]
 BLOCK_ELEMENTS = 1 << 15
@@ -78,7 +78,7 @@ def _loop(snapshots: Path, out: Path, lengths: Sequence[float], *, dtype: torch.
     """Read, checksum, convert, multiply and write, block after block: what one writes who wants no library."""
     plan = plan_from_store(snapshots, sigma_rels=lengths, tolerance=0.0)
     weights = torch.from_numpy(plan.weights.T.copy()).to(dtype)
-    columns = _Columns(plan)
+    columns = _MixedColumns(plan)
     flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
     written = [os.open(out / f"{each}.bin", flags, 0o666) for each in lengths]
     for begin in range(0, plan.elements, BLOCK_ELEMENTS):
@@ -91,7 +91,7 @@ def _loop(snapshots: Path, out: Path, lengths: Sequence[float], *, dtype: torch.
         os.close(descriptor)
 
 
-class _Columns:
+class _MixedColumns:
     """The columns of a plan in float16, read front to back."""
 
     def __init__(self, plan: Plan) -> None:

@@ -95,7 +95,7 @@ def measure(arguments: Sequence[str]) -> None:
     """Run a worker in this process, and tell how many KiB it took beyond its imports."""
     import concurrent.futures  # noqa: F401
 
-    import nitrous_ema.async_.making  # noqa: F401
+    import nitrous_ema.synthesis.worker.runner  # noqa: F401
     from nitrous_ema.async_ import synthesize_worker
 
     Path("/proc/self/clear_refs").write_text("5")  # forgets the most so far

@@ -15,7 +15,7 @@ import numpy as np
 
 from nitrous_ema.posthoc import Selection, least_amplifying_weights, select_steps, synthesis_report
 from nitrous_ema.profile import sigma_rel_to_gamma
-from nitrous_ema.synthesis.choice import choose_columns
+from nitrous_ema.synthesis.snapshot_selection import choose_columns
 
 PAIR, WIDE, TRIPLE, GUIDED = (0.05, 0.10), (0.06, 0.16), (0.03, 0.10, 0.25), (0.02, 0.05, 0.16)
 TOLERANCES = (1e-2, 1e-3, 1e-4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "1.0.0"
+from nitrous_ema._version import __version__
 
 __all__ = [
     "AsyncPostHocEMA",
@@ -29,28 +29,28 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from nitrous_ema.async_.service import AsyncPostHocEMA
-    from nitrous_ema.ema import KarrasEMA, PostHocEMA
+    from nitrous_ema.async_.ema import AsyncPostHocEMA
+    from nitrous_ema.averaging.ema import KarrasEMA, PostHocEMA
+    from nitrous_ema.averaging.load_average import load_average
     from nitrous_ema.errors import NitrousError, NitrousWarning
-    from nitrous_ema.loading import load_average
     from nitrous_ema.posthoc.keep_rules import KeepAll, KeepBytes, KeepCount, KeepGeometric
     from nitrous_ema.search.sweep import sweep
-    from nitrous_ema.snapshots.legacy import LegacyFolder
+    from nitrous_ema.snapshots.legacy.folder import LegacyFolder
     from nitrous_ema.snapshots.store import SnapshotStore
 else:  # hidden from type checkers, to which a module's __getattr__ would make every misspelled name an Any
     _HOMES = {
-        "AsyncPostHocEMA": "nitrous_ema.async_.service",
-        "KarrasEMA": "nitrous_ema.ema",
+        "AsyncPostHocEMA": "nitrous_ema.async_.ema",
+        "KarrasEMA": "nitrous_ema.averaging.ema",
         "KeepAll": "nitrous_ema.posthoc.keep_rules",
         "KeepBytes": "nitrous_ema.posthoc.keep_rules",
         "KeepCount": "nitrous_ema.posthoc.keep_rules",
         "KeepGeometric": "nitrous_ema.posthoc.keep_rules",
-        "LegacyFolder": "nitrous_ema.snapshots.legacy",
+        "LegacyFolder": "nitrous_ema.snapshots.legacy.folder",
         "NitrousError": "nitrous_ema.errors",
         "NitrousWarning": "nitrous_ema.errors",
-        "PostHocEMA": "nitrous_ema.ema",
+        "PostHocEMA": "nitrous_ema.averaging.ema",
         "SnapshotStore": "nitrous_ema.snapshots.store",
-        "load_average": "nitrous_ema.loading",
+        "load_average": "nitrous_ema.averaging.load_average",
         "sweep": "nitrous_ema.search.sweep",
     }
 

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from nitrous_ema.cli import main
+from nitrous_ema.cli.program import main
 
 sys.exit(main())

@@ -1,1 +1,1 @@
-"""The tests. A package, so that they can share `tests.fakes` and `tests.peers` whatever else is installed."""
+"""The tests; a package, so that modules of tests can import `tests.support`."""

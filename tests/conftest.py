@@ -46,8 +46,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session", autouse=True)
 def toys_are_averaged_like_models() -> Iterator[None]:
     """By the thread, not where they are."""
-    import nitrous_ema.async_.service
+    import nitrous_ema.async_.ema
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nitrous_ema.async_.service, "_FEW_ELEMENTS", -1)
+        patch.setattr(nitrous_ema.async_.ema, "_FEW_ELEMENTS", -1)
         yield

@@ -13,14 +13,14 @@ __all__ = ["AsyncPostHocEMA", "synthesize_worker"]
 
 if TYPE_CHECKING:
     from nitrous_ema.async_ import synthesize_worker
-    from nitrous_ema.async_.service import AsyncPostHocEMA
+    from nitrous_ema.async_.ema import AsyncPostHocEMA
 else:
 
     def __getattr__(name: str) -> object:
         if name == "synthesize_worker":
             return import_module("nitrous_ema.async_.synthesize_worker")  # the import system keeps it here
         if name == "AsyncPostHocEMA":
-            return import_module("nitrous_ema.async_.service").AsyncPostHocEMA
+            return import_module("nitrous_ema.async_.ema").AsyncPostHocEMA
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:

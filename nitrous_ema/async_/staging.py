@@ -40,13 +40,13 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from nitrous_ema.pipeline import Mark, Pending
-from nitrous_ema.snapshots.format import Layout, Span
+from nitrous_ema.averaging.execution.interfaces import Mark, PendingSnapshot
+from nitrous_ema.snapshots.layout import Layout, Span
 
 _SMALLEST_BYTES = 4096  # pinned memory comes in pages of the system, of at least this size
 
 
-class DeviceCopies:
+class StagingCopies:
     """The copies of one snapshot from one device: one per page, queued and finished in the order of the pages.
 
     Asked and told from several threads: those that train, those that step optimizers, and writers.
@@ -71,12 +71,12 @@ class DeviceCopies:
         """Block until a page is filled."""
         self._marks[page].wait()
 
-    def order(self, first: int, last: int) -> None:
+    def wait_on_device(self, first: int, last: int) -> None:
         """What is queued from here comes after the copies into pages ``[first, last)``."""
         with self._lock:
             first = max(first, self._num_over)
             for mark in self._marks[first:last]:
-                mark.order()
+                mark.wait_on_device()
 
     def are_over(self, last: int) -> bool:
         """Whether the copies into all pages before ``last`` have finished, as far as the host knows now."""
@@ -97,23 +97,23 @@ class DeviceCopies:
             self._num_over = len(self._marks)
 
 
-class SlotCopies:
-    """The copies that may still be reading averages of one device, of all slots: a ``CopiesInFlight``.
+class SlotReadbacks:
+    """The copies that may still be reading averages of one device, of all slots: a ``ReadbacksInFlight``.
 
     Args:
         begins: Where each page begins in the file's data.
         copies: Of each slot.
     """
 
-    def __init__(self, begins: Sequence[int], copies: Sequence[DeviceCopies]) -> None:
+    def __init__(self, begins: Sequence[int], copies: Sequence[StagingCopies]) -> None:
         self._begins = begins
         self._copies = copies
 
-    def order(self, begin: int, end: int) -> None:
+    def wait_on_device(self, begin: int, end: int) -> None:
         """What is queued from here comes after the copies that read ``[begin, end)`` of the file's data."""
         first, last = self._pages(begin, end)
         for copies in self._copies:
-            copies.order(first, last)
+            copies.wait_on_device(first, last)
 
     def are_over(self, begin: int, end: int) -> bool:
         """Whether those have finished, as far as the host knows now."""
@@ -139,9 +139,9 @@ class Slot:
 
     pages: list[Tensor]  # uint8; touched only by the owner
     marks: dict[torch.device, list[Mark]] = field(default_factory=dict)  # per page; made by the training thread, once
-    copies: dict[torch.device, DeviceCopies] = field(default_factory=dict)  # of what it carries
+    copies: dict[torch.device, StagingCopies] = field(default_factory=dict)  # of what it carries
     state: SlotState = SlotState.FREE  # guarded by SlotPool._lock
-    pending: Pending | None = None  # what it carries; set by the training thread
+    pending: PendingSnapshot | None = None  # what it carries; set by the training thread
     unfilled: int = 0  # devices whose copies are not queued yet; guarded by SlotPool._lock
 
 
@@ -177,7 +177,9 @@ class SlotPool:
                 slot.state = SlotState.FILLING
             return slot
 
-    def expect(self, slot: Slot, pending: Pending, make_mark: Mapping[torch.device, Callable[[], Mark]]) -> None:
+    def expect(
+        self, slot: Slot, pending: PendingSnapshot, make_mark: Mapping[torch.device, Callable[[], Mark]]
+    ) -> None:
         """Note what a slot will carry, and from which devices; marks are made when a device is first met."""
         for device, make in make_mark.items():
             if device not in slot.marks:
@@ -185,9 +187,9 @@ class SlotPool:
         with self._lock:
             self._check(slot, SlotState.FILLING)
             slot.pending, slot.unfilled = pending, len(make_mark)
-            slot.copies = {device: DeviceCopies(slot.marks[device]) for device in make_mark}
+            slot.copies = {device: StagingCopies(slot.marks[device]) for device in make_mark}
 
-    def filled(self, slot: Slot, pending: Pending) -> bool:
+    def filled(self, slot: Slot, pending: PendingSnapshot) -> bool:
         """One device's copies are queued; True, and the slot is SEALED, if that was the last one.
 
         Of a snapshot that was given up meanwhile, and whose slot may carry another one: False.
@@ -221,12 +223,12 @@ class SlotPool:
             self._changed.wait_for(lambda: not self._busy(), timeout_seconds)
             return [slot.pending.stamp.step for slot in self._busy() if slot.pending is not None]
 
-    def copies_in_flight(self, device: torch.device) -> SlotCopies | None:
+    def copies_in_flight(self, device: torch.device) -> SlotReadbacks | None:
         """The copies that may still be reading averages on a device; None if there are none."""
         with self._lock:
             copies = [slot.copies[device] for slot in self._busy() if device in slot.copies]
         copies = [each for each in copies if not each.is_all_over()]
-        return SlotCopies(self._begins, copies) if copies else None
+        return SlotReadbacks(self._begins, copies) if copies else None
 
     def num_busy(self) -> int:
         """Snapshots that are on their way."""

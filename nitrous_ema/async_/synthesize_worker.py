@@ -27,26 +27,27 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback, nothing to clean up
 
-from nitrous_ema import exits
-from nitrous_ema.async_.arguments import parse_arguments, parse_lengths
-from nitrous_ema.async_.output_names import OutputNames
-from nitrous_ema.async_.parts import Part, part_of_process
-from nitrous_ema.async_.telling import say
-from nitrous_ema.given import unknown_exclusions
+from nitrous_ema._base import exit_status
+from nitrous_ema._base.options import parse_lengths, unknown_exclusions
+from nitrous_ema.synthesis.worker.arguments import parse_arguments
+from nitrous_ema.synthesis.worker.output_names import OutputNames
+from nitrous_ema.synthesis.worker.partition import WorkPartition, part_of_process
+from nitrous_ema.synthesis.worker.reporting import log
 
 if TYPE_CHECKING:
-    from nitrous_ema.async_.folders import OldSnapshots, StoredSnapshots, Wanted
-    from nitrous_ema.async_.job import Job, Output
-    from nitrous_ema.async_.launch import launch
-    from nitrous_ema.async_.making import Maker
     from nitrous_ema.snapshots.snapshot import Snapshot
+    from nitrous_ema.synthesis.worker.inputs import LegacySnapshots, RequestedAverages, StoredSnapshots
+    from nitrous_ema.synthesis.worker.job import Job
+    from nitrous_ema.synthesis.worker.launch import launch
+    from nitrous_ema.synthesis.worker.output_record import Output
+    from nitrous_ema.synthesis.worker.runner import SynthesisRunner
 else:
     _HOMES = {"Job": "job", "Output": "job", "launch": "launch"}
 
     def __getattr__(name: str) -> object:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"nitrous_ema.async_.{_HOMES[name]}"), name)
+        return getattr(import_module(f"nitrous_ema.synthesis.worker.{_HOMES[name]}"), name)
 
 
 __all__ = ["Job", "Output", "launch", "main", "parse_lengths"]
@@ -65,47 +66,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status, as the module says.
     """
     with _interruptible():
-        return exits.status_of(
+        return exit_status.run_program(
             lambda: _run(parse_arguments(argv)),
-            lambda why: say(f"error: {why}"),
+            lambda why: log(f"error: {why}"),
             interrupted="interrupted; outputs that are not listed on stdout were not written.",
             unread="stdout was closed before all outputs were written.",
         )
 
 
 def _run(options: argparse.Namespace) -> int:
-    from nitrous_ema.async_.folders import Wanted
-    from nitrous_ema.async_.making import Maker
     from nitrous_ema.synthesis.plan import lengths_of
+    from nitrous_ema.synthesis.worker.inputs import RequestedAverages
+    from nitrous_ema.synthesis.worker.runner import SynthesisRunner
 
-    with exits.usage_errors():
+    with exit_status.usage_errors():
         names = OutputNames(options.out, options.format)
         part = options.part or part_of_process(os.environ)
         lengths = lengths_of(options.gamma, options.sigma_rel)
-        wanted = Wanted(
+        wanted = RequestedAverages(
             sigma_rels=options.sigma_rel, gammas=options.gamma, exclude=options.exclude, tolerance=options.tolerance
         )
         folder = _folder(options, wanted)
         _check_parts(options, part)
-    maker = Maker(options, part)
+    maker = SynthesisRunner(options, part)
     if options.follow:
         options.skip_existing = True
         _follow(options, folder, names, lengths, maker)
     else:
         _make_all(options, folder, names, lengths, maker, part)
-    return exits.DONE
+    return exit_status.DONE
 
 
 def _make_all(
     options: argparse.Namespace,
-    folder: StoredSnapshots | OldSnapshots,
+    folder: StoredSnapshots | LegacySnapshots,
     names: OutputNames,
     lengths: Sequence[tuple[float, float]],
-    maker: Maker,
-    part: Part,
+    maker: SynthesisRunner,
+    part: WorkPartition,
 ) -> None:
     """The averages that end at snapshots which are there."""
-    with exits.usage_errors():
+    with exit_status.usage_errors():
         targets: Sequence[Any] = folder.targets(options.step)
         if part.parts > 1 and options.step in (None, "all") and not folder.is_closed:
             raise ValueError(
@@ -114,24 +115,24 @@ def _make_all(
             )
         paths = names.of_all(targets, lengths)
     if unrelated := folder.unrelated_runs():
-        say(f"left out unrelated runs (--run takes one of them): {', '.join(unrelated)}")
+        log(f"left out unrelated runs (--run takes one of them): {', '.join(unrelated)}")
     if options.exclude and (unknown := unknown_exclusions(options.exclude, folder.steps())):
-        say(unknown)
+        log(unknown)
     for target, paths_there in zip(targets, paths, strict=True):
-        with exits.usage_errors():
+        with exit_status.usage_errors():
             plan = folder.plan(target)
         maker.make(plan, paths_there)
 
 
-def _folder(options: argparse.Namespace, wanted: Wanted) -> StoredSnapshots | OldSnapshots:
-    from nitrous_ema.async_.folders import OldSnapshots, StoredSnapshots
+def _folder(options: argparse.Namespace, wanted: RequestedAverages) -> StoredSnapshots | LegacySnapshots:
+    from nitrous_ema.synthesis.worker.inputs import LegacySnapshots, StoredSnapshots
 
     if options.sigma_rels or options.gammas:
-        return OldSnapshots(options.snapshots, wanted, sigma_rels=options.sigma_rels, gammas=options.gammas)
+        return LegacySnapshots(options.snapshots, wanted, sigma_rels=options.sigma_rels, gammas=options.gammas)
     return StoredSnapshots(options.snapshots, wanted, options.run)
 
 
-def _check_parts(options: argparse.Namespace, part: Part) -> None:
+def _check_parts(options: argparse.Namespace, part: WorkPartition) -> None:
     if part.parts > 1 and options.follow:
         raise ValueError(
             "--follow: each process would follow at its own pace, and read other snapshots where some are dropped "
@@ -141,28 +142,28 @@ def _check_parts(options: argparse.Namespace, part: Part) -> None:
 
 def _follow(
     options: argparse.Namespace,
-    folder: StoredSnapshots | OldSnapshots,
+    folder: StoredSnapshots | LegacySnapshots,
     names: OutputNames,
     lengths: Sequence[tuple[float, float]],
-    maker: Maker,
+    maker: SynthesisRunner,
 ) -> None:
-    from nitrous_ema.async_.folders import StoredSnapshots
-    from nitrous_ema.async_.following_runs import Follower
+    from nitrous_ema.synthesis.worker.follow import RunFollower
+    from nitrous_ema.synthesis.worker.inputs import StoredSnapshots
 
     if not isinstance(folder, StoredSnapshots):
         raise RuntimeError("an old folder is followed; this is a bug of nitrous_ema, please report it.")
     stored = folder
-    with exits.usage_errors():
+    with exit_status.usage_errors():
         if names.fields and not {"step", "t"} & set(names.fields):
             raise ValueError(f"--out {options.out!r}: with --follow every step needs a name of its own; use {{step}}.")
 
     def make(target: Snapshot) -> None:
-        with exits.usage_errors():
+        with exit_status.usage_errors():
             (paths,) = names.of_all([target], lengths)
             plan = stored.plan(target)
         maker.make(plan, paths)
 
-    Follower(
+    RunFollower(
         snapshots=stored,
         steps=options.step,
         make=make,
@@ -207,8 +208,8 @@ def use_one_thread_per_product() -> None:
 
 if __name__ == "__main__":
     use_one_thread_per_product()
-    exit_status = main()
-    if exit_status == exits.INTERRUPTED:  # nothing is left to be ended but threads
+    status = main()
+    if status == exit_status.INTERRUPTED:  # nothing is left to be ended but threads
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_IGN)
-    sys.exit(exit_status)
+    sys.exit(status)

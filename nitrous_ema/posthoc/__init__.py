@@ -8,11 +8,11 @@ that are good enough, ``least_amplifying_weights`` those weights that are good e
 
 from __future__ import annotations
 
-from nitrous_ema.posthoc.amplification import least_amplifying_weights
 from nitrous_ema.posthoc.least_squares import solve_weights
-from nitrous_ema.posthoc.mixed_steps import select_mixed_steps
+from nitrous_ema.posthoc.mixed_profiles import select_mixed_steps
+from nitrous_ema.posthoc.pruning import Retention, retain
+from nitrous_ema.posthoc.regularization import least_amplifying_weights
 from nitrous_ema.posthoc.report import SynthesisReport, synthesis_report
-from nitrous_ema.posthoc.retention import Retention, retain
 from nitrous_ema.posthoc.selection import Selection, select_steps
 
 __all__ = [

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nitrous_ema.posthoc.intervals import fit_intervals, interval_errors2
-from nitrous_ema.posthoc.least_squares import Problem, solve
+from nitrous_ema.posthoc.least_squares import LeastSquaresProblem, solve
 from nitrous_ema.profile import (
     SIGMA_REL_LIMIT,
     FloatArray,
@@ -65,7 +65,7 @@ def covered_lengths(
     """
     allowed = np.array(limits, dtype=np.float64).reshape(-1, 2)
     numbers_between("limits", np.minimum(allowed, 1e300), 0.0, remedy="Give pairs of an error and an amplification.")
-    judge = _Judge(t_i, gamma_i, float(t_r))
+    judge = _LengthErrors(t_i, gamma_i, float(t_r))
     lengths = judge.lengths()
     error, norm = judge(lengths)
     runs = [
@@ -93,7 +93,7 @@ def covered_lengths(
     return tuple(map(tuple, found))
 
 
-class _Judge:
+class _LengthErrors:
     """Errors and amplifications of averages that end at one time, by their lengths."""
 
     def __init__(self, t_i: ArrayLike, gamma_i: ArrayLike, t_r: float) -> None:
@@ -108,7 +108,7 @@ class _Judge:
 
     def __call__(self, sigma_rels: FloatArray) -> tuple[FloatArray, FloatArray]:
         asked = np.full(sigma_rels.size, self._t_r), np.asarray(sigma_rel_to_gamma(sigma_rels))
-        weights, error = solve(Problem.of(self._t_i, self._gamma_i, *asked), "constrain")
+        weights, error = solve(LeastSquaresProblem.of(self._t_i, self._gamma_i, *asked), "constrain")
         return error, np.sqrt((weights**2).sum(0))
 
 
@@ -143,7 +143,7 @@ def condition(t_i: ArrayLike, gamma_i: ArrayLike) -> float:
     Returns:
         At least 1; NaN for more than 1024 averages, and infinity if one of them is given twice.
     """
-    problem = Problem.of(t_i, gamma_i, [np.max(np.asarray(t_i))], [0.0])
+    problem = LeastSquaresProblem.of(t_i, gamma_i, [np.max(np.asarray(t_i))], [0.0])
     if problem.t_i.size > _MOST_COLUMNS:
         return math.nan
     if problem.t_i.size > (problem.row >= 0).sum():

@@ -13,10 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from nitrous_ema._base.arguments import format_bytes, parse_bytes
 from nitrous_ema.posthoc.interval_cost import IntervalCost
 from nitrous_ema.posthoc.selection import log_ratio
 from nitrous_ema.profile import FloatArray, exponents, gamma_to_sigma_rel, numbers_between, sigma_rel_to_gamma
-from nitrous_ema.sizes import amount, parse_bytes
 
 __all__ = ["Keep", "KeepAll", "KeepBytes", "KeepCount", "KeepGeometric", "KeepRule", "keep_rule", "wanted_lengths"]
 
@@ -214,7 +214,7 @@ class KeepBytes:
         if fit < _LEAST_SNAPSHOTS:
             raise ValueError(
                 f"keep has a budget of {self.budget_bytes:,} bytes, which holds {fit} snapshots of "
-                f"{snapshot_bytes:,} bytes ({amount(snapshot_bytes)}); expected room for at least {_LEAST_SNAPSHOTS}: "
+                f"{snapshot_bytes:,} bytes ({format_bytes(snapshot_bytes)}); expected room for at least {_LEAST_SNAPSHOTS}: "
                 "two that stay, and one that is being written. Raise the budget, store averages in half the bytes "
                 "(checkpoint_dtype=torch.bfloat16), or track fewer profiles."
             )

@@ -50,7 +50,7 @@ def solve_weights(
     Source:
         Karras et al. 2023, arXiv:2312.02696, Algorithm 3 and Eq. 128-143. The paper does not normalize.
     """
-    problem = Problem.of(t_i, gamma_i, t_r, gamma_r)
+    problem = LeastSquaresProblem.of(t_i, gamma_i, t_r, gamma_r)
     return solve(problem, normalize)[0]
 
 
@@ -59,7 +59,7 @@ def solve_weights(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Problem:
+class LeastSquaresProblem:
     """Given averages sorted into a table of kept times and profiles, and the outputs."""
 
     t_i: FloatArray  # as given, [inputs]
@@ -73,7 +73,7 @@ class Problem:
     row: NDArray[np.intp]  # first input with that time and profile, -1 where there is none, [steps, profiles]
 
     @classmethod
-    def of(cls, t_i: ArrayLike, gamma_i: ArrayLike, t_r: ArrayLike, gamma_r: ArrayLike) -> Problem:
+    def of(cls, t_i: ArrayLike, gamma_i: ArrayLike, t_r: ArrayLike, gamma_r: ArrayLike) -> LeastSquaresProblem:
         """The question of ``solve_weights``, checked."""
         ti, gi = _averages(("t_i", t_i), ("gamma_i", gamma_i))
         tr, gr = _averages(("t_r", t_r), ("gamma_r", gamma_r))
@@ -94,7 +94,7 @@ class Problem:
         row.flat[places] = first
         return cls(ti, gi, tr, gr, t, gamma, at_time, at_gamma, row)
 
-    def targets(self) -> Iterator[Target]:
+    def targets(self) -> Iterator[TargetTime]:
         """Outputs grouped by time, each group with the averages that may be used for it."""
         powers = np.unique(np.append(self.gamma_r, 0.0))
         fits = fit_intervals(self.t, self.gamma, powers)
@@ -102,7 +102,7 @@ class Problem:
             steps = int(np.searchsorted(self.t, t_r, side="right"))
             outputs = np.flatnonzero(self.t_r == t_r)
             place = np.searchsorted(powers, self.gamma_r[outputs])
-            yield Target(
+            yield TargetTime(
                 outputs=outputs,
                 row=self.row[:steps],
                 tau=self.t[:steps] / t_r,
@@ -122,7 +122,7 @@ class Problem:
                 yield output, int(rows[0])
 
 
-class Target(NamedTuple):
+class TargetTime(NamedTuple):
     """Everything about the outputs of one time t_r. Times are fractions of it, and so are integrals over time."""
 
     outputs: NDArray[np.intp]  # places in the problem's outputs
@@ -157,7 +157,7 @@ def _profiles(gamma_i: FloatArray) -> tuple[FloatArray, NDArray[np.intp]]:
 # All intervals: weights and errors
 
 
-def solve(problem: Problem, normalize: Normalize) -> tuple[FloatArray, FloatArray]:
+def solve(problem: LeastSquaresProblem, normalize: Normalize) -> tuple[FloatArray, FloatArray]:
     """Weights [inputs, outputs] and relative errors [outputs]."""
     if normalize not in ("constrain", "edm2", None):
         raise ValueError(f"normalize is {normalize!r}; expected 'constrain', 'edm2' or None.")
@@ -175,7 +175,7 @@ def solve(problem: Problem, normalize: Normalize) -> tuple[FloatArray, FloatArra
     return weights, error
 
 
-def _least_squares(target: Target) -> tuple[FloatArray, FloatArray]:
+def _least_squares(target: TargetTime) -> tuple[FloatArray, FloatArray]:
     """Weights [steps, profiles, outputs + 1] of the plain least squares, and squared relative errors [outputs].
 
     The last column is the fit of the constant 1 (the profile of exponent 0).
@@ -195,7 +195,7 @@ def _least_squares(target: Target) -> tuple[FloatArray, FloatArray]:
 
 
 def _normalized(
-    target: Target, table: FloatArray, error2: FloatArray, normalize: Normalize
+    target: TargetTime, table: FloatArray, error2: FloatArray, normalize: Normalize
 ) -> tuple[FloatArray, FloatArray]:
     """The weights [steps, profiles, outputs] with the sum that was asked for, and their squared errors."""
     weights, constant = table[..., :-1], table[..., -1:]
@@ -216,7 +216,7 @@ def _normalized(
     return weights, error2
 
 
-def profile_heights(target: Target, power: FloatArray) -> FloatArray:
+def profile_heights(target: TargetTime, power: FloatArray) -> FloatArray:
     """Profiles of these exponents (Eq. 121) at the kept times, [steps, powers]."""
     return np.asarray((power + 1) * target.tau[:, None] ** power)
 
@@ -226,18 +226,18 @@ def profile_norms2(power: FloatArray) -> FloatArray:
     return (power + 1) ** 2 / (2 * power + 1)
 
 
-def _carry(target: Target) -> FloatArray:
+def _carry(target: TargetTime) -> FloatArray:
     """Coefficient of v**gamma per coefficient on the next interval, where the power goes on, [steps - 1, profiles]."""
     return np.asarray(target.ratio[:, None] ** target.gamma)
 
 
-def unreachable(target: Target) -> FloatArray:
+def unreachable(target: TargetTime) -> FloatArray:
     """Squared error, relative to the norm, of the best fit on each interval and of nothing after the last one."""
     after_last = -np.expm1((2 * target.power + 1) * np.log(target.tau[-1]))
     return np.asarray(after_last + interval_errors2(target.fit.residual, target.power, target.tau).sum(0))
 
 
-def _fit_around_gaps(target: Target, wanted: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _fit_around_gaps(target: TargetTime, wanted: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Coefficients nearest to ``wanted`` where not every time has every profile, and the squared errors this adds.
 
     Where a time lacks a profile, that profile's coefficient just before it is carried over from the next interval. The

@@ -8,10 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nitrous_ema.posthoc.least_squares import Normalize, Problem, profile_heights, profile_norms2, solve, unreachable
+from nitrous_ema._base.dtypes import AVERAGE_DTYPES
+from nitrous_ema.posthoc.least_squares import (
+    LeastSquaresProblem,
+    Normalize,
+    profile_heights,
+    profile_norms2,
+    solve,
+    unreachable,
+)
 from nitrous_ema.profile import SIGMA_REL_LIMIT, FloatArray, gamma_to_sigma_rel, numbers_between, times
 
-_FRACTION_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
+_FRACTION_BITS = {
+    code: dtype.fraction_bits for code, dtype in AVERAGE_DTYPES.items() if dtype.fraction_bits is not None
+}
 # rms relative rounding error in units of the last fraction bit: uniform within half a unit (12 ** -0.5) at a mantissa m
 # that is distributed as 1 / m on [1, 2), where the mean of m**-2 is (3 / 8) / log(2). F16: 2.1e-4, BF16: 1.7e-3.
 _RMS_ROUNDING = math.sqrt(3 / 8 / math.log(2) / 12)
@@ -82,7 +92,7 @@ def synthesis_report(
     Source:
         Karras et al. 2023, arXiv:2312.02696, Eq. 122 (mean time), 128-143 (error).
     """
-    problem = Problem.of(t_i, gamma_i, t_r, gamma_r)
+    problem = LeastSquaresProblem.of(t_i, gamma_i, t_r, gamma_r)
     if checkpoint_dtype not in _FRACTION_BITS:
         raise ValueError(f"checkpoint_dtype is {checkpoint_dtype!r}; expected one of {', '.join(_FRACTION_BITS)}.")
     if weights is None:
@@ -115,7 +125,7 @@ def rounding_of(checkpoint_dtype: str) -> float:
 # Given weights, and moments
 
 
-def _checked_weights(problem: Problem, weights: ArrayLike) -> FloatArray:
+def _checked_weights(problem: LeastSquaresProblem, weights: ArrayLike) -> FloatArray:
     expected = (problem.t_i.size, problem.t_r.size)
     used = numbers_between("weights", weights, -math.inf, remedy="Give the weights of solve_weights.")
     if used.shape != expected:
@@ -128,7 +138,7 @@ def _checked_weights(problem: Problem, weights: ArrayLike) -> FloatArray:
     return used
 
 
-def _error_of_weights(problem: Problem, weights: FloatArray) -> FloatArray:
+def _error_of_weights(problem: LeastSquaresProblem, weights: FloatArray) -> FloatArray:
     """Relative errors [outputs] of the profiles that these weights give: the unreachable part, and the rest."""
     table = np.zeros((*problem.row.shape, problem.t_r.size))
     np.add.at(table, (problem.at_time, problem.at_gamma), weights)
@@ -145,7 +155,7 @@ def _error_of_weights(problem: Problem, weights: FloatArray) -> FloatArray:
     return error
 
 
-def _moments(problem: Problem, weights: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _moments(problem: LeastSquaresProblem, weights: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Mean time and standard deviation of the profiles obtained, as fractions of t_r.
 
     From the moments of the time before t_r, which is small where t itself is near t_r (Eq. 122 and 123 combined).
@@ -165,7 +175,7 @@ def _moments(problem: Problem, weights: FloatArray) -> tuple[FloatArray, FloatAr
 # What is told
 
 
-def _told_error(problem: Problem, error: FloatArray) -> str:
+def _told_error(problem: LeastSquaresProblem, error: FloatArray) -> str:
     return _sentence(
         problem,
         error > _ERROR_TO_TELL,
@@ -175,7 +185,7 @@ def _told_error(problem: Problem, error: FloatArray) -> str:
     )
 
 
-def _told_rounding(problem: Problem, rounding: FloatArray, checkpoint_dtype: str) -> str:
+def _told_rounding(problem: LeastSquaresProblem, rounding: FloatArray, checkpoint_dtype: str) -> str:
     return _sentence(
         problem,
         rounding > _ROUNDING_TO_TELL,
@@ -186,7 +196,7 @@ def _told_rounding(problem: Problem, rounding: FloatArray, checkpoint_dtype: str
     )
 
 
-def _told_start(problem: Problem, t_first: float | None) -> str:
+def _told_start(problem: LeastSquaresProblem, t_first: float | None) -> str:
     if t_first is None:
         return ""
     first = float(times("t_first", t_first))
@@ -200,7 +210,7 @@ def _told_start(problem: Problem, t_first: float | None) -> str:
     )
 
 
-def _told_updates(problem: Problem, updates: int | NDArray[np.integer] | None) -> str:
+def _told_updates(problem: LeastSquaresProblem, updates: int | NDArray[np.integer] | None) -> str:
     if updates is None:
         return ""
     count = np.asarray(updates)
@@ -216,7 +226,7 @@ def _told_updates(problem: Problem, updates: int | NDArray[np.integer] | None) -
     )
 
 
-def _sentence(problem: Problem, tell: NDArray[np.bool_], values: list[str], what: str, remedy: str) -> str:
+def _sentence(problem: LeastSquaresProblem, tell: NDArray[np.bool_], values: list[str], what: str, remedy: str) -> str:
     """``what`` is the matter at which outputs, and ``remedy``; empty if there are none."""
     if not tell.any():
         return ""

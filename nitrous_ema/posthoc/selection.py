@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nitrous_ema.posthoc.interval_cost import IntervalCost
-from nitrous_ema.posthoc.kept_paths import Places, Question
-from nitrous_ema.posthoc.least_squares import Problem, solve
-from nitrous_ema.posthoc.path_search import Fewest, fewest_times
+from nitrous_ema.posthoc.least_squares import LeastSquaresProblem, solve
+from nitrous_ema.posthoc.shortest_paths import Places, SubsetProblem
+from nitrous_ema.posthoc.subset_search import Fewest, fewest_times
 from nitrous_ema.profile import FloatArray, exponents, numbers_between, times
 
 __all__ = ["Selection", "select_steps"]
@@ -109,25 +109,27 @@ class Solver:
         kept, given = np.unique(given_t, return_index=True)
         usable = int(np.searchsorted(kept, target_t.max(), side="right"))
         target_t = np.broadcast_to(target_t, wanted.shape).copy()
-        Problem.of(np.repeat(kept, tracked.size), np.tile(tracked, kept.size), target_t, wanted)  # says what is wrong
+        LeastSquaresProblem.of(
+            np.repeat(kept, tracked.size), np.tile(tracked, kept.size), target_t, wanted
+        )  # says what is wrong
         kept = kept[:usable]
         return cls(kept, given[:usable], np.unique(tracked), target_t, wanted, log_ratio(kept, kept[-1]))
 
-    def question(self, limit2: FloatArray, of_all2: FloatArray, required: Places | None = None) -> Question:
+    def question(self, limit2: FloatArray, of_all2: FloatArray, required: Places | None = None) -> SubsetProblem:
         """What to search for: times that keep the targets within these squared errors; all give ``of_all2``."""
-        return Question(
+        return SubsetProblem(
             log_t=self.log_t,
             log_t_r=log_ratio(self.t_r, self.t[-1]),
             cost=IntervalCost.of(self.gammas, self.gammas_r),
             limit2=limit2,
-            room2=np.maximum(limit2 - of_all2, 1e-9 * limit2),
+            slack2=np.maximum(limit2 - of_all2, 1e-9 * limit2),
             required=np.array([self.t.size - 1]) if required is None else required,
         )
 
     def solve(self, places: Places) -> tuple[FloatArray, FloatArray]:
         """Relative errors and norms of the weights, [targets] each, with these steps."""
         t_i, gamma_i = np.repeat(self.t[places], self.gammas.size), np.tile(self.gammas, places.size)
-        weights, error = solve(Problem.of(t_i, gamma_i, self.t_r, self.gammas_r), "constrain")
+        weights, error = solve(LeastSquaresProblem.of(t_i, gamma_i, self.t_r, self.gammas_r), "constrain")
         return error, np.sqrt((weights**2).sum(0))
 
     def judge(self, limit2: FloatArray) -> Callable[[Places], float | None]:

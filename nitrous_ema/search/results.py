@@ -23,7 +23,7 @@ from typing import Any
 from nitrous_ema.errors import ResultsError
 from nitrous_ema.search.table import Row, SweepTable
 from nitrous_ema.snapshots.bounded_json import brief, parse_json
-from nitrous_ema.snapshots.files import FileSystem, sync_folder, write_fully
+from nitrous_ema.snapshots.filesystem import FileSystem, sync_folder, write_fully
 
 _MAX_VALUES = 10_000  # in a line; steps left out and runs are the only lists
 _KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}

@@ -22,25 +22,33 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nitrous_ema.dtypes import rounded_code
+from nitrous_ema._base.arguments import check_sequence
+from nitrous_ema._base.dtypes import dtype_code
+from nitrous_ema.averaging.load_average import load_average
 from nitrous_ema.errors import EvaluationError
-from nitrous_ema.existing import expected_outputs
-from nitrous_ema.given import check_sequence
-from nitrous_ema.loading import load_average, read_average
-from nitrous_ema.outputs import output_name, write_outputs
 from nitrous_ema.profile import sigma_rel_to_gamma
 from nitrous_ema.search.refinement import next_length
 from nitrous_ema.search.results import ResultsFile
-from nitrous_ema.search.scratch import scratch_folder
 from nitrous_ema.search.table import Row, SweepTable
-from nitrous_ema.snapshots.format import Lineage
+from nitrous_ema.search.temporary_folder import temporary_folder
+from nitrous_ema.snapshots.header import Lineage
 from nitrous_ema.snapshots.store import SnapshotStore
-from nitrous_ema.synthesis import DEFAULT_MEMORY_BYTES, DEFAULT_TOLERANCE, Moment, Plan, plan_from_store, plan_synthesis
+from nitrous_ema.synthesis import (
+    DEFAULT_MEMORY_BYTES,
+    DEFAULT_TOLERANCE,
+    Plan,
+    SnapshotView,
+    plan_from_store,
+    plan_synthesis,
+)
+from nitrous_ema.synthesis.outputs.reader import read_average
+from nitrous_ema.synthesis.outputs.reuse import expected_outputs
+from nitrous_ema.synthesis.outputs.writer import output_name, write_outputs
 
 if TYPE_CHECKING:
     import torch
 
-    from nitrous_ema.snapshots.legacy import LegacyFolder
+    from nitrous_ema.snapshots.legacy.folder import LegacyFolder
 
 __all__ = ["sweep"]
 
@@ -111,14 +119,14 @@ def sweep(
     _check_counts(refine, at_once)
     store = SnapshotStore(snapshots) if isinstance(snapshots, (str, os.PathLike)) else snapshots
     folder = _Folder(store, run, tuple(sorted(left_out or ())), float(tolerance))
-    code = rounded_code(dtype)
+    code = dtype_code(dtype)
     targets, file = folder.targets(wanted_steps), ResultsFile(results)
     known = {_identity(row): replace(row, maximize=maximize) for row in file.read()}
     before = set(known)
     warnings: list[str] = []
-    with scratch_folder(file.path) if averages is None else _kept(averages) as out:
+    with temporary_folder(file.path) if averages is None else _kept(averages) as out:
         search = partial(
-            _Search,
+            _SweepSearch,
             folder=folder,
             evaluate=evaluate,
             model=model,
@@ -209,7 +217,7 @@ class _Folder:
                 exclude=self.exclude,
                 tolerance=self.tolerance,
             )
-        moments: list[Moment] = list(self.snapshots.snapshots(exclude=self.exclude))
+        moments: list[SnapshotView] = list(self.snapshots.snapshots(exclude=self.exclude))
         return plan_synthesis(
             moments,
             target=self.snapshots.get(step),
@@ -228,7 +236,7 @@ class _Folder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Search:
+class _SweepSearch:
     """The search among averages that end at one step."""
 
     folder: _Folder

@@ -1,8 +1,10 @@
 """Snapshots of averages on disk: their file format, and the folder that holds them."""
 
-from nitrous_ema.snapshots.files import FileSystem
-from nitrous_ema.snapshots.format import Entry, Header, Layout, Span, Stamp, TensorRecord, new_run_id
-from nitrous_ema.snapshots.snapshot import Incomplete, Listing, Problem, Snapshot, Temporary
+from nitrous_ema.snapshots.filesystem import FileSystem
+from nitrous_ema.snapshots.header import Header, Stamp
+from nitrous_ema.snapshots.layout import Entry, Layout, Span, TensorRecord
+from nitrous_ema.snapshots.names import new_run_id
+from nitrous_ema.snapshots.snapshot import Incomplete, Listing, Snapshot, TemporaryFile, VerificationFailure
 from nitrous_ema.snapshots.store import SnapshotStore
 
 __all__ = [
@@ -12,12 +14,12 @@ __all__ = [
     "Incomplete",
     "Layout",
     "Listing",
-    "Problem",
     "Snapshot",
     "SnapshotStore",
     "Span",
     "Stamp",
-    "Temporary",
+    "TemporaryFile",
     "TensorRecord",
+    "VerificationFailure",
     "new_run_id",
 ]

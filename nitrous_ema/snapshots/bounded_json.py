@@ -71,3 +71,21 @@ def brief(text: str) -> str:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant)
+
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
+
+
+MAX_HEADER_VALUES = 2_000_000  # bounds what a hostile header makes of memory; some 50 000 tensors in four profiles
+
+
+def as_json(value: Any) -> bytes:
+    """JSON as it stands in headers."""
+    return _text(value).encode()
+
+
+_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+def _parse(text: str) -> Any:
+    return parse_json(text, max_values=MAX_HEADER_VALUES)  # counted again: the outer text may escape its commas

@@ -35,20 +35,16 @@ Its ``EIO`` or ``ENOSPC`` is the disk's word about the bytes, though, and costs 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import os
-import re
-import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from nitrous_ema._base.temporary_files import temporary_name
 from nitrous_ema.errors import SnapshotError, SnapshotWriteError
-from nitrous_ema.processes import signature
-from nitrous_ema.sizes import amount
-from nitrous_ema.snapshots.files import (
+from nitrous_ema.snapshots.disk_space import DiskSpace, remedy
+from nitrous_ema.snapshots.filesystem import (
     NO_SPACE,
     FileSystem,
     hint_writeback,
@@ -57,15 +53,9 @@ from nitrous_ema.snapshots.files import (
     sync_folder,
     write_fully,
 )
-from nitrous_ema.snapshots.format import (
-    Header,
-    Layout,
-    Stamp,
-    encode_header,
-    folder_name,
-    header_bytes,
-    rank_file_name,
-)
+from nitrous_ema.snapshots.header import Header, Stamp, encode_header, header_bytes
+from nitrous_ema.snapshots.layout import Layout
+from nitrous_ema.snapshots.names import folder_name, rank_file_name
 from nitrous_ema.snapshots.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -74,8 +64,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _Filled = TypeVar("_Filled")
-
-_TEMPORARY = re.compile(r"\.(?:probe|rank-[0-9-]+of-[0-9]+\.safetensors)\.([0-9a-f.]+)-[0-9a-f]{16}")
 
 
 class Committer:
@@ -90,7 +78,7 @@ class Committer:
     def __init__(self, root: Path, files: FileSystem, make_room: Callable[[], object] = lambda: None) -> None:
         self.root = root
         self.files = files
-        self._make_room = make_room
+        self.space = DiskSpace(root, files, make_room)
 
     def prepare(self) -> None:
         """Create the folder with its parents, durably, and prove that files can be written there."""
@@ -113,7 +101,7 @@ class Committer:
         try:
             if self.files.exists(final):
                 raise _taken(final, stamp.step)
-            self._check_room(header_bytes(layout, stamp) + layout.data_bytes)
+            self.space.require(header_bytes(layout, stamp) + layout.data_bytes)
             header = self._write_file(final, layout, stamp, chunks)
         except OSError as error:
             raise _write_error(final, stamp.step, f"was not written: {error}", error) from error
@@ -143,31 +131,6 @@ class Committer:
         except OSError as error:
             raise SnapshotError(f"{note} could not be written: {error}. {remedy(error)}", path=note) from error
 
-    def free_bytes(self) -> int | None:
-        """Bytes that may still be written to the disk of the folder; None where that is not told."""
-        try:
-            return self.files.free_bytes(self.root)
-        except OSError:
-            return None
-
-    def _check_room(self, needed_bytes: int) -> None:
-        """Raise ``ENOSPC`` if a file would not fit, also without what is of no use any more."""
-        free_bytes = self.free_bytes()
-        if free_bytes is not None and free_bytes < needed_bytes:
-            self._free_some()
-            free_bytes = self.free_bytes()
-        if free_bytes is not None and free_bytes < needed_bytes:
-            raise OSError(
-                errno.ENOSPC,
-                f"{os.strerror(errno.ENOSPC)}: {amount(needed_bytes)} are needed, {amount(free_bytes)} are free",
-            )
-
-    def _free_some(self) -> None:
-        try:
-            self._make_room()
-        except (OSError, SnapshotError) as error:
-            _log.warning("%s is full, and what was dropped there could not be removed: %s", self.root, error)
-
     def _write_file(
         self, final: Path, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]
     ) -> Header:
@@ -177,7 +140,7 @@ class Committer:
             _log.info("%s could not be written (%s); writing it once more, as a new file", final, error)
             first = error
         if first.errno in NO_SPACE:
-            self._free_some()
+            self.space.make_room()
         try:
             return self._attempt(final, layout, stamp, chunks)
         except OSError as error:
@@ -249,17 +212,6 @@ class Committer:
                 self.files.fsync_folder(folder.parent)
 
 
-def temporary_name(name: str) -> str:
-    """A name for what is not finished: nobody reads it, and it tells who wrote it."""
-    return f".{name}.{signature()}-{secrets.token_hex(8)}"
-
-
-def signature_of(name: str) -> str | None:
-    """Who wrote a temporary file, as ``processes.signature`` says it; None for any other name."""
-    found = _TEMPORARY.fullmatch(name)
-    return found[1] if found else None
-
-
 def _matched(layout: Layout, buffers: Iterable[ReadableBuffer]) -> Iterator[tuple[int, int, memoryview]]:
     """The buffers, checked: the number of the chunk that each is a part of, and where it begins in the data."""
     ends = [chunk.end for chunk in layout.chunks]
@@ -293,18 +245,3 @@ def _taken(final: Path, step: int) -> SnapshotWriteError:
         path=final,
         step=step,
     )
-
-
-def remedy(error: OSError) -> str:
-    """What to do about a failed call."""
-    if error.errno in NO_SPACE:
-        return "Free some space there, or choose another folder."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "Allow this user to write there, or choose another folder."
-    if error.errno in (errno.EEXIST, errno.ENOTDIR):
-        return "Something that is not a folder has this name: choose another folder."
-    if error.errno == errno.EISDIR:
-        return "A folder has this name: choose another name."
-    if error.errno == errno.ENAMETOOLONG:
-        return "Choose a shorter name."
-    return "Check the disk and the folder, or choose another folder."

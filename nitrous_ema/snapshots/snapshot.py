@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from nitrous_ema._base.processes import ProcessState
 from nitrous_ema.errors import SnapshotDamaged, SnapshotMismatch
-from nitrous_ema.processes import Fate
-from nitrous_ema.snapshots.format import Header, Layout, Lineage, Stamp
+from nitrous_ema.snapshots.header import Header, Lineage, Stamp
+from nitrous_ema.snapshots.layout import Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,17 +78,17 @@ class Listing:
 
 
 @dataclass(frozen=True, slots=True)
-class Temporary:
+class TemporaryFile:
     """A file that is being written, or that a process left when it died."""
 
     path: Path
     bytes: int
-    writer: Fate
+    writer: ProcessState
     """What became of its writer. Only a file whose writer is "gone" is removed when the next run starts."""
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class VerificationFailure:
     """What ``verify`` found wrong with one file."""
 
     path: Path

@@ -19,19 +19,13 @@ from typing import TYPE_CHECKING, TypeVar
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotNotFound
 from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.commit import Committer
-from nitrous_ema.snapshots.examine import Examiner, Gone
-from nitrous_ema.snapshots.files import FileSystem
-from nitrous_ema.snapshots.format import (
-    Layout,
-    Lineage,
-    Stamp,
-    folder_name,
-    parse_folder_name,
-    parse_old_file_name,
-    parse_rank_file_name,
-)
-from nitrous_ema.snapshots.retire import Retirer
-from nitrous_ema.snapshots.snapshot import Incomplete, Listing, Problem, Snapshot, Temporary
+from nitrous_ema.snapshots.filesystem import FileSystem
+from nitrous_ema.snapshots.header import Lineage, Stamp
+from nitrous_ema.snapshots.layout import Layout
+from nitrous_ema.snapshots.names import folder_name, parse_folder_name, parse_old_file_name, parse_rank_file_name
+from nitrous_ema.snapshots.removal import SnapshotRemover
+from nitrous_ema.snapshots.snapshot import Incomplete, Listing, Snapshot, TemporaryFile, VerificationFailure
+from nitrous_ema.snapshots.validation import FolderGone, FolderInspector
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -51,9 +45,9 @@ class SnapshotStore:
     def __init__(self, root: str | os.PathLike[str], *, files: FileSystem | None = None) -> None:
         self.root = Path(root).absolute()  # stays the same folder when the process changes its own
         self.files = files or FileSystem()
-        self._examiner = Examiner(self.files)
+        self._examiner = FolderInspector(self.files)
         self._committer = Committer(self.root, self.files, make_room=lambda: self.remove_hidden())
-        self._retirer = Retirer(self._committer)
+        self._retirer = SnapshotRemover(self._committer)
 
     # Reading
 
@@ -182,7 +176,7 @@ class SnapshotStore:
             ]
         )
 
-    def verify(self) -> list[Problem]:
+    def verify(self) -> list[VerificationFailure]:
         """Read every byte under a final name, also of runs and snapshots that a listing leaves out.
 
         Returns:
@@ -192,7 +186,7 @@ class SnapshotStore:
         Raises:
             SnapshotNotFound: No such folder.
         """
-        problems: list[Problem] = []
+        problems: list[VerificationFailure] = []
         for folder in _all(self._folders()):
             for name in sorted(self._examiner.names(folder)[0]):
                 if parse_rank_file_name(name):
@@ -242,7 +236,7 @@ class SnapshotStore:
 
     def free_bytes(self) -> int | None:
         """Bytes that may still be written to the disk of the folder; None where that is not told, or there is none."""
-        return self._committer.free_bytes()
+        return self._committer.space.free_bytes()
 
     # What leaves the folder
 
@@ -324,7 +318,7 @@ class SnapshotStore:
         """
         return self._retirer.remove_hidden(older_than_seconds)
 
-    def temporary(self) -> list[Temporary]:
+    def temporary(self) -> list[TemporaryFile]:
         """Files that are being written, or that processes left when they died."""
         return self._retirer.temporary()
 
@@ -340,7 +334,7 @@ class SnapshotStore:
                     del steps[step]
             try:
                 return question(folders)
-            except Gone as error:
+            except FolderGone as error:
                 gone.add(error.folder)
 
     def _root_names(self) -> list[str]:

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from nitrous_ema._base.arguments import check_sequence
 from nitrous_ema.errors import SnapshotMismatch
-from nitrous_ema.given import check_sequence
 from nitrous_ema.posthoc import SynthesisReport, synthesis_report
 from nitrous_ema.posthoc.coverage import condition
 from nitrous_ema.profile import gamma_to_sigma_rel, sigma_rel_to_gamma
+from nitrous_ema.snapshots.readable_snapshot import SnapshotView, check_same_tensors, stored_snapshot_view
+from nitrous_ema.snapshots.reading import Source
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
-from nitrous_ema.synthesis.choice import DEFAULT_TOLERANCE, Choice, choose_columns
-from nitrous_ema.synthesis.sources import Moment, Source
-from nitrous_ema.synthesis.stored import stored_moment
+from nitrous_ema.synthesis.snapshot_selection import DEFAULT_TOLERANCE, ColumnSelection, choose_columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,7 +39,7 @@ class Column:
 class Plan:
     """Averages to synthesize at one step, and the columns that give them."""
 
-    target: Moment
+    target: SnapshotView
     """The snapshot at whose step the averages end; it gives the copied tensors."""
     sigma_rels: tuple[float, ...]
     """The averages' lengths, as fractions of the training time."""
@@ -100,9 +100,9 @@ class Plan:
 
 
 def plan_synthesis(
-    snapshots: Sequence[Moment],
+    snapshots: Sequence[SnapshotView],
     *,
-    target: Moment,
+    target: SnapshotView,
     gammas: Sequence[float] | None = None,
     sigma_rels: Sequence[float] | None = None,
     excluded: Collection[int] = (),
@@ -224,8 +224,8 @@ def plan_at(
         tolerance: Relative profile error that may be added.
     """
     plan = plan_synthesis(
-        [stored_moment(snapshot) for snapshot in snapshots if snapshot.t <= target.t],
-        target=stored_moment(target),
+        [stored_snapshot_view(snapshot) for snapshot in snapshots if snapshot.t <= target.t],
+        target=stored_snapshot_view(target),
         gammas=gammas,
         sigma_rels=sigma_rels,
         excluded=excluded,
@@ -252,7 +252,10 @@ def lengths_of(gammas: Sequence[float] | None, sigma_rels: Sequence[float] | Non
 
 
 def _report(
-    choice: Choice, chosen: Sequence[tuple[Moment, int]], target: Moment, lengths: Sequence[tuple[float, float]]
+    choice: ColumnSelection,
+    chosen: Sequence[tuple[SnapshotView, int]],
+    target: SnapshotView,
+    lengths: Sequence[tuple[float, float]],
 ) -> SynthesisReport:
     return synthesis_report(
         choice.t,
@@ -265,47 +268,11 @@ def _report(
     )
 
 
-def _column(moment: Moment, profile: int) -> Column:
+def _column(moment: SnapshotView, profile: int) -> Column:
     return Column(step=moment.step, t=moment.t, gamma=moment.gammas[profile], source=moment.averages[profile])
 
 
-def _coarsest(chosen: Sequence[tuple[Moment, int]]) -> str:
+def _coarsest(chosen: Sequence[tuple[SnapshotView, int]]) -> str:
     """The stored type with the largest rounding error among the chosen columns."""
     found = {moment.averages[profile].dtype for moment, profile in chosen}
     return next(code for code in ("BF16", "F16", "F32", "F64") if code in found)
-
-
-def check_same_tensors(target: Moment, moments: Sequence[Moment]) -> None:
-    """Raise SnapshotMismatch for the first snapshot whose averaged tensors are not the target's, by name and shape."""
-    expected = _tensors(target)
-    checked: set[int] = {id(target.records)}
-    for moment in moments:
-        if id(moment.records) in checked:
-            continue
-        checked.add(id(moment.records))
-        found = _tensors(moment)
-        if found != expected:
-            raise SnapshotMismatch(
-                f"{moment.path} and {target.path} hold different tensors: {_first_difference(found, expected)}. "
-                f"Leave step {moment.step} out (exclude), or take a target of the same architecture.",
-                path=moment.path,
-            )
-
-
-def _tensors(moment: Moment) -> list[tuple[str, tuple[int, ...], bool]]:
-    """What must agree for averages to be added up: names and shapes in file order, and which are complex."""
-    averaged = [record for record in moment.records if record.role == "averaged"]
-    return [(record.name, record.shape, record.dtype == "C64") for record in averaged]
-
-
-def _first_difference(
-    found: list[tuple[str, tuple[int, ...], bool]], expected: list[tuple[str, tuple[int, ...], bool]]
-) -> str:
-    shapes = {name: shape for name, shape, _ in expected}
-    for name, shape, _ in found:
-        if name not in shapes:
-            return f"{name!r} is averaged in the first only"
-        if shapes[name] != shape:
-            return f"{name!r} is {shape} in the first and {shapes[name]} in the second"
-    missing = [name for name in shapes if name not in {name for name, _, _ in found}]
-    return f"{missing[0]!r} is averaged in the second only" if missing else "their order or types differ"

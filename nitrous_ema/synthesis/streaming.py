@@ -33,12 +33,12 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nitrous_ema.sizes import counted
-from nitrous_ema.snapshots.format import DTYPE_BYTES
-from nitrous_ema.synthesis.numbers import widen
+from nitrous_ema._base.arguments import pluralize
+from nitrous_ema._base.dtypes import DTYPE_BYTES
+from nitrous_ema.snapshots.reading import OpenFiles, element_bytes
+from nitrous_ema.synthesis.blas_threads import one_thread_per_product
+from nitrous_ema.synthesis.float_conversion import widen
 from nitrous_ema.synthesis.plan import Column, Plan
-from nitrous_ema.synthesis.products import one_thread_per_product
-from nitrous_ema.synthesis.sources import OpenFiles, element_bytes
 
 DEFAULT_MEMORY_BYTES = 1 << 30
 
@@ -75,7 +75,7 @@ class Consumer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class BlockSizes:
     """What a memory budget allows."""
 
     threads: int
@@ -170,7 +170,7 @@ def stream_copied(plan: Plan, take: Callable[[int, memoryview], None]) -> None:
 
 def engine_sizes(
     plan: Plan, memory_bytes: int, *, threads: int | None = None, accumulate: Accumulate = "float64"
-) -> Sizes:
+) -> BlockSizes:
     """How many threads compute blocks of which size within a memory budget.
 
     Raises:
@@ -188,14 +188,14 @@ def engine_sizes(
     needed = fixed + smallest + per_tile
     if memory_bytes < needed:
         raise ValueError(
-            f"memory: {memory_bytes} bytes are too few for {counted(len(plan.gammas), 'output')} of "
-            f"{counted(len(plan.columns), 'column')} at once and the names of "
-            f"{counted(len(plan.target.records), 'tensor')}; at least {needed} bytes ({-(-needed >> 20)} MiB) are "
+            f"memory: {memory_bytes} bytes are too few for {pluralize(len(plan.gammas), 'output')} of "
+            f"{pluralize(len(plan.columns), 'column')} at once and the names of "
+            f"{pluralize(len(plan.target.records), 'tensor')}; at least {needed} bytes ({-(-needed >> 20)} MiB) are "
             "needed. Allow more memory, or ask for fewer averages at once."
         )
     used = min(wanted, (memory_bytes - fixed) // (smallest + per_tile))
     tiles = min(most_tiles, ((memory_bytes - fixed) // used - smallest) // per_tile)
-    return Sizes(used, tiles * TILE_ELEMENTS, fixed + used * (smallest + tiles * per_tile))
+    return BlockSizes(used, tiles * TILE_ELEMENTS, fixed + used * (smallest + tiles * per_tile))
 
 
 def passes(plan: Plan, memory_bytes: int, *, accumulate: Accumulate = "float64") -> list[range]:
@@ -261,7 +261,7 @@ def _units(plan: Plan, block_elements: int, wanted: tuple[int, int]) -> list[_Un
 class _Workspace:
     """Memory of one thread."""
 
-    def __init__(self, plan: Plan, sizes: Sizes, accumulate: Accumulate) -> None:
+    def __init__(self, plan: Plan, sizes: BlockSizes, accumulate: Accumulate) -> None:
         group, outputs = min(GROUP_COLUMNS, len(plan.columns)), len(plan.gammas)
         tiles = sizes.block_elements // TILE_ELEMENTS if len(plan.columns) > GROUP_COLUMNS else 1
         self.raw = np.empty((group, sizes.block_elements * _widest(plan.columns)), dtype=np.uint8)
@@ -275,7 +275,7 @@ class _Engine:
     """What the threads share. Only read once they run, but for the queue and what ``sources`` guards."""
 
     def __init__(
-        self, plan: Plan, sizes: Sizes, files: OpenFiles, accumulate: Accumulate, consumer: Consumer | None
+        self, plan: Plan, sizes: BlockSizes, files: OpenFiles, accumulate: Accumulate, consumer: Consumer | None
     ) -> None:
         self._consumer = consumer
         readers = [column.source.reader(files) for column in plan.columns]

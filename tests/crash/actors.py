@@ -23,7 +23,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 
-import nitrous_ema.ema
+import nitrous_ema.averaging.ema
 from nitrous_ema import AsyncPostHocEMA, KeepBytes, KeepCount, KeepGeometric, SnapshotStore
 from nitrous_ema.async_ import synthesize_worker
 from nitrous_ema.errors import SnapshotError, SnapshotNotFound, WorkerError
@@ -101,7 +101,7 @@ def write(root: Path, journal: Journal, chance: random.Random, stopped: object, 
     warnings.filterwarnings("ignore", message="This run.* begins anew")
     if chance.random() < 0.3:
         files = Deadly(chance.randrange(30, 900), before=chance.random() < 0.5)
-        nitrous_ema.ema.SnapshotStore = functools.partial(SnapshotStore, files=files)
+        nitrous_ema.averaging.ema.SnapshotStore = functools.partial(SnapshotStore, files=files)
     model = torch.nn.Linear(20, 10)
     every = chance.choice((1, 2))
     ema = AsyncPostHocEMA(

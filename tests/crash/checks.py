@@ -469,7 +469,7 @@ def check_disagreement(subject: Subject) -> None:
     player.prepare()
     facts = {"step": 10, "run": runs.A, "lineage": runs.LINEAGES[runs.A], "world_size": 2, "t_first": 1}
     for rank in (0, 1):
-        stamp = subject.format.Stamp(rank=rank, t=10 + rank, **facts)
+        stamp = subject.header.Stamp(rank=rank, t=10 + rank, **facts)
         bytes_ = runs.content(player.layout.data_bytes, 10, runs.A, rank)
         player.store.write(player.layout, stamp, lambda data=bytes_: [data[b:e] for b, e in player.layout.chunks])
     _expect("snapshots()", player.store.snapshots(), [])
@@ -480,9 +480,9 @@ def check_taken_name(subject: Subject, folder: Path) -> None:
     """On a real disk: a temporary name that is taken belongs to somebody else, and stays as it is."""
     folder.mkdir()
     player = Player(subject, Disk())
-    player.store = subject.store.SnapshotStore(folder, files=subject.files.FileSystem())
+    player.store = subject.store.SnapshotStore(folder, files=subject.filesystem.FileSystem())
     names = iter("0011")
-    subject.commit.secrets.token_hex = lambda size_bytes: next(names)
+    subject.processes.random = lambda size_bytes: next(names)
     player.store.prepare()
     foreign = (
         folder / f"step-000000000010-{runs.A}" / f".rank-00000-of-00001.safetensors.{subject.processes.signature()}-0"
@@ -490,7 +490,7 @@ def check_taken_name(subject: Subject, folder: Path) -> None:
     foreign.parent.mkdir()
     foreign.write_bytes(b"x" * 9000)
     bytes_ = runs.content(player.layout.data_bytes, 10, runs.A, 0)
-    stamp = subject.format.Stamp(step=10, t=10, t_first=1, run=runs.A, lineage=runs.LINEAGES[runs.A])
+    stamp = subject.header.Stamp(step=10, t=10, t_first=1, run=runs.A, lineage=runs.LINEAGES[runs.A])
     player.store.write(player.layout, stamp, lambda: [bytes_[b:e] for b, e in player.layout.chunks])
     if not foreign.exists() or foreign.read_bytes() != b"x" * 9000:
         raise Violation("a file of somebody else, under a temporary name that was taken, was written to")

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from nitrous_ema.snapshots.files import FileSystem
+from nitrous_ema.snapshots.filesystem import FileSystem
 
 TOP = 0  # inode of the folder "/"
 LONG_AGO, NOW = 0.0, 1e6

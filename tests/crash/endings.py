@@ -22,13 +22,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-import nitrous_ema.async_.service
-import nitrous_ema.ema
+import nitrous_ema.async_.ema
+import nitrous_ema.averaging.ema
 from nitrous_ema import AsyncPostHocEMA, SnapshotStore
-from nitrous_ema.async_.lane import ThreadLane
-from nitrous_ema.snapshots.files import FileSystem
+from nitrous_ema.async_.lanes import ThreadLane
+from nitrous_ema.snapshots.filesystem import FileSystem
 
-nitrous_ema.async_.service._FEW_ELEMENTS = -1  # toys are averaged by the thread, too
+nitrous_ema.async_.ema._FEW_ELEMENTS = -1  # toys are averaged by the thread, too
 TIMEOUT_SECONDS = 60
 
 
@@ -51,7 +51,7 @@ class Training:
     def __init__(self, root: Path, *, hangs: bool = False, **options: object) -> None:
         self.files = HangingFiles()
         if hangs:
-            nitrous_ema.ema.SnapshotStore = partial(SnapshotStore, files=self.files)
+            nitrous_ema.averaging.ema.SnapshotStore = partial(SnapshotStore, files=self.files)
         self.model = torch.nn.Linear(30, 20)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         options = {"max_pending": 8, "wait_timeout": TIMEOUT_SECONDS, **options}
@@ -148,7 +148,7 @@ class Interrupted(ThreadLane):
 
 def interrupted(call: str, number: int, after: bool, root: Path) -> None:
     lane = Interrupted(call, number, after=after)
-    nitrous_ema.async_.service.make_lane = lambda device: lane
+    nitrous_ema.async_.ema.make_lane = lambda device: lane
     training = Training(root, hangs=True)  # so that each snapshot has a slot of its own, whose marks are made for it
     try:
         training.steps(6)
@@ -241,7 +241,11 @@ ENDINGS: dict[str, Callable[[Path], None]] = {
 }
 ENDINGS |= {
     f"interrupt {'after' if after else 'before'} the lane's {call}": partial(interrupted, call, number, after)
-    for call, number in (("run", 5), ("copy_out", 4), ("mark", 4))  # the first run() is that of the construction
+    for call, number in (
+        ("enqueue_write", 5),
+        ("enqueue_read", 4),
+        ("mark", 4),
+    )  # the first enqueue_write() is that of the construction
     for after in (False, True)
 }
 

@@ -13,7 +13,7 @@ from functools import partialmethod
 from pathlib import Path
 from unittest import mock
 
-from nitrous_ema.snapshots.files import FileSystem
+from nitrous_ema.snapshots.filesystem import FileSystem
 
 
 class Journal:
@@ -92,7 +92,7 @@ def _noted(
 
 
 if __name__ == "__main__":
-    from nitrous_ema.cli import main
+    from nitrous_ema.cli.program import main
 
     with told_hiding(Journal(Path(sys.argv[1])).note):
         sys.exit(main(sys.argv[2:]))

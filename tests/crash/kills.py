@@ -23,13 +23,13 @@ from pathlib import Path
 
 import torch
 
-import nitrous_ema.async_.service
-import nitrous_ema.ema
+import nitrous_ema.async_.ema
+import nitrous_ema.averaging.ema
 from nitrous_ema import AsyncPostHocEMA, KeepGeometric, PostHocEMA, SnapshotStore
-from nitrous_ema.snapshots.files import FileSystem
+from nitrous_ema.snapshots.filesystem import FileSystem
 from tests.crash.journal import folder, told_hiding
 
-nitrous_ema.async_.service._FEW_ELEMENTS = -1  # toys are averaged by the thread, too
+nitrous_ema.async_.ema._FEW_ELEMENTS = -1  # toys are averaged by the thread, too
 TIMEOUT_SECONDS = 120
 MOST_STEPS = 60
 EVERY_STEPS = 3
@@ -77,7 +77,7 @@ class Campaign:
 
 
 def train(root: Path, say: Callable[[str], None], chance: random.Random, resume: Path) -> None:
-    """Train until somebody ends it; ``say`` what is durable."""
+    """Train until somebody ends it; ``log`` what is durable."""
     model = torch.nn.Linear(20, 10)
     keep = chance.choice(("all", "all", 4, KeepGeometric(1.3)))
     ema = AsyncPostHocEMA(model, checkpoint_every_num_steps=EVERY_STEPS, checkpoint_folder=root, keep=keep)
@@ -146,7 +146,7 @@ def kill_one(campaign: Campaign, chance: random.Random) -> bool:
     def run() -> None:
         if own_call is not None:
             files = Deadly(own_call + 12, before=seed < 0.5)
-            nitrous_ema.ema.SnapshotStore = functools.partial(SnapshotStore, files=files)
+            nitrous_ema.averaging.ema.SnapshotStore = functools.partial(SnapshotStore, files=files)
         say = lambda line: os.write(write_end, f"{line}\n".encode())  # noqa: E731
         with told_hiding(say):
             train(campaign.root, say, random.Random(seed), resume)

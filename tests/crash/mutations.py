@@ -29,10 +29,10 @@ from tests.crash.checks import (
 )
 from tests.crash.subject import Edits, load_modules, load_subject
 
-COMMIT, RETIRE, EXAMINE, STORE, FORMAT, FILES = (
-    f"snapshots.{name}" for name in ("commit", "retire", "examine", "store", "format", "files")
+COMMIT, REMOVAL, VALIDATION, STORE, HEADER, FILESYSTEM, READING = (
+    f"snapshots.{name}" for name in ("commit", "removal", "validation", "store", "header", "filesystem", "reading")
 )
-SOURCES, WRITER = "synthesis.sources", "async_.writer"
+WRITER = "async_.background_writer"
 _SEEDS = {
     "twins": range(8),
     "twins without renameat2": range(8),
@@ -69,7 +69,7 @@ def _forgetful(edits: Edits, folder: Path, *, orderly: bool) -> None:
 
 def _streamed(edits: Edits, folder: Path) -> None:
     """A chunk that changed on disk must not reach a sum."""
-    sources = load_modules(SOURCES, edits)[SOURCES]
+    sources = load_modules(READING, edits)[READING]
     from zlib import crc32
 
     path = folder / "source"
@@ -92,10 +92,10 @@ def _slots(edits: Edits, folder: Path) -> None:
 
     import torch
 
-    from nitrous_ema.async_ import service
+    from nitrous_ema.async_ import ema as service
 
-    sink = load_modules(WRITER, edits)[WRITER].BackgroundSink
-    with mock.patch.object(service, "BackgroundSink", sink):
+    sink = load_modules(WRITER, edits)[WRITER].BackgroundSnapshotSink
+    with mock.patch.object(service, "BackgroundSnapshotSink", sink):
         root = folder / "training"
         model = torch.nn.Linear(2, 2)
         ema = service.AsyncPostHocEMA(
@@ -188,11 +188,11 @@ def _in_commit(missing: str, seen_by: str, *changes: tuple[str, str]) -> Mutatio
 
 
 def _in_retire(missing: str, seen_by: str, *changes: tuple[str, str]) -> Mutation:
-    return Mutation(missing, seen_by, {RETIRE: changes})
+    return Mutation(missing, seen_by, {REMOVAL: changes})
 
 
 def _in_examine(missing: str, seen_by: str, *changes: tuple[str, str]) -> Mutation:
-    return Mutation(missing, seen_by, {EXAMINE: changes})
+    return Mutation(missing, seen_by, {VALIDATION: changes})
 
 
 def _in_store(missing: str, seen_by: str, *changes: tuple[str, str]) -> Mutation:
@@ -214,7 +214,7 @@ MUTATIONS: Sequence[Mutation] = (
          "                self._finish(descriptor, lambda: None)\n"),
     ),
     Mutation("a failed fsync of a folder is told", "fsync of ROOT fails", {
-        FILES: [("        if error.errno not in UNSUPPORTED:\n            raise\n\n\ndef write",
+        FILESYSTEM: [("        if error.errno not in UNSUPPORTED:\n            raise\n\n\ndef write",
                  "        pass\n\n\ndef write")]}),
     _in_commit("a temporary name, and the rename", "one rank", (_TEMPORARY, "temporary = final"), (
         "            self._publish(temporary, final, stamp.step)\n", "")),
@@ -250,24 +250,24 @@ MUTATIONS: Sequence[Mutation] = (
 """)),
     _in_commit("unlink after a failure", "fsync fails once", (
         "                self.files.unlink(temporary)\n", "                pass\n")),
-    Mutation("O_EXCL", "taken temporary name", {FILES: [("os.O_CREAT | os.O_EXCL | ", "os.O_CREAT | ")]}),
-    Mutation("a rename that does not replace", "twins", {FILES: [("files.rename_new(source", "files.rename(source")]}),
-    Mutation("the lookup where renames always replace", "twins without renameat2", {FILES: [(_LOOKUP, "")]}),
+    Mutation("O_EXCL", "taken temporary name", {FILESYSTEM: [("os.O_CREAT | os.O_EXCL | ", "os.O_CREAT | ")]}),
+    Mutation("a rename that does not replace", "twins", {FILESYSTEM: [("files.rename_new(source", "files.rename(source")]}),
+    Mutation("the lookup where renames always replace", "twins without renameat2", {FILESYSTEM: [(_LOOKUP, "")]}),
     Mutation("all of a write, in as many calls as it takes", "short writes and reads", {
-        FILES: [("        view, offset = view[written:], offset + written\n", "        return\n")]}),
+        FILESYSTEM: [("        view, offset = view[written:], offset + written\n", "        return\n")]}),
     Mutation("all of a read, in as many calls as it takes", "short writes and reads", {
-        FILES: [("        filled += count\n    return", "        filled += count\n        break\n    return")]}),
+        FILESYSTEM: [("        filled += count\n    return", "        filled += count\n        break\n    return")]}),
     _in_commit("header after the data", "disk that forgets, in order", (_WRITES, _HEADER_FIRST)),
     _in_commit("checksums of the chunks, written", "one rank", ("zlib.crc32(view, crc32[chunk])", "0")),
     _in_examine("checksums of the chunks, compared by verify()", "flipped bits, cut and moved files", (
         "                    if found != expected:\n                        message",
         "                    if False:\n                        message")),
     Mutation("checksums of the chunks, compared in synthesis", "streaming a changed chunk", {
-        SOURCES: [("if is_whole and running.crc != source.crc32[chunk]:", "if False:")]}),
+        READING: [("if is_whole and running.crc != source.crc32[chunk]:", "if False:")]}),
     Mutation("checksum of the header, compared", "flipped bits, cut and moved files", {
-        FORMAT: [('    if blob[_CRC_BEGIN:crc_end] != b"%08x" % crc32:\n', "    if False:\n")]}),
+        HEADER: [('    if blob[_CRC_BEGIN:crc_end] != b"%08x" % crc32:\n', "    if False:\n")]}),
     Mutation("size of the file, compared", "flipped bits, cut and moved files", {
-        FORMAT: [("    if file_bytes != end + layout.data_bytes:\n", "    if False:\n")]}),
+        HEADER: [("    if file_bytes != end + layout.data_bytes:\n", "    if False:\n")]}),
     _in_examine("name of the file, compared", "flipped bits, cut and moved files", (
         "        if own != (path.parent.name, path.name):\n", "        if False:\n")),
     _in_examine("all ranks", "two ranks",

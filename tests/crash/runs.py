@@ -67,7 +67,7 @@ class Player:
     def write(self, step: int, run: str = A, rank: int = 0, variant: int = 0) -> None:
         """One snapshot, or the error that tells that there is none."""
         bytes_ = content(self.layout.data_bytes, step, run, rank, variant)
-        stamp = self.subject.format.Stamp(
+        stamp = self.subject.header.Stamp(
             step=step,
             t=step,
             t_first=1,
@@ -135,8 +135,8 @@ def content(size_bytes: int, step: int, run: str, rank: int, variant: int = 0) -
 
 def layout(subject: Subject) -> object:
     """Two profiles of 100 numbers and a counter: 824 bytes in three chunks, 4920 with the header."""
-    record = subject.format.TensorRecord
-    return subject.format.Layout(
+    record = subject.header.TensorRecord
+    return subject.header.Layout(
         records=(
             record(name="w", keys=("w",), dtype="F32", shape=(10, 10), role="averaged"),
             record(name="n", keys=("n",), dtype="I64", shape=(3,), role="copied"),

@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 
 from nitrous_ema import SnapshotStore
-from nitrous_ema.snapshots.format import parse_folder_name
+from nitrous_ema.snapshots.names import parse_folder_name
 from tests.crash import actors
 from tests.crash.journal import Journal, told_hiding
 from tests.crash.kills import data_of, expect, fork, run_undisturbed, wait

@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 from tests.crash.disk import NOW
 
 PACKAGE = Path(__file__).resolve().parents[2] / "nitrous_ema"
-_IMPORT = re.compile(r"from nitrous_ema\.((?:snapshots|synthesis|async_)\.\w+) import")
+_IMPORT = re.compile(r"from nitrous_ema\.((?:snapshots|synthesis|async_)(?:\.\w+)+) import")
 _number = itertools.count()
 
 Edits = Mapping[str, Sequence[tuple[str, str]]]
@@ -30,9 +30,9 @@ class Subject:
 
     store: ModuleType
     commit: ModuleType
-    retire: ModuleType
-    format: ModuleType
-    files: ModuleType
+    removal: ModuleType
+    header: ModuleType
+    filesystem: ModuleType
     processes: Processes
 
 
@@ -40,6 +40,8 @@ class Subject:
 class Processes:
     """Who writes: by what it calls itself, all but the last one are dead."""
 
+    random: Callable[[int], str]
+    """Random digits for names: so many bytes of them, in hexadecimal."""
     number: int = 0
 
     def start(self) -> None:
@@ -49,8 +51,13 @@ class Processes:
     def signature(self) -> str:
         return f"{self.number:x}"
 
-    def fate_of_signature(self, text: str, *, untouched_seconds: float) -> str:
-        return "alive" if text == self.signature() else "gone"
+    def temporary_name(self, name: str) -> str:
+        """As ``temporary_files`` makes it, of this signature and random digits."""
+        return f".{name}.{self.signature()}-{self.random(8)}"
+
+    def writer_state(self, name: str, *, untouched_seconds: float) -> str:
+        found = re.fullmatch(r"\..+\.([0-9a-f]+)-[0-9a-f]+", name)
+        return "unknown" if found is None else "alive" if found[1] == self.signature() else "gone"
 
 
 def load_subject(edits: Edits | None = None) -> Subject:
@@ -64,14 +71,15 @@ def load_subject(edits: Edits | None = None) -> Subject:
         edits: For a module such as ``"snapshots.store"``: pairs of what stands there, once, and what replaces it.
     """
     modules = load_modules("snapshots.store", edits or {})
-    store, commit, retire = (modules[f"snapshots.{name}"] for name in ("store", "commit", "retire"))
-    names, processes = itertools.count(), Processes()
-    commit.secrets = retire.secrets = SimpleNamespace(token_hex=lambda size_bytes: f"{next(names):0{2 * size_bytes}x}")
-    commit.signature, retire.fate_of_signature = processes.signature, processes.fate_of_signature
-    retire.time = SimpleNamespace(time=lambda: NOW)
-    examine = modules["snapshots.examine"]
-    examine.decode_header = _remembered(examine.decode_header)
-    return Subject(store, commit, retire, modules["snapshots.format"], modules["snapshots.files"], processes)
+    store, commit, removal = (modules[f"snapshots.{name}"] for name in ("store", "commit", "removal"))
+    names = itertools.count()
+    processes = Processes(random=lambda size_bytes: f"{next(names):0{2 * size_bytes}x}")
+    removal.secrets = SimpleNamespace(token_hex=processes.random)
+    commit.temporary_name, removal.writer_state = processes.temporary_name, processes.writer_state
+    removal.time = SimpleNamespace(time=lambda: NOW)
+    validation = modules["snapshots.validation"]
+    validation.decode_header = _remembered(validation.decode_header)
+    return Subject(store, commit, removal, modules["snapshots.header"], modules["snapshots.filesystem"], processes)
 
 
 def load_modules(name: str, edits: Edits) -> dict[str, ModuleType]:

@@ -194,7 +194,7 @@ def test_a_seed_decides_whose_turn_it_is():
 
 def test_disk_in_memory_is_a_file_system(subject, tmp_path):
     """The same calls on it and on a real disk leave the same."""
-    here, real = Disk(), subject.files.FileSystem()
+    here, real = Disk(), subject.filesystem.FileSystem()
     for files, root in ((here, runs.ROOT), (real, tmp_path / "snapshots")):
         player = runs.Player(subject, Disk())
         player.store = store = subject.store.SnapshotStore(root, files=files)

@@ -28,10 +28,15 @@ EXPECTED = {
     "interrupt while waiting for a slot": (-signal.SIGINT, [1], [], "KeyboardInterrupt"),
     "forks while a write hangs": (0, ALL, [], ""),
     "spawns while a write hangs": (0, ALL, [], ""),
-    "interrupt before the lane's run": (-signal.SIGINT, ALL[:3], [], "KeyboardInterrupt"),
-    "interrupt after the lane's run": (-signal.SIGINT, ALL[:3], [], "KeyboardInterrupt"),
-    "interrupt before the lane's copy_out": (-signal.SIGINT, ALL[:3], [], "KeyboardInterrupt"),
-    "interrupt after the lane's copy_out": (-signal.SIGINT, ALL[:3], [4], "KeyboardInterrupt"),  # the lane may be ahead
+    "interrupt before the lane's enqueue_write": (-signal.SIGINT, ALL[:3], [], "KeyboardInterrupt"),
+    "interrupt after the lane's enqueue_write": (-signal.SIGINT, ALL[:3], [], "KeyboardInterrupt"),
+    "interrupt before the lane's enqueue_read": (-signal.SIGINT, ALL[:3], [], "KeyboardInterrupt"),
+    "interrupt after the lane's enqueue_read": (
+        -signal.SIGINT,
+        ALL[:3],
+        [4],
+        "KeyboardInterrupt",
+    ),  # the lane may be ahead
     "interrupt before the lane's mark": (-signal.SIGINT, ALL[:1], [], "KeyboardInterrupt"),
     "interrupt after the lane's mark": (-signal.SIGINT, ALL[:1], [], "KeyboardInterrupt"),
 }

@@ -16,13 +16,13 @@ from unittest import mock
 
 import torch
 
-from nitrous_ema.async_ import lane as lanes
-from nitrous_ema.step import GroupStep
-from tests.laggy.cases import SCENARIOS
-from tests.laggy.loops import train
-from tests.laggy.without import without
-from tests.scenarios import same_stream_after
-from tests.slow_snapshots import long_copy
+from nitrous_ema.async_ import lanes
+from nitrous_ema.averaging.kernels.foreach_step import ForeachStep
+from tests.support.laggy.cases import SCENARIOS
+from tests.support.laggy.loops import train
+from tests.support.laggy.without import without
+from tests.support.scenarios import same_stream_after
+from tests.support.slow_snapshots import long_copy
 
 NAMES = (
     "guarded", "guarded, every third", "copied", "copied, every third", "bfloat16", "batch norm", "tied", "transposed",
@@ -35,7 +35,7 @@ def main(device: str, *lines: str) -> None:
     """Train in every way that ``NAMES`` names, and then without each of these lines (``laggy/without.py``)."""
     with (
         mock.patch.object(lanes._DeviceMark, "is_reached", is_reached_and_seen),
-        mock.patch("nitrous_ema.dispatch.step_for", GroupStep),
+        mock.patch("nitrous_ema.averaging.execution.dispatch.step_for", ForeachStep),
     ):
         for name in NAMES:
             with same_stream_after(device):

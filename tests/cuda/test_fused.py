@@ -7,9 +7,10 @@ import importlib.util
 import pytest
 import torch
 
-from nitrous_ema import AsyncPostHocEMA, fused_step
-from nitrous_ema.fused_step import FusedStep
-from nitrous_ema.step import GroupStep
+from nitrous_ema import AsyncPostHocEMA
+from nitrous_ema.averaging.kernels import fused_step
+from nitrous_ema.averaging.kernels.foreach_step import ForeachStep
+from nitrous_ema.averaging.kernels.fused_step import FusedStep
 from tests.cuda.definition import Odd, move_to, worst_error
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -27,7 +28,7 @@ def test_averages_are_those_of_the_definition(tmp_path, device, dtype, backgroun
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_averages_are_right_without_the_kernel(tmp_path, monkeypatch, device, dtype):
-    monkeypatch.setattr("nitrous_ema.dispatch.step_for", GroupStep)
+    monkeypatch.setattr("nitrous_ema.averaging.execution.dispatch.step_for", ForeachStep)
     assert worst_error(device, str(tmp_path), dtype, background=True) < ROUNDINGS
 
 
@@ -61,7 +62,7 @@ def test_kernel_is_used_where_triton_is_there(tmp_path):
 def test_kernel_that_fails_is_told_and_replaced(tmp_path, monkeypatch):
     if not can_be_fused():
         pytest.skip("there is no Triton for this device")
-    from nitrous_ema import fused_kernel
+    from nitrous_ema.averaging.kernels import fused_kernel
 
     def fail(*_: object) -> None:
         raise RuntimeError("no ptxas here")
@@ -73,7 +74,7 @@ def test_kernel_that_fails_is_told_and_replaced(tmp_path, monkeypatch):
             steps = steps_of(tmp_path, "cuda")
     finally:
         fused_step._works.cache_clear()
-    assert all(isinstance(step, GroupStep) for step in steps)
+    assert all(isinstance(step, ForeachStep) for step in steps)
 
 
 @pytest.mark.cuda
@@ -86,4 +87,4 @@ def test_every_device_has_a_kernel_of_its_own(tmp_path):
 
 
 def test_steps_can_be_told_on_the_cpu(tmp_path):
-    assert all(isinstance(step, GroupStep) for step in steps_of(tmp_path, "cpu"))
+    assert all(isinstance(step, ForeachStep) for step in steps_of(tmp_path, "cpu"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nitrous_ema import AsyncPostHocEMA, NitrousError
-from tests.fakes import (
+from tests.support.fakes import (
     TIMEOUT_SECONDS,
     StalledFiles,
     assert_same_bits,
@@ -22,8 +22,8 @@ from tests.fakes import (
     small_pieces,
     snapshot_bytes,
 )
-from tests.late import late
-from tests.slow_snapshots import files_of_new_emas
+from tests.support.late import late
+from tests.support.slow_snapshots import files_of_new_emas
 
 pytestmark = pytest.mark.cuda
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nitrous_ema import AsyncPostHocEMA
-from tests.fakes import TIMEOUT_SECONDS, averages_of, backward, make_batches, make_model, snapshot_bytes
-from tests.late import late
+from tests.support.fakes import TIMEOUT_SECONDS, averages_of, backward, make_batches, make_model, snapshot_bytes
+from tests.support.late import late
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 

@@ -31,14 +31,14 @@ from unittest import mock
 import pytest
 import torch
 
-from nitrous_ema.step import GroupStep
-from tests.laggy import loops
-from tests.laggy.cases import IN_DEPTH, SCENARIOS
-from tests.laggy.loops import train
-from tests.laggy.without import LINES, without
-from tests.late import WHO, late
-from tests.scenarios import replay, same_stream_after
-from tests.slow_snapshots import long_copy, slow_disk
+from nitrous_ema.averaging.kernels.foreach_step import ForeachStep
+from tests.support.laggy import loops
+from tests.support.laggy.cases import IN_DEPTH, SCENARIOS
+from tests.support.laggy.loops import train
+from tests.support.laggy.without import LINES, without
+from tests.support.late import WHO, late
+from tests.support.scenarios import replay, same_stream_after
+from tests.support.slow_snapshots import long_copy, slow_disk
 
 pytestmark = pytest.mark.cuda
 
@@ -52,7 +52,7 @@ ON_CUDA = [
 
 def in_small_batches() -> AbstractContextManager[Any]:
     """Averaging by foreach, whose batches ``small_pieces`` makes small; the fused kernel's are never below a block."""
-    return mock.patch("nitrous_ema.dispatch.step_for", GroupStep)
+    return mock.patch("nitrous_ema.averaging.execution.dispatch.step_for", ForeachStep)
 
 
 def run(scenario: Callable[..., dict[str, Any]], **case: Any) -> dict[str, Any]:

@@ -18,19 +18,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from nitrous_ema._base.torch_dtypes import TORCH_CODES
 from nitrous_ema.errors import NitrousError
-from nitrous_ema.snapshots.format import Stamp, encode_header, folder_name, rank_file_name
-from nitrous_ema.tracked import dtype_code
+from nitrous_ema.snapshots.header import Stamp, encode_header
+from nitrous_ema.snapshots.names import folder_name, rank_file_name
 from tests.crash.subject import PACKAGE, Edits, load_modules
 from tests.fuzz import independent, mutate
-from tests.snapshot_folders import layout_of, record, stored
+from tests.support.snapshot_folders import layout_of, record, stored
 
 STEP = 1000
 PARENT, RUN = "20251231T000000.000000-0123abcd", "20260101T000000.000000-00000000"
 MODULES = tuple(
-    f"snapshots/{name}" for name in ("bounded_json", "format", "examine", "store", "torch_files", "safetensors_header")
+    f"snapshots/{name}"
+    for name in ("bounded_json", "names", "layout", "header", "validation", "store", "torch_archive")
 )
-TRACED = frozenset(str(PACKAGE / f"{name}.py") for name in (*MODULES, "snapshots/legacy", "loading"))
+READERS = ("snapshots/legacy/folder", "synthesis/outputs/reader", "averaging/load_average")
+TRACED = frozenset(str(PACKAGE / f"{name}.py") for name in (*MODULES, *READERS))
 
 
 class Finding(AssertionError):
@@ -66,8 +69,8 @@ class SnapshotTarget(Target):
 
     def __init__(self, folder: Path, edits: Edits | None = None) -> None:
         modules = load_modules("synthesis.plan", edits or {})
-        self.store_module, self.stored = modules["snapshots.store"], modules["synthesis.stored"]
-        self.open_files = modules["synthesis.sources"].OpenFiles
+        self.store_module, self.stored = modules["snapshots.store"], modules["snapshots.readable_snapshot"]
+        self.open_files = modules["snapshots.reading"].OpenFiles
         self.root = folder / "snapshots"
         self.path = self.root / folder_name(STEP, RUN) / rank_file_name(0, 1)
         self.path.parent.mkdir(parents=True)
@@ -101,7 +104,7 @@ class SnapshotTarget(Target):
 
     def numbers(self, snapshot: Any) -> dict[str, bytes]:
         """All tensors of a snapshot, read and checked as synthesis does it."""
-        moment = self.stored.stored_moment(snapshot)
+        moment = self.stored.stored_snapshot_view(snapshot)
         with self.open_files([self.path]) as files:
             flats = []
             for source in (*moment.averages, *([moment.copied] if moment.copied else [])):
@@ -139,7 +142,7 @@ class AverageTarget(Target):
     """What a worker wrote, by ``load_average``."""
 
     def __init__(self, folder: Path, edits: Edits | None = None, suffix: str = ".safetensors") -> None:
-        self.load = load_modules("loading", edits or {})["loading"].load_tensors
+        self.load = load_modules("averaging.load_average", edits or {})["averaging.load_average"].load_tensors
         self.name, self.path = f"average{suffix}", folder / f"average{suffix}"
 
     def seeds(self) -> list[bytes]:
@@ -192,7 +195,7 @@ class LegacyTarget(Target):
     name = "legacy"
 
     def __init__(self, folder: Path, edits: Edits | None = None) -> None:
-        self.folder = load_modules("snapshots.legacy", edits or {})["snapshots.legacy"].LegacyFolder
+        self.folder = load_modules("snapshots.legacy.folder", edits or {})["snapshots.legacy.folder"].LegacyFolder
         self.path = folder / f"0.{STEP}.pt"
 
     def seeds(self) -> list[bytes]:
@@ -303,7 +306,7 @@ def average_bytes(state: dict[str, torch.Tensor]) -> bytes:
     data = b""
     for key, tensor in sorted(state.items(), key=lambda item: -item[1].element_size()):
         offsets = [len(data), len(data) + tensor.nbytes]
-        header[key] = {"dtype": dtype_code(tensor.dtype), "shape": list(tensor.shape), "data_offsets": offsets}
+        header[key] = {"dtype": TORCH_CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         data += raw(tensor, truth=False)
     text = mutate.json_bytes(header)
     text += b" " * (-len(text) % 8)
@@ -323,7 +326,7 @@ def model_state() -> dict[str, torch.Tensor]:
 
 def as_torch(tensors: independent.Tensors) -> dict[str, torch.Tensor]:
     """Bytes as tensors."""
-    from nitrous_ema.tracked import TORCH_DTYPES
+    from nitrous_ema._base.torch_dtypes import TORCH_DTYPES
 
     return {
         name: torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[code]).reshape(shape)

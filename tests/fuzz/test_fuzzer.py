@@ -5,38 +5,38 @@ import pytest
 from tests.fuzz.engine import fuzz
 from tests.fuzz.targets import TARGETS
 
-FORMAT, JSON, TORCH = "snapshots.format", "snapshots.bounded_json", "snapshots.torch_files"
-SOURCES = "synthesis.sources"
+HEADER, LAYOUT, JSON = "snapshots.header", "snapshots.layout", "snapshots.bounded_json"
+TORCH, READING, AVERAGE = "snapshots.torch_archive", "snapshots.reading", "synthesis.outputs.reader"
 
 # A check that is taken away, and the reader that must be seen to be wrong then.
 PLANTED = {
-    "checksum of the header": ("snapshot", FORMAT, 'if blob[_CRC_BEGIN:crc_end] != b"%08x" % crc32:', "if False:"),
+    "checksum of the header": ("snapshot", HEADER, 'if blob[_CRC_BEGIN:crc_end] != b"%08x" % crc32:', "if False:"),
     "fields of another type": (
         "snapshot",
-        FORMAT,
+        HEADER,
         "except (ValueError, TypeError) as error:",
         "except ValueError as error:",
     ),
-    "size of the file": ("snapshot", FORMAT, "if file_bytes != end + layout.data_bytes:", "if False:"),
-    "one byte string for a layout": ("snapshot", FORMAT, "if layout.header_json != header_json:", "if False:"),
+    "size of the file": ("snapshot", HEADER, "if file_bytes != end + layout.data_bytes:", "if False:"),
+    "one byte string for a layout": ("snapshot", HEADER, "if layout.header_json != header_json:", "if False:"),
     "checksums of the chunks": (
         "snapshot",
-        SOURCES,
+        READING,
         "if is_whole and running.crc != source.crc32[chunk]:",
         "if False:",
     ),
-    "missing facts": ("snapshot", FORMAT, "except KeyError as error:", "except ZeroDivisionError as error:"),
-    "no bytes after the tensors": ("average.safetensors", "loading", "if position != file_bytes:", "if False:"),
+    "missing facts": ("snapshot", HEADER, "except KeyError as error:", "except ZeroDivisionError as error:"),
+    "no bytes after the tensors": ("average.safetensors", AVERAGE, "if position != file_bytes:", "if False:"),
     "whole numbers as sizes": (
         "average.safetensors",
-        "loading",
+        AVERAGE,
         "if type(numbers) is not list or not all(type(each) is int and 0 <= each < 2**63 for each in numbers):",
         "if False:",
     ),
-    "no gaps between the tensors": ("average.safetensors", "loading", "if each.begin != position:", "if False:"),
+    "no gaps between the tensors": ("average.safetensors", AVERAGE, "if each.begin != position:", "if False:"),
     "depth": ("average.safetensors", JSON, "except RecursionError:", "except ZeroDivisionError:"),
     "names once": ("average.safetensors", JSON, "if len(found) < len(pairs):", "if False:"),
-    "checksums of an average": ("average.pt", "loading", "    check_numbers(path)\n", ""),
+    "checksums of an average": ("average.pt", AVERAGE, "    check_numbers(path)\n", ""),
     "checksums of an old snapshot": ("legacy", TORCH, "if found not in expected:", "if False:"),
     "any error of torch": (
         "legacy",

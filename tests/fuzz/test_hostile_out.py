@@ -10,11 +10,11 @@ import pytest
 import safetensors.numpy
 import torch
 
-from nitrous_ema import cli
+from nitrous_ema._base.exit_status import DONE, FAILED, USAGE
 from nitrous_ema.async_ import synthesize_worker as worker
-from nitrous_ema.exits import DONE, FAILED, USAGE
-from nitrous_ema.outputs import output_name
-from tests.snapshot_folders import layout_of, record, write_run
+from nitrous_ema.cli import program as cli
+from nitrous_ema.synthesis.outputs.writer import output_name
+from tests.support.snapshot_folders import layout_of, record, write_run
 
 STEP = 300
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")

@@ -11,9 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nitrous_ema.averaging.load_average import load_tensors
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
-from nitrous_ema.loading import load_tensors
-from nitrous_ema.snapshots.legacy import LegacyFolder
+from nitrous_ema.snapshots.legacy.folder import LegacyFolder
 from tests.fuzz import mutate
 from tests.fuzz.targets import STEP, TARGETS, model_state
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nitrous_ema.errors import NitrousError, SnapshotDamaged, SnapshotError
 from nitrous_ema.snapshots.store import SnapshotStore
-from nitrous_ema.synthesis.arrays import synthesize
+from nitrous_ema.synthesis.in_memory import synthesize
 from tests.fuzz import independent, mutate
 from tests.fuzz.targets import STEP, SnapshotTarget
 

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from nitrous_ema.averaging.load_average import load_tensors
 from nitrous_ema.errors import SnapshotDamaged, SnapshotMismatch
-from nitrous_ema.loading import load_tensors
-from nitrous_ema.snapshots.format import Stamp, encode_header, folder_name, rank_file_name
+from nitrous_ema.snapshots.header import Stamp, encode_header
+from nitrous_ema.snapshots.names import folder_name, rank_file_name
 from nitrous_ema.snapshots.store import SnapshotStore
 from tests.fuzz import independent
 from tests.fuzz.engine import Coverage
 from tests.fuzz.targets import RUN, STEP, TRACED, AverageTarget, SnapshotTarget, snapshot_bytes
-from tests.snapshot_folders import layout_of, record
+from tests.support.snapshot_folders import layout_of, record
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,8 +97,8 @@ def test_million_tensors_are_refused_before_they_are_made(tmp_path):
 READER = """
 import resource, sys, torch
 from pathlib import Path
-from nitrous_ema.loading import load_tensors
-from nitrous_ema.snapshots.legacy import LegacyFolder
+from nitrous_ema.averaging.load_average import load_tensors
+from nitrous_ema.snapshots.legacy.folder import LegacyFolder
 from nitrous_ema.snapshots.store import SnapshotStore
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (512 << 20),) * 2)

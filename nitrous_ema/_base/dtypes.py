@@ -1,0 +1,93 @@
+"""The one table of tensor types: names, codes in files, sizes. Torch's own types are in ``torch_dtypes``."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Kind = Literal["floating", "complex", "integer", "boolean"]
+
+
+class DType(NamedTuple):
+    """One tensor type."""
+
+    name: str
+    """Torch's name, without ``torch.``."""
+    code: str
+    """The code in safetensors files and in snapshots."""
+    num_bytes: int
+    """Bytes per element."""
+    kind: Kind
+    """What its elements are."""
+    numpy: str | None = None
+    """For types that averages are stored in: numpy's type string; bfloat16, which numpy lacks, as its bits."""
+    fraction_bits: int | None = None
+    """For the same types: stored bits of the fraction, without the leading one."""
+
+    @property
+    def half_unit(self) -> float:
+        """The largest relative error of rounding to this type, for the types that have ``fraction_bits``."""
+        if self.fraction_bits is None:
+            raise RuntimeError(f"{self.name} stores no averages; this is a bug in nitrous_ema, please report it.")
+        return 2.0 ** -(self.fraction_bits + 1)
+
+
+DTYPES = (
+    DType("float64", "F64", 8, "floating", "<f8", 52),
+    DType("float32", "F32", 4, "floating", "<f4", 23),
+    DType("float16", "F16", 2, "floating", "<f2", 10),
+    DType("bfloat16", "BF16", 2, "floating", "<u2", 7),
+    DType("float8_e4m3fn", "F8_E4M3", 1, "floating"),
+    DType("float8_e5m2", "F8_E5M2", 1, "floating"),
+    DType("float8_e8m0fnu", "F8_E8M0", 1, "floating"),
+    DType("complex64", "C64", 8, "complex"),
+    DType("int64", "I64", 8, "integer"),
+    DType("int32", "I32", 4, "integer"),
+    DType("int16", "I16", 2, "integer"),
+    DType("int8", "I8", 1, "integer"),
+    DType("uint64", "U64", 8, "integer"),
+    DType("uint32", "U32", 4, "integer"),
+    DType("uint16", "U16", 2, "integer"),
+    DType("uint8", "U8", 1, "integer"),
+    DType("bool", "BOOL", 1, "boolean"),
+)
+"""Every type that a file may hold."""
+
+DTYPE_BYTES = {dtype.code: dtype.num_bytes for dtype in DTYPES}
+"""Bytes per element, by code."""
+
+CODES = {dtype.name: dtype.code for dtype in DTYPES}
+"""Codes by torch's names."""
+
+AVERAGE_DTYPES = {dtype.code: dtype for dtype in DTYPES if dtype.numpy is not None}
+"""The four types in which averages are stored and written, by code."""
+
+AVERAGE_CODES = {dtype.name: code for code, dtype in AVERAGE_DTYPES.items()}
+"""Codes of the same four types, by name."""
+
+AVERAGEABLE = frozenset(dtype.code for dtype in DTYPES if dtype.kind in ("floating", "complex")) - {"F8_E8M0"}
+"""Codes of the types whose tensors can be averaged. F8_E8M0 holds scales: it has neither sign nor fraction."""
+
+_SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+
+
+def parse_dtype(text: str) -> str:
+    """Normalize a type's name: ``bf16`` and ``torch.bfloat16`` become ``bfloat16``; unknown names stay as they are."""
+    name = text.strip().removeprefix("torch.")
+    return _SHORT.get(name, name)
+
+
+def dtype_code(dtype: object) -> str | None:
+    """Return the code of a type in which averages can be stored; None for None.
+
+    Args:
+        dtype: A name such as ``"bfloat16"`` or ``"bf16"``, or a ``torch.dtype``.
+
+    Raises:
+        ValueError: Averages cannot be stored in this type.
+    """
+    if dtype is None:
+        return None
+    code = AVERAGE_CODES.get(parse_dtype(str(dtype)))
+    if code is None:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(AVERAGE_CODES)}, by name or as torch's.")
+    return code

@@ -1,0 +1,308 @@
+"""The averages: a few flat buffers in file order, and named views on them.
+
+A *profile's flat space* is all averaged tensors of the model back to back, in the model's order, in elements; it is the
+same for every profile and is what a snapshot file's section holds. It is cut into *groups*: maximal runs of tensors
+that share a device, their parameters' device and an accumulation type (float64 where the tensor is float64, float32
+otherwise). Each group has one flat buffer per profile, so that writing a snapshot copies buffers, not tensors.
+
+A tensor lies in its buffer in its parameter's own memory order (channels_last, transposed), so that averaging runs over
+both as flat memory; files are row-major, and ``pieces`` gives strided views where the two differ. A parameter that is
+expanded or has holes is averaged in row-major order. complex64 counts as pairs of float32, in groups of its own: a
+complex view must begin at an even element, and ``torch.save`` refuses tensors of two types that share their memory.
+
+Copied tensors lie in byte buffers, one per run of tensors with one device and type, in the order of the file's last
+section.
+
+A little longer than the house's 300 lines: the same cut of a range serves reading and writing.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nitrous_ema._base.torch_dtypes import TORCH_CODES
+from nitrous_ema.averaging.model.tracking import TrackedTensor
+from nitrous_ema.snapshots.layout import Layout
+
+_ROW_ELEMENTS_CPU = 64  # every profile begins at a multiple of 256 bytes
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """A run of averaged tensors with one device and accumulation type."""
+
+    device: torch.device
+    dtype: torch.dtype
+    first: int
+    """Index of its first tensor among the averaged ones."""
+    begin: int
+    """Where it begins in a profile's flat space, in elements."""
+    tensors: list[AveragedTensor]
+    flats: list[Tensor]
+    """One buffer per profile, 1-d; its last tensor's end is its size."""
+    together: Tensor | None = None
+    """In host memory, the same as [profiles, elements], as long as no buffer was moved (``share_memory_``)."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of one buffer."""
+        return self.tensors[-1].end if self.tensors else 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AveragedTensor:
+    """Where one tensor lies in its group's buffers."""
+
+    tracked: TrackedTensor
+    begin: int
+    """First element, relative to the group."""
+    end: int
+    shape: tuple[int, ...]
+    """Real shape: complex64 has a trailing axis of 2."""
+    strides: tuple[int, ...]
+    is_row_major: bool
+
+
+@dataclass(slots=True, eq=False)
+class CopiedGroup:
+    """Copied tensors of one type on one device, back to back."""
+
+    device: torch.device
+    begin: int
+    """Where it begins among all copied tensors, in bytes."""
+    tensors: list[tuple[TrackedTensor, int, int]]
+    """Each with its first and last byte, relative to the group."""
+    flat: Tensor  # uint8
+
+    def values(self) -> list[Tensor]:
+        """Views with the model's types and shapes."""
+        return [self.flat[begin:end].view(tracked.dtype).view(tracked.shape) for tracked, begin, end in self.tensors]
+
+
+class FlatBuffers:
+    """Averages of every profile, and the copied tensors.
+
+    Args:
+        tracked: The model's tensors, in its order.
+        layout: Order of the tensors in snapshot files, which is the order here.
+        device: Where the averages live; by default each with its parameter.
+    """
+
+    def __init__(self, tracked: Sequence[TrackedTensor], layout: Layout, device: torch.device | None = None) -> None:
+        by_name = {tensor.name: tensor for tensor in tracked}
+        self.tracked = tuple(tracked)
+        self.averaged = tuple(by_name[record.name] for record in layout.averaged)
+        self.copied = tuple(by_name[record.name] for record in layout.copied)
+        self.layout = layout
+        self.groups = self._make_groups(device)
+        self.copy_groups = self._make_copy_groups(device)
+        self._places = {tensor.tracked.name: (group, tensor) for group in self.groups for tensor in group.tensors}
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """The devices that hold averages or copies, each once."""
+        averaged = [group.device for group in self.groups]
+        return tuple(dict.fromkeys([*averaged, *(group.device for group in self.copy_groups)]))
+
+    def average(self, profile: int, name: str) -> Tensor:
+        """The average of one tensor, a view with the parameter's shape and memory order."""
+        group, tensor = self._places[name]
+        view = group.flats[profile][tensor.begin : tensor.end].as_strided(tensor.shape, tensor.strides)
+        return torch.view_as_complex(view) if tensor.tracked.dtype.is_complex else view
+
+    def averages(self, profile: int) -> Iterator[tuple[TrackedTensor, Tensor]]:
+        """Every averaged tensor with its average."""
+        for tracked in self.averaged:
+            yield tracked, self.average(profile, tracked.name)
+
+    def copies(self) -> Iterator[tuple[TrackedTensor, Tensor]]:
+        """Every copied tensor with the value that was kept."""
+        for group in self.copy_groups:
+            yield from zip((tracked for tracked, _, _ in group.tensors), group.values(), strict=True)
+
+    def pieces(
+        self, profile: int, begin: int, end: int, device: torch.device | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Elements ``[begin, end)`` of a profile's flat space as the file has them, in pieces; of one device if given.
+
+        Yields:
+            (first element relative to ``begin``, view of the accumulation type). The file has the elements of a view
+            in its row-major order. Neighbours that are row-major here as well come as one 1-d view; a tensor in another
+            order comes as a few views that are not contiguous, at most one more than twice its axes.
+        """
+        for group in self.groups:
+            if device is not None and group.device != device:
+                continue
+            low, high = max(begin, group.begin), min(end, group.begin + group.numel)
+            for first, view in _row_major_views(group, profile, low - group.begin, high - group.begin):
+                yield group.begin + first - begin, view
+
+    def copied_pieces(self, begin: int, end: int, device: torch.device | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Bytes ``[begin, end)`` of the copied tensors: (first byte relative to ``begin``, 1-d uint8 view)."""
+        for group in self.copy_groups:
+            if device is not None and group.device != device:
+                continue
+            low, high = max(begin, group.begin), min(end, group.begin + group.flat.numel())
+            if low < high:
+                yield low - begin, group.flat[low - group.begin : high - group.begin]
+
+    def fill(self, profile: int, begin: int, values: Tensor) -> None:
+        """Write row-major elements from ``begin`` on into a profile: the reverse of ``pieces``."""
+        for first, view in self.pieces(profile, begin, begin + values.numel()):
+            view.copy_(values[first : first + view.numel()].view(view.shape))
+
+    def fill_copied(self, begin: int, values: Tensor) -> None:
+        """Write bytes from ``begin`` on of the copied tensors: the reverse of ``copied_pieces``.
+
+        Args:
+            begin: Relative to the first of them; negative where padding stands before it in a file.
+            values: 1-d uint8.
+        """
+        for group in self.copy_groups:
+            low, high = max(begin, group.begin), min(begin + values.numel(), group.begin + group.flat.numel())
+            if low < high:
+                group.flat[low - group.begin : high - group.begin].copy_(values[low - begin : high - begin])
+
+    def to(self, device: torch.device) -> None:
+        """Move every buffer. Views taken before keep the old ones."""
+        for group in self.groups:
+            group.device, group.flats = device, [flat.to(device) for flat in group.flats]
+            group.together = group.together if device.type == "cpu" else None
+        for copies in self.copy_groups:
+            copies.device, copies.flat = device, copies.flat.to(device)
+
+    def _make_groups(self, device: torch.device | None) -> list[Group]:
+        groups: list[Group] = []
+        for index, tracked in enumerate(self.averaged):
+            place = device or tracked.live().device
+            dtype = accumulation_dtype(tracked.dtype)
+            was_complex = bool(groups) and groups[-1].tensors[-1].tracked.dtype.is_complex
+            is_other = tracked.dtype.is_complex != was_complex
+            moved = bool(groups) and groups[-1].tensors[-1].tracked.live().device != tracked.live().device
+            if not groups or is_other or moved or (groups[-1].device, groups[-1].dtype) != (place, dtype):
+                begin = groups[-1].begin + groups[-1].numel if groups else 0
+                groups.append(Group(place, dtype, index, begin, [], []))
+            groups[-1].tensors.append(_placed(tracked, groups[-1].numel))
+        for group in groups:
+            group.flats, group.together = _buffers(group, len(self.layout.gammas))
+        return groups
+
+    def _make_copy_groups(self, device: torch.device | None) -> list[CopiedGroup]:
+        groups: list[CopiedGroup] = []
+        for tracked in self.copied:
+            place = device or tracked.live().device
+            end = groups[-1].tensors[-1][2] if groups else 0
+            last = groups[-1].tensors[-1][0] if groups else tracked
+            moved = last.live().device != tracked.live().device
+            if not groups or moved or (groups[-1].device, last.dtype) != (place, tracked.dtype):
+                groups.append(CopiedGroup(place, (groups[-1].begin + end) if groups else 0, [], torch.empty(0)))
+                end = 0
+            nbytes = math.prod(tracked.shape) * tracked.dtype.itemsize
+            groups[-1].tensors.append((tracked, end, end + nbytes))
+        for group in groups:
+            group.flat = torch.zeros(group.tensors[-1][2], dtype=torch.uint8, device=group.device)
+        return groups
+
+
+def snapshot_layout(
+    tracked: Sequence[TrackedTensor], gammas: Sequence[float], sigma_rels: Sequence[float], dtype: torch.dtype
+) -> Layout:
+    """What all snapshots of these tensors and profiles have in common; averages are stored as ``dtype``."""
+    return Layout(
+        records=tuple(tensor.record for tensor in tracked),
+        gammas=tuple(gammas),
+        sigma_rels=tuple(sigma_rels),
+        checkpoint_dtype=TORCH_CODES[dtype],
+    )
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays; everything else is averaged in float32, whatever the parameters are."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def memory_order(tensor: Tensor, like: AveragedTensor) -> Tensor:
+    """A live tensor as flat memory in the order of its average: a view where it is dense that way, else a copy."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    if real.stride() != like.strides:
+        real = torch.empty_strided(like.shape, like.strides, dtype=real.dtype, device=real.device).copy_(real)
+    return real.as_strided((like.end - like.begin,), (1,))
+
+
+def _buffers(group: Group, profiles: int) -> tuple[list[Tensor], Tensor | None]:
+    """Zeros for every profile, and all of them as one tensor where there is one."""
+    if group.device.type != "cpu":
+        return [torch.zeros(group.numel, dtype=group.dtype, device=group.device) for _ in range(profiles)], None
+    row = -(-group.numel // _ROW_ELEMENTS_CPU) * _ROW_ELEMENTS_CPU
+    together = torch.zeros((profiles, row), dtype=group.dtype, device="cpu")[:, : group.numel]
+    # A storage for each, by way of numpy: torch.save of a view writes the whole of its storage.
+    return [torch.from_numpy(flat.numpy()) for flat in together], together
+
+
+def _placed(tracked: TrackedTensor, begin: int) -> AveragedTensor:
+    live = tracked.live().detach()
+    real = torch.view_as_real(live) if live.is_complex() else live
+    strides = real.stride() if _is_dense(real) else torch.empty(real.shape, device="meta").stride()
+    shape = tuple(real.shape)
+    row_major = torch.empty_strided(shape, strides, device="meta").is_contiguous()
+    return AveragedTensor(tracked, begin, begin + real.numel(), shape, tuple(strides), row_major)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory exactly, in some order of the axes."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return expected > 0
+
+
+def _row_major_views(group: Group, profile: int, begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
+    """Cut ``[begin, end)`` of a group, as a file has it, into views of its buffer: (first element, view)."""
+    flat, run = group.flats[profile], begin
+    index = max(bisect_right(group.tensors, begin, key=lambda tensor: tensor.begin) - 1, 0)
+    while index < len(group.tensors) and (tensor := group.tensors[index]).begin < end:
+        low, high = max(begin, tensor.begin), min(end, tensor.end)
+        if not tensor.is_row_major and low < high:
+            if run < low:
+                yield run, flat[run:low]
+            whole = flat[tensor.begin : tensor.end].as_strided(tensor.shape, tensor.strides)
+            for first, view in _boxes(whole, low - tensor.begin, high - tensor.begin):
+                yield tensor.begin + first, view
+            run = high
+        index += 1
+    if run < end:
+        yield run, flat[run:end]
+
+
+def _boxes(tensor: Tensor, begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
+    """Cut elements ``[begin, end)`` of a tensor, counted in row-major order, into views: (first element, view).
+
+    That is the rest of a row, whole rows, and the start of a row, where a row is all that one index of the first axis
+    selects; what there is of a row is cut in the same way.
+    """
+    if begin < end and end - begin == tensor.numel():
+        yield begin, tensor
+    elif begin < end:
+        row = tensor.numel() // len(tensor)
+        first, last = -(-begin // row), end // row  # of the whole rows, if first < last
+        rest_end = min(first * row, end)
+        yield from _boxes_of_row(tensor, row, begin, rest_end)
+        if first < last:
+            yield first * row, tensor[first:last]
+        yield from _boxes_of_row(tensor, row, max(last * row, rest_end), end)
+
+
+def _boxes_of_row(tensor: Tensor, row: int, begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
+    """The same for a range that lies in one row of so many elements."""
+    if begin < end:
+        start = begin - begin % row
+        for first, view in _boxes(tensor[start // row], begin - start, end - start):
+            yield start + first, view

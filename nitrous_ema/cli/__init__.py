@@ -1,0 +1,5 @@
+"""The command ``nitrous-ema``."""
+
+from nitrous_ema.cli.program import main
+
+__all__ = ["main"]

@@ -1,0 +1,163 @@
+"""What is in a folder of snapshots, in plain values: what ``inspect`` shows, and what ``prune`` leaves alone."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from nitrous_ema._base.processes import process_state
+from nitrous_ema.cli.terminal import moment
+from nitrous_ema.errors import SnapshotNotFound
+from nitrous_ema.snapshots.header import Lineage
+from nitrous_ema.snapshots.legacy.folder import files_by_step
+from nitrous_ema.snapshots.snapshot import Snapshot
+from nitrous_ema.snapshots.store import SnapshotStore
+
+
+def survey(store: SnapshotStore, run: str | None = None) -> dict[str, Any]:
+    """Everything in a folder, by the headers; no data is read. Damaged files are listed, never raised.
+
+    Args:
+        store: The folder.
+        run: Last run of the history that the others are seen from; by default the newest run.
+
+    Raises:
+        SnapshotNotFound: No such folder or run.
+    """
+    history = store.examine(run)
+    pins = store.pins()
+    damaged = {str(error.path): str(error) for error in history.damaged}
+    runs = []
+    for each in store.runs():
+        try:
+            examined = store.examine(each)
+        except SnapshotNotFound:  # all that it had was removed since it was listed
+            continue
+        damaged |= {str(error.path): str(error) for error in examined.damaged}
+        own = [snapshot for snapshot in examined.snapshots if snapshot.run == each]
+        runs.append(_described_run(store, each, own, examined.lineage, history.lineage, pins))
+    return {
+        "folder": str(store.root),
+        "run": history.lineage[-1][0] if history.lineage else None,
+        "runs": runs,
+        "incomplete": [{"path": str(each.path), "reason": each.reason} for each in store.incomplete()],
+        "damaged": [{"path": path, "message": message} for path, message in damaged.items()],
+        "temporary": [
+            {"path": str(each.path), "bytes": each.bytes, "writer": each.writer} for each in store.temporary()
+        ],
+        "hidden": [{"path": str(path), "bytes": _bytes_below(path)} for path in store.hidden()],
+        "notes": _notes(store, runs),
+        "disk": _disk(store, history.snapshots[-1] if history.snapshots else None),
+    }
+
+
+def writing_state(store: SnapshotStore, run: str, own: list[Snapshot]) -> str:
+    """Whether a run still writes: "closed", or what became of its trainer (as ``processes.process_state`` says)."""
+    if (store.root / f"closed-{run}").exists():
+        return "closed"
+    return process_state(own[-1].stamp.trainer) if own else "unknown"
+
+
+def _described_run(
+    store: SnapshotStore,
+    run: str,
+    own: list[Snapshot],
+    lineage: Lineage,
+    history: Lineage,
+    pins: frozenset[tuple[int, str]],
+) -> dict[str, Any]:
+    left_at = dict(history).get(run, 0 if run not in dict(history) else None)
+    state = writing_state(store, run, own)
+    described: dict[str, Any] = {
+        "run": run,
+        "closed": state == "closed",
+        "state": state,
+        "role": _role(run, lineage, history),
+        "lineage": [list(ancestor) for ancestor in lineage],
+        "bytes": sum(each.bytes for each in own),
+    }
+    if own:
+        layout = own[-1].layout
+        described |= {
+            "trainer": dict(own[-1].stamp.trainer),
+            "sigma_rels": list(layout.sigma_rels),
+            "gammas": list(layout.gammas),
+            "checkpoint_dtype": layout.checkpoint_dtype,
+            "tensors": len(layout.records),
+            "average_elements": layout.average_elements,
+        }
+    described["snapshots"] = [
+        {
+            "step": each.step,
+            "t": each.t,
+            "bytes": each.bytes,
+            "files": len(each.paths),
+            "written": moment(each.stamp.created_ns),
+            "pinned": (each.step, run) in pins,
+            "in_history": left_at is None or each.step <= left_at,
+            "path": str(each.paths[0].parent),
+        }
+        for each in own
+    ]
+    return described
+
+
+def _role(run: str, lineage: Lineage, history: Lineage) -> str:
+    """What a run is to a history: "newest" (its last run), "ancestor", "branch" (another future), or "unrelated"."""
+    names = [name for name, _ in history]
+    if run in names:
+        return "newest" if run == names[-1] else "ancestor"
+    return "branch" if any(name in names for name, _ in lineage) else "unrelated"
+
+
+def _notes(store: SnapshotStore, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Notes in the folder; ``stray`` are those that tell of nothing that is there."""
+    there = {f"closed-{each['run']}" for each in runs}
+    there |= {f"pin-{snapshot['step']:012d}-{each['run']}" for each in runs for snapshot in each["snapshots"]}
+    names = sorted(path.name for path in store.root.iterdir() if path.name.startswith(("closed-", "pin-")))
+    return [{"path": str(store.root / name), "stray": name not in there} for name in names]
+
+
+def _bytes_below(folder: Path) -> int:
+    """Bytes of all files in a folder; what vanishes meanwhile counts nothing."""
+    total = 0
+    with suppress(FileNotFoundError):  # of the folder itself, while it is listed
+        for path in folder.rglob("*"):
+            with suppress(FileNotFoundError):
+                total += path.lstat().st_size if path.is_file() else 0
+    return total
+
+
+def _disk(store: SnapshotStore, last: Snapshot | None) -> dict[str, Any]:
+    free, size = store.free_bytes(), last.bytes if last else None
+    fit = None if free is None or size is None else free // size
+    return {"free_bytes": free, "snapshot_bytes": size, "snapshots_that_fit": fit}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders of nitrous-ema 0.0.1 and ema-pytorch
+
+
+def legacy_steps(root: Path) -> list[dict[str, Any]]:
+    """Steps of a folder of ``{profile}.{step}.pt`` files, ascending; empty if it is none."""
+    found = files_by_step(root)
+    return [
+        {"step": step, "profiles": len(paths), "bytes": sum(path.lstat().st_size for path in paths.values())}
+        for step, paths in sorted(found.items())
+    ]
+
+
+def legacy_sentence(root: Path, command: str) -> str:
+    """What such a folder is, and what can be done with it; empty if it is none."""
+    if not files_by_step(root):
+        return ""
+    cannot = {
+        "verify": "They are checked when they are read for a synthesis, not here. ",
+        "prune": "They do not say which profiles they hold, so they are not pruned; nothing was changed. ",
+    }
+    return (
+        f"{root} holds files of nitrous-ema 0.0.1 or ema-pytorch ({{profile}}.{{step}}.pt), no snapshots of this "
+        f"version. {cannot.get(command, '')}`nitrous-ema synthesize` reads them, with --sigma-rels or --gammas naming "
+        "their profiles."
+    )

@@ -1,0 +1,123 @@
+"""What happens when the disk is full: the check before training, the check before each write, and the remedy.
+
+Before training, ``check_disk_space`` refuses a disk on which not even one snapshot fits, and warns of one that will be
+full soon. Before each write, ``DiskSpace.require`` first removes snapshots that were dropped already; a snapshot that
+still does not fit is refused before any of its bytes are on disk. ``remedy`` ends the message of every failed call.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from nitrous_ema._base.arguments import format_bytes
+from nitrous_ema.errors import SnapshotError, warn
+from nitrous_ema.snapshots.filesystem import NO_SPACE, FileSystem
+from nitrous_ema.snapshots.names import parse_folder_name
+
+_log = logging.getLogger(__name__)
+
+_FEW = 20
+"""Without a bound from ``keep``, a disk with space for fewer snapshots than this will soon be full."""
+
+_REMEDY = (
+    "Free space on that disk, choose another folder (checkpoint_folder=), keep fewer snapshots (keep=), or store "
+    "averages in half the bytes (checkpoint_dtype=torch.float16)."
+)
+
+
+class DiskSpace:
+    """The free space of one folder's disk.
+
+    Args:
+        root: The folder, as an absolute path.
+        files: The file system.
+        make_room: Removes files that are of no more use; called when a file does not fit.
+    """
+
+    def __init__(self, root: Path, files: FileSystem, make_room: Callable[[], object] = lambda: None) -> None:
+        self._root = root
+        self._files = files
+        self._make_room = make_room
+
+    def free_bytes(self) -> int | None:
+        """Return the bytes that may still be written; None where the file system does not report them."""
+        try:
+            return self._files.free_bytes(self._root)
+        except OSError:
+            return None
+
+    def require(self, needed_bytes: int) -> None:
+        """Make sure that a file of this size fits; make room first if it does not.
+
+        Raises:
+            OSError: ``ENOSPC``: the file does not fit even then.
+        """
+        free_bytes = self.free_bytes()
+        if free_bytes is not None and free_bytes < needed_bytes:
+            self.make_room()
+            free_bytes = self.free_bytes()
+        if free_bytes is not None and free_bytes < needed_bytes:
+            raise OSError(
+                errno.ENOSPC,
+                f"{os.strerror(errno.ENOSPC)}: {format_bytes(needed_bytes)} needed, {format_bytes(free_bytes)} free",
+            )
+
+    def make_room(self) -> None:
+        """Remove files that are of no more use. A failure is logged."""
+        try:
+            self._make_room()
+        except (OSError, SnapshotError) as error:
+            _log.warning("%s is full, and dropped snapshots could not be removed: %s", self._root, error)
+
+
+def check_disk_space(root: Path, files: FileSystem, snapshot_bytes: int, most_snapshots: int | None) -> None:
+    """Check how many snapshots fit before training begins; warn if fewer fit than will be wanted.
+
+    Nothing is checked where the file system does not report its free space.
+
+    Args:
+        root: The snapshot folder, which exists. Snapshots that are there already count as space for those of a rule
+            that has a bound: the rule drops them as new ones come.
+        files: The file system.
+        snapshot_bytes: Bytes of one snapshot, on the disk of this process.
+        most_snapshots: How many snapshots ``keep`` allows on disk at once; None if it sets no bound.
+
+    Raises:
+        SnapshotError: Not even one snapshot fits.
+    """
+    free_bytes = DiskSpace(root, files).free_bytes()
+    if free_bytes is None:
+        _log.info("a snapshot has %s; %s does not report its free space", format_bytes(snapshot_bytes), root)
+        return
+    fitting = free_bytes // snapshot_bytes
+    _log.info("a snapshot has %s; there is space for %d in %s", format_bytes(snapshot_bytes), fitting, root)
+    facts = f"{root}: a snapshot needs {format_bytes(snapshot_bytes)}, and {format_bytes(free_bytes)} are free"
+    if not fitting:
+        raise SnapshotError(f"{facts}: not even one fits. {_REMEDY}", path=root)
+    there = sum(parse_folder_name(name) is not None for name in files.list(root))
+    if most_snapshots is None and fitting < _FEW:
+        warn(f"{facts}: there is space for {fitting} snapshots, and keep= sets no bound. {_REMEDY}")
+    elif most_snapshots is not None and fitting + there < most_snapshots:
+        warn(
+            f"{facts}: there is space for {fitting} more snapshots in addition to the {there} already in the folder, "
+            f"but keep= allows {most_snapshots}. {_REMEDY}"
+        )
+
+
+def remedy(error: OSError) -> str:
+    """Return what the user can do about a failed call of the file system, as one sentence."""
+    if error.errno in NO_SPACE:
+        return "Free space on that disk, or choose another folder."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Allow this user to write there, or choose another folder."
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return "Something that is not a folder has this name: choose another folder."
+    if error.errno == errno.EISDIR:
+        return "A folder has this name: choose another name."
+    if error.errno == errno.ENAMETOOLONG:
+        return "Choose a shorter name."
+    return "Check the disk and the folder, or choose another folder."

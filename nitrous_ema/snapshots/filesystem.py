@@ -1,0 +1,254 @@
+"""Every call that the package makes to a file system, one small method each.
+
+``FileSystem`` decides nothing: what an error means and what happens next are the caller's. So a test can record the
+calls of a whole run, or let any one of them fail, by overriding a method. Errors are the operating system's own
+(``OSError`` with its ``errno``). The two functions below it make whole reads and writes of its partial ones.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import stat
+from collections.abc import Callable
+from io import BufferedReader
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+_AT_FDCWD = -100  # linux/fcntl.h: a relative path starts at the working directory
+_RENAME_NOREPLACE = 1  # linux/fs.h
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+
+UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
+"""What a call fails with where kernel or file system do not offer it."""
+NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT))
+_BYTES_LOST = NO_SPACE | {errno.EIO}
+
+
+class FileSystem:
+    """The operating system, as the package sees it."""
+
+    def open_exclusive(self, path: Path) -> int:
+        """Create a file for writing and return its descriptor; the name must be new (``O_EXCL``)."""
+        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+
+    def open_read(self, path: Path) -> int:
+        """Open for positioned reads. Never blocks, not even on a pipe that somebody gave a snapshot's name."""
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def stat(self, descriptor: int) -> os.stat_result:
+        """Size and kind of an open file."""
+        return os.fstat(descriptor)
+
+    def preallocate(self, descriptor: int, size_bytes: int) -> None:
+        """Reserve disk blocks and set the size, by ``fallocate(2)``; ``ENOSYS`` where there is no such call.
+
+        Not ``os.posix_fallocate``: where the file system cannot reserve, that one writes zeros instead.
+        """
+        _check(_c_function("fallocate64", "fallocate")(descriptor, 0, _c_int64(0), _c_int64(size_bytes)))
+
+    def free_bytes(self, path: Path) -> int:
+        """Bytes that may still be written to the file system that holds ``path``.
+
+        ``ENOTSUP`` where it does not tell: some network file systems say that they have no blocks at all.
+        """
+        told = os.statvfs(path)
+        if told.f_blocks == 0:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), os.fspath(path))
+        return told.f_bavail * told.f_frsize
+
+    def start_writeback(self, descriptor: int, offset: int, size_bytes: int) -> None:
+        """Have the disk begin with a part of a file, by ``sync_file_range(2)``; ``ENOSYS`` where there is no such call.
+
+        Makes nothing durable. It does not wait for the disk to end: that would take the news of a failed write away
+        from ``fsync``.
+        """
+        part = (_c_int64(offset), _c_int64(size_bytes))
+        _check(_c_function("sync_file_range")(descriptor, *part, _SYNC_FILE_RANGE_WRITE))
+
+    def write_at(self, descriptor: int, buffer: ReadableBuffer, offset: int) -> int:
+        """Write at a position; returns the number of bytes written, which may be fewer than given."""
+        return os.pwrite(descriptor, buffer, offset)
+
+    def read_at(self, descriptor: int, buffer: WriteableBuffer, offset: int) -> int:
+        """Fill ``buffer`` from a position; returns the number of bytes read, 0 at the end of the file."""
+        return os.preadv(descriptor, [buffer], offset)
+
+    def fsync(self, descriptor: int) -> None:
+        """Make the file's bytes and size durable."""
+        os.fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        """Close; the descriptor is gone afterwards even when this raises."""
+        os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a file its final name; replaces a file that has it."""
+        os.rename(source, target)
+
+    def rename_new(self, source: Path, target: Path) -> None:
+        """Give a file its final name, or raise ``FileExistsError`` and change nothing if the name is taken.
+
+        Atomic, by ``renameat2(2)``; ``ENOSYS`` or ``EINVAL`` where kernel or file system do not offer it.
+        """
+        arguments = (_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE)
+        _check(_c_function("renameat2")(*arguments), source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file's name."""
+        os.unlink(path)
+
+    def make_folder(self, path: Path) -> None:
+        """Create one folder; ``FileExistsError`` if the name is taken."""
+        os.mkdir(path)
+
+    def remove_folder(self, path: Path) -> None:
+        """Remove an empty folder; ``ENOTEMPTY`` if it holds anything."""
+        os.rmdir(path)
+
+    def fsync_folder(self, path: Path) -> None:
+        """Make the names in a folder durable."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def list(self, path: Path) -> list[str]:
+        """Names in a folder, in no particular order."""
+        return os.listdir(path)
+
+    def lstat(self, path: Path) -> os.stat_result:
+        """Kind, size and times of what has this name; of a link itself, not of what it leads to."""
+        return os.lstat(path)
+
+    def exists(self, path: Path) -> bool:
+        """Whether the name is taken, by a dangling link too."""
+        return os.path.lexists(path)
+
+
+def rename_to_new(files: FileSystem, source: Path, target: Path) -> None:
+    """Rename, or raise ``FileExistsError`` and change nothing if the name is taken.
+
+    Where the system cannot refuse by itself, the name is looked up just before.
+    """
+    try:
+        files.rename_new(source, target)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        if files.exists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(target)) from error
+        files.rename(source, target)
+
+
+def reserve(files: FileSystem, descriptor: int, size_bytes: int) -> None:
+    """Preallocate, where that can be done. Raises ``OSError`` where it cannot for want of space."""
+    try:
+        files.preallocate(descriptor, size_bytes)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+
+
+def hint_writeback(files: FileSystem, descriptor: int, offset: int, size_bytes: int) -> bool:
+    """Whether the disk has begun with a part of a file. Raises ``OSError`` where bytes were lost already."""
+    try:
+        files.start_writeback(descriptor, offset, size_bytes)
+    except OSError as error:
+        if error.errno in _BYTES_LOST:
+            raise
+        return False
+    return True
+
+
+def sync_folder(files: FileSystem, folder: Path) -> None:
+    """Make the names in a folder durable, where the file system knows how to."""
+    try:
+        files.fsync_folder(folder)
+    except OSError as error:
+        # Some network file systems have no such operation: their names are durable when the call that makes them
+        # returns, or never; either way nothing more can be done.
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def write_fully(files: FileSystem, descriptor: int, buffer: ReadableBuffer, offset: int) -> None:
+    """Write all of a C-contiguous buffer at a position, in as many calls as that takes."""
+    view = memoryview(buffer).cast("B")
+    while view:
+        try:
+            written = files.write_at(descriptor, view, offset)
+        except InterruptedError:
+            continue
+        if written <= 0:
+            raise OSError(errno.EIO, "the system wrote nothing and gave no reason")
+        view, offset = view[written:], offset + written
+
+
+def read_fully(files: FileSystem, descriptor: int, buffer: WriteableBuffer, offset: int) -> memoryview:
+    """Fill a C-contiguous buffer from a position; returns its filled part, all of it unless the file ends before."""
+    view, filled = memoryview(buffer).cast("B"), 0
+    while filled < len(view):
+        try:
+            count = files.read_at(descriptor, view[filled:], offset + filled)
+        except InterruptedError:
+            continue
+        if count <= 0:
+            break
+        filled += count
+    return view[:filled]
+
+
+@functools.cache
+def _c_function(*names: str) -> Callable[..., int]:
+    """First of these functions that the C library has; one that fails with ``ENOSYS`` if it has none of them."""
+    import ctypes  # here, because most processes only read
+
+    library = ctypes.CDLL(None, use_errno=True)  # releases the interpreter lock during calls
+    for name in names:
+        if hasattr(library, name):
+            return getattr(library, name)  # type: ignore[no-any-return]
+    return _unavailable
+
+
+def _unavailable(*_: Any) -> int:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+def _c_int64(value: int) -> Any:
+    import ctypes
+
+    return ctypes.c_int64(value)
+
+
+def _check(result: int, source: Path | None = None, target: Path | None = None) -> None:
+    """Turn the -1 of a C function into the exception that ``os`` would have raised."""
+    import ctypes
+
+    if result != 0:
+        number = ctypes.get_errno()
+        if source is None:
+            raise OSError(number, os.strerror(number))
+        raise OSError(number, os.strerror(number), os.fspath(source), None, os.fspath(target or source))
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading, never waiting.
+
+    Raises:
+        ValueError: It is a pipe, a device or a folder.
+        OSError: It cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("it is not a regular file")
+    return os.fdopen(descriptor, "rb")

@@ -1,0 +1,296 @@
+"""Where every tensor lies in the data of a snapshot file."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import reprlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+from nitrous_ema._base.dtypes import AVERAGE_DTYPES, AVERAGEABLE, DTYPE_BYTES
+from nitrous_ema.snapshots.bounded_json import (
+    _text,
+    as_json,
+)
+
+CHUNK_BYTES = 16 * 2**20
+
+
+MAX_CHUNKS = 2**17
+
+
+MAX_GAMMA = 1e9  # a billionth of the training time; products of some larger ones are no float64
+
+
+Role = Literal["averaged", "copied", "skipped"]
+
+
+class Span(NamedTuple):
+    """A half-open range."""
+
+    begin: int
+    end: int
+
+
+class Entry(NamedTuple):
+    """One tensor as a safetensors reader sees it. Offsets are in bytes from the start of the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRecord:
+    """One tensor of the model, and what became of it."""
+
+    name: str
+    """Canonical name; the first of ``keys``."""
+    keys: tuple[str, ...]
+    """Every ``state_dict()`` key under which the model has this tensor; several if parameters are tied."""
+    dtype: str
+    """The model's own type, as a safetensors code; free text if the tensor is skipped."""
+    shape: tuple[int, ...]
+    """The model's own shape."""
+    role: Role
+    """``averaged`` tensors are in every profile's section, ``copied`` ones once, ``skipped`` ones nowhere."""
+    persistent: bool = True
+    """False for a buffer that ``state_dict()`` leaves out."""
+
+    def __post_init__(self) -> None:
+        if not _is_tuple_of(self.keys, str) or not self.keys or "" in self.keys or self.name != self.keys[0]:
+            raise ValueError(f"keys of {self.name!r}: {self.keys!r}; expected its names, the first one being its own")
+        _encodable(self.keys)
+        if not _is_tuple_of(self.shape, int) or len(self.shape) > 64 or not all(0 <= n < 2**63 for n in self.shape):
+            raise ValueError(
+                f"shape of {self.name!r}: {reprlib.repr(self.shape)}; expected up to 64 sizes in [0, 2**63)"
+            )
+        if self.role not in get_args(Role) or type(self.persistent) is not bool:
+            raise ValueError(f"{self.name!r} has role {self.role!r} and persistent={self.persistent!r}")
+        if type(self.dtype) is not str or (self.role != "skipped" and self.dtype not in DTYPE_BYTES):
+            raise ValueError(f"dtype of {self.name!r}: {self.dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")
+        if self.role == "averaged" and self.dtype not in AVERAGEABLE:
+            raise ValueError(
+                f"{self.name!r} has dtype {self.dtype}; only floating tensors are averaged, copy it instead"
+            )
+        _encodable((self.dtype,))
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape in the file: complex numbers are pairs, along a last axis of their own."""
+        return (*self.shape, 2) if self.dtype == "C64" else self.shape
+
+    @property
+    def stored_elements(self) -> int:
+        """Numbers in the file; a complex one counts two."""
+        return math.prod(self.stored_shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where everything lies in the data: what all snapshots of one run share.
+
+    All positions are in bytes from the start of the data, unless said otherwise.
+    """
+
+    records: tuple[TensorRecord, ...]
+    """All tensors of the model, in file order."""
+    gammas: tuple[float, ...]
+    """Exponents of the profiles, in the order of their sections."""
+    sigma_rels: tuple[float, ...]
+    """Relative widths of the same profiles."""
+    checkpoint_dtype: str = "F32"
+    """Type of the averages in the file, as a safetensors code."""
+    chunk_bytes: int = CHUNK_BYTES
+    """Size of the pieces that are checksummed; a power of two, so that no number lies across two of them."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_dtype not in AVERAGE_DTYPES:
+            expected = ", ".join(AVERAGE_DTYPES)
+            raise ValueError(f"checkpoint_dtype is {self.checkpoint_dtype!r}; averages are stored as one of {expected}")
+        if type(self.chunk_bytes) is not int or self.chunk_bytes < 16 or self.chunk_bytes & (self.chunk_bytes - 1):
+            raise ValueError(f"chunk_bytes is {self.chunk_bytes!r}; expected a power of two, 16 or more")
+        for name, numbers in (("gammas", self.gammas), ("sigma_rels", self.sigma_rels)):
+            if not _is_tuple_of(numbers, float) or not all(map(math.isfinite, numbers)):
+                raise ValueError(f"{name} is {numbers!r}; expected a tuple of finite floats")
+        if not all(-0.5 < gamma <= MAX_GAMMA for gamma in self.gammas):
+            raise ValueError(f"gammas is {self.gammas!r}; expected exponents in (-0.5, {MAX_GAMMA:g}]")
+        if not self.gammas or len(self.gammas) != len(self.sigma_rels):
+            raise ValueError(
+                f"{len(self.gammas)} gammas and {len(self.sigma_rels)} sigma_rels; expected one each per profile"
+            )
+        if not _is_tuple_of(self.records, TensorRecord):
+            raise TypeError("records: expected a tuple of TensorRecord")
+        seen: set[str] = set()
+        for key in (key for record in self.records for key in record.keys):
+            if key in seen:
+                raise ValueError(f"{key!r} names two tensors; expected every key once")
+            seen.add(key)
+        num_chunks = sum(-(-(end - begin) // self.chunk_bytes) for begin, end in self.sections)
+        if num_chunks > MAX_CHUNKS or self.data_bytes >= 2**63:
+            raise ValueError(
+                f"{self.data_bytes} bytes of data in chunks of {self.chunk_bytes}: more than {MAX_CHUNKS} chunks"
+            )
+
+    @functools.cached_property
+    def averaged(self) -> tuple[TensorRecord, ...]:
+        """Averaged tensors, in file order."""
+        return tuple(record for record in self.records if record.role == "averaged")
+
+    @functools.cached_property
+    def average_spans(self) -> tuple[Span, ...]:
+        """For each of ``averaged``: its range in a profile's section, in *elements*."""
+        return _back_to_back(record.stored_elements for record in self.averaged)
+
+    @functools.cached_property
+    def average_elements(self) -> int:
+        """Elements of one profile; complex tensors count two for each of theirs."""
+        return self.average_spans[-1].end if self.average_spans else 0
+
+    @functools.cached_property
+    def copied(self) -> tuple[TensorRecord, ...]:
+        """Copied tensors as they lie in their section: largest elements first, which aligns all of them."""
+        copied = (record for record in self.records if record.role == "copied")
+        return tuple(sorted(copied, key=lambda record: -_copied_item_bytes(record)))
+
+    @functools.cached_property
+    def copied_spans(self) -> tuple[Span, ...]:
+        """For each of ``copied``: its range in the data."""
+        first = self.sections[-1].begin + self.padding_bytes if self.copied else 0
+        return _back_to_back((record.stored_elements * _copied_item_bytes(record) for record in self.copied), first)
+
+    @functools.cached_property
+    def padding_bytes(self) -> int:
+        """Zeros at the start of the section of copied tensors, to align its first one; fewer than 8.
+
+        They are a tensor of their own (``padding``), since safetensors files have no holes. Without them torch could
+        not view what a reader has loaded: it wants a tensor's offset to be a multiple of its element size.
+        """
+        return -self._profiles_end % _copied_item_bytes(self.copied[0]) if self.copied else 0
+
+    @functools.cached_property
+    def sections(self) -> tuple[Span, ...]:
+        """One range per profile, then one for the copied tensors if there are any."""
+        profile_bytes = self.average_elements * DTYPE_BYTES[self.checkpoint_dtype]
+        sections = _back_to_back([profile_bytes] * len(self.gammas))
+        if not self.copied:
+            return sections
+        copied_bytes = sum(record.stored_elements * _copied_item_bytes(record) for record in self.copied)
+        return (*sections, Span(self._profiles_end, self._profiles_end + self.padding_bytes + copied_bytes))
+
+    @functools.cached_property
+    def chunks(self) -> tuple[Span, ...]:
+        """What is checksummed, copied and written at a time; covers the data without gaps."""
+        return tuple(
+            Span(begin, min(begin + self.chunk_bytes, section.end))
+            for section in self.sections
+            for begin in range(section.begin, section.end, self.chunk_bytes)
+        )
+
+    @functools.cached_property
+    def data_bytes(self) -> int:
+        """Size of the data: of the file without its header."""
+        return self.sections[-1].end
+
+    @functools.cached_property
+    def entries(self) -> tuple[Entry, ...]:
+        """Tensors as a safetensors reader sees them, in the order of their bytes."""
+        item_bytes = DTYPE_BYTES[self.checkpoint_dtype]
+        entries = [
+            Entry(
+                f"ema{profile}.{record.name}",
+                self.checkpoint_dtype,
+                record.stored_shape,
+                section.begin + span.begin * item_bytes,
+                section.begin + span.end * item_bytes,
+            )
+            for profile, section in zip(range(len(self.gammas)), self.sections, strict=False)
+            for record, span in zip(self.averaged, self.average_spans, strict=True)
+        ]
+        if self.padding_bytes:
+            entries.append(
+                Entry("padding", "U8", (self.padding_bytes,), self._profiles_end, self.copied_spans[0].begin)
+            )
+        for record, span in zip(self.copied, self.copied_spans, strict=True):
+            entries.append(Entry(f"model.{record.name}", _copied_dtype(record), record.stored_shape, *span))
+        return tuple(entries)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Digest of tensors, profiles, type and chunk size: equal for snapshots that can be summed."""
+        return hashlib.sha256(as_json(self._facts)).hexdigest()
+
+    @functools.cached_property
+    def header_json(self) -> bytes:
+        """The part of a header that all snapshots with this layout share: from the comma before it to the end."""
+        facts = as_json({"layout_sha256": self.sha256, **self._facts})
+        entries = (
+            entry_json(name, tensor_entry(dtype, shape, begin, end)) for name, dtype, shape, begin, end in self.entries
+        )
+        return b"".join((b",", facts[1:], *entries, b"}"))
+
+    @functools.cached_property
+    def num_values(self) -> int:
+        """Upper bound of the JSON values in ``header_json``."""
+        return self.header_json.count(b",")
+
+    @functools.cached_property
+    def _profiles_end(self) -> int:
+        return self.average_elements * DTYPE_BYTES[self.checkpoint_dtype] * len(self.gammas)
+
+    @functools.cached_property
+    def _facts(self) -> dict[str, str]:
+        records = [(r.keys, r.dtype, r.role, r.persistent, r.shape) for r in self.records]
+        return {
+            "gammas": _text(self.gammas),
+            "sigma_rels": _text(self.sigma_rels),
+            "checkpoint_dtype": self.checkpoint_dtype,
+            "chunk_bytes": repr(self.chunk_bytes),
+            "tensors": _text(records),
+        }
+
+
+def _copied_dtype(record: TensorRecord) -> str:
+    # Complex numbers as pairs here too: older safetensors packages have no complex type.
+    return "F32" if record.dtype == "C64" else record.dtype
+
+
+def _copied_item_bytes(record: TensorRecord) -> int:
+    return DTYPE_BYTES[_copied_dtype(record)]
+
+
+def _back_to_back(sizes: Iterable[int], begin: int = 0) -> tuple[Span, ...]:
+    spans = []
+    for size in sizes:
+        spans.append(Span(begin, begin + size))
+        begin += size
+    return tuple(spans)
+
+
+def tensor_entry(dtype: str, shape: Sequence[int], begin: int, end: int) -> dict[str, Any]:
+    """What a safetensors header says of a tensor."""
+    return {"dtype": dtype, "shape": [*shape], "data_offsets": [begin, end]}
+
+
+def entry_json(name: str, description: dict[str, Any]) -> bytes:
+    """A tensor in a safetensors header, from the comma before it on. One by one: thousands of dicts are large."""
+    return b",%b:%b" % (as_json(name), as_json(description))
+
+
+def _is_tuple_of(values: object, kind: type) -> bool:
+    return type(values) is tuple and all(type(value) is kind for value in values)
+
+
+def _encodable(texts: Iterable[str]) -> None:
+    for text in texts:
+        if type(text) is not str:
+            raise TypeError(f"found {text!r} where a text belongs")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{text!r} is not valid Unicode and cannot be written") from None

@@ -1,0 +1,205 @@
+"""What is in an output file, and where: the tensors, their order, the header, and what the metadata say.
+
+Offsets count from the first byte of the tensors, so they are the same for all averages of a plan; only the headers
+differ.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from nitrous_ema._base.dtypes import DTYPE_BYTES
+from nitrous_ema._version import __version__
+from nitrous_ema.errors import NitrousError
+from nitrous_ema.snapshots.bounded_json import as_json
+from nitrous_ema.snapshots.layout import TensorRecord, entry_json, tensor_entry
+from nitrous_ema.synthesis.float_conversion import FLOAT_TYPES
+from nitrous_ema.synthesis.plan import Plan
+
+_DATA_ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class OutputEntry:
+    """One tensor in an output file."""
+
+    key: str
+    record: TensorRecord
+    dtype: str
+    begin: int
+    """Offset in the file's data, in bytes."""
+    end: int
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What the header says of it."""
+        return tensor_entry(self.dtype, self.record.shape, self.begin, self.end)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of the source that lies in the output as one piece."""
+
+    begin: int
+    """In elements of the flat average, or in bytes of the copied section."""
+    end: int
+    stored: str
+    """Type in the source; float64 for averages."""
+    dtype: str
+    """Type in the output."""
+    offset: int
+    """In the file's data, in bytes."""
+
+    @property
+    def end_offset(self) -> int:
+        """Where an average's stretch ends."""
+        return self.offset + (self.end - self.begin) * DTYPE_BYTES[self.dtype]
+
+
+class OutputLayout:
+    """The tensors of one file for each average of a plan.
+
+    Args:
+        plan: The averages.
+        dtype: Type of the real floating tensors; None gives each the model's own.
+        tied_once: Leave out all keys but the first of tied tensors.
+        names: Only these tensors; None means all.
+
+    Raises:
+        NitrousError: A tensor has a type that averages cannot be rounded to.
+    """
+
+    def __init__(
+        self, plan: Plan, dtype: str | None, *, tied_once: bool = False, names: Collection[str] | None = None
+    ) -> None:
+        self.entries = _entries(plan, dtype, tied_once=tied_once, names=names)
+        self.data_bytes = max((entry.end for entry in self.entries), default=0)
+        self.copied = _copied_segments(plan, self.entries)
+        self._averaged = sorted(_averaged_segments(plan, self.entries), key=lambda segment: segment.begin)
+        self._begins = [segment.begin for segment in self._averaged]
+        self._ends = list(accumulate((segment.end for segment in self._averaged), max))  # no earlier one ends later
+        self.elements = (self._begins[0], self._ends[-1]) if self._averaged else (0, 0)
+
+    def averaged(self, begin_element: int, end_element: int) -> Iterator[tuple[Segment, int, int]]:
+        """What of a part of the flat average goes where: (segment, begin, end), in elements."""
+        for index in reversed(range(bisect_left(self._begins, end_element))):
+            if self._ends[index] <= begin_element:
+                return
+            segment = self._averaged[index]
+            begin, end = max(segment.begin, begin_element), min(segment.end, end_element)
+            if begin < end:
+                yield segment, begin, end
+
+    def header(self, metadata: dict[str, str]) -> bytes:
+        """What stands in a file before these tensors."""
+        text = as_json({"__metadata__": metadata})[:-1] + self._described + b"}"
+        text += b" " * (-(len(text) + 8) % _DATA_ALIGNMENT_BYTES)
+        return len(text).to_bytes(8, "little") + text
+
+    def are_named_by(self, header: dict[str, Any]) -> bool:
+        """Whether a header that was read names these tensors, where they lie, and no other."""
+        return len(header) == len(self.entries) + 1 and all(
+            header.get(entry.key) == entry.described for entry in self.entries
+        )
+
+    @cached_property
+    def _described(self) -> bytes:
+        """The tensors in a header, the same in all: thousands of them take megabytes."""
+        return b"".join(entry_json(entry.key, entry.described) for entry in self.entries)
+
+
+def _entries(plan: Plan, dtype: str | None, *, tied_once: bool, names: Collection[str] | None) -> list[OutputEntry]:
+    """The tensors of an output in the order of their bytes: large elements first, which aligns all of them.
+
+    Further keys of tied tensors come last, so that the others keep the order of the flat average.
+    """
+    named = [
+        (key, record, dtype if dtype is not None and _is_real(record) else record.dtype)
+        for record in plan.target.records
+        if record.role != "skipped" and record.persistent and (names is None or record.name in names)
+        for key in (record.keys[:1] if tied_once else record.keys)
+    ]
+    named.sort(key=lambda each: (-DTYPE_BYTES[each[2]], each[0] != each[1].name))
+    entries, begin = [], 0
+    for key, record, code in named:
+        end = begin + math.prod(record.shape) * DTYPE_BYTES[code]
+        entries.append(OutputEntry(key, record, code, begin, end))
+        begin = end
+    return entries
+
+
+def _is_real(record: TensorRecord) -> bool:
+    """Whether a tensor's floating numbers can be rounded to another type."""
+    return record.dtype in FLOAT_TYPES or (record.role == "averaged" and record.dtype != "C64")
+
+
+def _averaged_segments(plan: Plan, entries: Sequence[OutputEntry]) -> list[Segment]:
+    averaged = (record for record in plan.target.records if record.role == "averaged")
+    spans = {record.name: span for record, span in zip(averaged, plan.target.average_spans, strict=True)}
+    segments: list[Segment] = []
+    for entry in entries:
+        if entry.record.role != "averaged":
+            continue
+        code = "F32" if entry.dtype == "C64" else entry.dtype
+        if code not in FLOAT_TYPES:
+            raise NitrousError(
+                f"{entry.key!r} has type {code} in the model, which averages cannot be rounded to; "
+                "choose the type of the output (--dtype bfloat16)."
+            )
+        begin, end = spans[entry.record.name]
+        new = Segment(begin, end, "F64", code, entry.begin)
+        last = segments[-1] if segments else None
+        if last is not None and (last.end, last.dtype, last.end_offset) == (begin, code, new.offset):
+            segments[-1] = replace(last, end=end)
+        else:
+            segments.append(new)
+    return segments
+
+
+def _copied_segments(plan: Plan, entries: Sequence[OutputEntry]) -> list[Segment]:
+    return [
+        Segment(*plan.target.copied_spans[entry.record.name], entry.record.dtype, entry.dtype, entry.begin)
+        for entry in entries
+        if entry.record.role == "copied"
+    ]
+
+
+def metadata_of(plan: Plan, index: int, accumulate: str) -> dict[str, str]:
+    """What an output is made of, and how. Values are strings, numbers as repr, lists as JSON."""
+    target, report = plan.target, plan.report
+    return {
+        "format": "pt",  # transformers refuses files that do not say so
+        "library_version": __version__,
+        "run": target.run,
+        "step": repr(target.step),
+        "t": repr(target.t),
+        "sigma_rel": repr(plan.sigma_rels[index]),
+        "gamma": repr(plan.gammas[index]),
+        "profile_error": repr(float(report.profile_error[index])),
+        "weight_l1": repr(float(report.weight_l1[index])),
+        "weight_l2": repr(float(report.weight_l2[index])),
+        "rounding": repr(float(report.rounding[index])),
+        "columns": repr(len(plan.columns)),
+        "steps_read": json.dumps(plan.steps),
+        "lower_bound": repr(plan.lower_bound),
+        "tolerance": repr(plan.tolerance),
+        "accumulate": accumulate,
+        "excluded": json.dumps(plan.excluded),
+        "lineage": json.dumps(target.lineage),
+        "skipped": json.dumps(list(_names(plan, "skipped"))),
+        "copied": json.dumps(list(_names(plan, "copied"))),
+    }
+
+
+def _names(plan: Plan, role: str) -> Iterator[str]:
+    """Keys that the model's state_dict has, of the tensors with this role."""
+    for record in plan.target.records:
+        if record.role == role and record.persistent:
+            yield from record.keys

@@ -1,0 +1,54 @@
+"""The library on a device that reorders work as a real one may: averages and snapshots have the bits of the CPU.
+
+The reference is ``PostHocEMA`` on the CPU, where nothing runs in the background. `make races` has more seeds.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from tests.support.laggy.cases import IN_DEPTH, SCENARIOS
+from tests.support.laggy.loops import train
+from tests.support.laggy.runner import SCHEDULES, Outcome, run_on_laggy
+from tests.support.laggy.without import LINES, of
+
+COMMON = {name: line for name, line in LINES.items() if not line.is_rare}
+FEW, MANY = SCHEDULES[:4], SCHEDULES[:12]
+GROUPS = [(IN_DEPTH, MANY), (tuple(name for name in SCENARIOS if name not in IN_DEPTH), FEW)]
+"""What one child does; it takes seconds to start."""
+
+
+@functools.cache
+def run_group(group: int) -> dict[str, list[Outcome]]:
+    names, schedules = GROUPS[group]
+    cases = [SCENARIOS[name] for name in names]
+    outcomes = run_on_laggy(train, cases=cases, schedules=schedules, timeout_seconds=400)
+    return {name: outcomes[i * len(schedules) : (i + 1) * len(schedules)] for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize(("group", "name"), [(i, name) for i, (names, _) in enumerate(GROUPS) for name in names])
+def test_training_gives_the_bits_of_the_cpu_and_neither_stops_the_host_nor_waits_for_copies(group, name):
+    outcomes = run_group(group)[name]
+    assert len(outcomes) == len(GROUPS[group][1])
+    assert [(outcome.schedule, outcome.detail) for outcome in outcomes if outcome.verdict != "same"] == []
+
+
+@pytest.fixture(scope="module")
+def wrong() -> list[Outcome]:
+    """Schedules are tried until one shows the difference."""
+    cases = [{"bug": name, **line.case} for name, line in COMMON.items()]
+    return run_on_laggy(train, cases=cases, timeout_seconds=400, until_different=True)
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_a_line_that_is_left_out_is_noticed(wrong, name):
+    verdicts = [outcome.verdict for outcome in wrong if outcome.case["bug"] == name]
+    assert "different" in verdicts, f"{LINES[name].guards}: nobody notices: {name}"
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_every_line_is_where_the_table_says(name):
+    _, _, _, source = of(name)
+    compile(source, name, "exec")

@@ -1,0 +1,62 @@
+"""The rules of torch's CUDA sanitizer, on the laggy device: no false alarm, and an alarm where a wait is left out."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from nitrous_ema.async_ import lanes
+from tests.cuda.in_sanitizer import NAMES, is_reached_and_seen
+from tests.support import slow_snapshots
+from tests.support.laggy.cases import SCENARIOS
+from tests.support.laggy.loops import train
+from tests.support.laggy.runner import run_on_laggy
+from tests.support.laggy.sanitizer import sanitized
+from tests.support.laggy.without import without
+from tests.support.slow_snapshots import long_copy, nobody_waits_before
+
+SCHEDULES = ("eager", "lazy", "random:0")
+
+
+def races(device: str, name: str, line: str | None = None, queries: bool = True) -> dict[str, Any]:
+    with ExitStack() as stack:
+        if device == "cpu":
+            return {"races": []}
+        if queries:
+            stack.enter_context(mock.patch.object(lanes._DeviceMark, "is_reached", is_reached_and_seen))
+        else:  # and writers wait for nothing until training is over: their waits would be seen
+            only_wait = partial(nobody_waits_before, nor_asks=False)
+            stack.enter_context(
+                mock.patch.object(slow_snapshots, "nobody_waits_before", lambda gate, **_: only_wait(gate))
+            )
+        stack.enter_context(without(line))
+        found = stack.enter_context(sanitized())
+        if name == "long copy":
+            long_copy(device, outlives=not queries)
+        else:
+            train(device, **SCENARIOS[name])
+        return {"races": sorted(set(found))}
+
+
+def test_sanitizer_sees_no_race_in_any_training():
+    outcomes = run_on_laggy(races, cases=[{"name": name} for name in [*NAMES, "long copy"]], schedules=SCHEDULES)
+    assert [outcome.detail for outcome in outcomes if outcome.verdict != "same"] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["update does not wait for the trainer", "optimizer does not wait", "averages written while they are copied"],
+)
+def test_sanitizer_sees_a_wait_that_is_left_out(line):
+    outcomes = run_on_laggy(races, cases=[{"name": "guarded", "line": line}], schedules=SCHEDULES)
+    assert any("foreach" in outcome.detail for outcome in outcomes if outcome.verdict == "different")
+
+
+def test_sanitizer_takes_what_the_host_has_asked_for_a_race():
+    """Why every query that says so is followed by a wait in what runs under it."""
+    outcomes = run_on_laggy(races, cases=[{"name": "long copy", "queries": False}], schedules=SCHEDULES)
+    assert "different" in [outcome.verdict for outcome in outcomes]

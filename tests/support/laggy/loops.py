@@ -1,0 +1,393 @@
+"""Training loops put together of parts: which model, how weights are written, what is done with the averages, and when
+copies to the host stand still. What they return must not depend on where they run.
+
+Longer than the house's 300 lines: two tables of parts, and the parts.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+import nitrous_ema.averaging.ema
+from nitrous_ema import PostHocEMA
+from nitrous_ema.snapshots.store import SnapshotStore
+from tests.support.fakes import (
+    TIMEOUT_SECONDS,
+    QuickFiles,
+    averages_of,
+    backward,
+    make_batches,
+    make_gradients,
+    make_model,
+    small_pieces,
+    snapshot_bytes,
+)
+from tests.support.laggy import device as laggy
+from tests.support.laggy.without import without
+from tests.support.scenarios import make_ema, make_optimizer, switch_stream
+
+STEPS = 6
+_IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+def _ema(model: nn.Module, folder: str, **options: Any) -> PostHocEMA:
+    if "checkpoint_dtype" in options:
+        options["checkpoint_dtype"] = getattr(torch, options["checkpoint_dtype"])
+    if next(model.parameters()).device.type == "cpu":
+        for name in ("scratch", "offload"):
+            options.pop(name, None)
+    return make_ema(model, folder, **options)
+
+
+@dataclass(eq=False)
+class Loop:
+    """What the parts of a scenario share."""
+
+    device: str
+    model: nn.Module
+    ema: PostHocEMA
+    optimizer: torch.optim.Optimizer | None
+    step: int = 0
+    batch: torch.Tensor | None = None
+    seen: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def on_accelerator(self) -> bool:
+        return self.device != "cpu"
+
+
+def train(
+    device: str,
+    kind: str = "plain",
+    writes: str = "optimizer",
+    then: str = "nothing",
+    hold: Sequence[Sequence[int]] = ((), ()),
+    let_through: int = 0,
+    is_held_up: bool = False,
+    two_devices: bool = False,
+    bug: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """A training loop; nothing in it may stop the host, nor hold up the device behind a copy.
+
+    Args:
+        device: Where.
+        kind: Of the model.
+        writes: How weights are written, see ``WRITERS``.
+        then: What is done after each update, see ``THEN``.
+        hold: At which steps copies to the host begin to stand still, and at which they go on.
+        let_through: How many copies run although they are held.
+        is_held_up: Whether the trainer waits for copies.
+        two_devices: The model's last layer is on another one.
+        bug: The line of the library that is left out, see ``without``.
+        options: Of the EMA.
+    """
+    with (
+        tempfile.TemporaryDirectory(dir=_IN_MEMORY) as folder,
+        small_pieces(),
+        quick_files(),
+        without(bug if device != "cpu" else None),
+    ):
+        model = make_model(kind, device)
+        if two_devices:
+            model[2].to(f"{device}:1" if device != "cpu" else device)
+        loop = Loop(device, model, _ema(model, folder, **options), None)
+        loop.optimizer = make_optimizer(model) if WRITERS[writes] in _WITH_OPTIMIZER else None
+        waits: list[str] = []
+        held_up: list[int] = []
+        steps = zip(make_batches(STEPS, model), make_gradients(STEPS, model), strict=True)
+        for loop.step, (loop.batch, gradients) in enumerate(steps):
+            _hold(loop.step, hold, let_through)
+            if kind in ("batch norm", "forced norm"):
+                model(loop.batch)  # writes buffers, or weights
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            laggy.take_host_waits()
+            WRITERS[writes](loop)
+            loop.ema.update()
+            waits += laggy.take_host_waits()
+            held_up += [loop.step] if laggy.is_held_up() else []
+            THEN[then](loop)
+        laggy.release_copies()
+        laggy.take_host_waits()
+        loop.ema.checkpoint()
+        loop.ema.fence()
+        waits += laggy.take_host_waits()
+        loop.seen |= averages_of(loop.ema)
+        loop.ema.close()
+        if loop.on_accelerator:
+            torch.accelerator.synchronize()
+        seen = {**loop.seen, "snapshots": snapshot_bytes(folder), "host waits": waits, "t": loop.ema.t}
+        return {**seen, "held up": bool(held_up) if loop.on_accelerator else is_held_up}
+
+
+@contextmanager
+def quick_files() -> Iterator[None]:
+    """Nobody waits for the disk."""
+    with mock.patch.object(nitrous_ema.averaging.ema, "SnapshotStore", partial(SnapshotStore, files=QuickFiles())):
+        yield
+
+
+def _hold(step: int, hold: Sequence[Sequence[int]], let_through: int) -> None:
+    if step in hold[0]:
+        laggy.hold_copies(let_through)
+    if step in hold[1]:
+        laggy.release_copies()
+
+
+# ---- how weights are written
+
+
+def _step(loop: Loop) -> None:
+    loop.optimizer.step()
+
+
+def _step_with_closure(loop: Loop) -> None:
+    loop.optimizer.step(lambda: loop.model[0].bias.sum())
+
+
+def _step_on_another_stream(loop: Loop) -> None:
+    _on_streams(loop, loop.optimizer.step)
+
+
+def _step_in_another_thread(loop: Loop) -> None:
+    thread = threading.Thread(target=loop.optimizer.step)
+    thread.start()
+    thread.join(TIMEOUT_SECONDS)
+
+
+def _step_on_two_streams(loop: Loop, *, copies_end: bool = False) -> None:
+    """Each half by an optimizer of its own, with no order between the two."""
+    parameters = list(loop.model.parameters())
+
+    def step(half: Sequence[nn.Parameter]) -> None:
+        torch.optim.SGD(half, lr=0.3, foreach=True).step()
+        if copies_end:
+            _end_copies(loop)
+
+    _on_streams(loop, partial(step, parameters[:1]), partial(step, parameters[1:]))
+
+
+def _step_between_copies(loop: Loop, *, on_two_streams: bool = False) -> None:
+    """The last update was late; it is averaged from scratch, and the next one is late again."""
+    if on_two_streams:
+        _step_on_two_streams(loop, copies_end=True)
+    else:
+        loop.optimizer.step()
+        _end_copies(loop)
+        loop.ema.fence()
+    laggy.hold_copies()
+    if loop.step:
+        loop.ema.checkpoint()
+
+
+def _end_copies(loop: Loop) -> None:
+    """The writers see them end. No stream waits for anything."""
+    laggy.release_copies()
+    loop.ema._averager._sink.flush(TIMEOUT_SECONDS)
+
+
+def _step_in_backward(loop: Loop) -> None:
+    """An optimizer per parameter, as soon as its gradient is there, on autograd's thread."""
+
+    def step(parameter: nn.Parameter) -> None:
+        torch.optim.SGD([parameter], lr=0.3, foreach=True).step()
+        parameter.grad = None
+
+    for parameter in loop.model.parameters():
+        parameter.grad = None
+    hooks = [parameter.register_post_accumulate_grad_hook(step) for parameter in loop.model.parameters()]
+    backward(loop.model, loop.batch)
+    for hook in hooks:
+        hook.remove()
+
+
+@torch.no_grad()
+def _fence_and_write(loop: Loop) -> None:
+    loop.ema.fence()
+    for parameter in loop.model.parameters():
+        parameter.sub_(parameter.grad)
+
+
+def _write_unseen_once(loop: Loop) -> None:
+    """After the first update by a way that nobody can see; later ones are fenced."""
+    if loop.step == 1:
+        for parameter in loop.model.parameters():
+            parameter.data.sub_(parameter.grad)
+        loop.ema.fence()
+    else:
+        _fence_and_write(loop)
+
+
+def _replace_values(loop: Loop) -> None:
+    """No storage is written: other ones take their places, and the trainer takes the old memory for something else."""
+    with torch.no_grad():
+        for parameter in loop.model.parameters():
+            parameter.data = (parameter - parameter.grad).contiguous()
+    for parameter in loop.model.parameters():
+        torch.full_like(parameter, 7.0)
+
+
+@torch.no_grad()
+def _write(loop: Loop) -> None:
+    """With no word to the EMA: for ``read="copied"``."""
+    for parameter in loop.model.parameters():
+        parameter.sub_(parameter.grad)
+
+
+WRITERS: dict[str, Callable[[Loop], None]] = {
+    "optimizer": _step,
+    "closure": _step_with_closure,
+    "other stream": _step_on_another_stream,
+    "other thread": _step_in_another_thread,
+    "two streams": _step_on_two_streams,
+    "in backward": _step_in_backward,
+    "fence": _fence_and_write,
+    "unseen once": _write_unseen_once,
+    "unfenced": _write,
+    "replaced storages": _replace_values,
+    "optimizer between copies": _step_between_copies,
+    "two streams between copies": partial(_step_between_copies, on_two_streams=True),
+}
+_WITH_OPTIMIZER = (
+    _step,
+    _step_with_closure,
+    _step_on_another_stream,
+    _step_in_another_thread,
+    _replace_values,
+    _step_between_copies,
+)
+
+
+def _on_streams(loop: Loop, *work: Callable[[], Any]) -> None:
+    """Each on a stream of its own, after all and before all else that is queued here; on the CPU one by one."""
+    home = torch.accelerator.current_stream() if loop.on_accelerator else None
+    streams = [torch.Stream(device=loop.device) for _ in work] if home else []
+    for stream in streams:
+        stream.wait_stream(home)
+    for index, each in enumerate(work):
+        if home:
+            torch.accelerator.set_stream(streams[index])
+        each()
+    for stream in streams:
+        home.wait_stream(stream)
+    if home:
+        torch.accelerator.set_stream(home)
+
+
+# ---- what is done after an update
+
+
+def _switch_stream(loop: Loop) -> None:
+    if loop.on_accelerator:
+        switch_stream(loop.device)
+    if loop.on_accelerator and loop.step == STEPS - 1:
+        torch.accelerator.synchronize()
+
+
+@torch.no_grad()
+def _use_averaged_model(loop: Loop) -> None:
+    loop.seen[f"output {loop.step}"] = loop.ema.ema_models[loop.step % 2].ema_model(loop.batch)
+
+
+@torch.no_grad()
+def _use_swapped_model(loop: Loop) -> None:
+    with loop.ema.average_parameters(loop.step % 2):
+        loop.seen[f"output {loop.step}"] = loop.model(loop.batch)
+
+
+def _read_state(loop: Loop) -> None:
+    for key, value in averages_of(loop.ema).items():
+        loop.seen[f"{key} after step {loop.step}"] = value
+
+
+def _flush_in_the_middle(loop: Loop) -> None:
+    if loop.step == 2:
+        laggy.release_copies()
+        loop.ema.flush()
+
+
+def _copy_to_model(loop: Loop) -> None:
+    loop.ema.copy_params_from_ema_to_model()
+
+
+def _save_and_load(loop: Loop) -> None:
+    if loop.step == 1:
+        loop.state = {k: v.clone() if torch.is_tensor(v) else v for k, v in loop.ema.state_dict().items()}
+    if loop.step == 3:
+        loop.ema.load_state_dict(loop.state)
+
+
+def _load_other_values(loop: Loop) -> None:
+    if loop.step == 3:
+        changed = {key: value + 1 for key, value in averages_of(loop.ema).items()}
+        loop.ema.load_state_dict({**loop.ema.state_dict(), **changed})
+        loop.ema.checkpoint()
+
+
+def _checkpoint(loop: Loop) -> None:
+    loop.ema.checkpoint()
+
+
+def _checkpoint_and_skip_one(loop: Loop) -> None:
+    """The second finds no room."""
+    if loop.step == 1 or (loop.step == 3 and loop.on_accelerator):
+        assert loop.ema._averager.checkpoint() == (loop.step == 1)
+    if loop.step == STEPS - 1:
+        _end_copies(loop)
+
+
+def _checkpoint_once(loop: Loop) -> None:
+    if loop.step == 1:
+        loop.ema.checkpoint()
+
+
+def _replace_storages(loop: Loop) -> None:
+    """The old memory is free, and the trainer takes it at once for something else."""
+    with torch.no_grad():
+        new = [
+            torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device) for p in loop.model.parameters()
+        ]
+        for parameter, values in zip(loop.model.parameters(), new, strict=True):
+            values.copy_(parameter)
+            parameter.data = values
+        for parameter in loop.model.parameters():
+            torch.full_like(parameter, 7.0)
+
+
+def _assign_state(loop: Loop) -> None:
+    """Other parameters in the places of the old ones, whose memory the trainer takes for something else."""
+    loop.model.load_state_dict({k: v.clone() for k, v in loop.model.state_dict().items()}, assign=True)
+    loop.optimizer = make_optimizer(loop.model)
+    for parameter in loop.model.parameters():
+        torch.full_like(parameter, 7.0)
+
+
+THEN: dict[str, Callable[[Loop], None]] = {
+    "nothing": lambda loop: None,
+    "switch stream": _switch_stream,
+    "ema_model": _use_averaged_model,
+    "average_parameters": _use_swapped_model,
+    "state_dict": _read_state,
+    "flush": _flush_in_the_middle,
+    "copy to the model": _copy_to_model,
+    "save and load": _save_and_load,
+    "load other values": _load_other_values,
+    "checkpoint": _checkpoint,
+    "skipped checkpoint": _checkpoint_and_skip_one,
+    "checkpoint once": _checkpoint_once,
+    "replace storages": _replace_storages,
+    "assign": _assign_state,
+}

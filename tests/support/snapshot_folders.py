@@ -1,0 +1,119 @@
+"""Snapshot folders made of given numbers, for tests of what reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nitrous_ema.profile import sigma_rel_to_gamma
+from nitrous_ema.snapshots.header import Stamp
+from nitrous_ema.snapshots.layout import Layout, TensorRecord
+from nitrous_ema.snapshots.names import new_run_id
+from nitrous_ema.snapshots.snapshot import Snapshot
+from nitrous_ema.snapshots.store import SnapshotStore
+
+TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EPOCH = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
+def run_id(number: int = 0) -> str:
+    """Run ids that sort by number."""
+    return new_run_id(EPOCH + timedelta(hours=number))
+
+
+def record(name: str, shape: Sequence[int], dtype: str = "F32", role: str = "averaged", **more) -> TensorRecord:
+    keys = (name, *more.pop("tied", ()))
+    return TensorRecord(name=name, keys=keys, dtype=dtype, shape=tuple(shape), role=role, **more)
+
+
+def layout_of(
+    records: Sequence[TensorRecord],
+    sigma_rels: Sequence[float] = (0.05, 0.10),
+    checkpoint_dtype: str = "F32",
+    chunk_bytes: int = 1 << 16,
+) -> Layout:
+    gammas = tuple(float(sigma_rel_to_gamma(each)) for each in sigma_rels)
+    return Layout(
+        records=tuple(records),
+        gammas=gammas,
+        sigma_rels=tuple(sigma_rels),
+        checkpoint_dtype=checkpoint_dtype,
+        chunk_bytes=chunk_bytes,
+    )
+
+
+def stored(values: np.ndarray, dtype: str) -> bytes:
+    """Numbers as torch rounds and stores them."""
+    return torch.from_numpy(np.ascontiguousarray(values)).to(TORCH_TYPES[dtype]).view(torch.uint8).numpy().tobytes()
+
+
+def write_snapshot(
+    root: Path,
+    layout: Layout,
+    step: int,
+    averages: Sequence[np.ndarray],
+    copied: Mapping[str, bytes] | None = None,
+    *,
+    run: str,
+    t: float | None = None,
+    lineage: Sequence[tuple[str, int | None]] | None = None,
+    trainer: Mapping[str, str | int | float] | None = None,
+    t_first: float = 1,
+) -> Snapshot:
+    sections = [stored(average, layout.checkpoint_dtype) for average in averages]
+    if layout.copied:
+        sections.append(bytes(layout.padding_bytes) + b"".join(copied[each.name] for each in layout.copied))
+    data = memoryview(b"".join(sections))
+    stamp = Stamp(
+        step=step,
+        t=step if t is None else t,
+        t_first=t_first,
+        run=run,
+        lineage=tuple(lineage or ((run, None),)),
+        trainer=dict(trainer or {}),
+    )
+    root.mkdir(exist_ok=True)
+    return SnapshotStore(root).write(layout, stamp, lambda: [data[begin:end] for begin, end in layout.chunks])
+
+
+def random_averages(layout: Layout, seed: int = 0) -> Callable[[int], list[np.ndarray]]:
+    """Standard normal numbers, the same for a step each time."""
+
+    def averages(step: int) -> list[np.ndarray]:
+        rng = np.random.default_rng((seed, step))
+        return [rng.standard_normal(layout.average_elements) for _ in layout.gammas]
+
+    return averages
+
+
+def write_run(
+    root: Path,
+    layout: Layout,
+    steps: Sequence[int],
+    *,
+    copied: Callable[[int], Mapping[str, bytes]] | None = None,
+    averages: Callable[[int], Sequence[np.ndarray]] | None = None,
+    run: str | None = None,
+    **stamp,
+) -> str:
+    run = run or run_id()
+    averages = averages or random_averages(layout)
+    for step in steps:
+        write_snapshot(root, layout, step, averages(step), copied(step) if copied else None, run=run, **stamp)
+    return run
+
+
+def snapshot_file(root: Path, step: int) -> Path:
+    (found,) = root.glob(f"step-{step:012d}-*/rank-*.safetensors")
+    return found
+
+
+def damage(file: Path, *, at: float) -> None:
+    """Flip a bit at a fraction of the file."""
+    content = bytearray(file.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 1
+    file.write_bytes(content)

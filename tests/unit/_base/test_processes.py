@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nitrous_ema._base.processes import process_state, signature, state_of_signature
+
+FOREVER = 1e10
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "alive"),
+        ({"host": "another"}, "elsewhere"),
+        ({"started": 5.0}, "gone"),
+        ({"pid": 2**22 + 1}, "gone"),
+        ({"pid": "x"}, "unknown"),
+    ],
+)
+def test_process_is_alive_if_host_id_and_start_agree(change, expected):
+    me = psutil.Process()
+    assert (
+        process_state({"host": socket.gethostname(), "pid": me.pid, "started": me.create_time(), **change}) == expected
+    )
+
+
+@pytest.mark.parametrize("process", [{}, {"host": socket.gethostname()}])
+def test_process_that_nobody_wrote_down_is_unknown(process):
+    assert process_state(process) == "unknown"
+
+
+def changed(**parts):
+    names = ("host", "kernel", "namespace", "pid", "started")
+    mine = dict(zip(names, signature().split("."), strict=True))
+    return ".".join((mine | parts).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "untouched_seconds", "expected"),
+    [
+        ({}, FOREVER, "alive"),
+        ({"started": "5"}, 0, "gone"),
+        ({"pid": str(2**22 + 1)}, 0, "gone"),
+        ({"pid": str(10**30)}, 0, "unknown"),
+        ({"namespace": "1", "pid": str(2**22 + 1)}, FOREVER, "elsewhere"),
+        ({"kernel": "0" * 16}, FOREVER, "gone"),
+        ({"kernel": "0" * 16}, 0, "elsewhere"),
+        ({"kernel": "0" * 16, "host": "0" * 16}, FOREVER, "elsewhere"),
+    ],
+)
+def test_process_is_gone_only_if_that_is_certain(changes, untouched_seconds, expected):
+    assert state_of_signature(changed(**changes), untouched_seconds=untouched_seconds) == expected
+
+
+@pytest.mark.parametrize("text", ["1234", "", lambda: changed() + ".5"], ids=["pid alone", "nothing", "one part more"])
+def test_process_of_something_that_is_no_signature_is_unknown(text):
+    text = text() if callable(text) else text
+    assert state_of_signature(text, untouched_seconds=FOREVER) == "unknown"
+
+
+def test_signature_is_one_process_only_and_known_when_it_has_died():
+    code = "from nitrous_ema._base.processes import signature; import sys; sys.stdout.write(signature())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
+    assert said != signature() == signature()
+    assert state_of_signature(said, untouched_seconds=0) == "gone"
+
+
+def test_signature_after_a_fork_is_the_childs():
+    code = """
+import os, sys
+from nitrous_ema._base.processes import signature
+mine = signature()
+child = os.fork()
+if child == 0:
+    os._exit(0 if signature() != mine else 1)
+sys.exit(os.waitpid(child, 0)[1] != 0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+@pytest.mark.parametrize("hidden", ["/proc/sys/kernel/random/boot_id", "/proc/self/stat"])
+def test_where_the_system_tells_less_nobody_is_known_to_be_gone(monkeypatch, hidden):
+    read = Path.read_text
+
+    def refuse(path, *arguments, **more):
+        if str(path) == hidden:
+            raise PermissionError(path)
+        return read(path, *arguments, **more)
+
+    known = changed(started="5")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert signature() == str(os.getpid())
+    assert state_of_signature(known, untouched_seconds=FOREVER) == "unknown"
+
+
+def test_process_that_ended_and_was_not_waited_for_is_gone():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        found = psutil.Process(process.pid)
+        described = {"host": socket.gethostname(), "pid": process.pid, "started": found.create_time()}
+        assert process_state(described) == "alive"
+        process.stdin.close()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert found.status() == psutil.STATUS_ZOMBIE
+        assert process_state(described) == "gone"

@@ -1,0 +1,263 @@
+"""Lanes by themselves; what they are for is in test_async_equality.py (CPU) and test_on_laggy.py (accelerator)."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import threading
+import weakref
+from functools import partial
+
+import pytest
+import torch
+
+from nitrous_ema.async_ import lanes
+from nitrous_ema.async_.lanes import ThreadLane
+from tests.support.fakes import TIMEOUT_SECONDS, Gate, averages_of, background_threads, make_gradients, make_model
+from tests.support.laggy.cases import HELD, MANUAL
+from tests.support.laggy.loops import train
+from tests.support.laggy.runner import SCHEDULES, assert_right_on_laggy, run_on_laggy
+from tests.support.scenarios import make_ema, make_optimizer
+
+
+def nothing() -> None:
+    pass
+
+
+@pytest.fixture
+def lane():
+    lane = ThreadLane()
+    yield lane
+    lane.close(TIMEOUT_SECONDS)
+    assert not lane._thread.is_alive()
+
+
+def test_work_runs_in_the_order_it_was_queued(lane):
+    ran = []
+    for number in range(40):
+        if number % 3:
+            lane.enqueue_write(partial(ran.append, number))
+        else:
+            lane.enqueue_read(partial(ran.append, number), nothing)
+    lane.drain(TIMEOUT_SECONDS)
+    assert ran == list(range(40))
+
+
+def test_run_returns_before_its_work_has_begun(lane):
+    gate = Gate()
+    lane.enqueue_write(gate.pass_through)
+    gate.wait_entered()
+    gate.open()
+    lane.drain(TIMEOUT_SECONDS)
+
+
+def test_caller_waits_for_averaging_but_not_for_snapshot_copies(lane):
+    copy, ran = Gate(), []
+    lane.enqueue_write(lambda: ran.append("averaged"))
+    lane.enqueue_read(copy.pass_through, nothing)
+    lane.order_reader()  # would never return if it waited for the copy
+    assert ran == ["averaged"]
+    copy.open()
+
+
+@pytest.mark.parametrize("order", [ThreadLane.order_writer, ThreadLane.order_reader])
+def test_caller_waits_until_the_last_averaging_has_ended(lane, order):
+    gate, ordered = Gate(), threading.Event()
+    lane.enqueue_write(gate.pass_through)
+    caller = threading.Thread(target=lambda: (order(lane), ordered.set()))
+    caller.start()
+    gate.wait_entered()
+    assert not ordered.is_set()
+    gate.open()
+    assert ordered.wait(TIMEOUT_SECONDS)
+    caller.join(TIMEOUT_SECONDS)
+
+
+def test_writer_does_not_wait_for_what_reads_no_parameters(lane):
+    gate, ran = Gate(), []
+    lane.enqueue_write(lambda: ran.append("read"))
+    lane.enqueue_write(gate.pass_through, reads_parameters=False)
+    lane.order_writer()  # would never return if it waited for the second
+    assert ran == ["read"]
+    gate.open()
+
+
+def test_queue_is_bounded(lane):
+    gate, all_queued = Gate(), threading.Event()
+
+    def queue_many():
+        for _ in range(lanes._MAX_QUEUED + 3):
+            lane.enqueue_write(gate.pass_through)
+        all_queued.set()
+
+    caller = threading.Thread(target=queue_many)
+    caller.start()
+    gate.wait_entered()
+    assert len(lane._queue) <= lanes._MAX_QUEUED
+    assert not all_queued.is_set()
+    gate.open()
+    assert all_queued.wait(TIMEOUT_SECONDS)
+    caller.join(TIMEOUT_SECONDS)
+
+
+def test_nothing_that_was_queued_behind_a_failure_is_run(lane):
+    """Also not after the failure was taken: a snapshot of broken averages would be written."""
+    gate, second, ran, abandoned = Gate(), Gate(), [], []
+
+    def fail():
+        gate.pass_through()
+        raise OSError("broken")
+
+    lane.enqueue_write(fail)
+    lane.enqueue_read(lambda: ran.append("copy"), lambda: (second.pass_through(), abandoned.append("copy")))
+    lane.enqueue_write(lambda: ran.append("run"))
+    lane.enqueue_read(lambda: ran.append("late copy"), lambda: abandoned.append("late copy"))
+    gate.open()
+    second.wait_entered()  # the failure is known, and half of what follows is still queued
+    assert isinstance(lane.take_error(), OSError)
+    second.open()
+    lane.drain(TIMEOUT_SECONDS)
+    assert (ran, abandoned) == ([], ["copy", "late copy"])
+    assert lane.take_error() is None
+    lane.enqueue_write(lambda: ran.append("new"))
+    lane.drain(TIMEOUT_SECONDS)
+    assert ran == ["new"]
+
+
+def test_drain_gives_up_in_time_and_works_again(lane):
+    gate = Gate()
+    lane.enqueue_write(gate.pass_through)
+    with pytest.raises(TimeoutError, match="1 piece"):
+        lane.drain(0.01)
+    gate.open()
+    lane.drain(TIMEOUT_SECONDS)
+
+
+def test_work_holds_nothing_when_it_is_done(lane):
+    class Held:
+        pass
+
+    held = Held()
+    alive = [True]
+    weakref.finalize(held, alive.clear)
+    lane.enqueue_write(lambda held=held: None)
+    del held
+    lane.enqueue_write(nothing)
+    lane.drain(TIMEOUT_SECONDS)
+    gc.collect()
+    assert not alive
+
+
+def test_gradients_are_off_and_threads_are_as_many_as_before(lane):
+    seen, threads = [], torch.get_num_threads()
+    lane.enqueue_write(lambda: seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
+    lane.drain(TIMEOUT_SECONDS)
+    assert seen == [(False, False)]
+    assert torch.get_num_threads() == threads
+
+
+def test_closing_ends_the_thread_and_closing_again_does_nothing():
+    before = background_threads()
+    lane = ThreadLane()
+    lane.enqueue_write(nothing)
+    lane.close(TIMEOUT_SECONDS)
+    lane.close(TIMEOUT_SECONDS)
+    assert background_threads() == before
+    with pytest.raises(RuntimeError, match="bug in nitrous_ema"):
+        lane.enqueue_write(nothing)
+
+
+# On the accelerator. That a schedule notices when one of these waits is missing is shown in test_on_laggy.py.
+
+
+CASES = {
+    "plain": MANUAL,
+    "snapshots": {**MANUAL, "then": "checkpoint"},
+    "load": {**MANUAL, "then": "load other values"},
+    "read": {"then": "state_dict"},
+    "long copy": HELD,
+    "kept": {**MANUAL, "writes": "two streams between copies"},
+    "kept by another": {**HELD, "writes": "two streams"},
+}
+
+
+@pytest.fixture(scope="module")
+def wrong():
+    """What each case got wrong, under any schedule."""
+    outcomes = run_on_laggy(train, cases=list(CASES.values()), timeout_seconds=200)
+    assert len(outcomes) == len(CASES) * len(SCHEDULES)
+    return {
+        name: [(o.schedule, o.detail) for o in outcomes if o.case == case and o.verdict != "same"]
+        for name, case in CASES.items()
+    }
+
+
+def test_update_reads_the_weights_of_its_own_step(wrong):
+    assert wrong["plain"] == []
+
+
+def test_optimizer_does_not_write_what_is_still_read(wrong):
+    assert wrong["plain"] == []
+
+
+def test_snapshot_holds_the_averages_of_its_step(wrong):
+    assert wrong["snapshots"] == []
+    assert wrong["load"] == []
+
+
+def test_next_update_waits_for_the_snapshot_copy(wrong):
+    assert wrong["snapshots"] == []
+
+
+def test_averages_can_be_read_at_any_time(wrong):
+    assert wrong["read"] == []
+
+
+def test_optimizer_does_not_wait_for_a_snapshot_copy(wrong):
+    assert wrong["long copy"] == []
+
+
+def test_kept_parameters_are_averaged_after_they_were_kept(wrong):
+    assert wrong["kept"] == []
+
+
+def test_parameters_are_written_after_they_were_kept(wrong):
+    assert wrong["kept by another"] == []
+
+
+def current_after_each_call(device):
+    """Another stream and another device than the averages' are current."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model("plain", f"{device}:1" if device != "cpu" else device)
+        optimizer = make_optimizer(model)
+        _, users_streams = current(device)
+        if device != "cpu":
+            torch.accelerator.set_stream(torch.Stream(device=f"{device}:1"))
+            torch.accelerator.set_stream(torch.Stream(device=f"{device}:0"))
+        ema = make_ema(model, folder)
+        found = []
+        for of_step in make_gradients(3, model):
+            for parameter, gradient in zip(model.parameters(), of_step, strict=True):
+                parameter.grad = gradient
+            for call in (optimizer.step, ema.update, ema.checkpoint, ema.fence, ema.flush, ema.state_dict):
+                before = current(device)
+                call()
+                found += [call.__name__] if current(device) != before else []
+        ema.close()
+        averages = averages_of(ema)
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        for stream in reversed(users_streams):
+            torch.accelerator.set_stream(stream)
+        return {"changed by": found, **averages}
+
+
+def current(device):
+    if device == "cpu":
+        return 0, []
+    streams = [torch.accelerator.current_stream(f"{device}:{index}") for index in range(2)]
+    return torch.accelerator.current_device_index(), streams
+
+
+def test_current_stream_and_device_are_left_alone():
+    assert_right_on_laggy(current_after_each_call, schedules=["eager", "lazy", "random:0", "random:1"])

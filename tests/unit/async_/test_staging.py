@@ -1,0 +1,355 @@
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+
+from nitrous_ema.async_ import staging
+from nitrous_ema.async_.background_writer import BackgroundSnapshotSink, WritePolicy
+from nitrous_ema.async_.staging import SlotPool, SlotReadbacks, SlotState, StagingCopies, deadline_after, page_spans
+from nitrous_ema.averaging.execution.inline import InlineLane
+from nitrous_ema.averaging.kernels.flat_buffers import snapshot_layout
+from nitrous_ema.averaging.model.tracking import track
+from nitrous_ema.snapshots.retention import RetainingWriter
+from nitrous_ema.snapshots.store import SnapshotStore
+from tests.support.fakes import TIMEOUT_SECONDS, FaultyFiles, Gate, StalledFiles, make_model, small_pieces
+from tests.support.models import Vector
+from tests.unit.async_.test_background_writer import pending_snapshot
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
+
+
+@pytest.fixture
+def layout():
+    with small_pieces(chunk_bytes=256):
+        return snapshot_layout(track(make_model("batch norm")), (6.94, 16.97), (0.1, 0.05), torch.float32)
+
+
+@pytest.fixture
+def pool(layout):
+    return SlotPool(layout, 2, pin=False)
+
+
+class LoggedMark:
+    """Reached once its gate was opened after it was recorded; remembers who asked."""
+
+    def __init__(self, name="", log=None):
+        self.name, self.log, self.gate = name, log if log is not None else [], Gate(is_open=True)
+
+    def record(self):
+        self.log.append(("record", self.name))
+        self.gate.shut()
+
+    def wait_on_device(self):
+        self.log.append(("order", self.name))
+
+    def wait(self):
+        self.log.append(("wait", self.name))
+        self.gate.pass_through()
+
+    def is_reached(self):
+        self.log.append(("ask", self.name))
+        return self.gate.is_open()
+
+
+def logged_copies(num_pages, slot=0, log=None):
+    """Copies that are all queued, and their marks."""
+    marks = [LoggedMark((slot, page), log) for page in range(num_pages)]
+    copies = StagingCopies(marks)
+    for _ in marks:
+        copies.record()
+    return copies, marks
+
+
+def test_a_slot_has_a_page_for_each_chunk(pool, layout):
+    slot = pool.claim(0)
+    assert [page.numel() for page in slot.pages] == [end - begin for begin, end in layout.chunks]
+    assert pool.spans == layout.chunks
+
+
+@pytest.mark.parametrize("numbers", [1, 1024, 1025, 3 * 2**18, 2**20 + 5, 2**22 + 2**13 + 77])
+def test_pinned_slots_take_what_the_file_takes_to_a_page_per_section(monkeypatch, numbers):
+    taken = []
+
+    def rounded_up(size_bytes, pin):  # as torch's allocator of pinned memory does
+        assert pin
+        taken.append(1 << (size_bytes - 1).bit_length())
+        return torch.empty(size_bytes, dtype=torch.uint8)
+
+    monkeypatch.setattr(staging, "_page", rounded_up)
+    with small_pieces(chunk_bytes=2**20):
+        layout = snapshot_layout(track(Vector(numbers)), (6.94, 16.97), (0.1, 0.05), torch.float32)
+    pool = SlotPool(layout, 3, pin=True)
+    in_pages = sum(-(-(end - begin) // 4096) * 4096 for begin, end in layout.sections)
+    assert 3 * layout.data_bytes <= sum(taken) <= 3 * in_pages
+    assert sum(taken) == 3 * layout.data_bytes or numbers * 4 % 4096
+    assert len(taken) == 3 * len(pool.spans) <= 3 * len(layout.sections) * (layout.chunks[-1].end // 2**20 + 10)
+
+
+@pytest.mark.parametrize("numbers", [1, 1024, 1025, 2**20 + 5])
+def test_pages_cover_the_data_in_order_and_none_lies_across_two_chunks(numbers):
+    with small_pieces(chunk_bytes=2**16):
+        layout = snapshot_layout(track(Vector(numbers)), (6.94, 16.97), (0.1, 0.05), torch.float32)
+    spans = page_spans(layout, pin=True)
+    assert [span.begin for span in spans] == [0, *(span.end for span in spans[:-1])]
+    assert spans[-1].end == layout.data_bytes
+    assert {chunk.end for chunk in layout.chunks} <= {span.end for span in spans}
+    assert all(begin % 4 == 0 for begin, _ in spans)
+
+
+def test_a_claimed_slot_is_nobody_elses(pool):
+    first, second = pool.claim(0), pool.claim(0)
+    assert first is not second
+    assert pool.claim(0) is None
+    assert pool.num_busy() == 2
+
+
+def test_slot_in_the_wrong_state_is_named_as_a_bug(pool):
+    slot = pool.claim(0)
+    with pytest.raises(RuntimeError, match="filling, not sealed: this is a bug"):
+        pool.release(slot)
+    pool.expect(slot, None, {CPU: LoggedMark})
+    assert pool.filled(slot, None)
+    with pytest.raises(RuntimeError, match="sealed, not filling: this is a bug"):
+        pool.filled(slot, None)
+    pool.release(slot)
+    with pytest.raises(RuntimeError, match="free, not sealed: this is a bug"):
+        pool.release(slot)
+
+
+def test_slot_is_sealed_when_every_device_has_queued_its_copies(pool):
+    slot = pool.claim(0)
+    pool.expect(slot, None, {CPU: LoggedMark, CUDA: LoggedMark})
+    assert not pool.filled(slot, None)
+    assert slot.state is SlotState.FILLING
+    assert pool.filled(slot, None)
+    assert slot.state is SlotState.SEALED
+
+
+def test_a_snapshot_that_cannot_be_staged_gives_its_slot_back_once(pool):
+    slot = pool.claim(0)
+    assert pool.abandon(slot)
+    assert not pool.abandon(slot)
+    assert pool.num_busy() == 0
+    again = pool.claim(0)
+    pool.expect(again, None, {CPU: LoggedMark})
+    pool.filled(again, None)
+    assert not pool.abandon(again)  # sealed: the writer's now
+    assert again.state is SlotState.SEALED
+
+
+def test_copies_of_a_snapshot_that_was_given_up_seal_no_other(pool, layout):
+    pending, _ = pending_snapshot(make_model("batch norm"), layout)
+    given_up, other = pending(1), pending(2)
+    slot = pool.claim(0)
+    pool.expect(slot, given_up, {CPU: LoggedMark, CUDA: LoggedMark})
+    assert not pool.filled(slot, given_up)
+    pool.abandon(slot)
+    assert pool.claim(0) is slot
+    pool.expect(slot, other, {CPU: LoggedMark})
+    assert not pool.filled(slot, given_up)  # the other device comes late
+    assert slot.state is SlotState.FILLING
+    assert pool.filled(slot, other)
+
+
+def test_slot_stays_taken_until_its_file_is_committed(layout, tmp_path):
+    files = StalledFiles()
+    sink = BackgroundSnapshotSink(
+        RetainingWriter(SnapshotStore(tmp_path, files=files)), layout, WritePolicy(max_pending=1), pin=False
+    )
+    pool = sink._pool
+    pending, _ = pending_snapshot(make_model("batch norm"), layout)
+    assert sink.take_snapshot(pending(1), lambda device: InlineLane())
+    files.gate.wait_entered()
+    assert pool.claim(0) is None
+    with ThreadPoolExecutor(1) as other:
+        claimed = other.submit(pool.claim, TIMEOUT_SECONDS)
+        assert not claimed.done()
+        files.gate.open()
+        slot = claimed.result(TIMEOUT_SECONDS)
+    assert SnapshotStore(tmp_path).get(1).step == 1
+    pool.abandon(slot)
+    sink.close(TIMEOUT_SECONDS)
+
+
+def test_slot_is_not_free_before_its_copies_are_over(layout, tmp_path):
+    """Also where its file was given up at the first page."""
+
+    class DeviceLane(InlineLane):
+        def __init__(self):
+            self.marks = []
+
+        def mark(self):
+            self.marks.append(LoggedMark())
+            return self.marks[-1]
+
+    files, lane = FaultyFiles(), DeviceLane()
+    sink = BackgroundSnapshotSink(
+        RetainingWriter(SnapshotStore(tmp_path, files=files)), layout, WritePolicy(max_pending=1), pin=False
+    )
+    files.broken = True
+    pending, _ = pending_snapshot(make_model("batch norm"), layout)
+    sink.take_snapshot(pending(1), lambda device: lane)
+    lane.marks[0].gate.open()
+    lane.marks[-1].gate.wait_entered()
+    assert sink.stats().failed == 1
+    assert sink._pool.claim(0) is None
+    lane.marks[-1].gate.open()
+    sink.flush(TIMEOUT_SECONDS)
+    sink.close(TIMEOUT_SECONDS)
+
+
+def test_waiting_for_idle_names_the_steps_that_are_on_their_way(pool, layout):
+    pending, _ = pending_snapshot(make_model("batch norm"), layout)
+    slots = [pool.claim(0), pool.claim(0)]
+    for slot, step in zip(slots, (7, 9), strict=True):
+        pool.expect(slot, pending(step), {CPU: LoggedMark})
+    assert pool.wait_idle(0.01) == [7, 9]
+    for slot in slots:
+        pool.abandon(slot)
+    assert pool.wait_idle(0) == []
+
+
+def test_waiting_ends_as_soon_as_the_last_slot_is_free(pool):
+    slot, idle = pool.claim(0), threading.Event()
+    waiter = threading.Thread(target=lambda: (pool.wait_idle(TIMEOUT_SECONDS), idle.set()))
+    waiter.start()
+    assert not idle.is_set()
+    pool.abandon(slot)
+    assert idle.wait(TIMEOUT_SECONDS)
+    waiter.join(TIMEOUT_SECONDS)
+
+
+def claimed(pool, log, devices=(CUDA,)):
+    """A slot whose copies are all queued, and their marks."""
+    slot = pool.claim(0)
+    pool.expect(slot, None, {device: partial(LoggedMark, "", log) for device in devices})
+    for copies in slot.copies.values():
+        for _ in slot.pages:
+            copies.record()
+    return slot, slot.marks
+
+
+def test_copies_are_in_flight_until_the_last_one_has_finished(pool):
+    slot, marks = claimed(pool, [])
+    assert pool.copies_in_flight(CPU) is None
+    for mark in marks[CUDA][:-1]:
+        assert pool.copies_in_flight(CUDA) is not None
+        mark.gate.open()
+    assert pool.copies_in_flight(CUDA) is not None
+    marks[CUDA][-1].gate.open()
+    assert pool.copies_in_flight(CUDA) is None  # nobody has told the pool, and the file is not written
+    assert slot.state is SlotState.FILLING
+
+
+def test_copies_from_one_device_do_not_wait_for_those_from_another(pool):
+    _, marks = claimed(pool, [], devices=(CUDA, torch.device("cuda:1")))
+    for mark in marks[CUDA]:
+        mark.gate.open()
+    assert pool.copies_in_flight(CUDA) is None
+    assert pool.copies_in_flight(torch.device("cuda:1")) is not None
+
+
+def test_marks_are_made_once_and_recorded_again(pool):
+    log = []
+    slot, marks = claimed(pool, log)
+    first = list(marks[CUDA])
+    pool.abandon(slot)
+    again, marks = claimed(pool, log)
+    assert again is slot
+    assert marks[CUDA] == first
+    assert [kind for kind, _ in log].count("record") == 2 * len(slot.pages)
+
+
+def test_copies_are_not_over_before_they_are_queued():
+    """A mark that is not recorded yet, or was so for the snapshot before, says that it is reached."""
+    copies = StagingCopies([LoggedMark(), LoggedMark()])
+    assert not copies.are_over(1)
+    copies.record()
+    assert not copies.are_over(2)
+    assert not copies.is_all_over()
+
+
+def test_copies_of_a_slot_that_was_left_stay_over(pool):
+    log = []
+    slot, _ = claimed(pool, log)
+    before = pool.copies_in_flight(CUDA)
+    pool.abandon(slot)
+    claimed(pool, log)  # the same marks, none of them reached
+    log.clear()
+    end = pool.spans[-1].end
+    assert before.are_over(0, end)
+    before.wait_on_device(0, end)
+    assert log == []
+    assert not pool.copies_in_flight(CUDA).are_over(0, end)
+
+
+def test_write_waits_for_the_copies_of_its_range_only(layout):
+    log = []
+    chunks = layout.chunks
+    flight = SlotReadbacks(
+        [begin for begin, _ in chunks], [logged_copies(len(chunks), slot, log)[0] for slot in range(2)]
+    )
+    for chunk, (begin, end) in enumerate(chunks):
+        log.clear()
+        flight.wait_on_device(begin, end)
+        assert sorted(log) == [("order", (0, chunk)), ("order", (1, chunk))]
+    log.clear()
+    flight.wait_on_device(chunks[1].end - 1, chunks[3].begin + 1)
+    assert sorted({chunk for _, (_, chunk) in log}) == [1, 2, 3]
+
+
+def test_a_range_is_free_when_all_slots_have_copied_it(layout):
+    chunks = layout.chunks
+    both = [logged_copies(len(chunks), slot) for slot in range(2)]
+    flight = SlotReadbacks([begin for begin, _ in chunks], [copies for copies, _ in both])
+    for chunk, (begin, end) in enumerate(chunks):
+        for _, marks in both:
+            assert not flight.are_over(begin, end)
+            assert not flight.are_over(end - 1, end)
+            marks[chunk].gate.open()
+        assert flight.are_over(begin, end)
+        assert flight.are_over(0, end)
+
+
+def test_what_is_known_to_be_over_is_not_asked_again():
+    copies, marks = logged_copies(100, log=(log := []))
+    for mark in marks[:50]:
+        mark.gate.open()
+    log.clear()
+    assert copies.are_over(50)
+    assert log == [("ask", (0, 49))]  # they finish in order
+    for last in range(51):
+        assert copies.are_over(last)
+    copies.wait_on_device(0, 50)
+    assert log == [("ask", (0, 49))]
+    copies.wait_on_device(40, 52)
+    assert log[1:] == [("order", (0, 50)), ("order", (0, 51))]
+
+
+def test_threads_that_ask_at_once_get_right_answers():
+    copies, marks = logged_copies(200)
+
+    def ask(_):
+        answers = []
+        for last in range(1, 201):
+            reached = marks[last - 1].gate.is_open()
+            answers.append((reached, copies.are_over(last)))
+        return answers
+
+    with ThreadPoolExecutor(4) as pool:
+        asked = pool.map(ask, range(8), timeout=TIMEOUT_SECONDS)
+        for mark in marks:
+            mark.gate.open()
+        answers = [answer for of_thread in asked for answer in of_thread]
+    assert (True, False) not in answers  # what was reached before the question
+    assert copies.is_all_over()
+
+
+def test_a_deadline_is_what_is_left_of_a_timeout():
+    assert deadline_after(None)() is None
+    assert 0 < deadline_after(100)() <= 100
+    assert deadline_after(0)() == 0

@@ -1,0 +1,183 @@
+"""The averages' buffers: order, types, memory order, and the way to and from files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nitrous_ema.averaging.kernels.flat_buffers import FlatBuffers, memory_order, snapshot_layout
+from nitrous_ema.averaging.model.tracking import TrackingPolicy, track
+from tests.support.models import Net, set_weights
+
+
+def arena_of(model: nn.Module, profiles: int = 2, dtype: torch.dtype = torch.float32, **policy) -> FlatBuffers:
+    tracked = track(model, TrackingPolicy(**policy))
+    gammas = tuple(float(profile + 5) for profile in range(profiles))
+    return FlatBuffers(tracked, snapshot_layout(tracked, gammas, gammas, dtype))
+
+
+class Orders(nn.Module):
+    """Parameters in every memory order there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Parameter(torch.empty(3, 4))
+        self.last = nn.Parameter(torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last))
+        self.transposed = nn.Parameter(torch.empty(4, 3).t())
+        self.expanded = nn.Parameter(torch.empty(1, 3).expand(4, 3))
+        self.holes = nn.Parameter(torch.empty(3, 8)[:, ::2])
+        self.scalar = nn.Parameter(torch.empty(()))
+        self.empty = nn.Parameter(torch.empty(0, 3))
+        self.pairs = nn.Parameter(torch.empty(5, dtype=torch.complex64))
+        self.flipped = nn.Parameter(torch.empty(3, 2, dtype=torch.complex64).t())
+        self.wide = nn.Parameter(torch.empty(3, dtype=torch.float64))
+        self.narrow = nn.Parameter(torch.empty(7, dtype=torch.bfloat16))
+        self.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+        self.register_buffer("flags", torch.zeros(3, dtype=torch.bool))
+        self.register_buffer("byte", torch.zeros((), dtype=torch.uint8))
+
+
+@pytest.fixture
+def orders() -> Orders:
+    model = Orders()
+    set_weights(model, 3)
+    return model
+
+
+def row_major(model: nn.Module, arena: FlatBuffers) -> torch.Tensor:
+    """Oracle: the averaged parameters as a file has them, in float64."""
+    parts = []
+    for tracked in arena.averaged:
+        value = tracked.live().detach()
+        value = torch.view_as_real(value) if value.is_complex() else value
+        parts.append(value.double().flatten())
+    return torch.cat(parts)
+
+
+def load_all(arena: FlatBuffers, profile: int, values: torch.Tensor, pieces: int) -> None:
+    for part, begin in zip(values.split(pieces), range(0, len(values), pieces), strict=True):
+        arena.fill(profile, begin, part)
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 64, 10_000])
+def test_what_is_filled_in_row_major_order_is_read_so_and_shown_as_tensors(orders, pieces):
+    arena = arena_of(orders)
+    values = row_major(orders, arena)
+    load_all(arena, 1, values, pieces)
+    for tracked, average in arena.averages(1):
+        assert average.shape == tracked.shape
+        torch.testing.assert_close(average, tracked.live().detach().to(average.dtype), rtol=0, atol=0)
+    read = torch.full_like(values, torch.nan)
+    for begin in range(0, len(values), pieces):
+        for first, piece in arena.pieces(1, begin, min(begin + pieces, len(values))):
+            read[begin + first : begin + first + piece.numel()] = piece.flatten()
+    torch.testing.assert_close(read, values.float().double(), rtol=1e-7, atol=0)
+    assert all(not average.any() for _, average in arena.averages(0))
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 64])
+def test_pieces_are_few_and_views_of_the_averages_whatever_their_memory_order(orders, pieces):
+    arena = arena_of(orders)
+    storages = {group.flats[1].data_ptr() for group in arena.groups}
+    most = sum(2 * len(tensor.shape) + 1 for group in arena.groups for tensor in group.tensors)
+    for begin in range(0, arena.layout.average_elements, pieces):
+        found = list(arena.pieces(1, begin, min(begin + pieces, arena.layout.average_elements)))
+        assert {piece.untyped_storage().data_ptr() for _, piece in found} <= storages
+        assert len(found) <= min(pieces, most)
+
+
+def test_a_piece_of_a_permuted_tensor_is_at_most_one_more_view_than_twice_its_axes():
+    model = nn.ParameterList([nn.Parameter(torch.empty(7, 5, 6, 4).permute(3, 1, 0, 2))])
+    arena = arena_of(model, profiles=1)
+    found = [len(list(arena.pieces(0, begin, end))) for begin in range(0, 840, 13) for end in range(begin + 1, 841, 17)]
+    assert max(found) == 2 * 4 - 1
+    assert min(found) == 1
+
+
+def test_averages_lie_back_to_back_in_one_buffer_per_type_and_profile(orders):
+    arena = arena_of(orders)
+    assert [group.dtype for group in arena.groups] == [torch.float32, torch.float32, torch.float64, torch.float32]
+    assert arena.groups[1].tensors[0].tracked.name == "pairs"  # they would begin at an odd element otherwise
+    assert [len(group.flats) for group in arena.groups] == [2] * 4
+    assert [group.begin for group in arena.groups] == [0, *_running_ends(arena)][:-1]
+    assert sum(group.numel for group in arena.groups) == arena.layout.average_elements
+
+
+def _running_ends(arena: FlatBuffers) -> list[int]:
+    return [group.begin + group.numel for group in arena.groups]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.float8_e4m3fn, torch.float32),
+    ],
+)
+def test_averages_are_float32_whatever_the_parameters_are_but_for_float64(dtype, expected):
+    model = nn.ParameterList([nn.Parameter(torch.zeros(3, dtype=dtype), requires_grad=False)])
+    ((_, average),) = arena_of(model, profiles=1).averages(0)
+    assert average.dtype == expected
+
+
+def test_average_of_a_channels_last_parameter_has_its_memory_order(orders):
+    arena = arena_of(orders)
+    assert arena.average(0, "last").is_contiguous(memory_format=torch.channels_last)
+    assert arena.average(0, "transposed").t().is_contiguous()
+    assert arena.average(0, "expanded").is_contiguous()
+
+
+def test_copied_tensors_keep_their_types_and_values(orders):
+    arena = arena_of(orders, copied=["narrow"])
+    for tracked, value in arena.copies():
+        value.copy_(tracked.live())
+    kept = {tracked.name: value for tracked, value in arena.copies()}
+    assert set(kept) == {"narrow", "count", "flags", "byte"}
+    for tracked, value in arena.copies():
+        assert value.dtype == tracked.dtype
+        assert torch.equal(value, tracked.live())
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 1000])
+def test_copied_bytes_go_out_and_come_back(orders, pieces):
+    first, second = arena_of(orders, copied=["narrow"]), arena_of(orders, copied=["narrow"])
+    for tracked, value in first.copies():
+        value.copy_(tracked.live())
+    section = first.layout.sections[-1]
+    blob = torch.zeros(section.end - section.begin, dtype=torch.uint8)
+    padding = first.layout.padding_bytes
+    for begin, piece in first.copied_pieces(0, len(blob) - padding):
+        blob[padding + begin : padding + begin + len(piece)] = piece
+    for part, begin in zip(blob.split(pieces), range(0, len(blob), pieces), strict=True):
+        second.fill_copied(begin - padding, part)
+    for (tracked, value), (_, again) in zip(first.copies(), second.copies(), strict=True):
+        assert torch.equal(value, again), tracked.name
+
+
+def test_order_of_copied_tensors_is_the_layouts():
+    model = Net()
+    arena = arena_of(model, copied=["head.bias"])
+    assert [tensor.name for tensor in arena.copied] == [record.name for record in arena.layout.copied]
+    assert arena.copied[0].name == "norm.num_batches_tracked"  # the widest type first: all offsets are aligned
+
+
+def test_parameter_in_its_averages_order_is_read_without_a_copy(orders):
+    arena = arena_of(orders)
+    for group in arena.groups:
+        for tensor in group.tensors:
+            live = tensor.tracked.live().detach()
+            flat = memory_order(live, tensor)
+            is_view = flat.data_ptr() == live.data_ptr()
+            assert is_view == (tensor.tracked.name not in ("expanded", "holes")), tensor.tracked.name
+
+
+def test_parameter_whose_order_changed_is_permuted(orders):
+    arena = arena_of(orders)
+    group = arena.groups[0]
+    (tensor,) = [each for each in group.tensors if each.tracked.name == "last"]
+    other = orders.last.detach().contiguous()
+    assert torch.equal(memory_order(other, tensor), memory_order(orders.last.detach(), tensor))

@@ -1,0 +1,230 @@
+"""The machine behind the EMA classes, with lanes that run everything at once.
+
+What only shows with lanes in the background (A2 to A5 of its docstring) is in test_async_equality.py and around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nitrous_ema.averaging.config import AveragingPolicy, Background
+from nitrous_ema.averaging.engine import AveragingEngine
+from nitrous_ema.averaging.execution.inline import InlineLane
+from nitrous_ema.averaging.execution.interfaces import PendingSnapshot
+from nitrous_ema.averaging.model.tracking import TrackingPolicy
+from nitrous_ema.errors import ClosedError, NitrousError, UntrackableModelError
+from nitrous_ema.snapshots.stats import Stats
+from tests.support.models import Net, set_weights
+
+
+class RecordingSink:
+    """Takes snapshots, or not, and remembers them."""
+
+    def __init__(self, answer: bool = True) -> None:
+        self.answer = answer
+        self.taken: list[tuple[int, float, torch.Tensor]] = []
+        self.calls: list[str] = []
+
+    def take_snapshot(self, pending: PendingSnapshot, lane: Callable) -> bool:
+        if self.answer:
+            self.taken.append((pending.stamp.step, pending.stamp.t, pending.arena.average(0, "head.bias").clone()))
+        return self.answer
+
+    def copies_in_flight(self, device: torch.device) -> None:
+        return None
+
+    def stats(self) -> Stats:
+        return Stats(snapshots=len(self.taken))
+
+    def has_lost(self, step: int) -> bool:
+        return False
+
+    def raise_failures(self) -> None:
+        pass
+
+    def flush(self, timeout_seconds: float | None = None) -> None:
+        self.calls.append("flush")
+
+    def close(self, timeout_seconds: float | None = None) -> None:
+        self.calls.append("close")
+
+
+class BreakingLane(InlineLane):
+    """Fails while it is told to."""
+
+    breaks = False
+
+    def enqueue_write(self, work: Callable[[], None], **options: Any) -> None:
+        if self.breaks:
+            raise MemoryError("no memory for the step")
+        super().enqueue_write(work, **options)
+
+
+def averager_of(model: nn.Module, sink: RecordingSink | None = None, *, make_lane=None, **policy) -> AveragingEngine:
+    defaults = {"gammas": (6.94,), "sigma_rels": (0.1,), "update_every": 1, "correction": "exact"}
+    background = None if make_lane is None else Background(make_lane=make_lane, read="copied")
+    averager = AveragingEngine(
+        model, TrackingPolicy(), AveragingPolicy(**{**defaults, **policy}), background=background
+    )
+    if sink is not None:
+        averager.attach(sink)
+    return averager
+
+
+def average(averager: AveragingEngine) -> torch.Tensor:
+    return averager.arena.average(0, "head.bias").clone()
+
+
+@pytest.mark.parametrize("wrong", ["time", "parameter"])
+def test_failed_update_counts_nothing(wrong):
+    model = Net()
+    averager = averager_of(model)
+    averager.update()
+    before, state = average(averager), averager.schedule.state()
+    set_weights(model, 1)
+    if wrong == "parameter":
+        model.conv.weight = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError if wrong == "time" else UntrackableModelError):
+        averager.update(-1 if wrong == "time" else 1)
+    assert averager.schedule.state() == state
+    assert torch.equal(average(averager), before)
+
+
+def test_failed_lane_is_told_and_the_averages_refused_until_a_state_is_loaded():
+    model, lane = Net(), BreakingLane()
+    averager = averager_of(model, make_lane=lambda device: lane)
+    averager.update()
+    lane.breaks = True
+    with pytest.raises(NitrousError, match=r"averaging failed \(no memory") as error:
+        averager.update()
+    assert isinstance(error.value.__cause__, MemoryError)
+    lane.breaks = False
+    for call in (averager.update, averager.checkpoint, averager.flush, lambda: averager.order_readers("state_dict()")):
+        with pytest.raises(NitrousError, match="Load a state"):
+            call()
+    averager.prepare_loading()
+    averager.loaded()
+    averager.update()
+
+
+def test_snapshot_is_of_the_averages_at_its_step():
+    model, sink = Net(), RecordingSink()
+    averager = averager_of(model, sink, update_every=3, checkpoint_every_steps=2)
+    seen = {}
+    for step in range(1, 7):
+        set_weights(model, step)
+        averager.update()
+        seen[step] = average(averager)
+    assert [(step, t) for step, t, _ in sink.taken] == [(2, 2), (4, 4), (6, 6)]
+    assert all(torch.equal(value, seen[step]) for step, _, value in sink.taken)
+    assert averager.schedule.updates == 4  # at calls 1 and 4, and brought up to now at 2 and 6
+
+
+@pytest.mark.parametrize("correction", [True, False])
+@pytest.mark.filterwarnings("ignore:step_size_correction=False")
+def test_corrections_of_nitrous_001_leave_the_averages_at_a_checkpoint(correction):
+    model, sink = Net(), RecordingSink()
+    averager = averager_of(model, sink, update_every=5, correction=correction)
+    for step in range(1, 4):
+        set_weights(model, step)
+        averager.update()
+    before = average(averager)
+    averager.checkpoint()
+    assert torch.equal(average(averager), before)
+    assert [(step, t) for step, t, _ in sink.taken] == [(3, 1)]
+
+
+def test_skipped_snapshot_is_taken_when_it_is_asked_for_again():
+    sink = RecordingSink(answer=False)
+    averager = averager_of(Net(), sink)
+    averager.update()
+    assert averager.checkpoint() is False
+    sink.answer = True
+    assert averager.checkpoint() is True
+    assert averager.checkpoint() is True
+    assert len(sink.taken) == 1
+
+
+def test_checkpoint_without_a_sink_is_refused():
+    averager = averager_of(Net())
+    averager.update()
+    with pytest.raises(NitrousError, match="keeps no snapshots"):
+        averager.checkpoint()
+
+
+def test_closing_flushes_then_closes_once():
+    sink = RecordingSink()
+    averager = averager_of(Net(), sink)
+    averager.update()
+    assert averager.close() is True
+    assert averager.close() is False
+    assert sink.calls == ["flush", "close"]
+    with pytest.raises(ClosedError, match=r"update\(\): the EMA was closed"):
+        averager.update()
+
+
+def test_end_of_one_refusal_leaves_a_later_one():
+    averager = averager_of(Net())
+    swapped, closed = NitrousError("swapped"), NitrousError("closed")
+    averager.refuse(swapped)
+    averager.refuse(closed)
+    averager.end_refusal(swapped)
+    with pytest.raises(NitrousError, match="closed"):
+        averager.update()
+    averager.end_refusal(closed)
+    averager.update()
+
+
+def test_stats_are_those_of_the_sink_with_the_updates():
+    sink = RecordingSink()
+    averager = averager_of(Net(), sink)
+    for _ in range(3):
+        averager.update()
+    averager.checkpoint()
+    assert (averager.stats().updates, averager.stats().snapshots) == (3, 1)
+    assert averager_of(Net()).stats() == Stats()
+
+
+def test_frozen_copy_has_the_roles_of_the_tensors_and_its_own_averages():
+    model = Net()
+    model.register_buffer("scale", torch.ones(2))
+    averager = averager_of(model)
+    averager.update()
+    model.scale.fill_(torch.inf)  # would be copied if it were tracked anew
+    other = averager.frozen_copy((3.0,), (0.2,), None)
+    assert [tensor.role for tensor in other.arena.tracked] == [tensor.role for tensor in averager.arena.tracked]
+    before = average(averager)
+    other.arena.average(0, "head.bias").fill_(7.0)
+    assert torch.equal(average(averager), before)
+
+
+def test_float64_averages_do_not_warn_of_small_weights():
+    assert averager_of(Net().double()).schedule.least_weight == 0.0
+    assert averager_of(Net()).schedule.least_weight > 0.0
+
+
+class CapturingLane(InlineLane):
+    """The caller is recording a graph while it is told so."""
+
+    captures = False
+
+    def is_capturing(self) -> bool:
+        return self.captures
+
+
+@pytest.mark.parametrize("call", [AveragingEngine.update, AveragingEngine.checkpoint])
+def test_nothing_is_put_into_a_graph_that_is_being_captured(call):
+    lane = CapturingLane()
+    averager = averager_of(Net(), RecordingSink(), make_lane=lambda device: lane)
+    averager.update()
+    lane.captures = True
+    with pytest.raises(NitrousError, match=r"captured into a graph.*outside.*fence\(\)"):
+        call(averager)
+    lane.captures = False
+    assert averager.schedule.step == 1
+    averager.update()

@@ -1,0 +1,180 @@
+"""What ``inspect`` says of lengths: numbers as the planner has them, sentences where something stands in the way."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nitrous_ema.cli import program as cli
+from nitrous_ema.posthoc import select_steps
+from nitrous_ema.posthoc.coverage import condition, covered_lengths
+from nitrous_ema.profile import sigma_rel_to_gamma
+from nitrous_ema.synthesis.plan import plan_from_store
+from tests.support.old_folders import write_ema_pytorch
+from tests.support.small_snapshots import everything_in
+from tests.support.snapshot_folders import layout_of, record, run_id, write_run
+
+RECORDS = [record("w", (30,)), record("n", (), "I64", "copied")]
+STEPS = range(100, 2001, 100)
+
+
+def folder_of(root, steps=STEPS, sigma_rels=(0.05, 0.10), dtype="F32", **more):
+    layout = layout_of(RECORDS, sigma_rels, dtype)
+    write_run(root, layout, steps, copied=lambda step: {"n": np.int64(step).tobytes()}, **more)
+    return root
+
+
+def inspected(capsys, folder, *more):
+    assert cli.main(["inspect", str(folder), "--json", *map(str, more)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def told(capsys, folder, *more):
+    assert cli.main(["inspect", str(folder), *map(str, more)]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+# ---- which lengths there are
+
+
+def test_covered_lengths_are_those_of_the_snapshots(tmp_path, capsys):
+    found = inspected(capsys, folder_of(tmp_path / "s"))["covered"]
+    t, gammas = np.arange(1.0, 21), sigma_rel_to_gamma((0.05, 0.1))
+    expected = covered_lengths(np.repeat(t, 2), np.tile(gammas, 20), 20.0)
+    for each, stretches in zip(found["within"], expected, strict=True):
+        (given,), (stretch,) = each["lengths"], stretches
+        assert given == pytest.approx([stretch.shortest, stretch.longest, stretch.weight_l2])
+    assert (found["step"], found["snapshots"], found["checkpoint_dtype"]) == (2000, 20, "F32")
+
+
+def test_rounding_narrows_what_is_covered_if_snapshots_are_stored_coarsely(tmp_path, capsys):
+    fine = told(capsys, folder_of(tmp_path / "fine"))
+    assert "within 1 % sigma_rel 0.0376 to 0.177" in fine
+    assert "if the rounding" not in fine
+    coarse = inspected(capsys, folder_of(tmp_path / "coarse", dtype="F16"))["covered"]["within"][1]
+    (wide,), (narrow,) = coarse["lengths"], coarse["with_little_rounding"]
+    assert wide[0] < narrow[0] < 0.05
+    assert narrow[2] * 2.1e-4 == pytest.approx(1e-3, rel=0.03)
+    assert "if the rounding of F16 is to stay below 0.001 of a weight" in told(capsys, tmp_path / "coarse")
+
+
+def test_folder_with_too_little_says_that_no_length_is_covered_but_the_tracked_ones(tmp_path, capsys):
+    assert "within 1 % sigma_rel 0.05 to 0.05; 0.0" not in (out := told(capsys, folder_of(tmp_path / "s", [100])))
+    assert "tracked sigma_rel 0.05, 0.1" in out
+    assert inspected(capsys, tmp_path)["covered"] is None
+
+
+def test_excluded_and_unrelated_snapshots_do_not_count(tmp_path, capsys):
+    folder = folder_of(tmp_path / "s", run=run_id(0))
+    folder_of(tmp_path / "s", [50], run=run_id(-1))
+    covered = inspected(capsys, folder, "--exclude", "100,300", "--exclude", "2000")["covered"]
+    assert (covered["step"], covered["snapshots"]) == (1900, 17)
+
+
+# ---- lengths that are asked for
+
+
+@pytest.mark.parametrize("given", [("--sigma-rel", "0.03,0.05,...,0.15"), ("--gamma", "7,9,...,15")])
+@pytest.mark.parametrize("tolerance", [0, 1e-2])
+def test_what_is_told_is_the_plan(tmp_path, capsys, given, tolerance):
+    folder = folder_of(tmp_path / "s", dtype="F16")
+    (found,) = inspected(capsys, folder, *given, "--tolerance", tolerance, "--step", 1500)["asked"]
+    option = {"--sigma-rel": "sigma_rels", "--gamma": "gammas"}[given[0]]
+    lengths = {"--sigma-rel": [0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.15], "--gamma": [7, 9, 11, 13, 15]}[given[0]]
+    plan = plan_from_store(folder, step=1500, tolerance=tolerance, **{option: lengths})
+    assert (found["steps_read"], found["columns"]) == (list(plan.steps), len(plan.columns))
+    assert (found["lower_bound"], found["candidates"]) == (plan.lower_bound, 15)
+    assert found["bytes_to_read"] == plan.bytes_to_read
+    for field in ("profile_error", "weight_l1", "weight_l2", "rounding"):
+        assert [each[field] for each in found["lengths"]] == pytest.approx(list(getattr(plan.report, field)))
+    given_back = [each["sigma_rel" if option == "sigma_rels" else "gamma"] for each in found["lengths"]]
+    assert given_back == lengths
+    read = [each.t for each in plan.columns], [each.gamma for each in plan.columns]
+    assert found["condition"] == pytest.approx(condition(*read))
+    alone = select_steps(np.arange(100, 1501, 100), plan.columns[0].gamma * 0 + sigma_rel_to_gamma((0.05, 0.1)), 1500,
+                         [plan.gammas[0]], tolerance=tolerance)  # fmt: skip
+    assert found["lengths"][0]["steps_alone"] == alone.places.size
+
+
+def test_people_are_told_the_same(tmp_path, capsys):
+    out = told(capsys, folder_of(tmp_path / "s", dtype="F16"), "--sigma-rel", "0.05,0.08")
+    assert "averages that end at step 2000, within 0.001 of what all snapshots give" in out
+    assert "of 20 snapshots are read" in out
+    assert "rounding (F16)" in out
+    assert "0.05 16.97 < 0.0001 % < 0.0001 % 1 2.1e-04 1" in out
+
+
+@pytest.mark.parametrize(("steps", "expected"), [("1000,2000", [1000, 2000]), ("all", list(STEPS))])
+def test_averages_may_end_at_several_steps(tmp_path, capsys, steps, expected):
+    found = inspected(capsys, folder_of(tmp_path / "s"), "--sigma-rel", "0.05", "--step", steps)["asked"]
+    assert [each["step"] for each in found] == expected
+
+
+def test_nothing_is_said_of_lengths_that_come_out_well(tmp_path, capsys):
+    (found,) = inspected(capsys, folder_of(tmp_path / "s"), "--sigma-rel", "0.05,0.06,...,0.12")["asked"]
+    assert (found["warnings"], found["causes"]) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("steps", "sigma_rel", "cause"),
+    [
+        (range(1000, 2001, 100), 0.25, "is from before the first snapshot (step 1000). Take snapshots from early on"),
+        ([*range(100, 900, 100), *range(1800, 2001, 100)], 0.2, "is from the gap between steps 800 and 1800. A snap"),
+        (STEPS, 0.015, "shorter than the shortest tracked length (0.05), and 20 snapshots are too far apart"),
+        ([*range(20, 200, 20), *range(200, 2001, 200)], 0.25, "longer than the longest tracked length (0.1), and 19"),
+        ([1000, 1500, 2000], 0.075, "3 snapshots are too few. Take snapshots more often, or track a profile nearer"),
+    ],
+)
+def test_what_stands_in_the_way_is_told_with_what_would_help(tmp_path, capsys, steps, sigma_rel, cause):
+    (found,) = inspected(capsys, folder_of(tmp_path / "s", steps), "--sigma-rel", sigma_rel)["asked"]
+    (told,) = found["causes"]
+    assert f"sigma_rel {sigma_rel}: " in told
+    assert cause in told
+
+
+def test_coarse_storage_is_told_with_its_remedy(tmp_path, capsys):
+    (found,) = inspected(capsys, folder_of(tmp_path / "s", dtype="BF16"), "--sigma-rel", "0.035")["asked"]
+    assert any("stored as BF16 is amplified" in each and 'Store them as "F32"' in each for each in found["warnings"])
+
+
+def test_missing_step_is_not_found_and_bad_lengths_are_usage_errors(tmp_path, capsys):
+    folder = str(folder_of(tmp_path / "s"))
+    assert cli.main(["inspect", folder, "--sigma-rel", "0.05", "--step", "1050"]) == 3
+    assert "nearest steps there: 1000 and 1100" in capsys.readouterr().err
+    for wrong in (["--sigma-rel", "0.5"], ["--sigma-rel", "x"], ["--sigma-rel", "0.1", "--gamma", "7"]):
+        assert cli.main(["inspect", folder, *wrong]) == 2
+    assert cli.main(["inspect", folder, "--sigma-rel", "0.05", "--tolerance", "-1"]) == 2
+    assert cli.main(["inspect", folder, "--sigma-rel", "1e-300"]) == 2
+    assert "less than 1e+12" in capsys.readouterr().err
+    assert cli.main(["inspect", folder, "--step", "1000"]) == 2
+    assert "--step says where the averages of --sigma-rel or --gamma end" in capsys.readouterr().err
+
+
+def test_nothing_is_touched(tmp_path, capsys):
+    folder = folder_of(tmp_path / "s")
+    before = everything_in(folder)
+    inspected(capsys, folder, "--sigma-rel", "0.05,0.08")
+    assert everything_in(folder) == before
+
+
+# ---- old folders
+
+
+def test_old_folder_is_inspected_with_its_profiles(tmp_path, capsys):
+    write_ema_pytorch(tmp_path / "old", [1000, 2000, 3000, 70000], dtype=torch.float16)
+    found = inspected(capsys, tmp_path / "old", "--sigma-rels", "0.05,0.1", "--sigma-rel", "0.05,0.08")
+    assert found["covered"]["step"] == 70000
+    assert found["covered"]["checkpoint_dtype"] == "F16"
+    (asked,) = found["asked"]
+    assert (asked["step"], asked["candidates"], asked["stored_dtypes"]) == (70000, 4, ["F16"])
+    assert asked["lengths"][0]["profile_error"] < 1e-12
+
+
+def test_old_folder_without_its_profiles_is_told_what_is_missing(tmp_path, capsys):
+    write_ema_pytorch(tmp_path / "old", [1000, 2000])
+    assert inspected(capsys, tmp_path / "old")["covered"] is None
+    assert cli.main(["inspect", str(tmp_path / "old"), "--sigma-rel", "0.05"]) == 2
+    assert "--sigma-rels or --gammas naming their profiles" in " ".join(capsys.readouterr().err.split())

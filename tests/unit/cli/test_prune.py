@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import json
+import socket
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from nitrous_ema.cli import program as cli
+from nitrous_ema.cli import prune
+from nitrous_ema.posthoc import synthesis_report
+from nitrous_ema.profile import sigma_rel_to_gamma
+from nitrous_ema.snapshots.store import SnapshotStore
+from nitrous_ema.synthesis.plan import plan_from_store
+from tests.support.snapshot_folders import damage, layout_of, record, run_id, snapshot_file, write_run
+
+LAYOUT = layout_of([record("w", (50,))])
+STEPS = (10, 20, 30, 40, 60, 80, 110, 150, 200)
+RUN, LATER, NEWEST, OTHER = run_id(0), run_id(1), run_id(2), run_id(-1)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_run(tmp_path / "snapshots", LAYOUT, STEPS, run=RUN)
+    return tmp_path / "snapshots"
+
+
+def pruned(folder: Path, capsys, *arguments) -> dict:
+    """What ``--json`` says."""
+    assert cli.main(["prune", str(folder), *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def steps(folder: Path, run: str | None = None) -> list[int]:
+    return [each.step for each in SnapshotStore(folder).snapshots(run)]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+def worst_error(kept, target: int = 200) -> float:
+    """By the report on a synthesis, over the range that the tracked profiles cover."""
+    kept = [step for step in kept if step <= target]
+    report = synthesis_report(
+        np.repeat(np.array(kept, float), 2),
+        np.tile(LAYOUT.gammas, len(kept)),
+        np.full(60, float(target)),
+        sigma_rel_to_gamma(np.geomspace(0.05, 0.25, 60)),
+    )
+    return report.profile_error.max()
+
+
+# What stays
+
+
+def test_best_snapshots_stay_and_the_others_are_gone(folder, capsys):
+    found = pruned(folder, capsys, "--keep", 4)
+    assert steps(folder) == found["thinning"]["kept"]
+    assert len(steps(folder)) == 4
+    assert len(list(folder.iterdir())) == 4
+    best = min(worst_error(each) for each in combinations(STEPS, 4) if 200 in each)
+    assert worst_error(steps(folder)) <= 1.02 * best
+
+
+def test_budget_bounds_the_bytes_that_stay(folder, capsys):
+    size = snapshot_file(folder, 200).stat().st_size
+    found = pruned(folder, capsys, "--budget", f"{5 * size / 1024:.6f}KiB")
+    left = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    assert left == found["thinning"]["bytes_after"] <= 5 * size
+    assert len(steps(folder)) == 5
+    assert found["bytes_hidden"] == found["bytes_removed"] == 4 * size
+
+
+def test_error_decides_how_many_stay(folder, capsys):
+    pruned(folder, capsys, "--error", 0.3, "--sigma-rel", "0.05-0.2")
+    assert 1 < len(steps(folder)) < len(STEPS)
+    plan = plan_from_store(folder, sigma_rels=[0.05, 0.08, 0.12, 0.2])
+    assert plan.report.profile_error.max() <= 0.3
+
+
+def test_pinned_steps_stay_with_what_they_need_as_targets(folder, capsys):
+    found = pruned(folder, capsys, "--keep", 5, "--pin", "80")
+    assert SnapshotStore(folder).pins() == {(80, RUN)}
+    assert {80, 200} <= set(steps(folder))
+    best = min(
+        max(worst_error(each, 80), worst_error(each)) for each in combinations(STEPS, 5) if {80, 200} <= set(each)
+    )
+    assert max(worst_error(steps(folder), 80), worst_error(steps(folder))) <= 1.02 * best
+    assert found["pinned"] == [80]
+
+
+def test_pin_alone_removes_nothing_and_unpin_takes_it_back(folder, capsys):
+    assert pruned(folder, capsys, "--pin", "20,30", "--pin", "110")["pinned"] == [20, 30, 110]
+    found = pruned(folder, capsys, "--unpin", "20,30")
+    assert (found["pinned"], found["thinning"]) == ([110], None)
+    assert SnapshotStore(folder).pins() == {(110, RUN)}
+    assert steps(folder) == list(STEPS)
+    assert pruned(folder, capsys, "--keep", 2)["thinning"]["kept"] == [110, 200]
+
+
+def test_pin_of_another_history_stays(folder, capsys):
+    write_run(folder, LAYOUT, [20, 25], run=LATER)
+    SnapshotStore(folder).pin(20, LATER)
+    pruned(folder, capsys, "--run", RUN, "--pin", "20")
+    pruned(folder, capsys, "--run", RUN, "--unpin", "20")
+    assert SnapshotStore(folder).pins() == {(20, LATER)}
+
+
+# What is left alone
+
+
+def test_prune_touches_its_own_history_only(folder, capsys):
+    write_run(folder, LAYOUT, [120, 130, 140, 160], run=LATER, lineage=[(RUN, 110), (LATER, None)])
+    write_run(folder, LAYOUT, [5, 6], run=OTHER)
+    (folder / f"step-{170:012d}-{LATER}").mkdir()
+    damage(snapshot_file(folder, 5), at=0.001)
+    before = content(folder)
+    found = pruned(folder, capsys, "--keep", 3)
+    assert len(steps(folder)) == 3
+    assert steps(folder)[-1] == 160
+    gone = {name.split("/")[0] for name in before.keys() - content(folder).keys()}
+    members = {f"step-{step:012d}-{RUN}" for step in STEPS if step <= 110}
+    members |= {f"step-{step:012d}-{LATER}" for step in (120, 130, 140, 160)}
+    assert gone < members
+    told = {(each["what"], each["count"], each["run"]) for each in found["left_alone"]}
+    assert told == {
+        ("of another future", 2, RUN),
+        ("of an unrelated run", 1, OTHER),
+        ("incomplete", 1, None),
+        ("damaged", 1, None),
+    }
+
+
+def test_run_chooses_the_history(folder, capsys):
+    write_run(folder, LAYOUT, [15, 25, 35], run=LATER)
+    found = pruned(folder, capsys, "--keep", 2, "--run", RUN)
+    assert found["run"] == RUN
+    assert len(steps(folder, RUN)) == 2
+    assert steps(folder) == [15, 25, 35]
+
+
+def test_everything_left_alone_has_a_line_with_what_to_do(folder, capsys):
+    write_run(folder, LAYOUT, [15], run=LATER)
+    (folder / f"step-{170:012d}-{RUN}").mkdir()
+    assert cli.main(["prune", str(folder), "--keep", "2", "--run", RUN, "--dry-run"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"1 snapshot of an unrelated run ({LATER}); --run {LATER} prunes them" in out
+    assert "nitrous-ema inspect" in out
+
+
+@pytest.mark.parametrize(("closed", "told"), [(False, "is still being written"), (True, "")])
+def test_run_that_is_still_written_is_told_and_allowed(tmp_path, capsys, closed, told):
+    me = psutil.Process()
+    trainer = {"host": socket.gethostname(), "pid": me.pid, "started": me.create_time()}
+    write_run(tmp_path, LAYOUT, STEPS, run=RUN, trainer=trainer)
+    if closed:
+        SnapshotStore(tmp_path).close_run(RUN)
+    assert cli.main(["prune", str(tmp_path), "--keep", "3"]) == 0
+    out = capsys.readouterr().out
+    assert (told or "note: errors are") in out
+    assert ("is still being written" in out) is not closed
+    assert len(steps(tmp_path)) == 3
+
+
+# In order
+
+
+def test_dry_run_changes_nothing(folder, capsys):
+    before = content(folder)
+    found = pruned(folder, capsys, "--keep", 3, "--pin", "80", "--dry-run")
+    assert content(folder) == before
+    assert found["pinned"] == [80]
+    assert 80 in found["thinning"]["kept"]
+    assert cli.main(["prune", str(folder), "--keep", "3", "--dry-run"]) == 0
+    assert "nothing was changed" in capsys.readouterr().out
+    assert content(folder) == before
+
+
+def test_hidden_files_stay_readable_during_the_grace(folder, capsys, monkeypatch):
+    """Pins are there by then; the listing has forgotten what goes; its bytes are still on the disk."""
+    before = {path.read_bytes() for path in folder.rglob("*.safetensors")}
+    waited = []
+
+    def wait(seconds):
+        waited.append(seconds)
+        assert SnapshotStore(folder).pins() == {(40, RUN)}
+        assert len(steps(folder)) == 4
+        assert {path.read_bytes() for path in folder.rglob("*.safetensors")} == before
+
+    monkeypatch.setattr(prune.time, "sleep", wait)
+    pruned(folder, capsys, "--keep", 4, "--pin", 40, "--grace", 90)
+    assert waited == [90]
+    assert len(list(folder.rglob("*.safetensors"))) == 4
+
+
+def test_pins_come_first_then_hiding_then_removal(folder, capsys, monkeypatch):
+    calls = []
+
+    def record(name):
+        call = getattr(SnapshotStore, name)
+        monkeypatch.setattr(SnapshotStore, name, lambda *arguments: calls.append(name) or call(*arguments))
+
+    for name in ("unpin", "pin", "hide", "remove_hidden"):
+        record(name)
+    pruned(folder, capsys, "--pin", "20,30")
+    pruned(folder, capsys, "--keep", 4, "--pin", "40", "--unpin", "20,30")
+    assert calls == ["pin", "pin", "unpin", "unpin", "pin", "hide", "remove_hidden"]
+
+
+def test_newest_snapshot_that_is_damaged_can_be_left_out(folder, capsys):
+    damage(snapshot_file(folder, 200), at=0.001)
+    assert pruned(folder, capsys, "--keep", 3, "--exclude", 200)["thinning"]["kept"][-1] == 150
+    assert snapshot_file(folder, 200).exists()
+
+
+def test_next_prune_removes_what_an_interrupted_one_left(folder, capsys, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prune.time, "sleep", interrupt)
+    assert cli.main(["prune", str(folder), "--keep", "4", "--grace", "5"]) == 130
+    capsys.readouterr()
+    assert len(SnapshotStore(folder).hidden()) == 5
+    found = pruned(folder, capsys, "--keep", 4)
+    assert (found["bytes_hidden"], found["bytes_removed"] > 0) == (0, True)
+    assert SnapshotStore(folder).hidden() == []
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        ([], 2, "how much is to stay"),
+        (["--keep", "0"], 2, "at least 1"),
+        (["--keep", "x"], 2, "at least 1"),
+        (["--keep", "2", "--budget", "1GB"], 2, "not allowed with"),
+        (["--keep", "2", "--pin", "20,40"], 2, "the newest and the 2 pinned ones stay"),
+        (["--budget", "100"], 2, "the budget of 100 bytes holds 0 snapshots"),
+        (["--budget", "much"], 2, "amount"),
+        (["--error", "0"], 2, "above 0"),
+        (["--error", "nan"], 2, "above 0"),
+        (["--keep", "3", "--sigma-rel", "0.2-0.1"], 2, "0.1-0.2"),
+        (["--keep", "3", "--sigma-rel", "0.2-0.4"], 2, "0.2887"),
+        (["--keep", "3", "--sigma-rel", "0.2"], 2, "such as 0.03-0.25"),
+        (["--keep", "3", "--pin", "x"], 2, "list of steps"),
+        (["--keep", "3", "--pin", "70"], 3, "60 and 80"),
+        (["--keep", "3", "--unpin", "500"], 3, "200"),
+        (["--keep", "3", "--grace", "-1"], 2, "seconds"),
+        (["--keep", "3", "--run", NEWEST], 3, RUN.partition("-")[0]),  # what stands behind that is random
+        (["--keep", "3", "--exclude", ",".join(map(str, STEPS))], 3, "no snapshot"),
+    ],
+)
+def test_refused_prune_changes_nothing(folder, capsys, arguments, status, told):
+    before = content(folder)
+    assert cli.main(["prune", str(folder), *arguments]) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert told in err
+    assert content(folder) == before
+
+
+def test_damaged_member_is_refused_until_it_is_excluded(folder, capsys):
+    for step in (30, 40):
+        damage(snapshot_file(folder, step), at=0.001)
+    before = content(folder)
+    assert cli.main(["prune", str(folder), "--keep", "3"]) == 4
+    err = capsys.readouterr().err
+    assert "--exclude 30" in err
+    assert "1 more" in err
+    assert cli.main(["prune", str(folder), "--keep", "3", "--exclude", "30"]) == 4
+    assert content(folder) == before
+    found = pruned(folder, capsys, "--keep", 3, "--exclude", "30,40")
+    assert found["excluded"] == [30, 40]
+    assert snapshot_file(folder, 30).exists()
+    assert snapshot_file(folder, 40).exists()
+    assert not {30, 40} & set(found["thinning"]["steps"])
+
+
+def test_folder_of_another_library_is_refused(tmp_path, capsys):
+    (tmp_path / "0.100.pt").write_bytes(b"x")
+    assert cli.main(["prune", str(tmp_path), "--keep", "3"]) == 2
+    err = capsys.readouterr().err
+    assert "ema-pytorch" in err
+    assert "nothing was changed" in err
+
+
+def test_text_and_json_say_the_same(folder, capsys):
+    found = pruned(folder, capsys, "--keep", 4, "--dry-run")
+    assert cli.main(["prune", str(folder), "--keep", "4", "--dry-run"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for length in found["thinning"]["targets"][-1]["lengths"]:
+        assert length["wanted"] == (0.049999 < length["sigma_rel"] < 0.250001)
+    assert f"run {RUN}" in out
+    assert "4 of 9 steps stay" in out
+    for warning in found["thinning"]["warnings"]:
+        assert warning in out

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from nitrous_ema.cli.prune_plan import PrunePlan, PruneTarget, lines, plan_pruning
+from nitrous_ema.errors import SnapshotMismatch
+from nitrous_ema.posthoc import synthesis_report
+from nitrous_ema.profile import sigma_rel_to_gamma
+from nitrous_ema.snapshots.snapshot import Snapshot
+from tests.support.snapshot_folders import layout_of, record, run_id, write_snapshot
+
+LAYOUT = layout_of([record("w", (2,))])
+STEPS = (10, 20, 30, 40, 60, 80, 110, 150, 200)
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(steps=STEPS, times=None, layout=LAYOUT) -> list[Snapshot]:
+        zeros = [np.zeros(2)] * len(layout.gammas)
+        times = times or steps
+        return [write_snapshot(tmp_path, layout, step, zeros, run=run_id(), t=t) for step, t in zip(steps, times)]  # noqa: B905
+
+    return write
+
+
+def worst_error(steps, target: int, sigma_rels=(0.05, 0.25)) -> float:
+    """By the report on a synthesis from these steps, at more lengths than anybody looks at."""
+    steps = [step for step in steps if step <= target]
+    lengths = np.geomspace(*sigma_rels, 60)
+    t_i, gamma_i = np.repeat(np.array(steps, float), 2), np.tile(LAYOUT.gammas, len(steps))
+    report = synthesis_report(t_i, gamma_i, np.full(60, float(target)), sigma_rel_to_gamma(lengths))
+    return report.profile_error.max()
+
+
+def subsets(size: int, *fixed: int):
+    return [each for each in combinations(STEPS, size) if {STEPS[-1], *fixed} <= set(each)]
+
+
+@pytest.mark.parametrize("keep", [2, 4, 6, 8])
+def test_no_other_set_of_the_size_is_better(written, keep):
+    found = plan_pruning(written(), (), PruneTarget(keep=keep, sigma_rels=(0.05, 0.25)))
+    best = min(worst_error(each, 200) for each in subsets(keep))
+    assert len(found.kept) == keep
+    assert worst_error(found.kept, 200) <= best * 1.02
+    assert found.described()["lower_bound"]["value"] <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("error", [0.5, 0.3, 0.2])
+def test_no_smaller_set_has_the_error(written, error):
+    found = plan_pruning(written(), (), PruneTarget(error=error, sigma_rels=(0.05, 0.2)))
+    assert worst_error(found.kept, 200, (0.05, 0.2)) <= error * 1.001
+    smaller = subsets(len(found.kept) - 1)
+    assert all(worst_error(each, 200, (0.05, 0.2)) > error for each in smaller)
+    bound = found.described()["lower_bound"]
+    assert bound["of"] == "steps"
+    assert bound["value"] <= len(found.kept)
+
+
+def test_pinned_step_keeps_what_it_needs_as_a_target(written):
+    found = plan_pruning(written(), [80], PruneTarget(keep=5, sigma_rels=(0.05, 0.25)))
+
+    def worst(steps) -> float:
+        return max(worst_error(steps, 80), worst_error(steps, 200))
+
+    assert {80, 200} <= found.kept
+    assert worst(found.kept) <= 1.02 * min(map(worst, subsets(5, 80)))
+    assert [target["step"] for target in found.described()["targets"]] == [80, 200]
+
+
+def test_errors_told_are_those_of_a_synthesis(written):
+    found = plan_pruning(written(), [110], PruneTarget(keep=5))
+    for target in found.described()["targets"]:
+        for length in target["lengths"]:
+            for when, steps in (("error_before", STEPS), ("error_after", found.kept)):
+                one = worst_error(sorted(steps), target["step"], (length["sigma_rel"], length["sigma_rel"]))
+                assert length[when] == pytest.approx(one, rel=1e-6, abs=1e-9)
+
+
+def test_budget_is_a_number_of_the_largest_snapshots(written):
+    snapshots = written()
+    largest = max(each.bytes for each in snapshots)
+    for budget, number in ((4 * largest, 4), (5 * largest - 1, 4), (5 * largest, 5)):
+        found = plan_pruning(snapshots, (), PruneTarget(budget_bytes=budget))
+        assert len(found.kept) == number
+        assert found.described()["bytes_after"] <= budget
+
+
+@pytest.mark.parametrize("wish", [PruneTarget(keep=2), PruneTarget(budget_bytes=9_999)])
+def test_less_room_than_for_what_stays_in_any_case_is_refused(written, wish):
+    with pytest.raises(ValueError, match=r"2 snapshots, but the newest and the 2 pinned ones stay"):
+        plan_pruning(written(), [20, 40], wish)
+
+
+def test_snapshots_of_one_time_are_one_unless_pinned(written):
+    """An EMA that is frozen, or is written between two updates, has the same averages at several steps."""
+    snapshots = written(times=(10, 20, 30, 40, 40, 40, 110, 150, 200))
+    assert plan_pruning(snapshots, (), PruneTarget(keep=9)).kept == {10, 20, 30, 80, 110, 150, 200}
+    found = plan_pruning(snapshots, [40, 60], PruneTarget(keep=6))
+    assert {40, 60, 200} <= found.kept
+    assert 80 not in found.kept
+    assert len(found.kept) == 6
+
+
+def test_different_profiles_are_refused(written):
+    snapshots = [*written([10]), *written([20, 30], layout=layout_of([record("w", (2,))], sigma_rels=(0.03, 0.1)))]
+    with pytest.raises(SnapshotMismatch, match="--exclude 10"):
+        plan_pruning(snapshots, (), PruneTarget(keep=2))
+
+
+# In words
+
+
+def told(found: PrunePlan) -> str:
+    return " ".join(" ".join(lines(found.described())).split())
+
+
+def test_words_say_what_stays_what_goes_and_what_is_lost(written):
+    found = plan_pruning(written(), [30], PruneTarget(keep=4, sigma_rels=(0.05, 0.2)))
+    text = told(found)
+    assert "4 of 9 steps stay" in text
+    assert "(pinned 30)" in text
+    assert "No 4 of these steps have a worst error in the wanted range below" in text
+    assert "step 30, which is pinned" in text
+    assert "guided EDM2 models had their best at 0.015 to 0.045" in text
+    for length in found.described()["targets"][-1]["lengths"]:
+        if not length["wanted"]:
+            assert f" {length['sigma_rel']:.3g} " in text
+
+
+def test_words_for_an_error_name_the_least_number(written):
+    found = plan_pruning(written(), (), PruneTarget(error=0.2, sigma_rels=(0.05, 0.2)))
+    least = round(found.described()["lower_bound"]["value"])
+    assert f"No fewer than {least} steps give the wanted lengths within 20.0 %; these are {len(found.kept)}" in told(
+        found
+    )
+
+
+def test_error_that_not_all_steps_reach_is_told(written):
+    found = plan_pruning(written(), (), PruneTarget(error=1e-9, sigma_rels=(0.06, 0.2)))
+    assert "as near to that as all steps do" in told(found)
+    assert "Not even all steps" in told(found)

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+
+from nitrous_ema.cli.terminal import columns, elided, percent, segments
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (0.0, "< 0.0001 %"),
+        (9e-7, "< 0.0001 %"),
+        (1.234567e-6, "0.000123 %"),
+        (0.00012345, "0.0123 %"),
+        (0.0123, "1.23 %"),
+        (0.1679, "16.8 %"),
+        (0.99999, "100.0 %"),
+        (1.5, "150 %"),
+        (12.345, "1230 %"),
+    ],
+)
+def test_errors_are_percentages_of_three_digits(error, text):
+    assert percent(error) == text
+
+
+@pytest.mark.parametrize("error", [0.01239, 1e-6, 0.9999, 0.0])
+def test_bound_is_never_told_larger_than_it_is(error):
+    assert float(percent(error, rounded_down=True).removesuffix(" %")) <= 100 * error
+
+
+def test_columns_are_aligned():
+    first, second = columns([["a", "bbb", "note"], ["ccc", "d", ""]])
+    assert (first, second) == ("    a   bbb   note", "  ccc     d")
+
+
+def test_long_tables_keep_their_ends_and_say_what_is_missing():
+    rows = [[str(number), "x"] for number in range(10)]
+    assert elided(rows, most=10, word="more") == rows
+    short = elided(rows, most=4, word="(--all)")
+    assert [row[0] for row in short] == ["0", "1", "...", "8", "9"]
+    assert short[2][1] == "6 more (--all)"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "text"),
+    [
+        ({1, 5}, "1, 5"),
+        ({1, 2, 5}, "1, 2, 5"),
+        ({2, 3, 5}, "2 to 5 (3)"),
+        (set(), "none"),
+        ({1, 3, 5, 8}, "1, 3 to 8 (3)"),
+    ],
+)
+def test_neighbours_are_drawn_together(chosen, text):
+    assert segments([1, 2, 3, 5, 8], frozenset(chosen)) == text

@@ -1,0 +1,489 @@
+"""The bytes of snapshot files. Oracles: the safetensors package, numpy and torch; headers forged byte by byte."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tracemalloc
+import zlib
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nitrous_ema._base.dtypes import DTYPE_BYTES
+from nitrous_ema.errors import SnapshotDamaged
+from nitrous_ema.snapshots import header as format_module
+from nitrous_ema.snapshots.header import Stamp, decode_header, encode_header, header_bytes, header_end
+from nitrous_ema.snapshots.layout import Layout, Span, TensorRecord
+from nitrous_ema.snapshots.names import folder_name, new_run_id, parse_folder_name, parse_rank_file_name, rank_file_name
+
+RUN = "20261122T101530.123456-1a2b3c4d"
+OLDER = "20261101T000000.000000-00000000"
+PATH = Path("/snapshots") / folder_name(1000, RUN) / rank_file_name(0, 1)
+
+
+def record(name="a", dtype="F32", shape=(3, 5), role="averaged", **more):
+    return TensorRecord(**{"name": name, "keys": (name,), "dtype": dtype, "shape": shape, "role": role, **more})
+
+
+def layout_of(*records, profiles=2, **more):
+    sigma_rels = tuple(0.05 + 0.01 * i for i in range(profiles))
+    return Layout(records=records, gammas=tuple(6.0 + i for i in range(profiles)), sigma_rels=sigma_rels, **more)
+
+
+def stamp(**more):
+    return Stamp(
+        **{
+            "step": 1000,
+            "t": 1000,
+            "t_first": 1,
+            "run": RUN,
+            "lineage": ((OLDER, 500), (RUN, None)),
+            "trainer": {"host": "h", "pid": 3, "started": 1.5},
+            "created_ns": 1_700_000_000_000_000_000,
+            "library_version": "1.0.0",
+        }
+        | more
+    )
+
+
+MIXED = (
+    record("a.weight", "BF16", (3, 5)),
+    record("tied", keys=("tied", "also.tied"), shape=(2,)),
+    record("complex", "C64", (2, 3)),
+    record("none", shape=(0, 4)),
+    record("scalar", shape=()),
+    record("num_batches", "I64", (), "copied"),
+    record("mask", "BOOL", (3,), "copied"),
+    record("half", "BF16", (3,), "copied", persistent=False),
+    record("ünï.__metadata__", "F64", (3,), "copied"),
+    record("phase", "C64", (2,), "copied"),
+    record("no numbers", "I32", (0,), "copied"),
+    record("left.out", "C128", (7,), "skipped"),
+)
+
+
+def file_of(layout, stamped, fill=None):
+    """A whole snapshot file: header and pseudorandom data."""
+    data = np.random.default_rng(0).integers(0, 256, layout.data_bytes, np.uint8) if fill is None else fill
+    crc32 = [zlib.crc32(data[begin:end]) for begin, end in layout.chunks]
+    return encode_header(layout, stamped, crc32) + data.tobytes(), data
+
+
+def decode(blob, file_bytes=None):
+    return decode_header(blob, path=PATH, file_bytes=len(blob) if file_bytes is None else file_bytes)
+
+
+def parts(blob):
+    """JSON of a header, without its padding."""
+    return blob[8 : 8 + int.from_bytes(blob[:8], "little")].rstrip(b" ")
+
+
+def sign(text, size=None):
+    """A header with any JSON text and a right checksum."""
+    size = size or -(-(8 + len(text)) // 4096) * 4096
+    blob = (size - 8).to_bytes(8, "little") + text.ljust(size - 8)
+    at = blob.index(b'"header_crc32":"') + 16
+    blob = blob[:at] + b"00000000" + blob[at + 8 :]
+    return blob[:at] + b"%08x" % zlib.crc32(blob) + blob[at + 8 :]
+
+
+# What other readers see
+
+
+def test_safetensors_reads_every_kind_of_tensor(tmp_path):
+    layout = layout_of(*MIXED, chunk_bytes=64)
+    content, data = file_of(layout, stamp())
+    (tmp_path / "file").write_bytes(content)
+    tensors = safetensors.torch.load_file(tmp_path / "file")
+    assert set(tensors) == {
+        *(f"ema{i}.{name}" for i in (0, 1) for name in ("a.weight", "tied", "complex", "none", "scalar")),
+        *(f"model.{n}" for n in ("num_batches", "mask", "half", "ünï.__metadata__", "phase", "no numbers")),
+        *(["padding"] if layout.padding_bytes else []),
+    }
+    floats = data[: layout.sections[0].end].view(np.float32)
+    assert tensors["ema0.a.weight"].numpy().tobytes() == floats[:15].tobytes()
+    assert tensors["ema0.complex"].shape == (2, 3, 2)
+    assert tensors["ema0.complex"].numpy().tobytes() == floats[17:29].tobytes()
+    assert tensors["ema0.none"].shape == (0, 4)
+    assert tensors["ema0.scalar"].shape == ()
+    assert tensors["model.half"].dtype == torch.bfloat16
+    assert tensors["model.ünï.__metadata__"].dtype == torch.float64
+    assert tensors["model.phase"].shape == (2, 2)
+    for entry in layout.entries:
+        stored = tensors[entry.name].contiguous().view(-1).view(torch.uint8).numpy()
+        assert stored.tobytes() == data[entry.begin : entry.end].tobytes(), entry.name
+
+
+def test_safetensors_reads_the_facts(tmp_path):
+    layout = layout_of(*MIXED)
+    (tmp_path / "file").write_bytes(file_of(layout, stamp(t=12.5))[0])
+    with safetensors.safe_open(tmp_path / "file", "numpy") as file:
+        facts = file.metadata()
+    names = "format_version library_version step t gammas sigma_rels rank world_size run lineage t_first trainer "
+    names += "checkpoint_dtype layout_sha256 tensors chunk_bytes crc32 header_crc32 created_ns"
+    assert " ".join(sorted(facts)) == " ".join(sorted(names.split(" ")))
+    assert (facts["step"], facts["t"], facts["run"]) == ("1000", "12.5", RUN)
+    assert json.loads(facts["lineage"]) == [[OLDER, 500], [RUN, None]]
+    assert json.loads(facts["gammas"]) == [6.0, 7.0]
+    assert json.loads(facts["tensors"])[1] == [["tied", "also.tied"], "F32", "averaged", True, [2]]
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F64", "F16", "BF16"])
+def test_averages_have_the_type_that_was_asked_for(tmp_path, dtype):
+    layout = layout_of(record(shape=(5,)), record("n", "F64", (2,), "copied"), checkpoint_dtype=dtype)
+    content, data = file_of(layout, stamp())
+    (tmp_path / "file").write_bytes(content)
+    average = safetensors.torch.load_file(tmp_path / "file")["ema1.a"]
+    expected = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    assert average.dtype == expected
+    assert (
+        average.view(torch.uint8).numpy().tobytes()
+        == data[5 * DTYPE_BYTES[dtype] :][: 5 * DTYPE_BYTES[dtype]].tobytes()
+    )
+
+
+def test_misaligned_section_of_copied_tensors_is_padded(tmp_path):
+    layout = layout_of(record(shape=(1,)), record("n", "F64", (2,), "copied"), profiles=1)
+    assert layout.sections == (Span(0, 4), Span(4, 24))
+    assert layout.copied_spans == (Span(8, 24),)
+    (tmp_path / "file").write_bytes(file_of(layout, stamp())[0])
+    assert safetensors.torch.load_file(tmp_path / "file")["padding"].shape == (4,)
+
+
+# Layouts
+
+shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+stored = st.one_of(
+    st.tuples(st.sampled_from(("F32", "BF16", "F64", "C64")), shapes, st.just("averaged")),
+    st.tuples(st.sampled_from(sorted(DTYPE_BYTES)), shapes, st.just("copied")),
+    st.tuples(st.just("anything"), shapes, st.just("skipped")),
+)
+names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=8)
+
+
+@st.composite
+def layouts(draw):
+    described = draw(st.lists(stored, max_size=6))
+    keys = draw(st.lists(names, min_size=len(described), max_size=len(described), unique=True))
+    records = [record(key, *facts, persistent=draw(st.booleans())) for key, facts in zip(keys, described, strict=True)]
+    dtype = draw(st.sampled_from(("F32", "F64", "F16", "BF16")))
+    chunk_bytes = 2 ** draw(st.integers(4, 10))
+    return layout_of(*records, profiles=draw(st.integers(1, 3)), checkpoint_dtype=dtype, chunk_bytes=chunk_bytes)
+
+
+@given(layouts())
+@settings(max_examples=60, deadline=None)
+def test_entries_and_chunks_cover_the_data_without_gaps_and_aligned(layout):
+    position = 0
+    for entry in layout.entries:
+        assert entry.begin == position
+        assert entry.begin % DTYPE_BYTES[entry.dtype] == 0
+        position += int(np.prod(entry.shape)) * DTYPE_BYTES[entry.dtype]
+        assert entry.end == position
+    assert layout.data_bytes == position
+    assert [end for _, end in layout.chunks[:-1]] == [begin for begin, _ in layout.chunks[1:]]
+    covered = [position for span in layout.chunks for position in (span.begin, span.end)]
+    assert (covered[0], covered[-1]) == (0, position) if covered else position == 0
+    for section in layout.sections:  # each is cut anew
+        own = [span for span in layout.chunks if section.begin <= span.begin < section.end]
+        assert all(end - begin == layout.chunk_bytes for begin, end in own[:-1])
+        assert (own[0].begin, own[-1].end) == section if own else section.begin == section.end
+
+
+@given(layouts())
+@settings(max_examples=60, deadline=None)
+def test_file_of_any_layout_is_valid_safetensors_and_decodes_to_itself(layout):
+    content, data = file_of(layout, stamp())
+    tensors = dict(safetensors.deserialize(content))
+    assert {name: (t["dtype"], tuple(t["shape"]), bytes(t["data"])) for name, t in tensors.items()} == {
+        e.name: (e.dtype, e.shape, data[e.begin : e.end].tobytes()) for e in layout.entries
+    }
+    header = decode(content)
+    assert (header.layout, header.stamp) == (layout, stamp())
+    assert header.data_begin + layout.data_bytes == header.file_bytes == len(content)
+    assert header.data_begin % 4096 == 0
+
+
+def test_profile_sections_hold_averaged_tensors_in_file_order():
+    layout = layout_of(*MIXED)
+    assert [r.name for r in layout.averaged] == ["a.weight", "tied", "complex", "none", "scalar"]
+    assert layout.average_spans == ((0, 15), (15, 17), (17, 29), (29, 29), (29, 30))
+    assert layout.average_elements == 30
+    assert layout.sections[:2] == ((0, 120), (120, 240))
+
+
+def test_digest_tells_layouts_apart_and_nothing_else():
+    layout = layout_of(*MIXED)
+    others = [
+        layout_of(*MIXED[::-1]),
+        layout_of(*MIXED, profiles=1),
+        layout_of(*MIXED, checkpoint_dtype="F64"),
+        layout_of(*MIXED, chunk_bytes=2**20),
+        layout_of(*MIXED[1:], dataclasses.replace(MIXED[0], persistent=False)),
+    ]
+    assert layout.sha256 == layout_of(*MIXED).sha256
+    assert len({layout.sha256, *(other.sha256 for other in others)}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: record(dtype="F33"), "expected one of"),
+        (lambda: record(dtype="I64"), "only floating tensors are averaged"),
+        (lambda: record(keys=("b", "a")), "the first one being its own"),
+        (lambda: record(shape=(-1,)), "expected up to 64 sizes"),
+        (lambda: record(shape=(1,) * 65), "expected up to 64 sizes"),
+        (lambda: record(shape=(True,)), "expected up to 64 sizes"),
+        (lambda: record(role="lost"), "has role 'lost'"),
+        (lambda: record("\ud800"), "not valid Unicode"),
+        (lambda: layout_of(record(), record()), "names two tensors"),
+        (lambda: layout_of(record(), record("b", keys=("b", "a"))), "'a' names two tensors"),
+        (lambda: layout_of(record(), checkpoint_dtype="I8"), "averages are stored as one of"),
+        (lambda: layout_of(record(), chunk_bytes=100), "expected a power of two"),
+        (lambda: layout_of(record(), profiles=0), "expected one each per profile"),
+        (lambda: Layout(records=(), gammas=(1,), sigma_rels=(0.1,)), "gammas is"),
+        (lambda: Layout(records=(), gammas=(float("inf"),), sigma_rels=(0.1,)), "finite"),
+        (lambda: layout_of(record(shape=(2**40,))), "more than 131072 chunks"),
+        (lambda: stamp(step=0), "step is 0"),
+        (lambda: stamp(t=float("nan")), "t is nan"),
+        (lambda: stamp(t_first=1001), "t_first is 1001"),
+        (lambda: stamp(rank=1), "rank is 1 of 1"),
+        (lambda: stamp(run="run", lineage=(("run", None),)), "expected one from new_run_id"),
+        (lambda: stamp(lineage=((RUN, 5),)), "the last one being"),
+        (lambda: stamp(lineage=()), "the last one being"),
+        (lambda: stamp(lineage=((RUN, 5), (RUN, None))), "a different run id in each"),
+        (lambda: stamp(lineage=((OLDER, 0), (RUN, None))), "to be positive"),
+        (lambda: stamp(trainer={"host": [1]}), "trainer is"),
+    ],
+)
+def test_impossible_facts_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# Headers
+
+
+def test_header_size_is_known_before_its_numbers_are():
+    layout = layout_of(*MIXED, chunk_bytes=16)
+    size = header_bytes(layout, stamp())
+    tiny = stamp(step=1, t=1, created_ns=0)
+    huge = stamp(
+        step=10**18 - 1,
+        t=-(-(2**63) // 1) - 1,
+        t_first=2.2250738585072014e-308,
+        rank=10**9 - 2,
+        world_size=10**9 - 1,
+        created_ns=2**63 - 1,
+    )
+    assert len(encode_header(layout, tiny, [0] * len(layout.chunks))) == size
+    assert len(encode_header(layout, huge, [2**32 - 1] * len(layout.chunks))) == size
+
+
+def test_header_of_version_1_has_exactly_these_bytes():
+    """Files of this version must be readable for ever: a change that breaks this needs a new format version."""
+    layout = layout_of(*MIXED, chunk_bytes=64)
+    blob = encode_header(layout, stamp(), range(len(layout.chunks)))
+    assert parts(blob).startswith(b'{"__metadata__":{"header_crc32":"')
+    assert len(blob) == 4096
+    assert hashlib.sha256(blob).hexdigest() == "6f59d743219cb5988941e8b9a1b23d65aedd9edf8024f89673b153a23726a13f"
+
+
+def test_large_header_stays_compact():
+    layout = layout_of(*(record(f"blocks.{i}.attn.qkv.weight", shape=(64, 64)) for i in range(2000)))
+    assert header_bytes(layout, stamp()) < 600_000
+
+
+def test_header_beyond_what_readers_accept_is_refused_before_writing(monkeypatch):
+    monkeypatch.setattr(format_module, "MAX_HEADER_VALUES", 50)
+    with pytest.raises(ValueError, match="Track fewer tensors"):
+        header_bytes(layout_of(*MIXED), stamp())
+
+
+def test_checksums_must_be_one_per_chunk():
+    with pytest.raises(ValueError, match="0 checksums; the layout has 2 chunks"):
+        encode_header(layout_of(record()), stamp(), [])
+
+
+WHOLE = file_of(layout_of(*MIXED, chunk_bytes=64), stamp())[0]
+DATA_BEGIN = header_bytes(layout_of(*MIXED, chunk_bytes=64), stamp())
+
+
+@given(st.integers(0, DATA_BEGIN * 8 - 1))
+@settings(max_examples=300, deadline=None)
+def test_flipped_bit_anywhere_in_a_header_is_damage(bit):
+    blob = bytearray(WHOLE)
+    blob[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(SnapshotDamaged, match="rank-00000-of-00001") as caught:
+        decode(bytes(blob))
+    assert (caught.value.path, caught.value.step, caught.value.chunk) == (PATH, 1000, None)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 8, 9, 50, 4095, DATA_BEGIN - 1, DATA_BEGIN, len(WHOLE) - 1, len(WHOLE) + 1])
+def test_file_of_another_length_is_damage(kept):
+    with pytest.raises(SnapshotDamaged, match="is damaged"):
+        decode((WHOLE + b"\0")[:kept])
+
+
+@pytest.mark.parametrize("length", [0, 1, 4088 - 1, 4088 + 8, 2**32 - 8, 100_007_936 - 8, 2**63, 2**64 - 8])
+def test_absurd_header_length_is_refused_before_anything_is_read(length):
+    with pytest.raises(SnapshotDamaged, match="length is given as"):
+        header_end(length.to_bytes(8, "little"), path=PATH, file_bytes=10**9)
+
+
+def forged_texts():
+    """Right in all but one thing, and signed."""
+    text = parts(WHOLE)
+    once = b'"ema0.tied":{"dtype":"F32","shape":[2],"data_offsets":[60,68]}'
+    assert once in text
+    first_crc32 = text[text.index(b'"crc32":"[') :].partition(b",")[0] + b","
+    tensors = text[text.index(b'"tensors":') : text.index(b'"},"ema0') + 1]
+    yield "garbage", b'{"__metadata__":{"header_crc32":"00000000"' + b"\xff" * 50
+    yield "no metadata", b'{"x":1,"header_crc32":"00000000"}'
+    yield "not an object", b'["header_crc32":"00000000"]'
+    yield "newer version", text.replace(b'"format_version":"1"', b'"format_version":"2"')
+    yield "no version", text.replace(b'"format_version":"1",', b"")
+    yield "no layout", text.replace(b'"layout_sha256"', b'"layout_sha257"')
+    yield "other digest", text.replace(b'"layout_sha256":"', b'"layout_sha256":"0')
+    yield "overlap", text.replace(once, once.replace(b"60,68", b"56,64"))
+    yield "hole", text.replace(once, once.replace(b"60,68", b"61,69"))
+    yield "boolean offset", text.replace(once, once.replace(b"60,68", b"60,true"))
+    yield "entry twice", text.replace(once, once + b"," + once)
+    yield "entry missing", text.replace(b"," + once, b"")
+    yield "foreign entry", text.replace(once, once + b',"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}')
+    yield "other name", text.replace(b'"ema0.tied"', b'"ema0.wild"')
+    yield "other dtype", text.replace(once, once.replace(b"F32", b"I32"))
+    yield "metadata twice", text[:-1] + b',"__metadata__":{}}'
+    yield "fact twice", text.replace(b'"step":"1000"', b'"step":"1000","step":"1000"')
+    yield "foreign fact", text.replace(b'"step":"1000"', b'"step":"1000","note":"x"')
+    yield "fact missing", text.replace(b'"step":"1000",', b"")
+    yield "trailing", text + b"{}"
+    yield "spaces inside", text.replace(b'"step":', b'"step" :')
+    for found, put in (
+        (b'"step":"1000"', [b'"step":1000', b'"step":"1e3"', b'"step":"-1"', b'"step":"01000"', b'"step":" 1000"']),
+        (
+            b'"step":"1000"',
+            [b'"step":"' + b"9" * 10_000 + b'"', b'"step":null', b'"step":Infinity', b'"step":[]', b'"step":{}'],
+        ),
+        (b'"t":"1000"', [b'"t":"NaN"', b'"t":"Infinity"', b'"t":"1e999"', b'"t":"[1]"', b'"t":"true"', b'"t":"1e3"']),
+        (b'"rank":"0"', [b'"rank":"1"', b'"rank":"x"']),
+        (b'"world_size":"1"', [b'"world_size":"0"', b'"world_size":"99999999999999"']),
+        (b'"chunk_bytes":"64"', [b'"chunk_bytes":"0"', b'"chunk_bytes":"1"', b'"chunk_bytes":"96"']),
+        (b'"checkpoint_dtype":"F32"', [b'"checkpoint_dtype":"F16"', b'"checkpoint_dtype":["F32"]']),
+        (b'"gammas":"[6.0,7.0]"', [b'"gammas":"[6.0]"', b'"gammas":"[6,7]"', b'"gammas":"{}"', b'"gammas":"["']),
+        (b'"gammas":"[6.0,7.0]"', [b'"gammas":"' + b"[" * 100_000 + b'"', b'"gammas":"[NaN,7.0]"', b'"gammas":"5"']),
+        (b'"run":"20261122', [b'"run":"../../../etc', b'"run":"20261123', b'"run":7,"x":"']),
+        (b'[\\"' + RUN.encode(), [b'[5,[\\"' + RUN.encode(), b'[\\"x']),
+        (tensors, [b'"tensors":"[]"', b'"tensors":"[[]]"', b'"tensors":"[5]"', b'"tensors":"{}"', b'"tensors":""']),
+        (tensors, [b'"tensors":"[[[],\\"F32\\",\\"averaged\\",true,[1]]]"', b'"tensors":"[[5,5,5,5,5]]"']),
+        (tensors, [b'"tensors":"[[{},\\"F32\\",\\"averaged\\",true,[1]]]"', b'"tensors":"' + b"[" * 100_000 + b'"']),
+        (tensors, [b'"tensors":"[[[\\"a\\"],\\"F32\\",\\"averaged\\",true,[4611686018427387904,1000000]]]"']),
+        (
+            first_crc32,
+            [b'"crc32":"[' + value + b"," for value in (b"true", b"1.0", b"-1", b"4294967296", b"null", b"[]")],
+        ),
+        (first_crc32, [b'"crc32":"[', first_crc32 + b"0,"]),
+        (b'"trainer":"{', [b'"trainer":"[', b'"trainer":"{\\"x\\":[],', b'"trainer":"{\\"x\\":NaN,']),
+        (b'"library_version":"1.0.0"', [b'"library_version":1', b'"library_version":"\\ud800"']),
+    ):
+        assert found in text, found
+        for number, replacement in enumerate(put):
+            if replacement != found:
+                yield f"{found[:20]!r} {number}", text.replace(found, replacement, 1)
+
+
+@pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in forged_texts()])
+def test_forged_header_is_damage_and_nothing_else(text):
+    blob = sign(text, max(4096, -(-(8 + len(text)) // 4096) * 4096))
+    with pytest.raises(SnapshotDamaged, match=r"is damaged: its header cannot be believed: .{10}"):
+        decode(blob + WHOLE[DATA_BEGIN:])
+
+
+def test_header_with_more_padding_than_is_ever_written_is_damage():
+    with pytest.raises(SnapshotDamaged, match="it has 8192 bytes, but for this layout 4096 are written"):
+        decode(sign(parts(WHOLE), 8192) + WHOLE[DATA_BEGIN:])
+
+
+@given(st.integers(1, len(parts(WHOLE))), st.integers(0, 60), st.binary(max_size=20))
+@settings(max_examples=300, deadline=None)
+def test_header_with_any_piece_replaced_and_signed_again_is_damage(begin, length, piece):
+    text = parts(WHOLE)
+    begin = min(len(text) - 1, begin + 50)
+    forged = text[:begin] + piece + text[begin + length :]
+    if forged.rstrip(b" ") == text:
+        return
+    with pytest.raises(SnapshotDamaged):
+        decode(sign(forged, 4096 * 2) + WHOLE[DATA_BEGIN:])
+
+
+@pytest.mark.parametrize("where", ["stamp", "layout"])
+def test_header_with_too_many_values_costs_little_memory(where):
+    values = b'"x":[' + b"[]," * 3_000_000 + b"[]]"
+    first, second = (values, b'"y":0') if where == "stamp" else (b'"y":0', values)
+    bomb = b'{"__metadata__":{"header_crc32":"00000000","format_version":"1",' + first
+    blob = sign(bomb + b',"layout_sha256":"",' + second + b"}}")
+    tracemalloc.start()
+    try:
+        with pytest.raises(SnapshotDamaged, match="cannot be believed"):
+            decode(blob)
+        assert tracemalloc.get_traced_memory()[1] < 5 * len(blob)
+    finally:
+        tracemalloc.stop()
+
+
+def test_layout_is_understood_once_for_all_snapshots_of_a_run():
+    layout = layout_of(*MIXED, chunk_bytes=32)
+    first, second = (decode(file_of(layout, stamp(step=step, t=step))[0]) for step in (1, 2))
+    assert first.layout is second.layout
+    assert (first.stamp.step, second.stamp.step) == (1, 2)
+
+
+# Names
+
+
+def test_run_ids_sort_by_time_and_tell_objects_of_one_moment_apart():
+    start = datetime(2026, 11, 22, 11, 15, 30, 123456, tzinfo=timezone(timedelta(hours=1)))
+    assert new_run_id(start).startswith("20261122T101530.123456-")
+    assert new_run_id(start) != new_run_id(start)
+    assert new_run_id(start) < new_run_id(start + timedelta(microseconds=1)) < new_run_id()
+    assert parse_folder_name(folder_name(7, new_run_id())) is not None
+
+
+@pytest.mark.parametrize("step", [1, 10**12 - 1, 10**12, 10**18 - 1])
+def test_folder_name_tells_step_and_run(step):
+    assert parse_folder_name(folder_name(step, RUN)) == (step, RUN)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"step-1-{RUN}",
+        f"step-0000000000001-{RUN}",
+        f"step-000000000001-{RUN}x",
+        f".step-000000000001-{RUN}",
+        f"step-000000000001-{RUN}\n",
+        f"step-00000000000\N{ARABIC-INDIC DIGIT ONE}-{RUN}",
+        ".trash-step-000000000001",
+        f"closed-{RUN}",
+        f"pin-1-{RUN}",
+    ],
+)
+def test_other_names_are_no_snapshots(name):
+    assert parse_folder_name(name) is None
+
+
+def test_rank_file_name_tells_rank_and_number_of_ranks():
+    assert rank_file_name(3, 8) == "rank-00003-of-00008.safetensors"
+    assert parse_rank_file_name(rank_file_name(123456, 1234567)) == (123456, 1234567)
+    for name in ("rank-0-of-1.safetensors", "rank-00001-of-00001.safetensors", ".rank-00000-of-00001.safetensors"):
+        assert parse_rank_file_name(name) is None

@@ -1,0 +1,409 @@
+"""What stays on disk as snapshots are written: which, until when, and whatever goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nitrous_ema.errors import NitrousWarning, SnapshotWriteError
+from nitrous_ema.posthoc.keep_rules import KeepAll, KeepBytes, KeepCount, KeepGeometric
+from nitrous_ema.snapshots.filesystem import FileSystem
+from nitrous_ema.snapshots.header import Stamp
+from nitrous_ema.snapshots.retention import RetainingWriter
+from nitrous_ema.snapshots.store import SnapshotStore
+from tests.support.fakes import TIMEOUT_SECONDS, Gate, QuickFiles
+from tests.support.snapshot_folders import layout_of, record, run_id, snapshot_file
+
+LAYOUT = layout_of([record("weight", (50, 50))])
+A, B, OTHER, LATER = map(run_id, range(1, 5))
+
+
+def stamp_of(step, run=A, lineage=None):
+    return Stamp(step=step, t=step, t_first=1, run=run, lineage=lineage or ((run, None),))
+
+
+class Rig:
+    """A keeper and its folder."""
+
+    def __init__(self, root, rule, files=None):
+        root.mkdir(exist_ok=True)
+        self.root, self.store = root, SnapshotStore(root, files=files or QuickFiles())
+        self.keeper = RetainingWriter(self.store, rule)
+
+    def write(self, step, run=A, lineage=None, layout=LAYOUT):
+        chunks = [bytes(end - begin) for begin, end in layout.chunks]
+        return self.keeper.write(layout, stamp_of(step, run, lineage), lambda: chunks)
+
+    def steps(self, run=A):
+        """Of all that has a final name, by the folders' names alone."""
+        return sorted(int(path.name[5:17]) for path in self.root.glob(f"step-*-{run}"))
+
+    def hidden(self):
+        return sorted(int(path.name.split("step-")[1][:12]) for path in self.root.glob(".trash-*"))
+
+
+@pytest.fixture
+def rig(tmp_path):
+    return lambda rule, **options: Rig(tmp_path / "snapshots", rule, **options)
+
+
+class EveryOther:
+    """Keeps even steps, as a rule of a user's own might; remembers what it was asked."""
+
+    def __init__(self, gate=None):
+        self.asked, self.gate, self.error = [], gate, None
+
+    def drop(self, t, *, gammas, snapshot_bytes, pinned=()):
+        self.asked.append((tuple(t), tuple(sorted(pinned))))
+        if self.gate is not None:
+            self.gate.pass_through()
+        if self.error is not None:
+            raise self.error
+        return tuple(place for place, time in enumerate(t[:-1]) if time % 2 and place not in pinned)
+
+    def check(self, gammas, snapshot_bytes):
+        pass
+
+    def most_snapshots(self, snapshot_bytes):
+        return None
+
+
+# What stays
+
+
+def test_without_a_rule_everything_stays(rig):
+    rig = rig(KeepAll())
+    for step in range(1, 6):
+        rig.write(step)
+    assert rig.steps() == [1, 2, 3, 4, 5]
+    assert rig.hidden() == []
+    assert rig.keeper.ledger.read().dropped == 0
+
+
+@pytest.mark.parametrize("rule", [KeepCount(4), KeepGeometric(1.5), KeepBytes(130_000), EveryOther()])
+def test_what_stays_is_what_the_rule_keeps_at_every_arrival(rule, rig):
+    rig, expected = rig(rule), []
+    for step in range(1, 26):
+        size = rig.write(step).bytes
+        expected.append(step)
+        places = rule.drop(np.array(expected, float), gammas=LAYOUT.gammas, snapshot_bytes=size)
+        expected = [kept for place, kept in enumerate(expected) if place not in places]
+        assert rig.steps() == expected
+    assert len(expected) < 25
+    assert rig.keeper.ledger.read().dropped == 25 - len(expected)
+
+
+def test_what_was_dropped_stays_until_the_next_snapshot(rig):
+    rig = rig(KeepCount(2))
+    for step in (1, 2):
+        rig.write(step)
+    contents = {step: snapshot_file(rig.root, step).read_bytes() for step in (1, 2)}
+    rig.write(3)
+    (gone,) = rig.hidden()
+    assert rig.steps() == sorted({1, 2, 3} - {gone})
+    (file,) = rig.root.glob(".trash-*/*.safetensors")
+    assert file.read_bytes() == contents[gone]
+    assert rig.keeper.ledger.read().bytes_freed == 0
+    rig.write(4)
+    assert len(rig.hidden()) == 1
+    assert rig.hidden() != [gone]
+    assert rig.keeper.ledger.read().bytes_freed == len(contents[gone])
+
+
+def test_newest_and_pinned_stay_whatever_a_rule_says(rig):
+    class Nothing(EveryOther):
+        def drop(self, t, **_):
+            return tuple(range(-3, len(t) + 3))
+
+    rig = rig(Nothing())
+    rig.write(1)
+    rig.store.pin(1, A)
+    for step in (2, 3):
+        rig.write(step)
+        assert rig.steps() == [1, step]
+
+
+def test_pinned_step_is_told_to_the_rule_until_it_is_unpinned(rig):
+    rule = EveryOther()
+    rig = rig(rule)
+    rig.write(3)
+    rig.store.pin(3, A)
+    rig.write(4)
+    assert rig.steps() == [3, 4]
+    assert rule.asked[-1] == ((3, 4), (0,))
+    rig.store.unpin(3, A)
+    rig.write(6)
+    assert rig.steps() == [4, 6]
+
+
+# Histories
+
+
+@pytest.fixture
+def resumed(rig):
+    """Six snapshots of one run, one of a stranger, and a keeper of two for a run that goes on from step 4."""
+    before = rig(KeepAll())
+    for step in range(1, 7):
+        before.write(step)
+    before.write(9, run=OTHER)
+    return rig(KeepCount(2))
+
+
+def test_resumed_run_goes_on_with_the_snapshots_of_its_ancestors(resumed):
+    resumed.write(5, run=B, lineage=((A, 4), (B, None)))
+    assert resumed.steps(B) == [5]
+    assert len(resumed.steps(A)) == 3
+    assert set(resumed.steps(A)) > {5, 6}  # a future that was left
+    assert resumed.steps(OTHER) == [9]
+
+
+def test_ancestor_without_snapshots_is_passed_over(resumed):
+    resumed.write(5, run=LATER, lineage=((A, 4), (B, 4), (LATER, None)))
+    assert len(resumed.steps(A)) == 3
+
+
+def test_state_that_is_loaded_in_mid_run_makes_it_look_again(rig):
+    rule = EveryOther()
+    rig = rig(rule)
+    for step in (2, 4, 6):
+        rig.write(step)
+    rig.write(8, run=B, lineage=((A, 4), (B, None)))  # back to step 4
+    assert rule.asked[-1][0] == (2, 4, 8)
+    rig.write(10, run=B, lineage=((A, 4), (B, None)))
+    assert rule.asked[-1][0] == (2, 4, 8, 10)
+    assert rig.steps(A) == [2, 4, 6]
+
+
+def test_damaged_snapshots_are_left_alone_and_do_not_count(rig):
+    before = rig(KeepAll())
+    for step in range(1, 5):
+        before.write(step)
+    snapshot_file(before.root, 2).write_bytes(b"not a snapshot")
+    rig = rig(KeepCount(3))
+    rig.write(5)
+    assert 2 in rig.steps()
+    assert len(rig.steps()) == 4
+
+
+def test_budget_counts_ancestors_at_their_own_size(rig):
+    """A run that goes on in half the bytes must not take its ancestors' snapshots for as small as its own."""
+    before = rig(KeepAll())
+    size = max(before.write(step).bytes for step in range(1, 9))
+    half = layout_of(LAYOUT.records, checkpoint_dtype="F16")
+    rig = rig(KeepBytes(5 * size))
+    for step in range(9, 13):
+        rig.write(step, run=B, lineage=((A, 8), (B, None)), layout=half)
+        assert weight(rig.root) <= 5 * size
+
+
+def test_what_somebody_else_removed_is_forgotten(rig):
+    rule = EveryOther()
+    rig = rig(rule)
+    for step in (2, 4, 6):
+        rig.write(step)
+    rig.store.hide([rig.store.get(4)])
+    rig.write(8)
+    assert rule.asked[-1][0] == (2, 6, 8)
+
+
+# Several writers
+
+
+def test_snapshots_are_judged_in_the_order_they_were_taken(rig):
+    rule = EveryOther()
+    rig = rig(rule)
+    for step in (10, 11, 12):
+        rig.keeper.expect(stamp_of(step))
+    with ThreadPoolExecutor(3) as writers:
+        late = [writers.submit(rig.write, step) for step in (12, 11)]
+        assert not any(each.done() for each in late)
+        writers.submit(rig.write, 10).result(TIMEOUT_SECONDS)
+        for each in late:
+            each.result(TIMEOUT_SECONDS)
+    assert [each[0] for each in rule.asked if len(each[0]) > 1] == [(10, 11), (10, 11, 12)]
+    assert rig.steps() == [10, 12]
+
+
+def test_without_a_rule_snapshots_are_written_side_by_side(rig, monkeypatch):
+    rig, both = rig(KeepAll()), threading.Barrier(2)
+    write = rig.store.write
+    monkeypatch.setattr(rig.store, "write", lambda *args: (both.wait(TIMEOUT_SECONDS), write(*args))[1])
+    with ThreadPoolExecutor(2) as writers:
+        for each in [writers.submit(rig.write, step) for step in (1, 2)]:
+            each.result(TIMEOUT_SECONDS)
+    assert rig.steps() == [1, 2]
+
+
+def test_snapshot_that_is_given_up_lets_the_next_one_go_on(rig, monkeypatch):
+    rig = rig(KeepCount(2))
+    for step in (1, 2, 3):
+        rig.keeper.expect(stamp_of(step))
+    with ThreadPoolExecutor(1) as writer:
+        second = writer.submit(rig.write, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(rig.store, "write", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                rig.write(1)
+            second.exception(TIMEOUT_SECONDS)
+    rig.keeper.expect(stamp_of(4))
+    rig.keeper.forget(stamp_of(3))
+    rig.write(4)
+    assert rig.steps()[-1] == 4
+
+
+class WeighingFiles(QuickFiles):
+    """Knows the most bytes that were ever in a folder, hidden and unfinished files among them."""
+
+    def __init__(self, root):
+        self.root, self.most = root, 0
+        self.lock = threading.Lock()
+
+    def __getattribute__(self, name):
+        found = super().__getattribute__(name)
+        if not hasattr(FileSystem, name):
+            return found
+
+        def weighed(*args, **kwargs):
+            result = found(*args, **kwargs)
+            with self.lock:
+                self.most = max(self.most, weight(self.root))
+            return result
+
+        return weighed
+
+
+def weight(root):
+    total = 0
+    for folder, _, names in os.walk(root):
+        for name in names:
+            with suppress(FileNotFoundError):  # renamed or removed meanwhile
+                total += os.stat(Path(folder) / name).st_size
+    return total
+
+
+@pytest.mark.parametrize("budget", [3, 3.9, 7])
+def test_budget_of_bytes_holds_at_every_moment(budget, rig, tmp_path):
+    size = Rig(tmp_path / "one", KeepAll()).write(1).bytes
+    budget_bytes = int(budget * size)
+    files = WeighingFiles(tmp_path / "snapshots")
+    rig = rig(KeepBytes(budget_bytes), files=files)
+    for step in range(1, 31):
+        rig.keeper.expect(stamp_of(step))
+    with ThreadPoolExecutor(3) as writers:
+        for each in [writers.submit(rig.write, step) for step in range(1, 31)]:
+            each.result(TIMEOUT_SECONDS)
+    assert len(rig.steps()) == int(budget) - 1
+    assert files.most == int(budget) * size <= budget_bytes
+
+
+def test_budget_holds_from_the_first_snapshot_of_a_resumed_run_on(rig, tmp_path):
+    before = rig(KeepAll())
+    size = max(before.write(step).bytes for step in range(1, 8))
+    files = WeighingFiles(before.root)
+    Rig(before.root, KeepBytes(4 * size), files=files).write(8)
+    assert files.most == 7 * size
+    assert weight(before.root) == 4 * size
+
+
+# What goes wrong
+
+
+class StubbornFiles(QuickFiles):
+    """Neither renames folders nor removes files while it is told not to."""
+
+    stubborn: frozenset[str] = frozenset()
+
+    def rename(self, source, target):
+        if "rename" in self.stubborn and source.name.startswith("step-"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(source))
+        super().rename(source, target)
+
+    def rename_new(self, source, target):
+        if "rename" in self.stubborn and source.name.startswith("step-"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(source))
+        super().rename_new(source, target)
+
+    def unlink(self, path):
+        if "unlink" in self.stubborn and path.name.endswith(".safetensors"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        super().unlink(path)
+
+
+@pytest.mark.parametrize("operation", ["rename", "unlink"])
+def test_failure_to_drop_costs_no_snapshot_and_is_told_once(operation, rig):
+    files = StubbornFiles()
+    rig = rig(KeepCount(2), files=files)
+    for step in range(1, 4):
+        rig.write(step)
+    files.stubborn = frozenset([operation])
+    rig.write(4)
+    with pytest.warns(NitrousWarning, match=r"keep=.*Permission denied.*Training goes on") as told:
+        rig.keeper.warn_of_failures()
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rig.keeper.warn_of_failures()
+    assert rig.steps()[-1] == 4
+    files.stubborn = frozenset()
+    rig.write(5)
+    rig.keeper.warn_of_failures()
+    assert len(rig.steps()) == 2
+    assert len(rig.hidden()) == 1
+    assert rig.store.verify() == []
+
+
+def test_rule_that_raises_costs_no_snapshot(rig):
+    rule = EveryOther()
+    rig = rig(rule)
+    rig.write(1)
+    rule.error = KeyError("a mistake in it")
+    rig.write(2)
+    with pytest.warns(NitrousWarning, match="a mistake in it"):
+        rig.keeper.warn_of_failures()
+    rule.error = None
+    rig.write(4)
+    assert rig.steps() == [2, 4]
+
+
+def test_failed_write_drops_nothing(rig, monkeypatch):
+    rig = rig(KeepCount(2))
+    for step in (1, 2):
+        rig.write(step)
+
+    def fail(*_):
+        raise SnapshotWriteError("full", path=rig.root, step=3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.store, "write", fail)
+        with pytest.raises(SnapshotWriteError):
+            rig.write(3)
+    assert rig.steps() == [1, 2]
+    rig.write(4)
+    assert len(rig.steps()) == 2
+
+
+def test_pin_waits_for_a_judgement(rig):
+    """One that came in the middle of a judgement would be a note for a snapshot that is being dropped."""
+    gate = Gate(is_open=True)
+    rule = EveryOther(gate)
+    rig = rig(rule)
+    rig.write(1)
+    gate.shut()
+    with ThreadPoolExecutor(2) as threads:
+        written = threads.submit(rig.write, 2)
+        gate.wait_entered()
+        paused = threads.submit(lambda: rig.keeper.paused(A).__enter__())
+        with pytest.raises(FutureTimeoutError):
+            paused.result(0.05)
+        gate.open()
+        written.result(TIMEOUT_SECONDS)
+        assert paused.result(TIMEOUT_SECONDS) is not None

@@ -1,0 +1,42 @@
+"""Columns and weights of a synthesis, from numbers alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nitrous_ema.posthoc import solve_weights, synthesis_report
+from nitrous_ema.profile import sigma_rel_to_gamma
+from nitrous_ema.synthesis.snapshot_selection import choose_columns
+
+PAIR, TRIPLE = (tuple(sigma_rel_to_gamma(each)) for each in ((0.05, 0.1), (0.03, 0.1, 0.25)))
+TIMES = [float(t) for t in range(1, 101)]
+
+
+def test_tracked_length_is_one_column_of_the_target():
+    for tolerance in (0, 1e-3):
+        choice = choose_columns(TIMES, [PAIR] * 100, 100, [PAIR[1]], tolerance=tolerance)
+        assert choice.places == ((99, 1),)
+        np.testing.assert_array_equal(choice.weights, [[1.0]])
+
+
+@pytest.mark.parametrize("tolerance", [0, 1e-3, 1e-1])
+def test_weights_belong_to_the_columns_they_stand_beside(tolerance):
+    gammas, wanted = [PAIR] * 50 + [TRIPLE] * 50, sigma_rel_to_gamma([0.06, 0.2])
+    choice = choose_columns(TIMES, gammas, 100, wanted.tolist(), tolerance=tolerance)
+    assert [(TIMES[step], gammas[step][profile]) for step, profile in choice.places] == list(
+        zip(choice.t, choice.gamma, strict=True)
+    )
+    outputs = np.full(2, 100.0), wanted
+    report = synthesis_report(choice.t, choice.gamma, *outputs, weights=choice.weights)
+    limit = np.hypot(choice.selection.profile_error_of_all, tolerance)
+    assert (report.profile_error <= limit * (1 + 1e-6)).all()
+    if tolerance == 0:
+        np.testing.assert_array_equal(choice.weights, solve_weights(choice.t, choice.gamma, *outputs))
+
+
+def test_columns_stand_in_the_order_of_time():
+    choice = choose_columns(TIMES, [TRIPLE] * 100, 100, sigma_rel_to_gamma([0.04, 0.2]).tolist(), tolerance=1e-2)
+    assert (np.diff(choice.t) >= 0).all()
+    assert choice.places == tuple(sorted(choice.places))
+    assert choice.least_error_l2[0] > 1.2 * np.linalg.norm(choice.weights[:, 0])

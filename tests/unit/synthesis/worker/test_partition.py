@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+
+from nitrous_ema.synthesis.worker.partition import WHOLE, WorkPartition, parse_part, part_of_process
+
+
+@pytest.mark.parametrize(
+    ("text", "part"), [("1/1", WHOLE), ("2/4", WorkPartition(1, 4, 1)), ("4/4", WorkPartition(3, 4, 1))]
+)
+def test_parts_are_counted_from_1_as_files_are(text, part):
+    assert parse_part(text) == part
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "1/", "a/b", "-1/4", "1/0"])
+def test_what_is_no_part_is_refused(text):
+    with pytest.raises(ValueError, match="no part"):
+        parse_part(text)
+
+
+@pytest.mark.parametrize(
+    ("environment", "part"),
+    [
+        ({}, WHOLE),
+        ({"RANK": "3"}, WHOLE),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, WHOLE),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, WorkPartition(3, 4, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, WorkPartition(3, 4, 2)),
+    ],
+)
+def test_process_of_torchrun_knows_its_part(environment, part):
+    assert part_of_process(environment) == part
+
+
+@pytest.mark.parametrize(("rank", "world_size", "local"), [("4", "4", "1"), ("x", "4", "1"), ("0", "4", "0")])
+def test_numbers_without_a_meaning_are_refused_with_the_remedy(rank, world_size, local):
+    with pytest.raises(ValueError, match="--part 1/1"):
+        part_of_process({"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": local})
