@@ -33,7 +33,7 @@ from nitrous_ema.errors import NitrousError, SnapshotWriteError, warn
 from nitrous_ema.snapshots.header import Stamp
 from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.retention import RetainingWriter
-from nitrous_ema.snapshots.stats import Stats
+from nitrous_ema.snapshots.stats import WriteStats
 from nitrous_ema.snapshots.store import SnapshotStore
 
 _log = logging.getLogger(__name__)
@@ -74,24 +74,24 @@ class BackgroundSnapshotSink:
     """Takes snapshots into slots and writes them with threads of its own.
 
     Args:
-        keeper: Writes them, and drops others.
+        retaining_writer: Writes them, and drops others.
         layout: Of the files.
         policy: How.
         pin: Use pinned host memory; falls back to pageable memory, and says so, where that fails.
     """
 
-    def __init__(self, keeper: RetainingWriter, layout: Layout, policy: WritePolicy, pin: bool) -> None:
+    def __init__(self, retaining_writer: RetainingWriter, layout: Layout, policy: WritePolicy, pin: bool) -> None:
         self._policy = policy
         self._layout = layout
         self._pool = _make_pool(layout, policy.max_pending, pin)
         self._copiers: dict[torch.device, ChunkCopier] = {}  # their memory is freed with the slots
         self._is_pageable_told = pin
-        self._keeper = keeper
-        self._ledger = keeper.ledger
+        self._retaining_writer = retaining_writer
+        self._ledger = retaining_writer.ledger
         self._failures: queue.SimpleQueue[SnapshotWriteError] = queue.SimpleQueue()
         self._sealed: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
         self._lost: set[int] = set()  # steps; added by writers, discarded by the training thread
-        work = partial(_write_all, self._sealed, self._pool, keeper, self._failures, self._lost)
+        work = partial(_write_all, self._sealed, self._pool, retaining_writer, self._failures, self._lost)
         self._threads = [BackgroundThread(work, f"writer-{index}") for index in range(policy.num_writers)]
         for thread in self._threads:
             thread.start()
@@ -108,10 +108,10 @@ class BackgroundSnapshotSink:
         if slot is None:
             return False
         self._lost.discard(pending.stamp.step)
-        abandon = partial(_abandon, slot, self._pool, self._keeper, pending.stamp)
-        self._keeper.expect(pending.stamp)
+        abandon = partial(_abandon, slot, self._pool, self._retaining_writer, pending.stamp)
+        self._retaining_writer.expect(pending.stamp)
         try:
-            lanes = {device: lane(device) for device in pending.arena.devices}
+            lanes = {device: lane(device) for device in pending.flat_buffers.devices}
             self._pool.expect(slot, pending, {device: lanes[device].mark for device in lanes})
             for device, copies in slot.copies.items():
                 copier = self._copiers.setdefault(device, ChunkCopier(device, self._layout))
@@ -135,7 +135,7 @@ class BackgroundSnapshotSink:
 
         What could not be dropped is a warning in any case: no snapshot is lost by it.
         """
-        self._keeper.warn_of_failures()
+        self._retaining_writer.warn_of_failures()
         failures = []
         while not self._failures.empty():
             failures.append(self._failures.get())
@@ -148,7 +148,7 @@ class BackgroundSnapshotSink:
         for failure in failures:
             warn(f"{failure} Training goes on without this snapshot.")
 
-    def stats(self) -> Stats:
+    def stats(self) -> WriteStats:
         """Counts of now, without those of updates."""
         return replace(self._ledger.read(), pending=self._pool.num_busy())
 
@@ -175,7 +175,7 @@ class BackgroundSnapshotSink:
 
     def _tell_pageable(self, pending: PendingSnapshot) -> None:
         """Warn, once, if averages have come to an accelerator after the slots were made for the CPU."""
-        device = next((device for device in pending.arena.devices if device.type != "cpu"), None)
+        device = next((device for device in pending.flat_buffers.devices if device.type != "cpu"), None)
         if device is not None and not self._is_pageable_told:
             self._is_pageable_told = True
             warn(
@@ -216,17 +216,17 @@ def _fill(
 ) -> None:
     """Queue the copies of what is on one device. Runs on its lane."""
     for span, page in zip(pool.spans, slot.pages, strict=True):
-        copier.copy(pending.arena, span, page, non_blocking=pool.is_pinned)
+        copier.copy(pending.flat_buffers, span, page, non_blocking=pool.is_pinned)
         copies.record()
         copier.yield_copy_engine()
     if pool.filled(slot, pending):
         sealed.put(slot)
 
 
-def _abandon(slot: Slot, pool: SlotPool, keeper: RetainingWriter, stamp: Stamp) -> None:
+def _abandon(slot: Slot, pool: SlotPool, retaining_writer: RetainingWriter, stamp: Stamp) -> None:
     """Give up a snapshot whose copies could not be queued, unless the writer has it already."""
     if pool.abandon(slot):
-        keeper.forget(stamp)
+        retaining_writer.forget(stamp)
 
 
 def _make_pool(layout: Layout, num_slots: int, pin: bool) -> SlotPool:
@@ -238,18 +238,18 @@ def _make_pool(layout: Layout, num_slots: int, pin: bool) -> SlotPool:
 def _write_all(
     sealed: queue.SimpleQueue[Slot | None],
     pool: SlotPool,
-    keeper: RetainingWriter,
+    retaining_writer: RetainingWriter,
     failures: queue.SimpleQueue[SnapshotWriteError],
     lost: set[int],
 ) -> None:
     """What a writer thread does, until it gets None."""
     while (slot := sealed.get()) is not None:
         try:
-            _write(slot, keeper)
+            _write(slot, retaining_writer)
         except BaseException as error:
-            failure = error if isinstance(error, SnapshotWriteError) else _unforeseen(slot, keeper.store, error)
+            failure = error if isinstance(error, SnapshotWriteError) else _unforeseen(slot, retaining_writer.store, error)
             lost.add(failure.step)
-            keeper.ledger.add(failed=1, last_error=str(failure))
+            retaining_writer.ledger.add(failed=1, last_error=str(failure))
             failures.put(failure)
             del failure
         finally:
@@ -258,11 +258,11 @@ def _write_all(
             del slot
 
 
-def _write(slot: Slot, keeper: RetainingWriter) -> None:
+def _write(slot: Slot, retaining_writer: RetainingWriter) -> None:
     pending = slot.pending
     if pending is None:
         raise RuntimeError("a sealed slot carries nothing: this is a bug in nitrous_ema.")
-    snapshot = keeper.write(pending.arena.layout, pending.stamp, partial(_pages, slot))
+    snapshot = retaining_writer.write(pending.flat_buffers.layout, pending.stamp, partial(_pages, slot))
     _log.info("snapshot of step %d is on disk: %s", pending.stamp.step, snapshot.paths[0])
 
 

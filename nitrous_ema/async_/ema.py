@@ -131,21 +131,21 @@ class AsyncPostHocEMA(PostHocEMA):
         )
         pin = not background.offloads and any(parameter.device.type != "cpu" for parameter in model.parameters())
 
-        def make_sink(keeper: RetainingWriter, layout: Layout) -> BackgroundSnapshotSink:
-            return BackgroundSnapshotSink(keeper, layout, writing, pin)
+        def make_sink(writer: RetainingWriter, layout: Layout) -> BackgroundSnapshotSink:
+            return BackgroundSnapshotSink(writer, layout, writing, pin)
 
         self._start(model, settings, ema_model, make_sink, background=background)
-        self._averager.drain_timeout_seconds = wait_timeout
+        self._engine.drain_timeout_seconds = wait_timeout
 
-    def _synthesize(self, averager: AveragingEngine, gamma: float, target: Snapshot, tolerance: float) -> Sequence[str]:
+    def _synthesize(self, engine: AveragingEngine, gamma: float, target: Snapshot, tolerance: float) -> Sequence[str]:
         """Have the worker do it, in a process of its own, and load what it wrote."""
-        arena = averager.arena
+        flat_buffers = engine.flat_buffers
         tensors = {
             key: value
-            for tracked, value in [*arena.averages(0), *arena.copies()]
+            for tracked, value in [*flat_buffers.averages(0), *flat_buffers.copies()]
             for key in (tracked.keys if tracked.persistent else ())
         }
-        exact = any(group.dtype == torch.float64 for group in arena.groups)
+        exact = any(group.dtype == torch.float64 for group in flat_buffers.groups)
         with tempfile.TemporaryDirectory(prefix="nitrous-ema-") as folder:
             job = launch(
                 self.snapshots.root,
@@ -163,7 +163,7 @@ class AsyncPostHocEMA(PostHocEMA):
                     raise
                 raise SnapshotDamaged(str(error), path=self.snapshots.root, step=None, chunk=None) from error
             load_tensors(tensors, output.path)
-        averager.schedule.load({"step": target.step, "now": target.t, "t": target.t, "updates": 1})
+        engine.schedule.load({"step": target.step, "now": target.t, "t": target.t, "updates": 1})
         return job.warnings
 
 

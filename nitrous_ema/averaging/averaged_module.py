@@ -34,23 +34,23 @@ class AveragedModule:
     """Builds and keeps the module of one average.
 
     Args:
-        averager: Whose average it is.
+        engine: Whose average it is.
         profile: Which of its profiles.
         template: A module, or a function that builds it, to use instead of a copy of the online model's structure.
     """
 
-    def __init__(self, averager: AveragingEngine, profile: int, template: Module | Callable[[], Module] | None) -> None:
+    def __init__(self, engine: AveragingEngine, profile: int, template: Module | Callable[[], Module] | None) -> None:
         if not (template is None or isinstance(template, Module) or callable(template)):
             raise TypeError(f"ema_model is {template!r:.80}; expected a module, or a function that builds one.")
-        if isinstance(template, Module) and unwrap(template) is unwrap(averager.model):
+        if isinstance(template, Module) and unwrap(template) is unwrap(engine.model):
             raise ValueError("ema_model is the online model itself; expected a second module of the same architecture.")
-        self._averager = averager
+        self._engine = engine
         self._profile = profile
         self._template = template
         self._module: Module | None = None
         self._held: dict[str, Tensor] = {}  # what the module holds, by canonical name
         self._casts: list[tuple[Tensor, Tensor]] = []  # the module's tensor, and the average it is cast from
-        averager.viewers.add(self)
+        engine.viewers.add(self)
 
     def module(self) -> Module:
         """The module, with the values of now.
@@ -58,7 +58,7 @@ class AveragedModule:
         Raises:
             UncopyableModelError: The model cannot be copied, or the template lacks a tensor.
         """
-        self._averager.order_readers("ema_model")
+        self._engine.order_readers("ema_model")
         with neutral_modes():
             if self._module is None:
                 self._module = self._build()
@@ -81,7 +81,7 @@ class AveragedModule:
         for name, submodule in module.named_modules():
             if submodule.training:
                 raise RuntimeError(f"{name or type(module).__name__!r} was put in train mode. {_EVAL_ONLY}")
-        self._averager.order_readers("forward of an averaged model")
+        self._engine.order_readers("forward of an averaged model")
         with neutral_modes():
             self._refresh()
 
@@ -89,7 +89,7 @@ class AveragedModule:
         template = self._template if isinstance(self._template, Module) or self._template is None else self._template()
         averages = list(self._averages())
         if template is None:
-            online = unwrap(self._averager.model)
+            online = unwrap(self._engine.model)
             _refuse_patched(online)
             self._held = {tracked.name: _replacement(tracked, average) for tracked, average in averages}
             module = _structural_copy(online, {id(t.live()): self._held[t.name] for t, _ in averages})
@@ -104,8 +104,8 @@ class AveragedModule:
         return module
 
     def _averages(self) -> Iterator[Average]:
-        yield from self._averager.arena.averages(self._profile)
-        yield from self._averager.arena.copies()
+        yield from self._engine.flat_buffers.averages(self._profile)
+        yield from self._engine.flat_buffers.copies()
 
     def _refresh(self) -> None:
         for held, average in self._casts:
@@ -235,22 +235,22 @@ def _tensors_of_template(template: Module, averages: list[Average]) -> dict[str,
 
 
 @contextmanager
-def swapped(averager: AveragingEngine, profile: int) -> Iterator[None]:
+def swapped(engine: AveragingEngine, profile: int) -> Iterator[None]:
     """Put an average into the online model, and the weights back at the end, whatever happens.
 
     The tensors and their storages stay the same objects. Costs one copy of the averaged tensors in their own types.
     """
-    averager.order_readers("average_parameters()")
-    averager.fence_everybody()
+    engine.order_readers("average_parameters()")
+    engine.fence_everybody()
     with neutral_modes():
-        pairs = [writable_view(tracked.live(), average) for tracked, average in averager.arena.averages(profile)]
+        pairs = [writable_view(tracked.live(), average) for tracked, average in engine.flat_buffers.averages(profile)]
         weights = [live.detach().clone() for live, _ in pairs]
     refusal = NitrousError(
         "an average is in the place of the model's weights. Leave the `with ema.average_parameters()` block first."
     )
-    averager.refuse(refusal)
+    engine.refuse(refusal)
     try:
-        with holding_averages([tracked.live() for tracked in averager.arena.averaged]):
+        with holding_averages([tracked.live() for tracked in engine.flat_buffers.averaged]):
             with neutral_modes():
                 for live, average in pairs:
                     write(live, average)
@@ -261,4 +261,4 @@ def swapped(averager: AveragingEngine, profile: int) -> Iterator[None]:
                 for (live, _), weight in zip(pairs, weights, strict=True):
                     write(live, weight)
         finally:
-            averager.end_refusal(refusal)
+            engine.end_refusal(refusal)

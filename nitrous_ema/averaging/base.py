@@ -1,4 +1,4 @@
-"""What all EMA classes have in common: a ``Module`` around the machine of ``averager.py``."""
+"""What all EMA classes have in common: a ``Module`` around the machine of ``engine.py``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from nitrous_ema.averaging.engine import AveragingEngine
 from nitrous_ema.averaging.execution.interfaces import neutral_modes
 from nitrous_ema.averaging.schedule import Time
 from nitrous_ema.averaging.state_dict import LoadProblems, load, save
+from nitrous_ema.averaging.stats import Stats
 from nitrous_ema.errors import NitrousError
-from nitrous_ema.snapshots.stats import Stats
 
 Self = TypeVar("Self", bound="EMABase")  # typing.Self needs Python 3.11
 
@@ -32,9 +32,9 @@ class EMABase(Module):
 
     _holds_averages = True
 
-    def __init__(self, averager: AveragingEngine) -> None:
+    def __init__(self, engine: AveragingEngine) -> None:
         super().__init__()
-        self._averager = averager
+        self._engine = engine
 
     # ---- during training
 
@@ -59,49 +59,49 @@ class EMABase(Module):
         Nothing has changed when one of the first three is raised.
         """
         if torch.compiler.is_compiling():  # in a compiled training step: not to be traced, which breaks the graph here
-            _outside_the_graph(self._averager, t_delta)
+            _outside_the_graph(self._engine, t_delta)
         else:
-            self._averager.update(t_delta)
+            self._engine.update(t_delta)
 
     def fence(self) -> None:
         """Order what the caller does next with the weights after every read of them so far.
 
         Call it before writing weights in any other way than by a torch optimizer's step or ``load_state_dict``.
         """
-        self._averager.fence()
+        self._engine.fence()
 
     @property
     def model(self) -> Module:
         """The online model."""
-        return self._averager.model
+        return self._engine.model
 
     @property
     def step(self) -> int:
         """Number of calls of ``update()``."""
-        return self._averager.schedule.step
+        return self._engine.schedule.step
 
     @property
     def t(self) -> Time:
         """Training time of the last applied update, in the run's unit."""
-        return self._averager.schedule.t
+        return self._engine.schedule.t
 
     @property
     def initted(self) -> bool:
         """Whether an update was applied yet."""
-        return self._averager.schedule.updates > 0
+        return self._engine.schedule.updates > 0
 
     # ---- the averages
 
     def copy_params_from_model_to_ema(self) -> None:
         """Set every average to the model's present weights. The counters stay."""
-        self._averager.copy_from_model()
+        self._engine.copy_from_model()
 
     def copy_params_from_ema_to_model(self) -> None:
         """Set the model's weights to the last profile's average, as nitrous-ema 0.0.1 does.
 
         To evaluate with an average, use ``average_parameters``, which puts the weights back.
         """
-        self._averager.copy_to_model(len(self._averager.policy.gammas) - 1)
+        self._engine.copy_to_model(len(self._engine.policy.gammas) - 1)
 
     @contextmanager
     def average_parameters(self, index: int = 0) -> Iterator[None]:
@@ -113,18 +113,18 @@ class EMABase(Module):
         Args:
             index: Which of the tracked profiles.
         """
-        with swapped(self._averager, self._index(index)):
+        with swapped(self._engine, self._index(index)):
             yield
 
     def _index(self, index: int) -> int:
-        profiles = len(self._averager.policy.gammas)
+        profiles = len(self._engine.policy.gammas)
         if not -profiles <= index < profiles:
             raise IndexError(f"profile {index} of {profiles}.")
         return index % profiles
 
     def stats(self) -> Stats:
         """What was done so far, in numbers. Waits for nothing."""
-        return self._averager.stats()
+        return self._engine.stats()
 
     # ---- ending
 
@@ -138,7 +138,7 @@ class EMABase(Module):
             TimeoutError: Something is still pending. Nothing is lost; call it again.
             SnapshotWriteError: A snapshot could not be written.
         """
-        self._averager.flush(timeout)
+        self._engine.flush(timeout)
 
     def close(self, timeout: float | None = None) -> None:
         """Flush, then end: threads stop, hooks are removed, further updates are refused. Closing again does nothing.
@@ -150,7 +150,7 @@ class EMABase(Module):
             TimeoutError: Something is still pending. Nothing is lost; call it again.
             SnapshotWriteError: A snapshot could not be written.
         """
-        self._averager.close(timeout)
+        self._engine.close(timeout)
 
     def __enter__(self: Self) -> Self:
         return self
@@ -167,10 +167,10 @@ class EMABase(Module):
         raise NotImplementedError
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self._averager.order_readers("state_dict()")
+        self._engine.order_readers("state_dict()")
         with neutral_modes():
             for profile, name in self._prefixes().items():
-                save(self._averager, profile, destination, prefix + name)
+                save(self._engine, profile, destination, prefix + name)
 
     def _load_from_state_dict(
         self,
@@ -215,19 +215,19 @@ class EMABase(Module):
         return _IncompatibleKeys(problems.missing, problems.unexpected)
 
     def _load(self, state_dict: Mapping[str, Any], prefix: str, *, partial: bool) -> LoadProblems:
-        self._averager.prepare_loading()
+        self._engine.prepare_loading()
         prefixes = {profile: prefix + name for profile, name in self._prefixes().items()}
         with neutral_modes():
-            return load(self._averager, prefix, prefixes, state_dict, partial=partial)
+            return load(self._engine, prefix, prefixes, state_dict, partial=partial)
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """``.to(device)`` and ``.cuda()`` move the averages; ``.half()`` and ``.to(dtype)`` leave them as they are."""
-        before = self._averager.arena.devices
+        before = self._engine.flat_buffers.devices
         after = [fn(torch.empty(0, dtype=torch.float32, device=device)).device for device in before]
         if any(device.type == "meta" for device in after):
             raise NitrousError("to('meta'): averages have values, which cannot move to the meta device.")
         if after != [*before]:
-            self._averager.move(after[0])
+            self._engine.move(after[0])
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
@@ -240,8 +240,8 @@ class EMABase(Module):
         raise TypeError(f"{type(self).__name__} cannot be pickled. Save its state_dict() instead.")
 
 
-def _outside_the_graph(averager: AveragingEngine, t_delta: Time) -> None:
-    torch.compiler.disable(averager.update)(t_delta)  # type: ignore[no-untyped-call]
+def _outside_the_graph(engine: AveragingEngine, t_delta: Time) -> None:
+    torch.compiler.disable(engine.update)(t_delta)  # type: ignore[no-untyped-call]
 
 
 _outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]  # as torch.compiler.disable, not imported yet

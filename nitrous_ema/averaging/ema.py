@@ -78,7 +78,7 @@ class KarrasEMA(EMABase):
         if (sigma_rel is None) == (gamma is None):
             raise ValueError("Give either sigma_rel or gamma: the width of the profile, or its exponent.")
         gammas, sigma_rels = profiles(None if sigma_rel is None else (sigma_rel,), None if gamma is None else (gamma,))
-        averager = AveragingEngine(
+        engine = AveragingEngine(
             model,
             TrackingPolicy(
                 copied=param_or_buffer_names_no_ema, skipped=ignore_names, skipped_prefixes=ignore_startswith_names
@@ -93,30 +93,30 @@ class KarrasEMA(EMABase):
                 move_to_online_device=move_ema_to_online_device,
             ),
         )
-        self._show(averager, 0, ema_model)
+        self._show(engine, 0, ema_model)
 
     @classmethod
-    def _view(cls, averager: AveragingEngine, index: int, template: Template | None) -> KarrasEMA:
+    def _view(cls, engine: AveragingEngine, index: int, template: Template | None) -> KarrasEMA:
         """One of several profiles that are averaged together."""
         view = cls.__new__(cls)
-        view._show(averager, index, template)
+        view._show(engine, index, template)
         return view
 
-    def _show(self, averager: AveragingEngine, index: int, template: Template | None) -> None:
-        super().__init__(averager)
+    def _show(self, engine: AveragingEngine, index: int, template: Template | None) -> None:
+        super().__init__(engine)
         self._profile = index
         self._template = (template,)  # in a tuple, as a module must not become a submodule
-        self._shown = AveragedModule(averager, index, template)
+        self._shown = AveragedModule(engine, index, template)
 
     @property
     def gamma(self) -> float:
         """Exponent of the profile."""
-        return self._averager.policy.gammas[self._profile]
+        return self._engine.policy.gammas[self._profile]
 
     @property
     def sigma_rel(self) -> float:
         """Width of the profile relative to the training time."""
-        return self._averager.policy.sigma_rels[self._profile]
+        return self._engine.policy.sigma_rels[self._profile]
 
     @property
     def ema_model(self) -> Module:
@@ -206,7 +206,7 @@ class PostHocEMA(EMABase):
             move_ema_to_online_device=move_ema_to_online_device,
             step_size_correction=step_size_correction,
         )
-        self._start(model, settings, ema_model, lambda keeper, layout: InlineSnapshotSink(keeper))
+        self._start(model, settings, ema_model, lambda writer, layout: InlineSnapshotSink(writer))
 
     def _start(
         self,
@@ -217,26 +217,26 @@ class PostHocEMA(EMABase):
         *,
         background: Background | None = None,
     ) -> None:
-        averager = AveragingEngine(model, settings.tracking(), settings.averaging(), background=background)
-        super().__init__(averager)
+        engine = AveragingEngine(model, settings.tracking(), settings.averaging(), background=background)
+        super().__init__(engine)
         self._settings = settings
         self._store = SnapshotStore(settings.checkpoint_folder)
-        self._keeper = RetainingWriter(self._store, settings.keeping())
+        self._retaining_writer = RetainingWriter(self._store, settings.keeping())
         try:
-            self._keeper.check(averager.arena.layout, averager.history.first_stamp())
+            self._retaining_writer.check(engine.flat_buffers.layout, engine.run_lineage.first_stamp())
             self._store.prepare()
-            self._keeper.check_disk_space(averager.arena.layout, averager.history.first_stamp())
-            averager.attach(
-                make_sink(self._keeper, averager.arena.layout),
+            self._retaining_writer.check_disk_space(engine.flat_buffers.layout, engine.run_lineage.first_stamp())
+            engine.attach(
+                make_sink(self._retaining_writer, engine.flat_buffers.layout),
                 find_resumable_run=partial(warn_about_other_runs, self._store),
             )
         except BaseException:
-            averager.close()  # whoever keeps the exception keeps the averager; its hooks and threads must go now
+            engine.close()  # whoever keeps the exception keeps the engine; its hooks and threads must go now
             raise
         views = []
-        for profile in range(len(averager.policy.gammas)):
+        for profile in range(len(engine.policy.gammas)):
             one_module = isinstance(ema_model, Module) and profile > 0
-            views.append(KarrasEMA._view(averager, profile, None if one_module else ema_model))
+            views.append(KarrasEMA._view(engine, profile, None if one_module else ema_model))
         # A tuple is no ModuleList: the averages stay out of modules() and parameters().
         self.ema_models: tuple[KarrasEMA, ...] = tuple(views)
 
@@ -253,7 +253,7 @@ class PostHocEMA(EMABase):
             NitrousError: Before the first update(), or after close().
             SnapshotWriteError: It could not be written; the averages are untouched.
         """
-        return self._averager.checkpoint()
+        return self._engine.checkpoint()
 
     def pin(self, step: int | None = None) -> None:
         """Have a snapshot stay whatever ``keep`` says, and with it the neighbours that averages ending there need.
@@ -267,10 +267,10 @@ class PostHocEMA(EMABase):
             SnapshotNotFound: No snapshot of that step; names the nearest ones.
             SnapshotError: The note could not be written.
         """
-        if not self._averager.is_usable("pin()", reading=True):
+        if not self._engine.is_usable("pin()", reading=True):
             return
         step = _checked(step)
-        with self._keeper.paused(self.run) as coming:
+        with self._retaining_writer.paused(self.run) as coming:
             step = coming[-1] if step is None and coming else step
             if step in coming:
                 self._store.pin(step, self.run, must_exist=False)
@@ -287,9 +287,9 @@ class PostHocEMA(EMABase):
         given = _checked(step)
         if given is None:
             raise TypeError("step is None; expected the step of a pinned snapshot.")
-        if not self._averager.is_usable("unpin()", reading=True):
+        if not self._engine.is_usable("unpin()", reading=True):
             return
-        for run, left_at in self._averager.history.lineage:
+        for run, left_at in self._engine.run_lineage.lineage:
             if left_at is None or given <= left_at:
                 self._store.unpin(given, run)
 
@@ -320,15 +320,15 @@ class PostHocEMA(EMABase):
         averages are refused until something was loaded.
         """
         step = _checked(step)
-        averager = self._averager
-        if not averager.prepare_loading("restore()", with_snapshots=True):
+        engine = self._engine
+        if not engine.prepare_loading("restore()", with_snapshots=True):
             return self.step
-        if run is None and averager.history.written and self.run in self._store.runs():
+        if run is None and engine.run_lineage.written and self.run in self._store.runs():
             run = self.run
         try:
             snapshot = self._store.get(step, run)
             with neutral_modes():
-                told = restore(averager, snapshot)
+                told = restore(engine, snapshot)
         except SnapshotDamaged as error:
             error.args = (f"restore(): {error} Another snapshot is restored by restore(step=...).",)
             raise
@@ -343,27 +343,27 @@ class PostHocEMA(EMABase):
         training loop ends when it sees ``drained``. That update waits for at most ``wait_timeout`` seconds, then raises
         TimeoutError; nothing is lost by then, and the end of the interpreter waits once more. May be used again.
         """
-        self._averager.drain_request.ask()
+        self._engine.drain_request.ask()
 
     @property
     def drained(self) -> bool:
         """Whether a drain that was requested has been done, and none was requested since."""
-        return self._averager.drain_request.is_answered
+        return self._engine.drain_request.is_answered
 
     @property
     def gammas(self) -> tuple[float, ...]:
         """Exponents of the tracked profiles."""
-        return self._averager.policy.gammas
+        return self._engine.policy.gammas
 
     @property
     def sigma_rels(self) -> tuple[float, ...]:
         """Widths of the tracked profiles relative to the training time."""
-        return self._averager.policy.sigma_rels
+        return self._engine.policy.sigma_rels
 
     @property
     def run(self) -> str:
         """Id of this run, as in the names of its snapshots."""
-        return self._averager.history.run
+        return self._engine.run_lineage.run
 
     @property
     def snapshots(self) -> SnapshotStore:
@@ -383,11 +383,11 @@ class PostHocEMA(EMABase):
             TimeoutError: Something is still pending. Nothing is lost; call it again.
             SnapshotWriteError: A snapshot could not be written.
         """
-        was_open = self._averager.is_open
+        was_open = self._engine.is_open
         try:
-            self._averager.close(timeout)
+            self._engine.close(timeout)
         finally:  # it is closed although it may have had a failure to tell
-            if was_open and not self._averager.is_open and self._averager.history.written:
+            if was_open and not self._engine.is_open and self._engine.run_lineage.written:
                 self._note_end()
 
     def _note_end(self) -> None:
@@ -395,7 +395,7 @@ class PostHocEMA(EMABase):
             self._store.close_run(self.run)
         except SnapshotError as error:  # a warning: every snapshot is safe, and another failure may be on its way up
             warn(f"{error} Whoever follows this run will not see that it has ended.")
-        self._keeper.end()
+        self._retaining_writer.end()
 
     def synthesize_ema_model(
         self,
@@ -429,17 +429,17 @@ class PostHocEMA(EMABase):
             raise ValueError("Give either sigma_rel or gamma: the length of the average, or its exponent.")
         gammas, widths = profiles(None if sigma_rel is None else (sigma_rel,), None if gamma is None else (gamma,))
         self.flush()
-        averager = self._averager.frozen_copy(gammas, widths, None if device is None else torch.device(device))
+        engine = self._engine.frozen_copy(gammas, widths, None if device is None else torch.device(device))
         with neutral_modes():
-            told = self._synthesize(averager, gammas[0], self._target(step), tolerance)
+            told = self._synthesize(engine, gammas[0], self._target(step), tolerance)
         for sentence in told:
             warn(sentence)
         (template,) = self.ema_models[0]._template
-        return KarrasEMA._view(averager, 0, None if isinstance(template, Module) else template)
+        return KarrasEMA._view(engine, 0, None if isinstance(template, Module) else template)
 
     def _target(self, step: int | None) -> Snapshot:
         """The snapshot at which an average is to end, in this run's history."""
-        ancestors = self._averager.history.ancestors
+        ancestors = self._engine.run_lineage.ancestors
         if not ancestors or self.run in self._store.runs():
             return self._store.get(step, self.run)
         # A run that was continued and has no snapshot of its own yet is not in the folder: its last ancestor is.
@@ -447,23 +447,23 @@ class PostHocEMA(EMABase):
         abandoned = [snapshot.step for snapshot in self._store.snapshots(run) if snapshot.step > (left_at or 0)]
         return self._store.get(step, run, exclude=abandoned)
 
-    def _synthesize(self, averager: AveragingEngine, gamma: float, target: Snapshot, tolerance: float) -> Sequence[str]:
-        """Fill the average of ``averager``, and its counters. Returns what there is to warn of."""
-        arena = averager.arena
+    def _synthesize(self, engine: AveragingEngine, gamma: float, target: Snapshot, tolerance: float) -> Sequence[str]:
+        """Fill the average of ``engine``, and its counters. Returns what there is to warn of."""
+        flat_buffers = engine.flat_buffers
         plan = plan_from_store(self._store, gammas=[gamma], step=target.step, run=target.run, tolerance=tolerance)
         stream(
             plan,
-            lambda begin, block: arena.fill(0, begin, torch.from_numpy(block[0])),
+            lambda begin, block: flat_buffers.fill(0, begin, torch.from_numpy(block[0])),
             on_calling_thread=True,  # streams and modes of torch are a thread's own
         )
         # In files with another number of profiles another padding stands before the copied tensors.
         padding = min((begin for begin, _ in plan.target.copied_spans.values()), default=0)
 
         def take(begin: int, piece: memoryview) -> None:
-            arena.fill_copied(begin - padding, torch.frombuffer(piece, dtype=torch.uint8))
+            flat_buffers.fill_copied(begin - padding, torch.frombuffer(piece, dtype=torch.uint8))
 
         stream_copied(plan, take)
-        averager.schedule.load({"step": target.step, "now": target.t, "t": target.t, "updates": 1})
+        engine.schedule.load({"step": target.step, "now": target.t, "t": target.t, "updates": 1})
         return plan.report.warnings
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Protocol
 
@@ -44,8 +44,9 @@ from nitrous_ema.averaging.model.live_tensors import LiveTensors, hold_averages
 from nitrous_ema.averaging.model.tracking import TrackedTensor, TrackingPolicy, track, unwrap, writable_view, write
 from nitrous_ema.averaging.schedule import Schedule, Time
 from nitrous_ema.averaging.shutdown import DrainRequest, shut_down
+from nitrous_ema.averaging.stats import Stats
 from nitrous_ema.errors import ClosedError, NitrousError, SnapshotWriteError, warn
-from nitrous_ema.snapshots.stats import Stats
+from nitrous_ema.snapshots.stats import WriteStats
 
 _HOST = torch.device("cpu")
 
@@ -78,16 +79,16 @@ class AveragingEngine:
         tracked: Sequence[TrackedTensor] | None = None,
     ) -> None:
         self.schedule = Schedule(policy.gammas, policy.update_every, policy.correction, policy.frozen)
-        self.model, self.tracking, self.policy, self.history = model, tracking, policy, RunLineage()
+        self.model, self.tracking, self.policy, self.run_lineage = model, tracking, policy, RunLineage()
         tracked = track(model, tracking) if tracked is None else tracked
         layout = snapshot_layout(tracked, policy.gammas, policy.sigma_rels, policy.checkpoint_dtype)
         self._offloads = background is not None and background.offloads
         with neutral_modes():
-            self.arena = FlatBuffers(tracked, layout, _HOST if self._offloads else policy.device)
-        if all(group.dtype == torch.float64 for group in self.arena.groups):
+            self.flat_buffers = FlatBuffers(tracked, layout, _HOST if self._offloads else policy.device)
+        if all(group.dtype == torch.float64 for group in self.flat_buffers.groups):
             self.schedule.least_weight = 0.0
         with neutral_modes():
-            self._dispatch = _dispatch(self.arena, background)
+            self._dispatch = _dispatch(self.flat_buffers, background)
         self.guard: WriteGuard | None = None
         if background is not None:
             self.guard = WriteGuard(background.read, self._dispatch.order_writers, self._dispatch.is_capturing)
@@ -135,7 +136,7 @@ class AveragingEngine:
             device=device,
             allow_different_devices=True,
         )
-        return AveragingEngine(self.model, self.tracking, policy, tracked=self.arena.tracked)
+        return AveragingEngine(self.model, self.tracking, policy, tracked=self.flat_buffers.tracked)
 
     # ---- during training
 
@@ -150,7 +151,7 @@ class AveragingEngine:
             if self.guard is not None:
                 self.guard.before_update()
             live = self._live()
-        if self.history.is_fresh:
+        if self.run_lineage.is_fresh:
             self._begin()
         weights = self.schedule.advance(t_delta)
         if live is not None and weights is not None:
@@ -178,7 +179,7 @@ class AveragingEngine:
 
     def _checkpoint(self) -> bool:
         if self._sink is None or (
-            self.schedule.step in self.history.written and not self._sink.has_lost(self.schedule.step)
+            self.schedule.step in self.run_lineage.written and not self._sink.has_lost(self.schedule.step)
         ):
             return True
         if self.schedule.is_behind:
@@ -190,10 +191,10 @@ class AveragingEngine:
                 self._average(live, weights)
         self._attempt(self._dispatch.flush_deferred, "checkpoint()")
         taken = self._sink.take_snapshot(
-            PendingSnapshot(self.arena, self.history.stamp(self.schedule)), self._dispatch.lane
+            PendingSnapshot(self.flat_buffers, self.run_lineage.stamp(self.schedule)), self._dispatch.lane
         )
         if taken:
-            self.history.written.add(self.schedule.step)
+            self.run_lineage.written.add(self.schedule.step)
         return taken
 
     def fence(self) -> None:
@@ -204,14 +205,14 @@ class AveragingEngine:
     def fence_everybody(self) -> None:
         """The same for every EMA that reads these weights."""
         if self._process == os.getpid():
-            fence_all([tracked.live() for tracked in self.arena.averaged])
+            fence_all([tracked.live() for tracked in self.flat_buffers.averaged])
 
     def stats(self) -> Stats:
         """What was done so far."""
-        written = self._sink.stats() if self._sink is not None and self._process == os.getpid() else Stats()
+        written = self._sink.stats() if self._sink is not None and self._process == os.getpid() else WriteStats()
         dispatch = self._dispatch
-        return replace(
-            written,
+        return Stats(
+            **asdict(written),
             updates=self.schedule.updates,
             scratch_bytes=dispatch.scratch_bytes,
             held_up=dispatch.num_held_up,
@@ -301,7 +302,7 @@ class AveragingEngine:
         self.order_readers("to()")
         self._dispatch.drain()
         with neutral_modes():
-            self.arena.to(device)
+            self.flat_buffers.to(device)
             self._dispatch.place()
             self._checked = None
             for viewer in self.viewers:
@@ -319,7 +320,7 @@ class AveragingEngine:
         self.order_readers("copy_params_from_ema_to_model()")
         self.fence_everybody()
         with neutral_modes():
-            for tracked, average in self.arena.averages(profile):
+            for tracked, average in self.flat_buffers.averages(profile):
                 write(*writable_view(tracked.live(), average))
 
     def prepare_loading(self, what: str = "load_state_dict()", *, with_snapshots: bool = False) -> bool:
@@ -353,8 +354,8 @@ class AveragingEngine:
     # ---- inside
 
     def _begin(self) -> None:
-        self.history.is_fresh = False
-        told = self._find_resumable_run(self.history.run)
+        self.run_lineage.is_fresh = False
+        told = self._find_resumable_run(self.run_lineage.run)
         if told is not None:  # before anything counts: where warnings are errors, this update is refused
             warn(told)
 
@@ -443,11 +444,11 @@ class AveragingEngine:
             self._sink.raise_failures()
 
 
-def _dispatch(arena: FlatBuffers, background: Background | None) -> UpdateDispatcher:
+def _dispatch(flat_buffers: FlatBuffers, background: Background | None) -> UpdateDispatcher:
     if background is None:
-        return UpdateDispatcher(arena)
+        return UpdateDispatcher(flat_buffers)
     return UpdateDispatcher(
-        arena,
+        flat_buffers,
         background.make_lane,
         reads_later=True,
         scratch_bytes=background.scratch_bytes,

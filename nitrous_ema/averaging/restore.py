@@ -39,11 +39,11 @@ _MOST_NAMED = 5
 _log = logging.getLogger(__name__)
 
 
-def restore(averager: AveragingEngine, snapshot: Snapshot) -> str | None:
+def restore(engine: AveragingEngine, snapshot: Snapshot) -> str | None:
     """Set averages, copied tensors, clock and lineage to those of a snapshot.
 
     Args:
-        averager: Nothing may be queued or swapped (``prepare_loading``).
+        engine: Nothing may be queued or swapped (``prepare_loading``).
         snapshot: A committed one.
 
     Returns:
@@ -53,10 +53,10 @@ def restore(averager: AveragingEngine, snapshot: Snapshot) -> str | None:
         SnapshotMismatch: It has other profiles, or does not fit the model; names the first tensors that differ.
         SnapshotDamaged: A chunk's checksum is wrong. If only the second read found that, averages are refused.
     """
-    moment = stored_snapshot_view(snapshot)
-    _check_profiles(averager, snapshot)
-    _check_tensors(averager.arena.layout, snapshot)
-    parts = list(_parts(averager.arena, moment))
+    view = stored_snapshot_view(snapshot)
+    _check_profiles(engine, snapshot)
+    _check_tensors(engine.flat_buffers.layout, snapshot)
+    parts = list(_parts(engine.flat_buffers, view))
     with OpenFiles(part.source.path for part in parts) as files:
         for part in parts:
             part.check(files)
@@ -64,11 +64,11 @@ def restore(averager: AveragingEngine, snapshot: Snapshot) -> str | None:
             for part in parts:
                 part.write(files)
         except BaseException as error:  # also Ctrl-C: averages of two times are nobody's
-            averager.fail("restore()", error)
+            engine.fail("restore()", error)
             raise
-    averager.schedule.load(_clock(snapshot.stamp, averager.schedule))
-    averager.history.continue_from(snapshot.stamp.lineage, snapshot.step)
-    averager.loaded()
+    engine.schedule.load(_clock(snapshot.stamp, engine.schedule))
+    engine.run_lineage.continue_from(snapshot.stamp.lineage, snapshot.step)
+    engine.loaded()
     return _rounding_warning(snapshot)
 
 
@@ -94,8 +94,8 @@ def warn_about_other_runs(store: SnapshotStore, run: str) -> str | None:
 # ---- does it fit
 
 
-def _check_profiles(averager: AveragingEngine, snapshot: Snapshot) -> None:
-    found, expected = snapshot.layout, averager.arena.layout
+def _check_profiles(engine: AveragingEngine, snapshot: Snapshot) -> None:
+    found, expected = snapshot.layout, engine.flat_buffers.layout
     same = len(found.gammas) == len(expected.gammas) and all(
         abs(one - other) <= 1e-9 for one, other in zip(found.gammas, expected.gammas, strict=True)
     )
@@ -203,18 +203,18 @@ class _Section:
             position = move.end
 
 
-def _parts(arena: FlatBuffers, moment: StoredSnapshotView) -> Iterator[_Section]:
-    averaged = [record.name for record in moment.records if record.role == "averaged"]
-    found = dict(zip(averaged, moment.average_spans, strict=True))
-    places = zip(arena.layout.averaged, arena.layout.average_spans, strict=True)
+def _parts(flat_buffers: FlatBuffers, view: StoredSnapshotView) -> Iterator[_Section]:
+    averaged = [record.name for record in view.records if record.role == "averaged"]
+    found = dict(zip(averaged, view.average_spans, strict=True))
+    places = zip(flat_buffers.layout.averaged, flat_buffers.layout.average_spans, strict=True)
     moves = _moves(found, {record.name: span.begin for record, span in places})
-    for profile, source in enumerate(moment.averages):
-        yield _Section(source, TORCH_DTYPES[source.dtype], moves, partial(arena.fill, profile))
-    if moment.copied is not None:
-        spans = arena.layout.copied_spans
-        places = zip(arena.layout.copied, spans, strict=True)
+    for profile, source in enumerate(view.averages):
+        yield _Section(source, TORCH_DTYPES[source.dtype], moves, partial(flat_buffers.fill, profile))
+    if view.copied is not None:
+        spans = flat_buffers.layout.copied_spans
+        places = zip(flat_buffers.layout.copied, spans, strict=True)
         begins = {record.name: span.begin - spans[0].begin for record, span in places}
-        yield _Section(moment.copied, torch.uint8, _moves(moment.copied_spans, begins), arena.fill_copied)
+        yield _Section(view.copied, torch.uint8, _moves(view.copied_spans, begins), flat_buffers.fill_copied)
 
 
 def _moves(found: Mapping[str, tuple[int, int]], places: Mapping[str, int]) -> list[_Move]:

@@ -49,13 +49,13 @@ class DrainRequest:
 def shut_down(
     dispatch: UpdateDispatcher, guard: WriteGuard | None, remove_hooks: Callable[[], None], process: int
 ) -> None:
-    """End everything that an averager had started; runs when it is closed, dropped, or the interpreter exits.
+    """End everything that an engine had started; runs when it is closed, dropped, or the interpreter exits.
 
     Args:
         dispatch: Its lanes are closed, then the sink.
         guard: Kept alive, and with it the order of optimizers after the lanes, until they have ended.
         remove_hooks: To be called in between.
-        process: Which one the averager was made in.
+        process: Which one the engine was made in.
     """
     if process != os.getpid():
         return  # a forked child has none of the threads

@@ -31,24 +31,24 @@ class LoadProblems:
     errors: list[str] = field(default_factory=list)
 
 
-def save(averager: AveragingEngine, profile: int, destination: dict[str, Any], prefix: str) -> None:
+def save(engine: AveragingEngine, profile: int, destination: dict[str, Any], prefix: str) -> None:
     """Put one profile into a state_dict. The tensors are the averages themselves, not copies."""
-    for tracked, value in _values(averager, profile):
+    for tracked, value in _values(engine, profile):
         for key in tracked.keys if tracked.persistent else ():
             destination[f"{prefix}ema_model.{key}"] = value
-    schedule = averager.schedule
+    schedule = engine.schedule
     destination[prefix + EXTRA] = {
         "initted": schedule.updates > 0,
         **schedule.state(),
-        "gamma": averager.policy.gammas[profile],
+        "gamma": engine.policy.gammas[profile],
         "update_every": schedule.update_every,
         "step_size_correction": schedule.correction,
-        "lineage": averager.history.state(),
+        "lineage": engine.run_lineage.state(),
     }
 
 
 def load(
-    averager: AveragingEngine,
+    engine: AveragingEngine,
     root: str,
     profiles: Mapping[int, str],
     state: Mapping[str, Any],
@@ -58,7 +58,7 @@ def load(
     """Load profiles from a state_dict.
 
     Args:
-        averager: What to load into.
+        engine: What to load into.
         root: Prefix of all keys that belong to this EMA.
         profiles: The prefix of each profile's keys, beginning with ``root``.
         state: Keys that do not begin with ``root`` are left alone.
@@ -70,26 +70,26 @@ def load(
     problems, found, used = LoadProblems(), [], set()
     for profile, prefix in profiles.items():
         head = f"{prefix}ema_model."
-        names = _saved_names(averager.arena.tracked, [key[len(head) :] for key in state if key.startswith(head)])
+        names = _saved_names(engine.flat_buffers.tracked, [key[len(head) :] for key in state if key.startswith(head)])
         # Also those of tensors that are skipped here: 0.0.1 saved them.
         used |= {prefix + EXTRA, *(head + name for present in names.values() for name in present)}
-        for tracked, value in _values(averager, profile):
+        for tracked, value in _values(engine, profile):
             if names[tracked.name]:
                 key = head + names[tracked.name][0]
                 found.append((value, state[key]))
                 problems.errors += _mismatch(key, state[key], value)
             elif tracked.persistent:
                 problems.missing.append(head + tracked.name)
-        _check_extra(averager, profile, prefix, state, problems)
+        _check_extra(engine, profile, prefix, state, problems)
     problems.unexpected = [key for key in state if key.startswith(root) and key not in used]
     if not problems.errors and (partial or not (problems.missing or problems.unexpected)):
-        _apply(averager, found, state.get(next(iter(profiles.values())) + EXTRA))
+        _apply(engine, found, state.get(next(iter(profiles.values())) + EXTRA))
     return problems
 
 
-def _values(averager: AveragingEngine, profile: int) -> Iterator[tuple[TrackedTensor, Tensor]]:
-    yield from averager.arena.averages(profile)
-    yield from averager.arena.copies()
+def _values(engine: AveragingEngine, profile: int) -> Iterator[tuple[TrackedTensor, Tensor]]:
+    yield from engine.flat_buffers.averages(profile)
+    yield from engine.flat_buffers.copies()
 
 
 def _mismatch(key: str, saved: Any, value: Tensor) -> list[str]:
@@ -125,24 +125,24 @@ def _saved_names(tracked: Sequence[TrackedTensor], saved: Collection[str]) -> di
 
 
 def _check_extra(
-    averager: AveragingEngine, profile: int, prefix: str, state: Mapping[str, Any], problems: LoadProblems
+    engine: AveragingEngine, profile: int, prefix: str, state: Mapping[str, Any], problems: LoadProblems
 ) -> None:
     extra = state.get(prefix + EXTRA)
     if extra is None:
         problems.missing.append(prefix + EXTRA)
     elif not isinstance(extra, Mapping) or not isinstance(extra.get("step"), int):
         problems.errors.append(f"{prefix + EXTRA!r} is {extra!r}; expected a dict with the number of steps.")
-    elif abs(extra.get("gamma", averager.policy.gammas[profile]) - averager.policy.gammas[profile]) > 1e-9:
+    elif abs(extra.get("gamma", engine.policy.gammas[profile]) - engine.policy.gammas[profile]) > 1e-9:
         problems.errors.append(
             f"{prefix + EXTRA!r}: the state was averaged with gamma {extra['gamma']!r} but this EMA has "
-            f"{averager.policy.gammas[profile]!r}. Construct it with the profiles that the state has."
+            f"{engine.policy.gammas[profile]!r}. Construct it with the profiles that the state has."
         )
 
 
-def _apply(averager: AveragingEngine, found: Sequence[tuple[Tensor, Tensor]], extra: Mapping[str, Any] | None) -> None:
+def _apply(engine: AveragingEngine, found: Sequence[tuple[Tensor, Tensor]], extra: Mapping[str, Any] | None) -> None:
     for value, saved in found:
         value.copy_(saved)
     if extra is not None:
-        averager.schedule.load(extra)
-        averager.history.continue_from(extra.get("lineage", ()), averager.schedule.step)
-    averager.loaded()
+        engine.schedule.load(extra)
+        engine.run_lineage.continue_from(extra.get("lineage", ()), engine.schedule.step)
+    engine.loaded()

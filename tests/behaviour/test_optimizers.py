@@ -56,7 +56,7 @@ def test_each_form_would_spoil_the_averages_without_the_wait(tmp_path, monkeypat
     use_lane(monkeypatch, LateLane())
 
     def unguarded(model: nn.Module, ema: Any) -> Step:
-        ema._averager.guard._order_writer = lambda: None
+        ema._engine.guard._order_writer = lambda: None
         return form(model, ema)
 
     obtained = averages_after(AsyncPostHocEMA, tmp_path, unguarded, read="guarded")

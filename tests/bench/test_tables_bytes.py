@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench import tables_bytes
 from nitrous_ema.averaging.kernels.foreach_step import ForeachStep
-from tests.unit.averaging.kernels.test_flat_buffers import arena_of
+from tests.unit.averaging.kernels.test_flat_buffers import flat_buffers_of
 
 ELEMENTS = 1 << 20
 
@@ -33,10 +33,10 @@ class Moved(TorchDispatchMode):
     ("name", "dtype"), [("foreach, float32", torch.float32), ("foreach, other types", torch.bfloat16)]
 )
 def test_bytes_of_foreach_are_those_that_it_moves(name, dtype):
-    arena = arena_of(nn.ParameterList([nn.Parameter(torch.ones(ELEMENTS, dtype=dtype))]), profiles=2)
-    arena.groups[0].together = None  # the CPU alone moves all profiles in one operation
-    step = ForeachStep(arena.groups[0])
-    sources = step.sources([tensor.tracked.live().detach() for tensor in arena.groups[0].tensors])
+    flat_buffers = flat_buffers_of(nn.ParameterList([nn.Parameter(torch.ones(ELEMENTS, dtype=dtype))]), profiles=2)
+    flat_buffers.groups[0].together = None  # the CPU alone moves all profiles in one operation
+    step = ForeachStep(flat_buffers.groups[0])
+    sources = step.sources([tensor.tracked.live().detach() for tensor in flat_buffers.groups[0].tensors])
     with Moved() as moved, torch.no_grad():
         step.run(sources, [0.1, 0.2])
     (variant,) = (each for each in tables_bytes.VARIANTS if each.name == name)

@@ -42,7 +42,7 @@ def steps_of(folder, device: str) -> list[object]:
     model = Odd(torch.bfloat16)
     move_to(model, device)
     with AsyncPostHocEMA(model, checkpoint_folder=folder) as ema:
-        return [placed.step for _, placed in ema._averager._dispatch._steps]
+        return [placed.step for _, placed in ema._engine._dispatch._steps]
 
 
 def can_be_fused() -> bool:

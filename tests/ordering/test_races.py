@@ -37,10 +37,10 @@ WEIGHTS = (0.25, 0.5)
 class Slots:
     """A sink of real slots and real copies, whose writer comes by when it is told to."""
 
-    def __init__(self, streams: Streams, arena: FlatBuffers) -> None:
-        self.streams, self.arena = streams, arena
-        self.pool = SlotPool(arena.layout, 2, pin=False)
-        self.copier = ChunkCopier(CPU, arena.layout)
+    def __init__(self, streams: Streams, flat_buffers: FlatBuffers) -> None:
+        self.streams, self.flat_buffers = streams, flat_buffers
+        self.pool = SlotPool(flat_buffers.layout, 2, pin=False)
+        self.copier = ChunkCopier(CPU, flat_buffers.layout)
         self.sealed: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.written: list[list[bytes]] = []
 
@@ -51,7 +51,7 @@ class Slots:
         if self.pool.num_busy() == 2:
             self.write()
         slot = self.pool.claim(0)
-        pending = SimpleNamespace(arena=self.arena)
+        pending = SimpleNamespace(flat_buffers=self.flat_buffers)
         self.pool.expect(slot, pending, {CPU: lane.mark})
         for copies in slot.copies.values():
             work = partial(writer._fill, slot, pending, copies, self.copier, self.pool, self.sealed)
@@ -78,13 +78,15 @@ def train(seed: int, kind: str = "plain", scratch_bytes: int | None = 1 << 20) -
     with small_pieces(), torch.no_grad():
         model = make_model(kind)
         tracked = track(model, TrackingPolicy())
-        arena = FlatBuffers(tracked, snapshot_layout(tracked, (5.0, 6.0), (0.1, 0.2), torch.float32))
+        flat_buffers = FlatBuffers(tracked, snapshot_layout(tracked, (5.0, 6.0), (0.1, 0.2), torch.float32))
         gradients, parameters = make_gradients(STEPS, model), list(model.parameters())
         live = {name: parameter.data for name, parameter in model.named_parameters()}
         with streams.instead_of_torch():
             lane = AcceleratorLane(CPU)
-            dispatch = UpdateDispatcher(arena, lambda device: lane, reads_later=True, scratch_bytes=scratch_bytes)
-            slots = Slots(streams, arena)
+            dispatch = UpdateDispatcher(
+                flat_buffers, lambda device: lane, reads_later=True, scratch_bytes=scratch_bytes
+            )
+            slots = Slots(streams, flat_buffers)
             dispatch.sinks.append(slots)
             seen: list[Any] = []
             for step, of_step in enumerate(gradients):
@@ -95,11 +97,11 @@ def train(seed: int, kind: str = "plain", scratch_bytes: int | None = 1 << 20) -
                     slots.take(lane)
                 if step == 6:
                     dispatch.order_readers()
-                    seen += [average.clone() for _, average in arena.averages(0)]
+                    seen += [average.clone() for _, average in flat_buffers.averages(0)]
                 while slots.pool.num_busy() and decide.random() < 0.15:
                     slots.write()
             dispatch.order_readers()
-            seen += [average.clone() for profile in (0, 1) for _, average in arena.averages(profile)]
+            seen += [average.clone() for profile in (0, 1) for _, average in flat_buffers.averages(profile)]
             while slots.pool.num_busy():
                 slots.write()
             streams.home.synchronize()

@@ -15,7 +15,7 @@ from nitrous_ema.averaging.kernels.flat_buffers import FlatBuffers, Group
 from nitrous_ema.averaging.kernels.foreach_step import ForeachStep
 from nitrous_ema.averaging.kernels.fused_step import FusedStep, step_for
 from tests.support.models import set_weights
-from tests.unit.averaging.kernels.test_flat_buffers import arena_of
+from tests.unit.averaging.kernels.test_flat_buffers import flat_buffers_of
 
 BATCH = 2 * 2048
 
@@ -39,17 +39,19 @@ class _Layouts(nn.Module):
 def _started(profiles: int = 2) -> tuple[FlatBuffers, list[tuple[Group, list[Tensor]]]]:
     """Averages that are not the parameters, and these, by group."""
     model = _Layouts()
-    arena = arena_of(model, profiles)
+    flat_buffers = flat_buffers_of(model, profiles)
     set_weights(model, 1)
-    for group in arena.groups:
+    for group in flat_buffers.groups:
         tensors = [tensor.tracked.live().detach() for tensor in group.tensors]
         ForeachStep(group).run(ForeachStep(group).sources(tensors), [1.0] * profiles)
     set_weights(model, 2)
-    return arena, [(group, [tensor.tracked.live().detach() for tensor in group.tensors]) for group in arena.groups]
+    return flat_buffers, [
+        (group, [tensor.tracked.live().detach() for tensor in group.tensors]) for group in flat_buffers.groups
+    ]
 
 
-def _flats(arena: FlatBuffers) -> list[Tensor]:
-    return [flat.clone() for group in arena.groups for flat in group.flats]
+def _flats(flat_buffers: FlatBuffers) -> list[Tensor]:
+    return [flat.clone() for group in flat_buffers.groups for flat in group.flats]
 
 
 def _same(ones: list[Tensor], others: list[Tensor]) -> bool:
@@ -62,30 +64,30 @@ def _scratch(num_bytes: int) -> Tensor:
 
 def _of_run(weights: list[float]) -> list[Tensor]:
     """What one launch for everything makes of it."""
-    arena, groups = _started(len(weights))
+    flat_buffers, groups = _started(len(weights))
     for group, tensors in groups:
         step = FusedStep(group, BATCH)
         step.run(step.sources(tensors), weights)
-    return _flats(arena)
+    return _flats(flat_buffers)
 
 
 def averages_of_every_layout_are_those_of_group_step():
     for profiles in range(1, 7):
         weights = [0.9 / (profile + 1) for profile in range(profiles)]
-        arena, groups = _started(profiles)
+        flat_buffers, groups = _started(profiles)
         for group, tensors in groups:
             plain = ForeachStep(group)
             plain.run(plain.sources(tensors), weights)
-        for ours, theirs in zip(_of_run(weights), _flats(arena), strict=True):
+        for ours, theirs in zip(_of_run(weights), _flats(flat_buffers), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=2.0**-23, atol=2.0**-22)  # rounding of products up to 4
 
 
 def weight_of_one_copies_every_layout():
-    arena, groups = _started()
+    flat_buffers, groups = _started()
     for group, tensors in groups:
         step = FusedStep(group)
         step.run(step.sources(tensors), [1.0, 1.0])
-    for tracked, average in arena.averages(1):
+    for tracked, average in flat_buffers.averages(1):
         assert torch.equal(average, tracked.live().detach().to(average.dtype)), tracked.name
 
 
@@ -99,14 +101,14 @@ def batches_cover_the_group_and_are_those_of_what_is_left_to_group_step():
 
 
 def batch_by_batch_gives_the_bits_of_one_launch():
-    arena, groups = _started()
+    flat_buffers, groups = _started()
     for group, tensors in groups:
         step = FusedStep(group, BATCH)
         sources = step.sources(tensors)
         order = list(range(len(step.batches)))
         step.run(sources, [0.3, 0.01], order[1:3])
         step.run(sources, [0.3, 0.01], [order[0], *order[3:]])
-    assert _same(_flats(arena), _of_run([0.3, 0.01]))
+    assert _same(_flats(flat_buffers), _of_run([0.3, 0.01]))
 
 
 def batch_moves_its_own_averages_only():
@@ -121,7 +123,7 @@ def batch_moves_its_own_averages_only():
 
 def kept_parameters_give_the_bits_of_run():
     weights = [0.3, 0.01, 0.7, 0.2, 1.0]
-    arena, groups = _started(len(weights))
+    flat_buffers, groups = _started(len(weights))
     for group, tensors in groups:
         step = FusedStep(group, BATCH)
         sources, kept = step.sources(tensors), []
@@ -133,7 +135,7 @@ def kept_parameters_give_the_bits_of_run():
             tensor.zero_()
         for batch in reversed(kept):
             step.run_stashed(batch, weights)
-    assert _same(_flats(arena), _of_run(weights))
+    assert _same(_flats(flat_buffers), _of_run(weights))
 
 
 def update_that_the_kernel_cannot_read_is_group_steps_also_where_it_is_kept():
@@ -232,13 +234,13 @@ def kernel_is_chosen_for_types_that_it_knows_only():
     chosen = {}
     with _on_a_device_that_compiles():
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.float64, torch.float8_e5m2):
-            (group,) = arena_of(nn.ParameterList([parameter(dtype)])).groups
+            (group,) = flat_buffers_of(nn.ParameterList([parameter(dtype)])).groups
             chosen[dtype] = type(step_for(group))
     assert [dtype for dtype, step in chosen.items() if step is not FusedStep] == [torch.float64, torch.float8_e5m2]
 
 
 def nothing_is_launched_on_a_device_while_kernels_are_interpreted():
-    (group,) = arena_of(nn.Linear(3, 3)).groups
+    (group,) = flat_buffers_of(nn.Linear(3, 3)).groups
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_step, "triton_backend", lambda device: "nvidia")
         fused_step._works.cache_clear()

@@ -98,7 +98,7 @@ def is_copying_when_trained(ema: PostHocEMA, device: str) -> bool:
     trained = torch.Event(torch.device(device))
     trained.record(torch.accelerator.current_stream())
     trained.synchronize()
-    (lane,) = ema._averager._dispatch.lanes()
+    (lane,) = ema._engine._dispatch.lanes()
     return not lane._copy_stream.query()
 
 

@@ -41,26 +41,26 @@ class ChunkCopier:
         self._scratch: Tensor | None = None  # uint8; allocated when first needed
         self._counter: Tensor | None = None
 
-    def copy(self, arena: FlatBuffers, span: Span, page: Tensor, *, non_blocking: bool) -> None:
+    def copy(self, flat_buffers: FlatBuffers, span: Span, page: Tensor, *, non_blocking: bool) -> None:
         """Copy what a range of the file's data has of this device.
 
         Args:
-            arena: The averages; read on the current stream.
+            flat_buffers: The averages; read on the current stream.
             span: In one chunk of the file's data; begins at an element.
             page: uint8 on the CPU, contiguous, at least as large.
             non_blocking: Return before the bytes are there (from an accelerator, into pinned memory).
         """
-        layout = arena.layout
+        layout = flat_buffers.layout
         begin, end = span
         profile_bytes = layout.sections[0].end
         if begin >= profile_bytes * len(layout.gammas):
-            self._copy_copied(arena, begin, end, page, non_blocking)
+            self._copy_copied(flat_buffers, begin, end, page, non_blocking)
             return
         dtype = TORCH_DTYPES[layout.checkpoint_dtype]
         profile, offset = divmod(begin, profile_bytes)
         first = offset // dtype.itemsize
         elements = page[: end - begin].view(dtype)
-        for run in _neighbours(arena.pieces(profile, first, first + elements.numel(), self._device)):
+        for run in _neighbours(flat_buffers.pieces(profile, first, first + elements.numel(), self._device)):
             self._copy_run(run, elements, non_blocking)
 
     def yield_copy_engine(self) -> None:
@@ -92,12 +92,12 @@ class ChunkCopier:
             _gather(run, scratch)
             target.copy_(scratch, non_blocking=non_blocking)
 
-    def _copy_copied(self, arena: FlatBuffers, begin: int, end: int, page: Tensor, non_blocking: bool) -> None:
-        start = arena.layout.sections[-1].begin + arena.layout.padding_bytes
+    def _copy_copied(self, flat_buffers: FlatBuffers, begin: int, end: int, page: Tensor, non_blocking: bool) -> None:
+        start = flat_buffers.layout.sections[-1].begin + flat_buffers.layout.padding_bytes
         if begin < start:
             page[: start - begin].zero_()
         shift = max(start - begin, 0)
-        for first, piece in arena.copied_pieces(max(begin - start, 0), end - start, self._device):
+        for first, piece in flat_buffers.copied_pieces(max(begin - start, 0), end - start, self._device):
             page[shift + first : shift + first + piece.numel()].copy_(piece, non_blocking=non_blocking)
 
 

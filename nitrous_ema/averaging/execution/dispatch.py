@@ -34,10 +34,10 @@ Ranges = Callable[[int, int], Iterator[Span]]
 
 
 class UpdateDispatcher:
-    """The lanes of one arena, and the order of what is put on them.
+    """The lanes of one set of flat buffers, and the order of what is put on them.
 
     Args:
-        arena: The averages.
+        flat_buffers: The averages.
         make_lane: Makes the lane of a device.
         reads_later: Whether lanes may run after the caller has gone on. Buffers, which change in forward, are then
             copied where the caller is.
@@ -48,14 +48,14 @@ class UpdateDispatcher:
 
     def __init__(
         self,
-        arena: FlatBuffers,
+        flat_buffers: FlatBuffers,
         make_lane: Callable[[torch.device], Lane] = lambda device: InlineLane(),
         *,
         reads_later: bool = False,
         scratch_bytes: int | None = None,
         offloads: bool = False,
     ) -> None:
-        self._arena = arena
+        self._flat_buffers = flat_buffers
         self._make_lane = make_lane
         self._reads_later = reads_later
         self._scratch_bytes = scratch_bytes
@@ -74,21 +74,25 @@ class UpdateDispatcher:
         self.place()
 
     def place(self) -> None:
-        """Take note of where the arena's buffers are."""
-        layout = self._arena.layout
+        """Take note of where the flat buffers are."""
+        layout = self._flat_buffers.layout
         self._steps = [
-            (group, _placed(step_for(group), _average_ranges(layout, group))) for group in self._arena.groups
+            (group, _placed(step_for(group), _average_ranges(layout, group))) for group in self._flat_buffers.groups
         ]
         self._copy_steps = [
             (copies, _placed(CopiedTensorsStep(copies), _copied_ranges(layout, copies)))
-            for copies in self._arena.copy_groups
+            for copies in self._flat_buffers.copy_groups
         ]
         self._offloaded.clear()
         self._copied_for: tuple[Mapping[str, Tensor], bool] | None = None  # what _copied was computed for
         self._copied: Sequence[str] = ()
         self._copy_devices: Mapping[str, torch.device] = {}  # where each tensor's copy goes
-        averaged = {tensor.tracked.name: group.device for group in self._arena.groups for tensor in group.tensors}
-        copied = {tracked.name: group.device for group in self._arena.copy_groups for tracked, _, _ in group.tensors}
+        averaged = {
+            tensor.tracked.name: group.device for group in self._flat_buffers.groups for tensor in group.tensors
+        }
+        copied = {
+            tracked.name: group.device for group in self._flat_buffers.copy_groups for tracked, _, _ in group.tensors
+        }
         self.devices: Mapping[str, torch.device] = averaged | copied
         """Of each tensor's average or copy, by name."""
 
@@ -206,7 +210,7 @@ class UpdateDispatcher:
             }
             self._copied = [
                 tensor.name
-                for tensor in self._arena.tracked
+                for tensor in self._flat_buffers.tracked
                 if tensor.role != "skipped"
                 and (
                     (copy_all and not goes_out[tensor.name])

@@ -10,7 +10,7 @@ from nitrous_ema.averaging.execution.device_to_host import ChunkCopier
 from nitrous_ema.averaging.execution.interfaces import Lane, Mark, PendingSnapshot, Work, neutral_modes
 from nitrous_ema.errors import SnapshotWriteError
 from nitrous_ema.snapshots.retention import RetainingWriter
-from nitrous_ema.snapshots.stats import Stats
+from nitrous_ema.snapshots.stats import WriteStats
 
 
 class InlineLane:
@@ -83,33 +83,33 @@ class InlineSnapshotSink:
     """Writes each snapshot before it returns, through one page of pageable memory.
 
     Args:
-        keeper: Writes it, and drops others.
+        writer: Writes it, and drops others.
 
     Raises:
         SnapshotWriteError: From ``take``; the averages are untouched.
     """
 
-    def __init__(self, keeper: RetainingWriter) -> None:
-        self._keeper = keeper
-        self._ledger = keeper.ledger
+    def __init__(self, writer: RetainingWriter) -> None:
+        self._writer = writer
+        self._ledger = writer.ledger
 
     def take_snapshot(self, pending: PendingSnapshot, lane: Callable[[torch.device], Lane]) -> bool:
         """Write it."""
 
         def chunks() -> Iterator[memoryview]:
-            layout = pending.arena.layout
-            copiers = [ChunkCopier(device, layout) for device in pending.arena.devices]
+            layout = pending.flat_buffers.layout
+            copiers = [ChunkCopier(device, layout) for device in pending.flat_buffers.devices]
             with neutral_modes():
                 page = torch.empty(layout.chunk_bytes, dtype=torch.uint8, device="cpu")
             for span in layout.chunks:
                 # Not around the yield: after a failed write nobody would leave the modes again.
                 with neutral_modes():
                     for copier in copiers:
-                        copier.copy(pending.arena, span, page, non_blocking=False)
+                        copier.copy(pending.flat_buffers, span, page, non_blocking=False)
                 yield page.numpy().data[: span.end - span.begin]
 
         try:
-            self._keeper.write(pending.arena.layout, pending.stamp, chunks)
+            self._writer.write(pending.flat_buffers.layout, pending.stamp, chunks)
         except SnapshotWriteError as failure:
             self._ledger.add(failed=1, last_error=str(failure))
             raise
@@ -122,13 +122,13 @@ class InlineSnapshotSink:
     def copies_in_flight(self, device: torch.device) -> None:
         """Nothing is in flight when ``take`` has returned."""
 
-    def stats(self) -> Stats:
+    def stats(self) -> WriteStats:
         """Nothing is ever pending."""
         return self._ledger.read()
 
     def raise_failures(self) -> None:
         """``take`` raises by itself; what could not be dropped is a warning."""
-        self._keeper.warn_of_failures()
+        self._writer.warn_of_failures()
 
     def flush(self, timeout_seconds: float | None = None) -> None:
         """Nothing is pending."""

@@ -1,6 +1,6 @@
 """The interfaces between averaging, staging and writing, and their simplest implementations, which run at once.
 
-``PostHocEMA`` and ``AsyncPostHocEMA`` are one machine (``averager.py``). What differs stands behind two interfaces:
+``PostHocEMA`` and ``AsyncPostHocEMA`` are one machine (``engine.py``). What differs stands behind two interfaces:
 
 - a ``Lane`` runs averaging work of one device in order: inline here, on a side stream or a worker thread in ``async_``;
 - a ``SnapshotSink`` takes the averages of this moment as a snapshot: written at once here, staged and written in the background
@@ -19,7 +19,7 @@ import torch
 
 from nitrous_ema.averaging.kernels.flat_buffers import FlatBuffers
 from nitrous_ema.snapshots.header import Stamp
-from nitrous_ema.snapshots.stats import Stats
+from nitrous_ema.snapshots.stats import WriteStats
 
 Work = Callable[[], None]
 
@@ -88,7 +88,7 @@ class Lane(Protocol):
 class PendingSnapshot:
     """A snapshot to be taken of the averages as they are after all queued work."""
 
-    arena: FlatBuffers
+    flat_buffers: FlatBuffers
     stamp: Stamp
 
 
@@ -118,7 +118,7 @@ class SnapshotSink(Protocol):
     def copies_in_flight(self, device: torch.device) -> ReadbacksInFlight | None:
         """The snapshot copies that may still be reading averages on a device; None if there are none."""
 
-    def stats(self) -> Stats:
+    def stats(self) -> WriteStats:
         """What became of the snapshots so far; updates are not counted here."""
 
     def raise_failures(self) -> None:

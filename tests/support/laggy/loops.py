@@ -196,7 +196,7 @@ def _step_between_copies(loop: Loop, *, on_two_streams: bool = False) -> None:
 def _end_copies(loop: Loop) -> None:
     """The writers see them end. No stream waits for anything."""
     laggy.release_copies()
-    loop.ema._averager._sink.flush(TIMEOUT_SECONDS)
+    loop.ema._engine._sink.flush(TIMEOUT_SECONDS)
 
 
 def _step_in_backward(loop: Loop) -> None:
@@ -344,7 +344,7 @@ def _checkpoint(loop: Loop) -> None:
 def _checkpoint_and_skip_one(loop: Loop) -> None:
     """The second finds no room."""
     if loop.step == 1 or (loop.step == 3 and loop.on_accelerator):
-        assert loop.ema._averager.checkpoint() == (loop.step == 1)
+        assert loop.ema._engine.checkpoint() == (loop.step == 1)
     if loop.step == STEPS - 1:
         _end_copies(loop)
 

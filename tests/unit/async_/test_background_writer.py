@@ -28,15 +28,15 @@ RUN = "20261122T101530.123456-1a2b3c4d"
 def pending_snapshot(model, layout):
     """A function of a step that gives a snapshot to be taken, and its averages."""
     with torch.no_grad():
-        arena = FlatBuffers(track(model), layout)
-        for group in arena.groups:
+        flat_buffers = FlatBuffers(track(model), layout)
+        for group in flat_buffers.groups:
             for number, flat in enumerate(group.flats):
                 flat.copy_(torch.arange(flat.numel()) + number)
 
     def pending(step):
-        return PendingSnapshot(arena, Stamp(step=step, t=step, t_first=1, run=RUN, lineage=((RUN, None),)))
+        return PendingSnapshot(flat_buffers, Stamp(step=step, t=step, t_first=1, run=RUN, lineage=((RUN, None),)))
 
-    return pending, arena
+    return pending, flat_buffers
 
 
 class Rig:
@@ -46,7 +46,7 @@ class Rig:
         model = make_model("batch norm")
         with small_pieces(chunk_bytes=256):
             self.layout = snapshot_layout(track(model), (6.94, 16.97), (0.1, 0.05), torch.float32)
-        self.pending, self.arena = pending_snapshot(model, self.layout)
+        self.pending, self.flat_buffers = pending_snapshot(model, self.layout)
         self.store = SnapshotStore(folder, files=files)
         self.sink = BackgroundSnapshotSink(
             RetainingWriter(self.store, rule or KeepAll()),
@@ -294,9 +294,9 @@ def make_late(monkeypatch, lane):
     """Pages are full of ones, as in a poisoned slot, until their marks are waited for. Returns the pages filled."""
     copy, filled, queued = ChunkCopier.copy, [], []
 
-    def copy_late(self, arena, span, page, *, non_blocking):
+    def copy_late(self, flat_buffers, span, page, *, non_blocking):
         page.fill_(0xFF)
-        queued.append((span, partial(copy, self, arena, span, page, non_blocking=non_blocking)))
+        queued.append((span, partial(copy, self, flat_buffers, span, page, non_blocking=non_blocking)))
         if len(queued) == len(lane.marks):
             for mark, (of_page, fill) in zip(lane.marks, queued, strict=True):
                 mark.fill = partial(_filled, filled, of_page, fill)
@@ -375,7 +375,7 @@ def test_model_that_moves_to_an_accelerator_later_is_told_once_that_copies_block
             abandon()
 
     rig = rig()
-    rig.arena.groups[0].device = torch.device("cuda:0")  # says so
+    rig.flat_buffers.groups[0].device = torch.device("cuda:0")  # says so
     with pytest.warns(NitrousWarning, match=r"on cuda:0 now, but .*not pinned.*after moving the model"):
         rig.sink.take_snapshot(rig.pending(1), lambda device: NoLane())
     rig.sink.take_snapshot(rig.pending(2), lambda device: NoLane())

@@ -470,7 +470,7 @@ def test_dropped_ema_leaves_no_thread_or_hook_behind(tmp_path, monkeypatch):
         _ = training.ema.ema_models[0].ema_model
         training.steps(2)
         training.ema.checkpoint()
-        gone = weakref.ref(training.ema), weakref.ref(training.ema._averager)
+        gone = weakref.ref(training.ema), weakref.ref(training.ema._engine)
         assert background_threads()
         gc.disable()
         try:
@@ -501,7 +501,7 @@ def test_ema_that_is_collected_on_its_own_thread_is_ended_elsewhere(tmp_path):
         training = Training(tmp_path)
         training.steps(2)
         training.ema.checkpoint()
-        lane = training.ema._averager._dispatch.lane(torch.device("cpu"))
+        lane = training.ema._engine._dispatch.lane(torch.device("cpu"))
         gate, collected = Gate(), threading.Event()
         gc.disable()
         try:
@@ -551,8 +551,8 @@ signal.alarm(250)  # ends the process; faulthandler's own thread would not survi
 ema.flush()
 from torch.utils.data import DataLoader, Dataset
 
-averager = ema._averager
-lane = averager._dispatch.lane(torch.device("cpu"))
+engine = ema._engine
+lane = engine._dispatch.lane(torch.device("cpu"))
 gate = threading.Event()
 lane.enqueue_write(lambda: gate.wait(200))  # pending when the process forks: the child has no thread that would do it
 pid = os.fork()

@@ -17,8 +17,9 @@ from nitrous_ema.averaging.engine import AveragingEngine
 from nitrous_ema.averaging.execution.inline import InlineLane
 from nitrous_ema.averaging.execution.interfaces import PendingSnapshot
 from nitrous_ema.averaging.model.tracking import TrackingPolicy
+from nitrous_ema.averaging.stats import Stats
 from nitrous_ema.errors import ClosedError, NitrousError, UntrackableModelError
-from nitrous_ema.snapshots.stats import Stats
+from nitrous_ema.snapshots.stats import WriteStats
 from tests.support.models import Net, set_weights
 
 
@@ -32,14 +33,16 @@ class RecordingSink:
 
     def take_snapshot(self, pending: PendingSnapshot, lane: Callable) -> bool:
         if self.answer:
-            self.taken.append((pending.stamp.step, pending.stamp.t, pending.arena.average(0, "head.bias").clone()))
+            self.taken.append(
+                (pending.stamp.step, pending.stamp.t, pending.flat_buffers.average(0, "head.bias").clone())
+            )
         return self.answer
 
     def copies_in_flight(self, device: torch.device) -> None:
         return None
 
-    def stats(self) -> Stats:
-        return Stats(snapshots=len(self.taken))
+    def stats(self) -> WriteStats:
+        return WriteStats(snapshots=len(self.taken))
 
     def has_lost(self, step: int) -> bool:
         return False
@@ -65,147 +68,147 @@ class BreakingLane(InlineLane):
         super().enqueue_write(work, **options)
 
 
-def averager_of(model: nn.Module, sink: RecordingSink | None = None, *, make_lane=None, **policy) -> AveragingEngine:
+def engine_of(model: nn.Module, sink: RecordingSink | None = None, *, make_lane=None, **policy) -> AveragingEngine:
     defaults = {"gammas": (6.94,), "sigma_rels": (0.1,), "update_every": 1, "correction": "exact"}
     background = None if make_lane is None else Background(make_lane=make_lane, read="copied")
-    averager = AveragingEngine(
-        model, TrackingPolicy(), AveragingPolicy(**{**defaults, **policy}), background=background
-    )
+    engine = AveragingEngine(model, TrackingPolicy(), AveragingPolicy(**{**defaults, **policy}), background=background)
     if sink is not None:
-        averager.attach(sink)
-    return averager
+        engine.attach(sink)
+    return engine
 
 
-def average(averager: AveragingEngine) -> torch.Tensor:
-    return averager.arena.average(0, "head.bias").clone()
+def average(engine: AveragingEngine) -> torch.Tensor:
+    return engine.flat_buffers.average(0, "head.bias").clone()
 
 
 @pytest.mark.parametrize("wrong", ["time", "parameter"])
 def test_failed_update_counts_nothing(wrong):
     model = Net()
-    averager = averager_of(model)
-    averager.update()
-    before, state = average(averager), averager.schedule.state()
+    engine = engine_of(model)
+    engine.update()
+    before, state = average(engine), engine.schedule.state()
     set_weights(model, 1)
     if wrong == "parameter":
         model.conv.weight = nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError if wrong == "time" else UntrackableModelError):
-        averager.update(-1 if wrong == "time" else 1)
-    assert averager.schedule.state() == state
-    assert torch.equal(average(averager), before)
+        engine.update(-1 if wrong == "time" else 1)
+    assert engine.schedule.state() == state
+    assert torch.equal(average(engine), before)
 
 
 def test_failed_lane_is_told_and_the_averages_refused_until_a_state_is_loaded():
     model, lane = Net(), BreakingLane()
-    averager = averager_of(model, make_lane=lambda device: lane)
-    averager.update()
+    engine = engine_of(model, make_lane=lambda device: lane)
+    engine.update()
     lane.breaks = True
     with pytest.raises(NitrousError, match=r"averaging failed \(no memory") as error:
-        averager.update()
+        engine.update()
     assert isinstance(error.value.__cause__, MemoryError)
     lane.breaks = False
-    for call in (averager.update, averager.checkpoint, averager.flush, lambda: averager.order_readers("state_dict()")):
+    for call in (engine.update, engine.checkpoint, engine.flush, lambda: engine.order_readers("state_dict()")):
         with pytest.raises(NitrousError, match="Load a state"):
             call()
-    averager.prepare_loading()
-    averager.loaded()
-    averager.update()
+    engine.prepare_loading()
+    engine.loaded()
+    engine.update()
 
 
 def test_snapshot_is_of_the_averages_at_its_step():
     model, sink = Net(), RecordingSink()
-    averager = averager_of(model, sink, update_every=3, checkpoint_every_steps=2)
+    engine = engine_of(model, sink, update_every=3, checkpoint_every_steps=2)
     seen = {}
     for step in range(1, 7):
         set_weights(model, step)
-        averager.update()
-        seen[step] = average(averager)
+        engine.update()
+        seen[step] = average(engine)
     assert [(step, t) for step, t, _ in sink.taken] == [(2, 2), (4, 4), (6, 6)]
     assert all(torch.equal(value, seen[step]) for step, _, value in sink.taken)
-    assert averager.schedule.updates == 4  # at calls 1 and 4, and brought up to now at 2 and 6
+    assert engine.schedule.updates == 4  # at calls 1 and 4, and brought up to now at 2 and 6
 
 
 @pytest.mark.parametrize("correction", [True, False])
 @pytest.mark.filterwarnings("ignore:step_size_correction=False")
 def test_corrections_of_nitrous_001_leave_the_averages_at_a_checkpoint(correction):
     model, sink = Net(), RecordingSink()
-    averager = averager_of(model, sink, update_every=5, correction=correction)
+    engine = engine_of(model, sink, update_every=5, correction=correction)
     for step in range(1, 4):
         set_weights(model, step)
-        averager.update()
-    before = average(averager)
-    averager.checkpoint()
-    assert torch.equal(average(averager), before)
+        engine.update()
+    before = average(engine)
+    engine.checkpoint()
+    assert torch.equal(average(engine), before)
     assert [(step, t) for step, t, _ in sink.taken] == [(3, 1)]
 
 
 def test_skipped_snapshot_is_taken_when_it_is_asked_for_again():
     sink = RecordingSink(answer=False)
-    averager = averager_of(Net(), sink)
-    averager.update()
-    assert averager.checkpoint() is False
+    engine = engine_of(Net(), sink)
+    engine.update()
+    assert engine.checkpoint() is False
     sink.answer = True
-    assert averager.checkpoint() is True
-    assert averager.checkpoint() is True
+    assert engine.checkpoint() is True
+    assert engine.checkpoint() is True
     assert len(sink.taken) == 1
 
 
 def test_checkpoint_without_a_sink_is_refused():
-    averager = averager_of(Net())
-    averager.update()
+    engine = engine_of(Net())
+    engine.update()
     with pytest.raises(NitrousError, match="keeps no snapshots"):
-        averager.checkpoint()
+        engine.checkpoint()
 
 
 def test_closing_flushes_then_closes_once():
     sink = RecordingSink()
-    averager = averager_of(Net(), sink)
-    averager.update()
-    assert averager.close() is True
-    assert averager.close() is False
+    engine = engine_of(Net(), sink)
+    engine.update()
+    assert engine.close() is True
+    assert engine.close() is False
     assert sink.calls == ["flush", "close"]
     with pytest.raises(ClosedError, match=r"update\(\): the EMA was closed"):
-        averager.update()
+        engine.update()
 
 
 def test_end_of_one_refusal_leaves_a_later_one():
-    averager = averager_of(Net())
+    engine = engine_of(Net())
     swapped, closed = NitrousError("swapped"), NitrousError("closed")
-    averager.refuse(swapped)
-    averager.refuse(closed)
-    averager.end_refusal(swapped)
+    engine.refuse(swapped)
+    engine.refuse(closed)
+    engine.end_refusal(swapped)
     with pytest.raises(NitrousError, match="closed"):
-        averager.update()
-    averager.end_refusal(closed)
-    averager.update()
+        engine.update()
+    engine.end_refusal(closed)
+    engine.update()
 
 
 def test_stats_are_those_of_the_sink_with_the_updates():
     sink = RecordingSink()
-    averager = averager_of(Net(), sink)
+    engine = engine_of(Net(), sink)
     for _ in range(3):
-        averager.update()
-    averager.checkpoint()
-    assert (averager.stats().updates, averager.stats().snapshots) == (3, 1)
-    assert averager_of(Net()).stats() == Stats()
+        engine.update()
+    engine.checkpoint()
+    assert (engine.stats().updates, engine.stats().snapshots) == (3, 1)
+    assert engine_of(Net()).stats() == Stats()
 
 
 def test_frozen_copy_has_the_roles_of_the_tensors_and_its_own_averages():
     model = Net()
     model.register_buffer("scale", torch.ones(2))
-    averager = averager_of(model)
-    averager.update()
+    engine = engine_of(model)
+    engine.update()
     model.scale.fill_(torch.inf)  # would be copied if it were tracked anew
-    other = averager.frozen_copy((3.0,), (0.2,), None)
-    assert [tensor.role for tensor in other.arena.tracked] == [tensor.role for tensor in averager.arena.tracked]
-    before = average(averager)
-    other.arena.average(0, "head.bias").fill_(7.0)
-    assert torch.equal(average(averager), before)
+    other = engine.frozen_copy((3.0,), (0.2,), None)
+    assert [tensor.role for tensor in other.flat_buffers.tracked] == [
+        tensor.role for tensor in engine.flat_buffers.tracked
+    ]
+    before = average(engine)
+    other.flat_buffers.average(0, "head.bias").fill_(7.0)
+    assert torch.equal(average(engine), before)
 
 
 def test_float64_averages_do_not_warn_of_small_weights():
-    assert averager_of(Net().double()).schedule.least_weight == 0.0
-    assert averager_of(Net()).schedule.least_weight > 0.0
+    assert engine_of(Net().double()).schedule.least_weight == 0.0
+    assert engine_of(Net()).schedule.least_weight > 0.0
 
 
 class CapturingLane(InlineLane):
@@ -220,11 +223,11 @@ class CapturingLane(InlineLane):
 @pytest.mark.parametrize("call", [AveragingEngine.update, AveragingEngine.checkpoint])
 def test_nothing_is_put_into_a_graph_that_is_being_captured(call):
     lane = CapturingLane()
-    averager = averager_of(Net(), RecordingSink(), make_lane=lambda device: lane)
-    averager.update()
+    engine = engine_of(Net(), RecordingSink(), make_lane=lambda device: lane)
+    engine.update()
     lane.captures = True
     with pytest.raises(NitrousError, match=r"captured into a graph.*outside.*fence\(\)"):
-        call(averager)
+        call(engine)
     lane.captures = False
-    assert averager.schedule.step == 1
-    averager.update()
+    assert engine.schedule.step == 1
+    engine.update()

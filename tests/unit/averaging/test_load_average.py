@@ -226,7 +226,7 @@ def test_average_is_loaded_after_an_ema_has_read_the_model(trained, tmp_path):
     model, gate = Model(), Gate()
     with AsyncPostHocEMA(model, checkpoint_folder=tmp_path, checkpoint_every_num_steps="manual") as ema:
         ema.update()
-        (lane,) = ema._averager._dispatch.lanes()
+        (lane,) = ema._engine._dispatch.lanes()
         before, read = model.module.weight.detach().clone(), []
         ema.flush()
         lane.enqueue_write(lambda: (gate.pass_through(), read.append(model.module.weight.detach().clone())))

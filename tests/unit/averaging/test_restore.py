@@ -80,12 +80,12 @@ def train(ema: PostHocEMA, steps: range, t_delta: float = 1) -> None:
 def everything(ema: PostHocEMA) -> dict[str, torch.Tensor]:
     """Averages and copied tensors, also those that a state_dict() leaves out."""
     kept = dict(averages_of(ema))
-    kept |= {f"copied {tracked.name}": value.clone() for tracked, value in ema._averager.arena.copies()}
+    kept |= {f"copied {tracked.name}": value.clone() for tracked, value in ema._engine.flat_buffers.copies()}
     return kept
 
 
 def counters(ema: PostHocEMA) -> dict[str, object]:
-    return {key: value for key, value in ema._averager.schedule.state().items() if key != "updates"}
+    return {key: value for key, value in ema._engine.schedule.state().items() if key != "updates"}
 
 
 def saved(ema: PostHocEMA) -> dict[str, object]:
@@ -123,7 +123,7 @@ def test_restored_run_goes_on_to_the_bit(kind, cls, make):
 def test_copied_tensors_behind_padding_come_back(make):
     options = {"sigma_rels": (0.1,), "checkpoint_every_num_steps": 3}
     first, again = make(Net(), **options), make(Net(), **options)
-    assert first._averager.arena.layout.padding_bytes == 4
+    assert first._engine.flat_buffers.layout.padding_bytes == 4
     train(first, range(1, 4))
     again.restore()
     assert_same_bits(everything(again), everything(first))
@@ -165,7 +165,7 @@ def test_restored_object_is_what_a_loaded_state_would_make_it(cls, make):
     assert restored.restore(step=4) == 4
     assert_same_bits(averages_of(restored), averages_of(loaded))
     assert counters(restored) == counters(loaded)
-    assert restored._averager.history.ancestors == loaded._averager.history.ancestors == ((first.run, 4),)
+    assert restored._engine.run_lineage.ancestors == loaded._engine.run_lineage.ancestors == ((first.run, 4),)
 
 
 def test_frozen_averages_stay_frozen(make):
@@ -205,7 +205,7 @@ def test_going_back_to_ones_own_snapshot_begins_a_new_run(cls, make):
     last = ema.run
     assert ema.restore(step=6) == 6
     assert ema.run not in (own, last)
-    assert ema._averager.history.ancestors == ((own, 6),)
+    assert ema._engine.run_lineage.ancestors == ((own, 6),)
     train(ema, range(7, 9))
     ema.flush(TIMEOUT_SECONDS)
     assert [(s.step, s.run) for s in ema.snapshots.snapshots()] == [(2, own), (4, own), (6, own), (8, ema.run)]
@@ -312,7 +312,7 @@ def flip(path: Path, position: int) -> None:
 def test_damage_is_found_before_anything_is_touched(cls, where, make):
     first = make(Net(), checkpoint_every_num_steps=2)
     train(first, range(1, 5))
-    layout = first._averager.arena.layout
+    layout = first._engine.flat_buffers.layout
     begin = first.snapshots.get().data_begin
     position = {"header": 20, "first average": begin, "last average": begin + layout.sections[1].end - 1, "copied": -1}
     flip(file_of(first, 4), position[where])

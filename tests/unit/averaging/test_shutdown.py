@@ -27,7 +27,7 @@ def test_interrupt_inside_a_lane_leaves_no_lock_behind(tmp_path):
     """Ctrl-C may come at any bytecode: a lock that is entered in Python code could be left held for ever."""
     ema = AsyncPostHocEMA(nn.Linear(3, 2), checkpoint_folder=tmp_path)
     ema.update()
-    (lane,) = ema._averager._dispatch.lanes()
+    (lane,) = ema._engine._dispatch.lanes()
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -35,5 +35,5 @@ def test_interrupt_inside_a_lane_leaves_no_lock_behind(tmp_path):
     with pytest.raises(KeyboardInterrupt), lane._lock:
         interrupt()
     assert type(lane._lock).__module__ == "_thread"  # entered and left in C
-    assert type(ema._averager._sink._pool._lock).__module__ == "_thread"
+    assert type(ema._engine._sink._pool._lock).__module__ == "_thread"
     ema.close(timeout=60)

@@ -20,7 +20,9 @@ CPU = torch.device("cpu")
 CHUNK_BYTES = 64
 
 
-def make_arena(kind: str, dtype: torch.dtype, device: str = "cpu", chunk_bytes: int = CHUNK_BYTES) -> FlatBuffers:
+def make_flat_buffers(
+    kind: str, dtype: torch.dtype, device: str = "cpu", chunk_bytes: int = CHUNK_BYTES
+) -> FlatBuffers:
     """Averages with values that every type can hold."""
     torch.manual_seed(0)
     model = Orders() if kind == "orders" else nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9))
@@ -28,41 +30,41 @@ def make_arena(kind: str, dtype: torch.dtype, device: str = "cpu", chunk_bytes: 
     model.to(device)
     tracked = track(model, TrackingPolicy())
     with small_pieces(chunk_bytes=chunk_bytes):
-        arena = FlatBuffers(tracked, snapshot_layout(tracked, (5.0, 6.0), (0.1, 0.2), dtype))
+        flat_buffers = FlatBuffers(tracked, snapshot_layout(tracked, (5.0, 6.0), (0.1, 0.2), dtype))
     for profile in range(2):
-        for number, (_, average) in enumerate(arena.averages(profile)):
+        for number, (_, average) in enumerate(flat_buffers.averages(profile)):
             real = torch.view_as_real(average) if average.is_complex() else average
             real.copy_(torch.arange(real.numel()).view(real.shape) % 50 + number + profile)
-    for _, value in arena.copies():
+    for _, value in flat_buffers.copies():
         value.copy_(torch.arange(value.numel()).view(value.shape) % 2)
-    return arena
+    return flat_buffers
 
 
-def data_of(arena: FlatBuffers, *, non_blocking: bool = False) -> bytes:
+def data_of(flat_buffers: FlatBuffers, *, non_blocking: bool = False) -> bytes:
     """What the file has, by way of the copiers, page by page; pages are full of something else before."""
-    copiers = [ChunkCopier(device, arena.layout) for device in arena.devices]
+    copiers = [ChunkCopier(device, flat_buffers.layout) for device in flat_buffers.devices]
     pages = []
-    for span in arena.layout.chunks:
+    for span in flat_buffers.layout.chunks:
         page = torch.full((CHUNK_BYTES,), 0xFF, dtype=torch.uint8)
         page = page.pin_memory() if non_blocking else page
         pages.append(page[: span.end - span.begin])
         for copier in copiers:
-            copier.copy(arena, span, page, non_blocking=non_blocking)
+            copier.copy(flat_buffers, span, page, non_blocking=non_blocking)
             copier.yield_copy_engine()
     if non_blocking:
         torch.accelerator.synchronize()
     return b"".join(page.numpy().tobytes() for page in pages)
 
 
-def expected_data(arena: FlatBuffers, dtype: torch.dtype) -> bytes:
+def expected_data(flat_buffers: FlatBuffers, dtype: torch.dtype) -> bytes:
     """Oracle: tensor by tensor, as safetensors files have them."""
     parts = []
     for profile in range(2):
-        for _, average in arena.averages(profile):
+        for _, average in flat_buffers.averages(profile):
             real = torch.view_as_real(average) if average.is_complex() else average
             parts.append(real.cpu().to(dtype).contiguous().view(-1).view(torch.uint8))
-    parts.append(torch.zeros(arena.layout.padding_bytes, dtype=torch.uint8))
-    parts += [value.cpu().contiguous().view(-1).view(torch.uint8) for _, value in arena.copies()]
+    parts.append(torch.zeros(flat_buffers.layout.padding_bytes, dtype=torch.uint8))
+    parts += [value.cpu().contiguous().view(-1).view(torch.uint8) for _, value in flat_buffers.copies()]
     return torch.cat(parts).numpy().tobytes()
 
 
@@ -72,19 +74,19 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["plain", "orders"])
 def test_pages_have_the_bytes_of_the_file(kind, dtype):
-    arena = make_arena(kind, dtype)
-    assert data_of(arena) == expected_data(arena, dtype)
+    flat_buffers = make_flat_buffers(kind, dtype)
+    assert data_of(flat_buffers) == expected_data(flat_buffers, dtype)
 
 
 def copied_on(device: str, kind: str, dtype: str) -> dict[str, object]:
     """On a stream of its own, after the averages were written."""
-    arena = make_arena(kind, getattr(torch, dtype), device)
+    flat_buffers = make_flat_buffers(kind, getattr(torch, dtype), device)
     if device == "cpu":
-        return {"data": data_of(arena)}
+        return {"data": data_of(flat_buffers)}
     caller, copies = torch.accelerator.current_stream(), torch.Stream(device=device)
     copies.wait_stream(caller)
     torch.accelerator.set_stream(copies)
-    data = data_of(arena, non_blocking=True)
+    data = data_of(flat_buffers, non_blocking=True)
     torch.accelerator.set_stream(caller)
     return {"data": data}
 
@@ -117,12 +119,12 @@ def _storage(value: object) -> int | None:
 
 def allocated_on_meta(kind: str, dtype: torch.dtype) -> list[int]:
     """By copies of everything from a device that has shapes, and no bytes."""
-    arena = make_arena(kind, dtype)
-    arena.to(torch.device("meta"))
-    copier = ChunkCopier(torch.device("meta"), arena.layout)
+    flat_buffers = make_flat_buffers(kind, dtype)
+    flat_buffers.to(torch.device("meta"))
+    copier = ChunkCopier(torch.device("meta"), flat_buffers.layout)
     with Allocations("meta") as allocations, mock.patch.object(torch.Tensor, "copy_", _no_copy):
-        for span in arena.layout.chunks:
-            copier.copy(arena, span, torch.empty(CHUNK_BYTES, dtype=torch.uint8), non_blocking=True)
+        for span in flat_buffers.layout.chunks:
+            copier.copy(flat_buffers, span, torch.empty(CHUNK_BYTES, dtype=torch.uint8), non_blocking=True)
             copier.yield_copy_engine()
     return allocations.sizes
 
@@ -148,27 +150,27 @@ def test_averages_as_the_file_has_them_need_no_scratch():
 def test_scratch_is_no_larger_than_the_largest_chunk():
     model = nn.Linear(2, 2, dtype=torch.float64)
     tracked = track(model)
-    arena = FlatBuffers(tracked, snapshot_layout(tracked, (5.0,), (0.1,), torch.float32), torch.device("meta"))
-    copier = ChunkCopier(torch.device("meta"), arena.layout)
+    flat_buffers = FlatBuffers(tracked, snapshot_layout(tracked, (5.0,), (0.1,), torch.float32), torch.device("meta"))
+    copier = ChunkCopier(torch.device("meta"), flat_buffers.layout)
     with Allocations("meta") as allocations, mock.patch.object(torch.Tensor, "copy_", _no_copy):
-        copier.copy(arena, arena.layout.chunks[0], torch.empty(24, dtype=torch.uint8), non_blocking=True)
+        copier.copy(flat_buffers, flat_buffers.layout.chunks[0], torch.empty(24, dtype=torch.uint8), non_blocking=True)
     assert allocations.sizes == [24]
 
 
 def test_only_what_is_on_its_device_is_copied():
-    arena = make_arena("plain", torch.float32)
-    for group in (*arena.groups, *arena.copy_groups):
+    flat_buffers = make_flat_buffers("plain", torch.float32)
+    for group in (*flat_buffers.groups, *flat_buffers.copy_groups):
         group.device = torch.device("cuda:1")  # says so
     page = torch.full((CHUNK_BYTES,), 0xFF, dtype=torch.uint8)
-    ChunkCopier(CPU, arena.layout).copy(arena, arena.layout.chunks[0], page, non_blocking=False)
+    ChunkCopier(CPU, flat_buffers.layout).copy(flat_buffers, flat_buffers.layout.chunks[0], page, non_blocking=False)
     assert (page == 0xFF).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_nothing_is_written_between_what_is_on_its_device(dtype):
-    arena = make_arena("orders", dtype, chunk_bytes=4096)
-    arena.to(torch.device("meta"))
-    arena.groups[1].device = torch.device("cuda:1")  # says so
+    flat_buffers = make_flat_buffers("orders", dtype, chunk_bytes=4096)
+    flat_buffers.to(torch.device("meta"))
+    flat_buffers.groups[1].device = torch.device("cuda:1")  # says so
     written = []
 
     def copy(target, source, non_blocking=False):
@@ -176,14 +178,14 @@ def test_nothing_is_written_between_what_is_on_its_device(dtype):
         return target
 
     page = torch.empty(4096, dtype=torch.uint8)
-    (profile, *_) = arena.layout.chunks
+    (profile, *_) = flat_buffers.layout.chunks
     with mock.patch.object(torch.Tensor, "copy_", copy):
-        ChunkCopier(torch.device("meta"), arena.layout).copy(arena, profile, page, non_blocking=True)
-    assert sum(written) == arena.layout.average_elements - arena.groups[1].numel
+        ChunkCopier(torch.device("meta"), flat_buffers.layout).copy(flat_buffers, profile, page, non_blocking=True)
+    assert sum(written) == flat_buffers.layout.average_elements - flat_buffers.groups[1].numel
 
 
 def test_others_are_let_through_by_a_kernel_of_one_element():
-    copier = ChunkCopier(torch.device("meta"), make_arena("plain", torch.float32).layout)
+    copier = ChunkCopier(torch.device("meta"), make_flat_buffers("plain", torch.float32).layout)
     copier.yield_copy_engine()
     with Allocations("meta") as allocations:
         copier.yield_copy_engine()
@@ -191,7 +193,7 @@ def test_others_are_let_through_by_a_kernel_of_one_element():
 
 
 def test_host_averages_have_nobody_to_let_through():
-    copier = ChunkCopier(CPU, make_arena("plain", torch.float32).layout)
+    copier = ChunkCopier(CPU, make_flat_buffers("plain", torch.float32).layout)
     with Allocations("cpu") as allocations:
         copier.yield_copy_engine()
     assert allocations.sizes == []

@@ -38,7 +38,7 @@ def ema(tmp_path):
     ids=["state_dict", "ema_model", "copy_to_model", "average_parameters"],
 )
 def test_failure_of_the_work_that_a_reader_waits_for_reaches_that_reader(ema, read):
-    (lane,) = ema._averager._dispatch.lanes()
+    (lane,) = ema._engine._dispatch.lanes()
     lane.enqueue_write(divide_by_zero)
     with pytest.raises(NitrousError, match="averaging failed"):
         read(ema)
@@ -48,14 +48,14 @@ def test_averages_are_moved_once_the_copies_out_of_them_are_done(tmp_path, monke
     gate, moves = Gate(), []
     with AsyncPostHocEMA(nn.Linear(3, 2), checkpoint_folder=tmp_path) as ema:
         ema.update()
-        (lane,) = ema._averager._dispatch.lanes()
+        (lane,) = ema._engine._dispatch.lanes()
         drain = lane.drain
         lane.enqueue_read(gate.pass_through, gate.open)
         gate.wait_entered()
         # Opened by the wait itself, so that without one the move comes first.
         monkeypatch.setattr(lane, "drain", lambda timeout_seconds=None: (gate.open(), drain(TIMEOUT_SECONDS)))
-        monkeypatch.setattr(FlatBuffers, "to", lambda arena, device: moves.append(gate.is_open()))
-        ema._averager.move(torch.device("cpu"))
+        monkeypatch.setattr(FlatBuffers, "to", lambda flat_buffers, device: moves.append(gate.is_open()))
+        ema._engine.move(torch.device("cpu"))
         gate.open()
     assert moves == [True]
 
@@ -96,7 +96,7 @@ def test_averages_are_freed_with_the_ema_without_a_garbage_collection(tmp_path, 
         optimizer.step()
         ema.update()
         ema.checkpoint()
-        averages = [weakref.ref(flat) for group in ema._averager.arena.groups for flat in group.flats]
+        averages = [weakref.ref(flat) for group in ema._engine.flat_buffers.groups for flat in group.flats]
         if is_closed:
             ema.close(timeout=60)
         del ema

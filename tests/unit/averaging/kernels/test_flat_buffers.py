@@ -11,7 +11,7 @@ from nitrous_ema.averaging.model.tracking import TrackingPolicy, track
 from tests.support.models import Net, set_weights
 
 
-def arena_of(model: nn.Module, profiles: int = 2, dtype: torch.dtype = torch.float32, **policy) -> FlatBuffers:
+def flat_buffers_of(model: nn.Module, profiles: int = 2, dtype: torch.dtype = torch.float32, **policy) -> FlatBuffers:
     tracked = track(model, TrackingPolicy(**policy))
     gammas = tuple(float(profile + 5) for profile in range(profiles))
     return FlatBuffers(tracked, snapshot_layout(tracked, gammas, gammas, dtype))
@@ -45,67 +45,76 @@ def orders() -> Orders:
     return model
 
 
-def row_major(model: nn.Module, arena: FlatBuffers) -> torch.Tensor:
+def row_major(model: nn.Module, flat_buffers: FlatBuffers) -> torch.Tensor:
     """Oracle: the averaged parameters as a file has them, in float64."""
     parts = []
-    for tracked in arena.averaged:
+    for tracked in flat_buffers.averaged:
         value = tracked.live().detach()
         value = torch.view_as_real(value) if value.is_complex() else value
         parts.append(value.double().flatten())
     return torch.cat(parts)
 
 
-def load_all(arena: FlatBuffers, profile: int, values: torch.Tensor, pieces: int) -> None:
+def load_all(flat_buffers: FlatBuffers, profile: int, values: torch.Tensor, pieces: int) -> None:
     for part, begin in zip(values.split(pieces), range(0, len(values), pieces), strict=True):
-        arena.fill(profile, begin, part)
+        flat_buffers.fill(profile, begin, part)
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 64, 10_000])
 def test_what_is_filled_in_row_major_order_is_read_so_and_shown_as_tensors(orders, pieces):
-    arena = arena_of(orders)
-    values = row_major(orders, arena)
-    load_all(arena, 1, values, pieces)
-    for tracked, average in arena.averages(1):
+    flat_buffers = flat_buffers_of(orders)
+    values = row_major(orders, flat_buffers)
+    load_all(flat_buffers, 1, values, pieces)
+    for tracked, average in flat_buffers.averages(1):
         assert average.shape == tracked.shape
         torch.testing.assert_close(average, tracked.live().detach().to(average.dtype), rtol=0, atol=0)
     read = torch.full_like(values, torch.nan)
     for begin in range(0, len(values), pieces):
-        for first, piece in arena.pieces(1, begin, min(begin + pieces, len(values))):
+        for first, piece in flat_buffers.pieces(1, begin, min(begin + pieces, len(values))):
             read[begin + first : begin + first + piece.numel()] = piece.flatten()
     torch.testing.assert_close(read, values.float().double(), rtol=1e-7, atol=0)
-    assert all(not average.any() for _, average in arena.averages(0))
+    assert all(not average.any() for _, average in flat_buffers.averages(0))
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 64])
 def test_pieces_are_few_and_views_of_the_averages_whatever_their_memory_order(orders, pieces):
-    arena = arena_of(orders)
-    storages = {group.flats[1].data_ptr() for group in arena.groups}
-    most = sum(2 * len(tensor.shape) + 1 for group in arena.groups for tensor in group.tensors)
-    for begin in range(0, arena.layout.average_elements, pieces):
-        found = list(arena.pieces(1, begin, min(begin + pieces, arena.layout.average_elements)))
+    flat_buffers = flat_buffers_of(orders)
+    storages = {group.flats[1].data_ptr() for group in flat_buffers.groups}
+    most = sum(2 * len(tensor.shape) + 1 for group in flat_buffers.groups for tensor in group.tensors)
+    for begin in range(0, flat_buffers.layout.average_elements, pieces):
+        found = list(flat_buffers.pieces(1, begin, min(begin + pieces, flat_buffers.layout.average_elements)))
         assert {piece.untyped_storage().data_ptr() for _, piece in found} <= storages
         assert len(found) <= min(pieces, most)
 
 
 def test_a_piece_of_a_permuted_tensor_is_at_most_one_more_view_than_twice_its_axes():
     model = nn.ParameterList([nn.Parameter(torch.empty(7, 5, 6, 4).permute(3, 1, 0, 2))])
-    arena = arena_of(model, profiles=1)
-    found = [len(list(arena.pieces(0, begin, end))) for begin in range(0, 840, 13) for end in range(begin + 1, 841, 17)]
+    flat_buffers = flat_buffers_of(model, profiles=1)
+    found = [
+        len(list(flat_buffers.pieces(0, begin, end)))
+        for begin in range(0, 840, 13)
+        for end in range(begin + 1, 841, 17)
+    ]
     assert max(found) == 2 * 4 - 1
     assert min(found) == 1
 
 
 def test_averages_lie_back_to_back_in_one_buffer_per_type_and_profile(orders):
-    arena = arena_of(orders)
-    assert [group.dtype for group in arena.groups] == [torch.float32, torch.float32, torch.float64, torch.float32]
-    assert arena.groups[1].tensors[0].tracked.name == "pairs"  # they would begin at an odd element otherwise
-    assert [len(group.flats) for group in arena.groups] == [2] * 4
-    assert [group.begin for group in arena.groups] == [0, *_running_ends(arena)][:-1]
-    assert sum(group.numel for group in arena.groups) == arena.layout.average_elements
+    flat_buffers = flat_buffers_of(orders)
+    assert [group.dtype for group in flat_buffers.groups] == [
+        torch.float32,
+        torch.float32,
+        torch.float64,
+        torch.float32,
+    ]
+    assert flat_buffers.groups[1].tensors[0].tracked.name == "pairs"  # they would begin at an odd element otherwise
+    assert [len(group.flats) for group in flat_buffers.groups] == [2] * 4
+    assert [group.begin for group in flat_buffers.groups] == [0, *_running_ends(flat_buffers)][:-1]
+    assert sum(group.numel for group in flat_buffers.groups) == flat_buffers.layout.average_elements
 
 
-def _running_ends(arena: FlatBuffers) -> list[int]:
-    return [group.begin + group.numel for group in arena.groups]
+def _running_ends(flat_buffers: FlatBuffers) -> list[int]:
+    return [group.begin + group.numel for group in flat_buffers.groups]
 
 
 @pytest.mark.parametrize(
@@ -120,31 +129,31 @@ def _running_ends(arena: FlatBuffers) -> list[int]:
 )
 def test_averages_are_float32_whatever_the_parameters_are_but_for_float64(dtype, expected):
     model = nn.ParameterList([nn.Parameter(torch.zeros(3, dtype=dtype), requires_grad=False)])
-    ((_, average),) = arena_of(model, profiles=1).averages(0)
+    ((_, average),) = flat_buffers_of(model, profiles=1).averages(0)
     assert average.dtype == expected
 
 
 def test_average_of_a_channels_last_parameter_has_its_memory_order(orders):
-    arena = arena_of(orders)
-    assert arena.average(0, "last").is_contiguous(memory_format=torch.channels_last)
-    assert arena.average(0, "transposed").t().is_contiguous()
-    assert arena.average(0, "expanded").is_contiguous()
+    flat_buffers = flat_buffers_of(orders)
+    assert flat_buffers.average(0, "last").is_contiguous(memory_format=torch.channels_last)
+    assert flat_buffers.average(0, "transposed").t().is_contiguous()
+    assert flat_buffers.average(0, "expanded").is_contiguous()
 
 
 def test_copied_tensors_keep_their_types_and_values(orders):
-    arena = arena_of(orders, copied=["narrow"])
-    for tracked, value in arena.copies():
+    flat_buffers = flat_buffers_of(orders, copied=["narrow"])
+    for tracked, value in flat_buffers.copies():
         value.copy_(tracked.live())
-    kept = {tracked.name: value for tracked, value in arena.copies()}
+    kept = {tracked.name: value for tracked, value in flat_buffers.copies()}
     assert set(kept) == {"narrow", "count", "flags", "byte"}
-    for tracked, value in arena.copies():
+    for tracked, value in flat_buffers.copies():
         assert value.dtype == tracked.dtype
         assert torch.equal(value, tracked.live())
 
 
 @pytest.mark.parametrize("pieces", [1, 3, 1000])
 def test_copied_bytes_go_out_and_come_back(orders, pieces):
-    first, second = arena_of(orders, copied=["narrow"]), arena_of(orders, copied=["narrow"])
+    first, second = flat_buffers_of(orders, copied=["narrow"]), flat_buffers_of(orders, copied=["narrow"])
     for tracked, value in first.copies():
         value.copy_(tracked.live())
     section = first.layout.sections[-1]
@@ -160,14 +169,14 @@ def test_copied_bytes_go_out_and_come_back(orders, pieces):
 
 def test_order_of_copied_tensors_is_the_layouts():
     model = Net()
-    arena = arena_of(model, copied=["head.bias"])
-    assert [tensor.name for tensor in arena.copied] == [record.name for record in arena.layout.copied]
-    assert arena.copied[0].name == "norm.num_batches_tracked"  # the widest type first: all offsets are aligned
+    flat_buffers = flat_buffers_of(model, copied=["head.bias"])
+    assert [tensor.name for tensor in flat_buffers.copied] == [record.name for record in flat_buffers.layout.copied]
+    assert flat_buffers.copied[0].name == "norm.num_batches_tracked"  # the widest type first: all offsets are aligned
 
 
 def test_parameter_in_its_averages_order_is_read_without_a_copy(orders):
-    arena = arena_of(orders)
-    for group in arena.groups:
+    flat_buffers = flat_buffers_of(orders)
+    for group in flat_buffers.groups:
         for tensor in group.tensors:
             live = tensor.tracked.live().detach()
             flat = memory_order(live, tensor)
@@ -176,8 +185,8 @@ def test_parameter_in_its_averages_order_is_read_without_a_copy(orders):
 
 
 def test_parameter_whose_order_changed_is_permuted(orders):
-    arena = arena_of(orders)
-    group = arena.groups[0]
+    flat_buffers = flat_buffers_of(orders)
+    group = flat_buffers.groups[0]
     (tensor,) = [each for each in group.tensors if each.tracked.name == "last"]
     other = orders.last.detach().contiguous()
     assert torch.equal(memory_order(other, tensor), memory_order(orders.last.detach(), tensor))

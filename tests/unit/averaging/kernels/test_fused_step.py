@@ -14,7 +14,7 @@ from nitrous_ema.averaging.kernels.foreach_step import ForeachStep
 from nitrous_ema.averaging.kernels.fused_step import step_for, triton_backend
 from nitrous_ema.errors import NitrousWarning
 from tests.support.interpreted import cases, needs_triton, run_interpreted
-from tests.unit.averaging.kernels.test_flat_buffers import arena_of
+from tests.unit.averaging.kernels.test_flat_buffers import flat_buffers_of
 
 CASES = "tests.support.fused_step_cases"
 
@@ -34,7 +34,7 @@ def test_interpreted(outcomes, case):
 @pytest.fixture
 def group():
     """Averages that the kernel could move if they were elsewhere."""
-    return arena_of(nn.Linear(3, 3)).groups[0]
+    return flat_buffers_of(nn.Linear(3, 3)).groups[0]
 
 
 @pytest.fixture
@@ -77,5 +77,5 @@ def test_triton_without_a_compiler_for_the_device_is_not_tried(on_nvidia, group,
 
 
 def test_group_of_empty_tensors_is_left_alone(on_nvidia):
-    (group,) = arena_of(nn.ParameterList([nn.Parameter(torch.empty(0))])).groups
+    (group,) = flat_buffers_of(nn.ParameterList([nn.Parameter(torch.empty(0))])).groups
     assert type(step_for(group)) is ForeachStep

@@ -308,7 +308,7 @@ def test_one_element_of_each_repeated_one_is_written_of_an_expanded_tensor():
 @pytest.mark.parametrize("argument", ["ignore_names", "ignore_startswith_names", "param_or_buffer_names_no_ema"])
 def test_names_may_come_from_an_iterator(tmp_path, argument):
     ema = PostHocEMA(nn.Linear(3, 2), checkpoint_folder=tmp_path, **{argument: (name for name in ["bias"])})
-    assert [tensor.role == "averaged" for tensor in ema._averager.arena.tracked] == [True, False]
+    assert [tensor.role == "averaged" for tensor in ema._engine.flat_buffers.tracked] == [True, False]
 
 
 @pytest.mark.parametrize("argument", ["ignore_names", "ignore_startswith_names", "param_or_buffer_names_no_ema"])
