@@ -1,1 +1,1 @@
-"""TODO: one sentence."""
+"""Helpers that every package may use: argument checks, command-line options, exit statuses, dtypes, temporary files."""

@@ -1,4 +1,4 @@
-"""What users give, made fit for use or told: timeouts that threads can wait for, sequences and steps that are none."""
+"""Argument checks and amounts of bytes shared by several modules."""
 
 from __future__ import annotations
 
@@ -7,57 +7,56 @@ import threading
 from collections.abc import Iterable
 from decimal import Decimal
 
+_BINARY_UNITS = {f"{letter}IB": 1 << 10 * power for power, letter in enumerate("KMGT", 1)}
+_DECIMAL_UNITS = {f"{letter}B": 10 ** (3 * power) for power, letter in enumerate("KMGT", 1)}
+_UNIT_BYTES = {"": 1, "B": 1, **_BINARY_UNITS, **_DECIMAL_UNITS}
+
 
 def clamp_timeout(timeout_seconds: float | None) -> float | None:
-    """A time that threads can wait for: float("inf") is as long as there is."""
+    """Return a timeout that ``threading`` accepts: at most ``TIMEOUT_MAX / 2``; None stays None.
+
+    So ``float("inf")`` becomes the longest wait that threads support.
+    """
     return None if timeout_seconds is None else min(timeout_seconds, threading.TIMEOUT_MAX / 2)
 
 
-def check_sequence(name: str, given: object, of: str = "numbers") -> None:
-    """Refuse a single number, or text, where several things belong.
+def check_sequence(name: str, value: object, items: str = "numbers") -> None:
+    """Check that an argument is a sequence, not a single number or a text.
 
     Args:
-        name: Of the argument.
-        given: Its value.
-        of: What it should be a sequence of, for the message.
+        name: Name of the argument.
+        value: Its value.
+        items: What the sequence should contain, for the message.
 
     Raises:
-        TypeError: It is none.
+        TypeError: ``value`` is not iterable, or is a str or bytes.
     """
-    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
-        raise TypeError(f"{name} is {given!r}; expected a sequence of {of}.")
-
-
-_BINARY = {f"{letter}IB": 1 << 10 * power for power, letter in enumerate("KMGT", 1)}
-
-
-_DECIMAL = {f"{letter}B": 10 ** (3 * power) for power, letter in enumerate("KMGT", 1)}
-
-
-_UNITS = {"": 1, "B": 1, **_BINARY, **_DECIMAL}
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} is {value!r}; expected a sequence of {items}.")
 
 
 def parse_bytes(text: str) -> int:
-    """Read an amount of bytes: ``1GiB``, ``500 MB``, ``1.5TiB``, ``1073741824``. Fractions of a byte are left out.
+    """Parse an amount of bytes: ``1GiB``, ``500 MB``, ``1.5TiB``, ``1073741824``. Fractions of a byte are dropped.
 
     Raises:
-        ValueError: Not such an amount.
+        ValueError: The text is not an amount of bytes.
     """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if found is None or found[2].upper() not in _UNITS:
-        raise ValueError(f"{text!r} is no amount of bytes; expected one such as 1GiB, 500MB or 1073741824")
-    return int(Decimal(found[1]) * _UNITS[found[2].upper()])
-
-
-def pluralize(number: int, noun: str) -> str:
-    """A number of things: ``1 snapshot``, ``3 snapshots``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNIT_BYTES:
+        raise ValueError(f"{text!r} is not an amount of bytes; expected for example 1GiB, 500MB or 1073741824")
+    # Decimal, because 2.01KB computed in float64 truncates to 2009 bytes.
+    return int(Decimal(match[1]) * _UNIT_BYTES[match[2].upper()])
 
 
 def format_bytes(num_bytes: float) -> str:
-    """An amount in the largest unit that it has at least one of, up to GiB: ``1.5 KiB``."""
+    """Return an amount of bytes in the largest unit, up to GiB, of which there is at least one: ``1.5 KiB``."""
     for unit in ("B", "KiB", "MiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.2f} GiB"
+
+
+def pluralize(number: int, noun: str) -> str:
+    """Return a number with its noun: ``1 snapshot``, ``3 snapshots``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,4 +1,4 @@
-"""Options that several programs of this package have in common."""
+"""Command-line options that several programs share, and the parsers of their values: lengths, steps, profiles."""
 
 from __future__ import annotations
 
@@ -10,61 +10,15 @@ from typing import Literal
 
 from nitrous_ema._base import exit_status
 
-_MAX_NUMBERS = 10_000  # of one list: a typing mistake in an ellipsis should not fill the disk
-
-
 Steps = list[int] | Literal["all"]
+"""Requested steps."""
 
-
-def parse_lengths(text: str) -> list[float]:
-    """Read a list of numbers in which ``a,b,...,c`` stands for a, b and so on in equal steps up to c.
-
-    Computed in decimals: ``0.05,0.06,...,0.15`` holds 0.07 itself, not its neighbour.
-
-    Raises:
-        ValueError: Not such a list; also where the steps miss c.
-    """
-    return list(dict.fromkeys(float(each) for each in _numbers(text, "0.05,0.06,...,0.15")))
-
-
-def parse_profiles(text: str) -> list[float]:
-    """Read a list of numbers in the same way, each as often as it is named: the trainer was told so.
-
-    Raises:
-        ValueError: As parse_lengths().
-    """
-    return [float(each) for each in _numbers(text, "0.05,0.10")]
-
-
-def parse_steps(text: str) -> Steps:
-    """Read a list of steps, in the same way, or the word ``all``.
-
-    Raises:
-        ValueError: Not such a list, or a number that is no step.
-    """
-    if text.strip() == "all":
-        return "all"
-    steps = _numbers(text, "1000,2000,...,10000")
-    for step in steps:
-        if step < 0 or step != step.to_integral_value():
-            raise ValueError(f"{text!r}: {step} is not a step; expected whole numbers, or 'all'")
-    return list(dict.fromkeys(int(step) for step in steps))
-
-
-def parse_step_list(text: str) -> list[int]:
-    """Read a list of steps: ``5000,10000``.
-
-    Raises:
-        ValueError: Not such a list.
-    """
-    steps = [word.strip() for word in text.split(",")]
-    if not all(re.fullmatch("[0-9]{1,18}", step) for step in steps):
-        raise ValueError(f"{text!r} is no list of steps; expected one such as 5000 or 5000,10000")
-    return [int(step) for step in steps]
+# Numbers in one list: a typing mistake before or after an ellipsis must not request outputs that fill the disk.
+_MAX_NUMBERS = 10_000
 
 
 def add_choice_options(parser: argparse.ArgumentParser) -> None:
-    """Which snapshots may be read: ``--exclude`` and ``--tolerance``."""
+    """Add the options that choose which snapshots a synthesis reads: ``--exclude`` and ``--tolerance``."""
     add_exclude(parser)
     parser.add_argument(
         "--tolerance",
@@ -75,35 +29,85 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_exclude(parser: argparse.ArgumentParser, help: str = "steps to leave out") -> None:
-    """``--exclude``, a list of steps."""
-    listed = exit_status.argument(parse_step_list)
-    parser.add_argument("--exclude", type=listed, action="extend", default=[], metavar="STEP,...", help=help)
+def add_exclude(parser: argparse.ArgumentParser, help: str = "ignore these steps") -> None:
+    """Add ``--exclude``, a list of steps; several of these options add up."""
+    steps = exit_status.argument(parse_step_list)
+    parser.add_argument("--exclude", type=steps, action="extend", default=[], metavar="STEP,...", help=help)
 
 
 def add_old_profiles(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """``--sigma-rels`` or ``--gammas``, which name the profiles of an old folder."""
-    listed, profiles = exit_status.argument(parse_profiles), parser.add_mutually_exclusive_group(required=required)
+    """Add ``--sigma-rels`` and ``--gammas``: the profiles of a folder of {i}.{step}.pt files, which records none."""
+    numbers, profiles = exit_status.argument(parse_profiles), parser.add_mutually_exclusive_group(required=required)
     profiles.add_argument(
-        "--sigma-rels", type=listed, help="the tracked profiles of a folder of {i}.{step}.pt files, in their order"
+        "--sigma-rels", type=numbers, help="the tracked profiles of a folder of {i}.{step}.pt files, in their order"
     )
-    profiles.add_argument("--gammas", type=listed, help="the same, as exponents")
+    profiles.add_argument("--gammas", type=numbers, help="the same profiles, as exponents")
 
 
-def _numbers(text: str, example: str) -> list[Decimal]:
-    numbers: list[Decimal] = []
+def parse_lengths(text: str) -> list[float]:
+    """Parse a list of numbers in which ``a,b,...,c`` stands for a, b and so on in equal steps up to c.
+
+    Steps are computed in decimals: ``0.05,0.06,...,0.15`` contains 0.07 itself, not a neighboring float. A number that
+    is repeated counts once.
+
+    Raises:
+        ValueError: The text is not such a list, or equal steps from a and b miss c.
+    """
+    return list(dict.fromkeys(float(number) for number in _parse_numbers(text, "0.05,0.06,...,0.15")))
+
+
+def parse_profiles(text: str) -> list[float]:
+    """Parse a list of numbers as ``parse_lengths`` does, but keep repeated numbers: profiles go by their position.
+
+    Raises:
+        ValueError: As ``parse_lengths``.
+    """
+    return [float(number) for number in _parse_numbers(text, "0.05,0.10")]
+
+
+def parse_steps(text: str) -> Steps:
+    """Parse a list of steps, with ``...`` as in ``parse_lengths``, or the word ``all``.
+
+    Raises:
+        ValueError: The text is not such a list, or a number is not a whole number of at least 0.
+    """
+    if text.strip() == "all":
+        return "all"
+    numbers = _parse_numbers(text, "1000,2000,...,10000")
+    for number in numbers:
+        if number < 0 or number != number.to_integral_value():
+            raise ValueError(f"{text!r}: {number} is not a step; expected whole numbers, or 'all'")
+    return list(dict.fromkeys(int(number) for number in numbers))
+
+
+def parse_step_list(text: str) -> list[int]:
+    """Parse a plain list of steps: ``5000,10000``.
+
+    Raises:
+        ValueError: The text is not such a list.
+    """
     words = [word.strip() for word in text.split(",")]
-    for index, word in enumerate(words):
-        if word != "...":
-            numbers.append(_decimal(word, text))
-        elif len(numbers) < 2 or index + 1 == len(words) or words[index + 1] == "...":
-            raise ValueError(f"{text!r}: '...' needs two numbers before it and one after it, as in {example}")
-        else:
-            numbers += _between(numbers[-2], numbers[-1], _decimal(words[index + 1], text), text)
-    return numbers
+    if not all(re.fullmatch("[0-9]{1,18}", word) for word in words):
+        raise ValueError(f"{text!r} is not a list of steps; expected for example 5000 or 5000,10000")
+    return [int(word) for word in words]
 
 
-def _decimal(word: str, text: str) -> Decimal:
+def unknown_exclusions(exclude: Collection[int], existing: Collection[int]) -> str:
+    """Return a warning that names the excluded steps without a snapshot; an empty text if all have one."""
+    unknown = sorted({*exclude}.difference(existing))
+    return f"--exclude: there is no snapshot of step {', '.join(map(str, unknown))}" if unknown else ""
+
+
+def parse_number(word: str, text: str) -> Decimal:
+    """Parse one finite number.
+
+    Args:
+        word: The number.
+        text: The whole argument that contains it, for the message.
+
+    Raises:
+        ValueError: ``word`` is not a number, or not a finite one.
+    """
     try:
         number = Decimal(word)
     except InvalidOperation:
@@ -113,8 +117,21 @@ def _decimal(word: str, text: str) -> Decimal:
     return number
 
 
+def _parse_numbers(text: str, example: str) -> list[Decimal]:
+    numbers: list[Decimal] = []
+    words = [word.strip() for word in text.split(",")]
+    for index, word in enumerate(words):
+        if word != "...":
+            numbers.append(parse_number(word, text))
+        elif len(numbers) < 2 or index + 1 == len(words) or words[index + 1] == "...":
+            raise ValueError(f"{text!r}: '...' needs two numbers before it and one after it, as in {example}")
+        else:
+            numbers += _between(numbers[-2], numbers[-1], parse_number(words[index + 1], text), text)
+    return numbers
+
+
 def _between(first: Decimal, second: Decimal, last: Decimal, text: str) -> list[Decimal]:
-    """The numbers after ``second`` and before ``last``."""
+    """Return the numbers after ``second`` and before ``last``."""
     step = second - first
     if step == 0 or (last - second) / step <= 0:
         raise ValueError(f"{text!r}: steps of {step} from {second} do not lead to {last}")
@@ -122,11 +139,5 @@ def _between(first: Decimal, second: Decimal, last: Decimal, text: str) -> list[
     if count != count.to_integral_value():
         raise ValueError(f"{text!r}: steps of {step} from {second} miss {last}")
     if count > _MAX_NUMBERS:
-        raise ValueError(f"{text!r}: {count} numbers; at most {_MAX_NUMBERS} are taken")
+        raise ValueError(f"{text!r} contains {count} numbers; expected at most {_MAX_NUMBERS}")
     return [second + step * index for index in range(1, int(count))]
-
-
-def unknown_exclusions(exclude: Collection[int], there: Collection[int]) -> str:
-    """What is said of steps to leave out that are not there; empty if all are."""
-    unknown = sorted({*exclude}.difference(there))
-    return f"--exclude: there is no snapshot of step {', '.join(map(str, unknown))} to leave out" if unknown else ""

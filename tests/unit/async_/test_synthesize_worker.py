@@ -225,7 +225,7 @@ def main(capsys, *arguments):
         (["--sigma-rel", "0.1", "--gamma", "3", "--out", "OUT"], "not allowed with"),
         (["--sigma-rel", "0.1", "--out", "OUT", "--dtype", "int8"], "invalid choice"),
         (["--sigma-rel", "0.1", "--out", "OUT", "--memory", "1KiB"], "at least"),
-        (["--sigma-rel", "0.1", "--out", "OUT", "--memory", "lots"], "no amount of bytes"),
+        (["--sigma-rel", "0.1", "--out", "OUT", "--memory", "lots"], "is not an amount of bytes"),
         (["--sigma-rel", "0.1", "--out", "OUT", "--step", "500", "--exclude", "500"], "is excluded"),
         (["--sigma", "0.1", "--out", "OUT"], "required"),
     ],

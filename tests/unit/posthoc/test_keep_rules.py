@@ -187,7 +187,7 @@ def test_what_is_no_rule_is_refused(given):
         (lambda: KeepCount(4, sigma_rels=(0.2, 0.1)), "expected the shortest length first"),
         (lambda: KeepBytes(400, sigma_rels=(0.2, 0.4)), "sigma_rel has 0.4"),
         (lambda: KeepCount(4, exponent=0), "exponent has 0.0"),
-        (lambda: KeepBytes("many"), "no amount of bytes"),
+        (lambda: KeepBytes("many"), "is not an amount of bytes"),
         (lambda: KeepBytes(0), "budget is 0; expected more"),
         (lambda: keep_rule("32"), "keep is '32'; expected 'all', a number"),
         (lambda: keep_rule("everything"), "keep is 'everything'; expected 'all', a number"),

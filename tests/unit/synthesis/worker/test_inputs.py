@@ -76,5 +76,5 @@ def test_closed_and_unrelated_are_said_of_the_newest_run(tmp_path):
 def test_steps_to_leave_out_that_are_not_there_are_known(tmp_path):
     write_run(tmp_path, LAYOUT, [100, 200, 300])
     told = unknown_exclusions([200, 7, 5], opened(tmp_path, exclude=[200, 7, 5]).steps())
-    assert told == "--exclude: there is no snapshot of step 5, 7 to leave out"
+    assert told == "--exclude: there is no snapshot of step 5, 7"
     assert unknown_exclusions([200], opened(tmp_path, exclude=[200]).steps()) == ""
