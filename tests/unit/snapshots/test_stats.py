@@ -1,10 +1,10 @@
-"""Counts from several threads."""
+"""Counts of snapshots, from several threads."""
 
 from __future__ import annotations
 
 import threading
 
-from nitrous_ema.snapshots.stats import Ledger, Stats
+from nitrous_ema.snapshots.stats import Ledger, WriteStats
 
 
 def test_counts_of_all_threads_are_added_up():
@@ -21,7 +21,7 @@ def test_counts_of_all_threads_are_added_up():
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    assert ledger.read() == Stats(snapshots=2000, bytes_written=6000, seconds_writing=1000.0)
+    assert ledger.read() == WriteStats(snapshots=2000, bytes_written=6000, seconds_writing=1000.0)
 
 
 def test_last_error_stays_until_another_one():
@@ -32,5 +32,5 @@ def test_last_error_stays_until_another_one():
 
 
 def test_bandwidth_is_bytes_per_second_of_writing_and_zero_before_the_first():
-    assert Stats().write_bandwidth == 0
-    assert Stats(bytes_written=600, seconds_writing=1.5).write_bandwidth == 400
+    assert WriteStats().write_bandwidth == 0
+    assert WriteStats(bytes_written=600, seconds_writing=1.5).write_bandwidth == 400
