@@ -1,4 +1,4 @@
-"""The one table of tensor types: names, codes in files, sizes. Torch's own types are in ``torch_dtypes``."""
+"""The table of tensor dtypes: names, codes in files, sizes. ``torch_dtypes`` maps the same table to ``torch.dtype``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Kind = Literal["floating", "complex", "integer", "boolean"]
 
 
 class DType(NamedTuple):
-    """One tensor type."""
+    """One row of the table."""
 
     name: str
     """Torch's name, without ``torch.``."""
@@ -17,17 +17,23 @@ class DType(NamedTuple):
     num_bytes: int
     """Bytes per element."""
     kind: Kind
-    """What its elements are."""
+    """Kind of its elements."""
     numpy: str | None = None
-    """For types that averages are stored in: numpy's type string; bfloat16, which numpy lacks, as its bits."""
+    """For dtypes in which averages are stored: numpy's type string; for bfloat16, which numpy lacks, uint16."""
     fraction_bits: int | None = None
-    """For the same types: stored bits of the fraction, without the leading one."""
+    """For the same dtypes: stored bits of the fraction, without the implicit leading bit."""
 
     @property
     def half_unit(self) -> float:
-        """The largest relative error of rounding to this type, for the types that have ``fraction_bits``."""
+        """The largest relative error of rounding a normal number to this dtype.
+
+        Raises:
+            RuntimeError: The dtype has no ``fraction_bits``.
+        """
         if self.fraction_bits is None:
-            raise RuntimeError(f"{self.name} stores no averages; this is a bug in nitrous_ema, please report it.")
+            raise RuntimeError(
+                f"averages are not stored as {self.name}; this is a bug in nitrous_ema, please report it."
+            )
         return 2.0 ** -(self.fraction_bits + 1)
 
 
@@ -50,44 +56,44 @@ DTYPES = (
     DType("uint8", "U8", 1, "integer"),
     DType("bool", "BOOL", 1, "boolean"),
 )
-"""Every type that a file may hold."""
+"""Every dtype that a file may contain."""
 
 DTYPE_BYTES = {dtype.code: dtype.num_bytes for dtype in DTYPES}
 """Bytes per element, by code."""
 
 CODES = {dtype.name: dtype.code for dtype in DTYPES}
-"""Codes by torch's names."""
+"""Code of each dtype, by torch's name."""
 
 AVERAGE_DTYPES = {dtype.code: dtype for dtype in DTYPES if dtype.numpy is not None}
-"""The four types in which averages are stored and written, by code."""
+"""The four dtypes in which averages are stored and written, by code."""
 
 AVERAGE_CODES = {dtype.name: code for code, dtype in AVERAGE_DTYPES.items()}
-"""Codes of the same four types, by name."""
+"""Code of the same four dtypes, by torch's name."""
 
 AVERAGEABLE = frozenset(dtype.code for dtype in DTYPES if dtype.kind in ("floating", "complex")) - {"F8_E8M0"}
-"""Codes of the types whose tensors can be averaged. F8_E8M0 holds scales: it has neither sign nor fraction."""
+"""Codes of the dtypes whose tensors can be averaged. F8_E8M0 stores scales: it has neither sign nor fraction."""
 
-_SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+_SHORT_NAMES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
 
 def parse_dtype(text: str) -> str:
-    """Normalize a type's name: ``bf16`` and ``torch.bfloat16`` become ``bfloat16``; unknown names stay as they are."""
+    """Return torch's name of a dtype: ``bf16`` and ``torch.bfloat16`` give ``bfloat16``; other names stay."""
     name = text.strip().removeprefix("torch.")
-    return _SHORT.get(name, name)
+    return _SHORT_NAMES.get(name, name)
 
 
 def dtype_code(dtype: object) -> str | None:
-    """Return the code of a type in which averages can be stored; None for None.
+    """Return the code of a dtype in which averages can be stored; None for None.
 
     Args:
         dtype: A name such as ``"bfloat16"`` or ``"bf16"``, or a ``torch.dtype``.
 
     Raises:
-        ValueError: Averages cannot be stored in this type.
+        ValueError: Averages cannot be stored in this dtype.
     """
     if dtype is None:
         return None
     code = AVERAGE_CODES.get(parse_dtype(str(dtype)))
     if code is None:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(AVERAGE_CODES)}, by name or as torch's.")
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(AVERAGE_CODES)}, as a name or a torch.dtype.")
     return code

@@ -1,6 +1,6 @@
-"""How every program of this package ends: one table of exit statuses, and the one place where errors become them.
+"""Exit statuses of every program in this package, and the one place where exceptions become exit statuses.
 
-0 done, 1 failed, 2 wrong usage, 3 no such folder, snapshot or run, 4 damaged snapshot, 130 interrupted.
+0 done, 1 failed, 2 wrong usage, 3 folder, snapshot or run not found, 4 damaged snapshot, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ DONE, FAILED, USAGE, NOT_FOUND, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
 class UsageError(Exception):
-    """The command line asks for something that cannot be."""
+    """The command line requests something impossible."""
 
 
-# The first that fits counts.
-_STATUS: tuple[tuple[type[Exception], int], ...] = (
+# The first class that matches decides: derived classes stand before NitrousError.
+_STATUS_OF_ERROR: tuple[tuple[type[Exception], int], ...] = (
     (UsageError, USAGE),
     (SnapshotNotFound, NOT_FOUND),
     (SnapshotDamaged, DAMAGED),
@@ -31,92 +31,39 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
 
 
 def run_program(
-    work: Callable[[], int], tell: Callable[[str], None], *, interrupted: str = "interrupted.", unread: str = ""
+    work: Callable[[], int], report: Callable[[str], None], *, interrupted: str = "interrupted.", unread: str = ""
 ) -> int:
-    """Do the work of a program and turn how it ends into an exit status. Bugs keep their traceback.
+    """Run the work of a program and return its exit status. Exceptions that are bugs keep their traceback.
 
     Args:
-        work: Returns the exit status if nothing goes wrong.
-        tell: Called with the message of an error that has a status.
-        interrupted: What is told of Ctrl-C.
-        unread: What is told if the reader of stdout has left; nothing by default: it has seen enough.
+        work: Returns the exit status if it raises nothing.
+        report: Called with the message of an exception that has an exit status.
+        interrupted: Message reported after Ctrl-C.
+        unread: Message reported when the reader of stdout has closed it. Empty, the default, reports nothing: a reader
+            such as ``head`` has all the lines it needs.
     """
-    _open_missing()
+    _open_missing_streams()
     try:
         return work()
-    except SystemExit as stop:  # argparse has said what is wrong, or has printed the help
+    except SystemExit as stop:  # argparse has printed the error or the help
         return stop.code if isinstance(stop.code, int) else USAGE
     except BrokenPipeError:
-        _leave_stdout()
+        _redirect_stdout_to_devnull()
         if unread:
-            tell(unread)
+            report(unread)
         return FAILED
     except KeyboardInterrupt:
-        _forget_interrupt()
-        tell(interrupted)
+        _clear_interpreter_interrupt()
+        report(interrupted)
         return INTERRUPTED
-    except tuple(kind for kind, _ in _STATUS) as error:
-        tell(str(error))
-        return next(status for kind, status in _STATUS if isinstance(error, kind))
-
-
-def _forget_interrupt() -> None:
-    """Have ``python -m`` end with the status that it is given.
-
-    Where the interrupt came while text was executed (during imports the classes of dataclasses and namedtuple are made
-    so), CPython notes it, and at the end kills the process by SIGINT. The next text that is executed removes that note
-    (Python/pythonrun.c, run_eval_code_obj).
-    """
-    exec("")
-
-
-def to_stdout(text: str) -> None:
-    """Write to stdout, now.
-
-    Raises:
-        BrokenPipeError: Its reader has left.
-        NitrousError: It cannot be written, on a full disk for example.
-    """
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _leave_stdout()
-        raise NitrousError(f"stdout cannot be written: {error.strerror}.") from error
-
-
-def to_stderr(text: str) -> None:
-    """Write to stderr, now. Where it cannot be written, on a full disk for example, the work goes on untold.
-
-    Raises:
-        BrokenPipeError: Its reader has left.
-    """
-    try:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-    except BrokenPipeError:
-        raise
-    except OSError:
-        pass
-
-
-def _leave_stdout() -> None:
-    """Without this the interpreter complains once more when it closes stdout."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _open_missing() -> None:
-    """Give stdout and stderr a place where the caller has closed them: else the next file that is opened gets it."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+    except tuple(kind for kind, _ in _STATUS_OF_ERROR) as error:
+        report(str(error))
+        return next(status for kind, status in _STATUS_OF_ERROR if isinstance(error, kind))
 
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """A ValueError in here is the user's; elsewhere it would be a bug, and keeps its traceback."""
+    """Turn a ValueError in this block into a UsageError. Elsewhere a ValueError is a bug and keeps its traceback."""
     try:
         yield
     except ValueError as error:
@@ -124,12 +71,70 @@ def usage_errors() -> Iterator[None]:
 
 
 def argument(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """The same for an option's ``type=``: argparse shows the message of its own error class only."""
+    """Return ``parse`` for an option's ``type=``, raising ArgumentTypeError in place of ValueError.
 
-    def parsed(text: str) -> object:
+    argparse shows the message of its own exception class only.
+    """
+
+    def parse_argument(text: str) -> object:
         try:
             return parse(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
-    return parsed
+    return parse_argument
+
+
+def to_stdout(text: str) -> None:
+    """Write to stdout and flush.
+
+    Raises:
+        BrokenPipeError: The reader has closed the pipe.
+        NitrousError: stdout cannot be written, on a full disk for example.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _redirect_stdout_to_devnull()
+        raise NitrousError(f"stdout cannot be written: {error.strerror}.") from error
+
+
+def to_stderr(text: str) -> None:
+    """Write to stderr and flush. Where stderr cannot be written, on a full disk for example, the text is dropped.
+
+    Raises:
+        BrokenPipeError: The reader has closed the pipe.
+    """
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass  # progress is not worth failing for: the outputs can still be written
+
+
+def _open_missing_streams() -> None:
+    """Open /dev/null as stdout or stderr where the caller has closed them."""
+    for name in ("stdout", "stderr"):
+        # Otherwise the next file to be opened gets the descriptor 1 or 2, and messages end up in that file.
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the process runs
+
+
+def _redirect_stdout_to_devnull() -> None:
+    # Otherwise the interpreter reports the same error again when it flushes stdout at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _clear_interpreter_interrupt() -> None:
+    """Let ``python -m`` exit with the returned status instead of killing itself by SIGINT.
+
+    If the interrupt came while text was being executed, CPython records this and kills the process by SIGINT at exit.
+    Dataclasses and namedtuple execute text while modules are imported. Executing another text clears the record
+    (Python/pythonrun.c, run_eval_code_obj).
+    """
+    exec("")

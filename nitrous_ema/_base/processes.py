@@ -1,9 +1,9 @@
-"""Whether a process that left its name somewhere still runs: in a snapshot's stamp, or in the name of a file.
+"""Whether another process still runs, from the record that it left: in a snapshot's stamp or in a file's name.
 
-Two processes of one host may have had the same id, one after the other: the start time tells them apart. A signature
-is stricter than that, because files are removed by it. It says what Linux tells a process of itself for certain: the
-start of the kernel (no two machines have the same), the namespace in which the process id counts (a container's), and
-the process's start in ticks of that kernel, which no setting of a clock moves.
+Two processes of one host can have the same id, one after the other, so a record contains the start time as well. A
+signature is stricter, because files are removed by it. It contains three facts that Linux guarantees to a process:
+the boot id (no two machines share one), the namespace in which the process id counts (a container's), and the start of
+the process in ticks since boot, which setting a clock does not change.
 """
 
 from __future__ import annotations
@@ -17,34 +17,39 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-_SAME_START_SECONDS = 2.0  # the system's boot time, from which start times are computed, is rounded
+ProcessState = Literal["alive", "gone", "elsewhere", "unknown"]
+"""Runs on this host; has ended; belongs to another host or container; cannot be determined."""
 
 SIGNATURE = re.compile(r"([0-9a-f]{16})\.([0-9a-f]{16})\.([0-9]+)\.([0-9]+)\.([0-9]+)")
-_STARTING_SECONDS = 60.0  # clocks of machines and file servers differ
+"""Host, boot id, namespace, process id and start of a ``signature()``."""
 
-ProcessState = Literal["alive", "gone", "elsewhere", "unknown"]
+# psutil computes start times from the boot time, which the system rounds.
+_SAME_START_SECONDS = 2.0
+# Clocks of machines and file servers differ: a file must be older than the boot by more than that.
+_CLOCK_SKEW_SECONDS = 60.0
 
 
 def process_state(process: Mapping[str, str | int | float]) -> ProcessState:
-    """What became of a process.
+    """Return whether a recorded process still runs.
 
     Args:
-        process: Its ``host``, ``pid`` and ``started`` (seconds since 1970), as a stamp's ``trainer`` has them.
+        process: ``host``, ``pid`` and ``started`` (seconds since 1970) of the process, as in a stamp's ``trainer``.
 
     Returns:
-        "alive" or "gone" if it is one of this host, "elsewhere" if it is not, "unknown" if it was not written down.
+        "alive" or "gone" for a process of this host, "elsewhere" for a process of another host, "unknown" if the record
+        is incomplete or the system does not show the process.
     """
     if "host" not in process:
         return "unknown"
     if process["host"] != socket.gethostname():
         return "elsewhere"
-    import psutil  # here, since most listings ask about no process of this host
+    import psutil  # imported late: most listings contain no process of this host
 
     try:
         found = psutil.Process(int(process["pid"]))
         started = float(found.create_time())
         if found.status() == psutil.STATUS_ZOMBIE:
-            return "gone"  # it has ended, and only its parent has not asked how
+            return "gone"  # it has ended, and its parent has not read its exit status
         return "alive" if abs(started - float(process["started"])) < _SAME_START_SECONDS else "gone"
     except psutil.NoSuchProcess:
         return "gone"
@@ -52,59 +57,62 @@ def process_state(process: Mapping[str, str | int | float]) -> ProcessState:
         return "unknown"
 
 
-class _Process(NamedTuple):
+class _Signature(NamedTuple):
     host: str
-    kernel: str
+    boot_id: str
     namespace: int
     pid: int
     started: int
 
 
 def signature() -> str:
-    """Who this process is, in a few characters that fit a file name; only its id where the system tells no more.
+    """Return a text that identifies this process and fits into a file name; only its id where /proc lacks the rest.
 
-    Asked for anew each time (some 0.1 ms): after a fork it is another's.
+    The signature is computed on every call (about 0.1 ms), because it changes with a fork.
     """
     try:
         host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:16]
-        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", "")[:16]
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", "")[:16]
         namespace = re.sub("[^0-9]", "", os.readlink("/proc/self/ns/pid"))
         pid, started = _pid_and_start("self")
     except (OSError, ValueError, IndexError):
         return str(os.getpid())
-    return f"{host}.{kernel}.{namespace}.{pid}.{started}"
+    return f"{host}.{boot_id}.{namespace}.{pid}.{started}"
 
 
 def state_of_signature(text: str, *, untouched_seconds: float) -> ProcessState:
-    """What became of the process that left this signature on a file.
+    """Return whether the process whose signature is on a file still runs.
 
     Args:
-        text: Its ``signature()``.
-        untouched_seconds: For how long nothing has happened to the file.
+        text: The signature that the process computed with ``signature()``.
+        untouched_seconds: Seconds since the last change of the file.
 
     Returns:
-        "gone" only if that is certain: there is no such process, or this machine has started since and the file is
-        older than that. Of another machine or another container nothing is known: "elsewhere".
+        "gone" only if the end of the process is certain: this machine has no such process, or this machine has booted
+        since and the file is older than the boot. "elsewhere" for another machine or another container: about their
+        processes nothing is known.
     """
-    theirs, mine = _parsed(text), _parsed(signature())
-    if theirs is None or mine is None:
+    theirs, own = _parse_signature(text), _parse_signature(signature())
+    if theirs is None or own is None:
         return "unknown"
-    if theirs.kernel != mine.kernel:
-        # Another machine may have this one's name; but what it still writes to is not that old.
-        is_older = untouched_seconds > time.clock_gettime(time.CLOCK_BOOTTIME) + _STARTING_SECONDS
-        return "gone" if theirs.host == mine.host and is_older else "elsewhere"
-    if theirs.namespace != mine.namespace:
+    if theirs.boot_id != own.boot_id:
+        # Another machine may have the same host name, but a file that it still writes to is not older than this boot.
+        is_older_than_boot = untouched_seconds > time.clock_gettime(time.CLOCK_BOOTTIME) + _CLOCK_SKEW_SECONDS
+        return "gone" if theirs.host == own.host and is_older_than_boot else "elsewhere"
+    if theirs.namespace != own.namespace:
         return "elsewhere"
-    return _fate_here(theirs)
+    return _local_state(theirs)
 
 
-def _fate_here(process: _Process) -> ProcessState:
+def _local_state(process: _Signature) -> ProcessState:
+    """Return the state of a process of this boot and namespace."""
     try:
         return "alive" if _pid_and_start(process.pid)[1] == process.started else "gone"
     except FileNotFoundError:
-        pass  # there is none, or it is another user's and /proc does not show it
+        pass  # the process has ended, or it is another user's and a restricted /proc hides it
     except (OSError, ValueError, IndexError):
         return "unknown"
+    # kill() distinguishes the two: it raises PermissionError for another user's process.
     try:
         os.kill(process.pid, 0)
     except ProcessLookupError:
@@ -114,12 +122,15 @@ def _fate_here(process: _Process) -> ProcessState:
     return "unknown"
 
 
-def _parsed(text: str) -> _Process | None:
-    found = SIGNATURE.fullmatch(text)
-    return _Process(found[1], found[2], int(found[3]), int(found[4]), int(found[5])) if found else None
+def _parse_signature(text: str) -> _Signature | None:
+    match = SIGNATURE.fullmatch(text)
+    return _Signature(match[1], match[2], int(match[3]), int(match[4]), int(match[5])) if match else None
 
 
 def _pid_and_start(process: int | str) -> tuple[int, int]:
-    """Process id and start (in ticks since the kernel's): fields 1 and 22 of proc(5)'s ``stat``; 2 is any text."""
+    """Return process id and start in ticks since boot: fields 1 and 22 of ``/proc/<pid>/stat`` (proc(5)).
+
+    Field 2 is the program's name in parentheses, which may contain spaces and parentheses itself.
+    """
     pid, _, rest = Path(f"/proc/{process}/stat").read_text(errors="replace").partition(" ")
     return int(pid), int(rest.rpartition(")")[2].split()[19])

@@ -1,3 +1,5 @@
+"""The table of dtypes agrees with torch, and names are normalized."""
+
 from __future__ import annotations
 
 import pytest
@@ -8,7 +10,7 @@ from nitrous_ema._base.torch_dtypes import TORCH_DTYPES
 
 
 @pytest.mark.parametrize("name", AVERAGE_CODES)
-def test_names_codes_and_torchs_types_agree(name):
+def test_names_codes_and_torch_dtypes_agree(name):
     dtype = getattr(torch, name)
     assert TORCH_DTYPES[dtype_code(name)] == TORCH_DTYPES[dtype_code(dtype)] == dtype
     assert parse_dtype(str(dtype)) == name
@@ -19,11 +21,11 @@ def test_short_names_are_known(short, name):
     assert dtype_code(short) == AVERAGE_CODES[name]
 
 
-def test_no_type_is_none():
+def test_code_of_none_is_none():
     assert dtype_code(None) is None
 
 
 @pytest.mark.parametrize("wrong", ["F32", "float8", "", torch.int32, torch.float8_e4m3fn, 32])
-def test_other_types_are_refused_with_those_there_are(wrong):
+def test_other_dtypes_are_refused_with_the_expected_names(wrong):
     with pytest.raises(ValueError, match=r"dtype is .*; expected one of float64, float32, float16, bfloat16"):
         dtype_code(wrong)

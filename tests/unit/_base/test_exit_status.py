@@ -1,3 +1,5 @@
+"""Exit statuses of programs, and output where stdout or stderr is closed or full."""
+
 from __future__ import annotations
 
 import os
@@ -32,20 +34,20 @@ def ending(error: BaseException):
         (KeyboardInterrupt("text"), 130),
     ],
 )
-def test_every_error_has_its_status_and_is_told_once(error, status):
-    told = []
-    assert exit_status.run_program(ending(error), told.append, interrupted="text") == status
-    assert told == ["text"]
+def test_every_error_has_its_status_and_is_reported_once(error, status):
+    reported = []
+    assert exit_status.run_program(ending(error), reported.append, interrupted="text") == status
+    assert reported == ["text"]
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, 0), (2, 2), (None, 2), ("words", 2)])
-def test_parser_that_stops_has_told_already(code, status):
-    told = []
-    assert exit_status.run_program(ending(SystemExit(code)), told.append) == status
-    assert told == []
+def test_exit_of_the_parser_is_not_reported_again(code, status):
+    reported = []
+    assert exit_status.run_program(ending(SystemExit(code)), reported.append) == status
+    assert reported == []
 
 
-def test_work_that_ends_well_has_its_own_status():
+def test_work_without_errors_has_its_own_status():
     assert exit_status.run_program(lambda: 4, pytest.fail) == 4
 
 
@@ -54,33 +56,33 @@ def test_bug_keeps_its_traceback():
         exit_status.run_program(ending(ValueError("ours")), pytest.fail)
 
 
-def test_value_error_of_what_the_user_gave_is_wrong_usage():
+def test_value_error_from_an_argument_is_wrong_usage():
     def work() -> int:
         with exit_status.usage_errors():
             raise ValueError("yours")
 
-    told = []
-    assert exit_status.run_program(work, told.append) == 2
-    assert told == ["yours"]
+    reported = []
+    assert exit_status.run_program(work, reported.append) == 2
+    assert reported == ["yours"]
 
 
-def test_what_stdout_does_not_take_is_told(monkeypatch):
+def test_unwritable_stdout_is_reported(monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr("sys.stdout", full)
-        told = []
-        assert exit_status.run_program(lambda: exit_status.to_stdout("x\n"), told.append) == 1
-    assert told == ["stdout cannot be written: No space left on device."]
+        reported = []
+        assert exit_status.run_program(lambda: exit_status.to_stdout("x\n"), reported.append) == 1
+    assert reported == ["stdout cannot be written: No space left on device."]
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
 def test_program_without_stdout_or_stderr_goes_on(closed, tmp_path):
-    """A shell closes them with >&-. What is opened next does not get their number, where messages would end up."""
+    """A shell closes them with >&-. The next opened file must not get their number, or messages end up in it."""
     script = (
         "import sys; from nitrous_ema._base import exit_status\n"
         "def work():\n"
         "    file = open(sys.argv[1], 'w')\n"
         "    file.write(str(file.fileno())); file.flush()\n"
-        "    exit_status.to_stdout('told'); sys.stderr.write('said'); sys.stderr.flush()\n"
+        "    exit_status.to_stdout('out'); sys.stderr.write('err'); sys.stderr.flush()\n"
         "    return 0\n"
         "sys.exit(exit_status.run_program(work, print))\n"
     )
@@ -93,12 +95,12 @@ def test_program_without_stdout_or_stderr_goes_on(closed, tmp_path):
         cwd=ROOT,
     )
     assert done.returncode == 0
-    assert (done.stdout, done.stderr) == (("", "said") if closed == "stdout" else ("told", ""))
+    assert (done.stdout, done.stderr) == (("", "err") if closed == "stdout" else ("out", ""))
     assert int((tmp_path / "x").read_text()) > 2
 
 
-def test_interrupt_of_text_that_is_executed_ends_with_its_status_too(tmp_path):
-    """As dataclasses do while they are imported; ``python -m`` would end by SIGINT."""
+def test_interrupt_during_exec_also_ends_with_its_status(tmp_path):
+    """Dataclasses execute text while they are imported; ``python -m`` would otherwise end by SIGINT."""
     (tmp_path / "interrupted.py").write_text(
         "import sys; from nitrous_ema._base import exit_status\n"
         "sys.exit(exit_status.run_program(lambda: exec('raise KeyboardInterrupt'), sys.stderr.write))\n"
@@ -116,7 +118,7 @@ def test_program_goes_on_where_stderr_cannot_be_written(ending, status):
     script = (
         "import sys; from nitrous_ema._base import exit_status; from nitrous_ema.errors import SnapshotNotFound\n"
         "def work():\n"
-        "    exit_status.to_stderr('said'); exit_status.to_stdout('told')\n"
+        "    exit_status.to_stderr('err'); exit_status.to_stdout('out')\n"
         f"    {ending}\n"
         "sys.exit(exit_status.run_program(work, exit_status.to_stderr))\n"
     )
@@ -124,4 +126,4 @@ def test_program_goes_on_where_stderr_cannot_be_written(ending, status):
         done = subprocess.run(
             [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=full, text=True, timeout=300, cwd=ROOT
         )
-    assert (done.returncode, done.stdout) == (status, "told")
+    assert (done.returncode, done.stdout) == (status, "out")

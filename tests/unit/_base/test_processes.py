@@ -1,3 +1,5 @@
+"""Whether processes run, from records in stamps and from signatures."""
+
 from __future__ import annotations
 
 import os
@@ -32,12 +34,12 @@ def test_process_is_alive_if_host_id_and_start_agree(change, expected):
 
 
 @pytest.mark.parametrize("process", [{}, {"host": socket.gethostname()}])
-def test_process_that_nobody_wrote_down_is_unknown(process):
+def test_process_without_a_full_record_is_unknown(process):
     assert process_state(process) == "unknown"
 
 
 def changed(**parts):
-    names = ("host", "kernel", "namespace", "pid", "started")
+    names = ("host", "boot_id", "namespace", "pid", "started")
     mine = dict(zip(names, signature().split("."), strict=True))
     return ".".join((mine | parts).values())
 
@@ -50,9 +52,9 @@ def changed(**parts):
         ({"pid": str(2**22 + 1)}, 0, "gone"),
         ({"pid": str(10**30)}, 0, "unknown"),
         ({"namespace": "1", "pid": str(2**22 + 1)}, FOREVER, "elsewhere"),
-        ({"kernel": "0" * 16}, FOREVER, "gone"),
-        ({"kernel": "0" * 16}, 0, "elsewhere"),
-        ({"kernel": "0" * 16, "host": "0" * 16}, FOREVER, "elsewhere"),
+        ({"boot_id": "0" * 16}, FOREVER, "gone"),
+        ({"boot_id": "0" * 16}, 0, "elsewhere"),
+        ({"boot_id": "0" * 16, "host": "0" * 16}, FOREVER, "elsewhere"),
     ],
 )
 def test_process_is_gone_only_if_that_is_certain(changes, untouched_seconds, expected):
@@ -60,16 +62,16 @@ def test_process_is_gone_only_if_that_is_certain(changes, untouched_seconds, exp
 
 
 @pytest.mark.parametrize("text", ["1234", "", lambda: changed() + ".5"], ids=["pid alone", "nothing", "one part more"])
-def test_process_of_something_that_is_no_signature_is_unknown(text):
+def test_process_of_a_malformed_signature_is_unknown(text):
     text = text() if callable(text) else text
     assert state_of_signature(text, untouched_seconds=FOREVER) == "unknown"
 
 
-def test_signature_is_one_process_only_and_known_when_it_has_died():
+def test_signature_is_unique_and_shows_when_its_process_has_ended():
     code = "from nitrous_ema._base.processes import signature; import sys; sys.stdout.write(signature())"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
-    assert said != signature() == signature()
-    assert state_of_signature(said, untouched_seconds=0) == "gone"
+    theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
+    assert theirs != signature() == signature()
+    assert state_of_signature(theirs, untouched_seconds=0) == "gone"
 
 
 def test_signature_after_a_fork_is_the_childs():
@@ -86,7 +88,7 @@ sys.exit(os.waitpid(child, 0)[1] != 0)
 
 
 @pytest.mark.parametrize("hidden", ["/proc/sys/kernel/random/boot_id", "/proc/self/stat"])
-def test_where_the_system_tells_less_nobody_is_known_to_be_gone(monkeypatch, hidden):
+def test_without_proc_no_process_is_reported_gone(monkeypatch, hidden):
     read = Path.read_text
 
     def refuse(path, *arguments, **more):

@@ -1,3 +1,5 @@
+"""Temporary names, and which temporary files are removed."""
+
 from __future__ import annotations
 
 import subprocess
@@ -24,19 +26,19 @@ def left_by_an_ended_process(path: Path) -> Path:
 def test_files_of_ended_processes_are_removed_and_nothing_else(tmp_path):
     gone = left_by_an_ended_process(tmp_path / "a.safetensors")
     here = signature().split(".")
-    kept = [
+    others = [
         tmp_path / temporary_name("a.safetensors"),
-        tmp_path / f".a.{'.'.join(['0' * 16, '0' * 16, *here[2:]])}-0123456789abcdef",  # of another host
-        tmp_path / ".a.1234-0123456789abcdef",  # of a system that shows no more than the process id
+        tmp_path / f".a.{'.'.join(['0' * 16, '0' * 16, *here[2:]])}-0123456789abcdef",  # another host
+        tmp_path / ".a.1234-0123456789abcdef",  # a system that shows the process id only
         tmp_path / f"{gone.name[1:]}",
         tmp_path / "a.safetensors",
     ]
-    for path in kept:
+    for path in others:
         path.write_bytes(b"x")
-    names = [path.name for path in (gone, *kept)] + [temporary_name("vanished")]
+    names = [path.name for path in (gone, *others)] + [temporary_name("vanished")]
     remove_stale(tmp_path, names, untouched_seconds=lambda path: 0.0, remove=Path.unlink)
     assert not gone.exists()
-    assert all(path.exists() for path in kept)
+    assert all(path.exists() for path in others)
 
 
 def test_file_that_cannot_be_removed_stays_and_does_not_stop_the_rest(tmp_path):
@@ -46,7 +48,7 @@ def test_file_that_cannot_be_removed_stays_and_does_not_stop_the_rest(tmp_path):
 
     def remove(path):
         if path == first:
-            raise PermissionError("kept")
+            raise PermissionError("busy")
         path.unlink()
 
     remove_stale(tmp_path, [first.name, second.name], untouched_seconds=lambda path: 0.0, remove=remove)
@@ -54,7 +56,7 @@ def test_file_that_cannot_be_removed_stays_and_does_not_stop_the_rest(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "n" * 255, "é" * 127])
-def test_temporary_name_is_no_longer_than_a_name_may_be(tmp_path, name):
+def test_temporary_name_fits_into_the_longest_file_name(tmp_path, name):
     path = tmp_path / temporary_name(name)
     path.touch()
     assert path.name.startswith(f".{name[:40]}")
