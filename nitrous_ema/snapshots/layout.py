@@ -1,4 +1,12 @@
-"""Where every tensor lies in the data of a snapshot file."""
+"""Where every tensor lies in the data of a snapshot file.
+
+The data is one section per profile, with all averaged tensors in file order, followed by one section with the copied
+tensors. A ``Layout`` computes every position from the list of tensors, the profiles, the stored type and the chunk
+size. All snapshots of a run share one layout, and only snapshots with equal tensors can be summed.
+
+Layouts are also built from headers of untrusted files. Each constructor therefore checks types, ranges and sizes before
+anything is computed from them, so that a decoded layout needs no second check.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +19,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from nitrous_ema._base.dtypes import AVERAGE_DTYPES, AVERAGEABLE, DTYPE_BYTES
-from nitrous_ema.snapshots.bounded_json import (
-    _text,
-    as_json,
-)
+from nitrous_ema.snapshots.bounded_json import check_encodable, json_bytes, json_text
 
 CHUNK_BYTES = 16 * 2**20
-
-
-MAX_CHUNKS = 2**17
-
-
-MAX_GAMMA = 1e9  # a billionth of the training time; products of some larger ones are no float64
-
+MAX_CHUNKS = 2**17  # 2 TiB of data in chunks of CHUNK_BYTES
+MAX_GAMMA = 1e9  # a length of a billionth of the training time; products of some larger gammas overflow float64
 
 Role = Literal["averaged", "copied", "skipped"]
 
@@ -36,7 +36,7 @@ class Span(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One tensor as a safetensors reader sees it. Offsets are in bytes from the start of the data."""
+    """One tensor as a safetensors reader sees it, with offsets in bytes from the start of the data."""
 
     name: str
     dtype: str
@@ -47,7 +47,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRecord:
-    """One tensor of the model, and what became of it."""
+    """One tensor of the model, and its role in the snapshot."""
 
     name: str
     """Canonical name; the first of ``keys``."""
@@ -63,22 +63,26 @@ class TensorRecord:
     """False for a buffer that ``state_dict()`` leaves out."""
 
     def __post_init__(self) -> None:
-        if not _is_tuple_of(self.keys, str) or not self.keys or "" in self.keys or self.name != self.keys[0]:
-            raise ValueError(f"keys of {self.name!r}: {self.keys!r}; expected its names, the first one being its own")
-        _encodable(self.keys)
-        if not _is_tuple_of(self.shape, int) or len(self.shape) > 64 or not all(0 <= n < 2**63 for n in self.shape):
+        if not is_tuple_of(self.keys, str) or not self.keys or "" in self.keys or self.name != self.keys[0]:
+            raise ValueError(f"keys of {self.name!r} are {self.keys!r}; expected its keys, starting with its name")
+        check_encodable(self.keys)
+        # At most 64 sizes below 2**63: products of sizes from a hostile header stay small integers.
+        if not is_tuple_of(self.shape, int) or len(self.shape) > 64 or not all(0 <= n < 2**63 for n in self.shape):
             raise ValueError(
-                f"shape of {self.name!r}: {reprlib.repr(self.shape)}; expected up to 64 sizes in [0, 2**63)"
+                f"shape of {self.name!r} is {reprlib.repr(self.shape)}; expected up to 64 sizes in [0, 2**63)"
             )
         if self.role not in get_args(Role) or type(self.persistent) is not bool:
-            raise ValueError(f"{self.name!r} has role {self.role!r} and persistent={self.persistent!r}")
+            raise ValueError(
+                f"{self.name!r} has role {self.role!r} and persistent={self.persistent!r}; expected one of "
+                f"{', '.join(get_args(Role))}, and True or False"
+            )
         if type(self.dtype) is not str or (self.role != "skipped" and self.dtype not in DTYPE_BYTES):
-            raise ValueError(f"dtype of {self.name!r}: {self.dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")
+            raise ValueError(f"dtype of {self.name!r} is {self.dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")
         if self.role == "averaged" and self.dtype not in AVERAGEABLE:
             raise ValueError(
-                f"{self.name!r} has dtype {self.dtype}; only floating tensors are averaged, copy it instead"
+                f"{self.name!r} has dtype {self.dtype}; only floating-point tensors are averaged, use role 'copied'"
             )
-        _encodable((self.dtype,))
+        check_encodable((self.dtype,))
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -87,15 +91,15 @@ class TensorRecord:
 
     @property
     def stored_elements(self) -> int:
-        """Numbers in the file; a complex one counts two."""
+        """Numbers in the file; a complex number counts two."""
         return math.prod(self.stored_shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where everything lies in the data: what all snapshots of one run share.
+    """Positions of all tensors in the data, shared by all snapshots of one run.
 
-    All positions are in bytes from the start of the data, unless said otherwise.
+    Positions are in bytes from the start of the data, unless their docstring names another unit.
     """
 
     records: tuple[TensorRecord, ...]
@@ -107,7 +111,7 @@ class Layout:
     checkpoint_dtype: str = "F32"
     """Type of the averages in the file, as a safetensors code."""
     chunk_bytes: int = CHUNK_BYTES
-    """Size of the pieces that are checksummed; a power of two, so that no number lies across two of them."""
+    """Bytes per checksum; a power of two, so that no number of an average lies across two chunks."""
 
     def __post_init__(self) -> None:
         if self.checkpoint_dtype not in AVERAGE_DTYPES:
@@ -116,25 +120,26 @@ class Layout:
         if type(self.chunk_bytes) is not int or self.chunk_bytes < 16 or self.chunk_bytes & (self.chunk_bytes - 1):
             raise ValueError(f"chunk_bytes is {self.chunk_bytes!r}; expected a power of two, 16 or more")
         for name, numbers in (("gammas", self.gammas), ("sigma_rels", self.sigma_rels)):
-            if not _is_tuple_of(numbers, float) or not all(map(math.isfinite, numbers)):
+            if not is_tuple_of(numbers, float) or not all(map(math.isfinite, numbers)):
                 raise ValueError(f"{name} is {numbers!r}; expected a tuple of finite floats")
         if not all(-0.5 < gamma <= MAX_GAMMA for gamma in self.gammas):
             raise ValueError(f"gammas is {self.gammas!r}; expected exponents in (-0.5, {MAX_GAMMA:g}]")
         if not self.gammas or len(self.gammas) != len(self.sigma_rels):
             raise ValueError(
-                f"{len(self.gammas)} gammas and {len(self.sigma_rels)} sigma_rels; expected one each per profile"
+                f"{len(self.gammas)} gammas and {len(self.sigma_rels)} sigma_rels; expected one of each per profile"
             )
-        if not _is_tuple_of(self.records, TensorRecord):
+        if not is_tuple_of(self.records, TensorRecord):
             raise TypeError("records: expected a tuple of TensorRecord")
         seen: set[str] = set()
         for key in (key for record in self.records for key in record.keys):
             if key in seen:
-                raise ValueError(f"{key!r} names two tensors; expected every key once")
+                raise ValueError(f"{key!r} is a key of two tensors; expected every key once")
             seen.add(key)
+        # Counted without listing them: the sizes in a hostile header may amount to 2**60 chunks.
         num_chunks = sum(-(-(end - begin) // self.chunk_bytes) for begin, end in self.sections)
         if num_chunks > MAX_CHUNKS or self.data_bytes >= 2**63:
             raise ValueError(
-                f"{self.data_bytes} bytes of data in chunks of {self.chunk_bytes}: more than {MAX_CHUNKS} chunks"
+                f"{self.data_bytes} bytes of data are more than {MAX_CHUNKS} chunks of {self.chunk_bytes} bytes"
             )
 
     @functools.cached_property
@@ -149,12 +154,12 @@ class Layout:
 
     @functools.cached_property
     def average_elements(self) -> int:
-        """Elements of one profile; complex tensors count two for each of theirs."""
+        """Elements of one profile; each element of a complex tensor counts two."""
         return self.average_spans[-1].end if self.average_spans else 0
 
     @functools.cached_property
     def copied(self) -> tuple[TensorRecord, ...]:
-        """Copied tensors as they lie in their section: largest elements first, which aligns all of them."""
+        """Copied tensors in the order of their section: largest elements first, which aligns all of them."""
         copied = (record for record in self.records if record.role == "copied")
         return tuple(sorted(copied, key=lambda record: -_copied_item_bytes(record)))
 
@@ -166,10 +171,10 @@ class Layout:
 
     @functools.cached_property
     def padding_bytes(self) -> int:
-        """Zeros at the start of the section of copied tensors, to align its first one; fewer than 8.
+        """Zeros at the start of the section of copied tensors, to align its first tensor; fewer than 8.
 
-        They are a tensor of their own (``padding``), since safetensors files have no holes. Without them torch could
-        not view what a reader has loaded: it wants a tensor's offset to be a multiple of its element size.
+        The zeros are a tensor of their own (``padding``), because safetensors files must not have holes. Without them,
+        torch could not view the loaded bytes: it requires that a tensor's offset is a multiple of its element size.
         """
         return -self._profiles_end % _copied_item_bytes(self.copied[0]) if self.copied else 0
 
@@ -185,7 +190,7 @@ class Layout:
 
     @functools.cached_property
     def chunks(self) -> tuple[Span, ...]:
-        """What is checksummed, copied and written at a time; covers the data without gaps."""
+        """Ranges that are checksummed, copied and written one at a time; they cover the data without gaps."""
         return tuple(
             Span(begin, min(begin + self.chunk_bytes, section.end))
             for section in self.sections
@@ -222,21 +227,21 @@ class Layout:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Digest of tensors, profiles, type and chunk size: equal for snapshots that can be summed."""
-        return hashlib.sha256(as_json(self._facts)).hexdigest()
+        """Digest of tensors, profiles, type and chunk size: equal for the snapshots of one run."""
+        return hashlib.sha256(json_bytes(self._metadata)).hexdigest()
 
     @functools.cached_property
     def header_json(self) -> bytes:
         """The part of a header that all snapshots with this layout share: from the comma before it to the end."""
-        facts = as_json({"layout_sha256": self.sha256, **self._facts})
+        metadata = json_bytes({"layout_sha256": self.sha256, **self._metadata})
         entries = (
             entry_json(name, tensor_entry(dtype, shape, begin, end)) for name, dtype, shape, begin, end in self.entries
         )
-        return b"".join((b",", facts[1:], *entries, b"}"))
+        return b"".join((b",", metadata[1:], *entries, b"}"))
 
     @functools.cached_property
     def num_values(self) -> int:
-        """Upper bound of the JSON values in ``header_json``."""
+        """Upper bound of the number of JSON values in ``header_json``."""
         return self.header_json.count(b",")
 
     @functools.cached_property
@@ -244,19 +249,40 @@ class Layout:
         return self.average_elements * DTYPE_BYTES[self.checkpoint_dtype] * len(self.gammas)
 
     @functools.cached_property
-    def _facts(self) -> dict[str, str]:
+    def _metadata(self) -> dict[str, str]:
         records = [(r.keys, r.dtype, r.role, r.persistent, r.shape) for r in self.records]
         return {
-            "gammas": _text(self.gammas),
-            "sigma_rels": _text(self.sigma_rels),
+            "gammas": json_text(self.gammas),
+            "sigma_rels": json_text(self.sigma_rels),
             "checkpoint_dtype": self.checkpoint_dtype,
             "chunk_bytes": repr(self.chunk_bytes),
-            "tensors": _text(records),
+            "tensors": json_text(records),
         }
 
 
+def tensor_entry(dtype: str, shape: Sequence[int], begin: int, end: int) -> dict[str, Any]:
+    """Return the entry of a tensor in a safetensors header, with its offsets in bytes from the start of the data."""
+    return {"dtype": dtype, "shape": [*shape], "data_offsets": [begin, end]}
+
+
+def entry_json(name: str, entry: dict[str, Any]) -> bytes:
+    """Return the JSON of one tensor's name and entry in a safetensors header, from the comma before it on.
+
+    Headers are encoded entry by entry, because thousands of dicts at once would take much memory.
+    """
+    return b",%b:%b" % (json_bytes(name), json_bytes(entry))
+
+
+def is_tuple_of(values: object, kind: type) -> bool:
+    """Return whether a value is a tuple whose items are all exactly of one type.
+
+    Subclasses do not count: ``True`` in a hostile header must not pass as the integer 1.
+    """
+    return type(values) is tuple and all(type(value) is kind for value in values)
+
+
 def _copied_dtype(record: TensorRecord) -> str:
-    # Complex numbers as pairs here too: older safetensors packages have no complex type.
+    # Complex numbers are pairs here too: older safetensors packages have no complex type.
     return "F32" if record.dtype == "C64" else record.dtype
 
 
@@ -270,27 +296,3 @@ def _back_to_back(sizes: Iterable[int], begin: int = 0) -> tuple[Span, ...]:
         spans.append(Span(begin, begin + size))
         begin += size
     return tuple(spans)
-
-
-def tensor_entry(dtype: str, shape: Sequence[int], begin: int, end: int) -> dict[str, Any]:
-    """What a safetensors header says of a tensor."""
-    return {"dtype": dtype, "shape": [*shape], "data_offsets": [begin, end]}
-
-
-def entry_json(name: str, description: dict[str, Any]) -> bytes:
-    """A tensor in a safetensors header, from the comma before it on. One by one: thousands of dicts are large."""
-    return b",%b:%b" % (as_json(name), as_json(description))
-
-
-def _is_tuple_of(values: object, kind: type) -> bool:
-    return type(values) is tuple and all(type(value) is kind for value in values)
-
-
-def _encodable(texts: Iterable[str]) -> None:
-    for text in texts:
-        if type(text) is not str:
-            raise TypeError(f"found {text!r} where a text belongs")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{text!r} is not valid Unicode and cannot be written") from None

@@ -1,4 +1,11 @@
-"""Names of runs, folders and files, and the error for a file that is damaged."""
+"""Names of runs, snapshot folders and files, and the error that names a damaged file.
+
+A snapshot of step 1000 is the folder ``step-000000001000-RUN``, with one file ``rank-00000-of-00001.safetensors`` for
+each rank. A hidden snapshot has ``.trash-`` before the name of its folder. Folders of nitrous-ema 0.0.1 and ema-pytorch
+hold files ``{profile}.{step}.pt``.
+
+A parser accepts exactly the names that its counterpart writes, so that no two names mean the same snapshot.
+"""
 
 from __future__ import annotations
 
@@ -10,88 +17,97 @@ from pathlib import Path
 from nitrous_ema.errors import SnapshotDamaged
 
 _RUN = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}-[0-9a-f]{8}")
-
-
 _FOLDER = re.compile(rf"step-([0-9]{{12,18}})-({_RUN.pattern})")
-
-
-_HIDDEN = re.compile(rf"\.trash-({_FOLDER.pattern})(?:\.[0-9a-f]{{8}})?")
-
-
-_OLD_FILE = re.compile(r"(0|[1-9][0-9]{0,8})\.([1-9][0-9]{0,17})\.pt")  # one name for each profile and step
-
-
+_HIDDEN = re.compile(rf"\.trash-({_FOLDER.pattern})(?:\.[0-9a-f]{{8}})?")  # the suffix: its removal has begun
 _RANK_FILE = re.compile(r"rank-([0-9]{5,9})-of-([0-9]{5,9})\.safetensors")
+_LEGACY_FILE = re.compile(r"(0|[1-9][0-9]{0,8})\.([1-9][0-9]{0,17})\.pt")  # one name for each profile and step
 
 
 def new_run_id(now: datetime | None = None) -> str:
-    """Draw the name of a run: when it started, and 8 random digits. Sorts by time; safe in file names.
+    """Return a new id for a run: its start in UTC and 8 random hexadecimal digits.
+
+    Ids sort by time, and are safe in file names.
 
     Args:
-        now: Start of the run, with its time zone; the present moment by default.
+        now: Start of the run, with its time zone; by default the current time.
     """
     started = (now or datetime.now(timezone.utc)).astimezone(timezone.utc)
     return f"{started:%Y%m%dT%H%M%S.%f}-{secrets.token_hex(4)}"
 
 
+def is_run_id(value: object) -> bool:
+    """Return whether a value is a run id as ``new_run_id`` returns it."""
+    return type(value) is str and _RUN.fullmatch(value) is not None
+
+
 def folder_name(step: int, run: str) -> str:
-    """Name of a snapshot's folder."""
+    """Return the name of a snapshot's folder."""
     return f"step-{step:012d}-{run}"
 
 
 def parse_folder_name(name: str) -> tuple[int, str] | None:
-    """Step and run of a snapshot's folder; None for any other name."""
+    """Return step and run of a snapshot's folder, or None for any other name."""
     found = _FOLDER.fullmatch(name)
+    # Compared with the name that is written: a thirteenth digit may be a leading zero.
     return (int(found[1]), found[2]) if found and folder_name(int(found[1]), found[2]) == name else None
 
 
 def hidden_name(name: str) -> str:
-    """Name of a snapshot's folder that no listing shows any more."""
+    """Return the name that a snapshot's folder has once it is hidden from listings."""
     return f".trash-{name}"
 
 
 def parse_hidden_name(name: str) -> tuple[int, str] | None:
-    """Step and run of a hidden snapshot's folder, also one that is being removed; None for any other name."""
+    """Return step and run of a hidden snapshot's folder, also during its removal, or None for any other name."""
     found = _HIDDEN.fullmatch(name)
     return parse_folder_name(found[1]) if found else None
 
 
-def places(path: Path) -> tuple[Path, ...]:
-    """Where to look for a file, in this order: a snapshot's may have been hidden since, or hidden and brought back."""
+def candidate_paths(path: Path) -> tuple[Path, ...]:
+    """Return the paths at which a file may be found, in the order in which to try them.
+
+    A snapshot that was listed may have been hidden since. It may also have been hidden when the first path was tried,
+    and restored before the second one: so the first path is tried once more.
+    """
     if parse_folder_name(path.parent.name) is None:
         return (path,)
     return path, path.parent.with_name(hidden_name(path.parent.name)) / path.name, path
 
 
 def rank_file_name(rank: int, world_size: int) -> str:
-    """Name of one rank's file in the folder."""
+    """Return the name of one rank's file in the folder of a snapshot."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def parse_rank_file_name(name: str) -> tuple[int, int] | None:
-    """Rank and world size of a final file name; None for any other name."""
+    """Return rank and world size of a rank's file, or None for any other name."""
     found = _RANK_FILE.fullmatch(name)
     if not found or rank_file_name(int(found[1]), int(found[2])) != name or int(found[1]) >= int(found[2]):
         return None
     return int(found[1]), int(found[2])
 
 
-def parse_old_file_name(name: str) -> tuple[int, int] | None:
-    """Profile and step of a file of nitrous-ema 0.0.1 or ema-pytorch, by its name; None for any other name."""
-    found = _OLD_FILE.fullmatch(name)
+def parse_legacy_file_name(name: str) -> tuple[int, int] | None:
+    """Return profile and step of a file of nitrous-ema 0.0.1 or ema-pytorch, or None for any other name."""
+    found = _LEGACY_FILE.fullmatch(name)
     return (int(found[1]), int(found[2])) if found else None
 
 
-def damaged(path: Path, what: str, *, chunk: int | None = None) -> SnapshotDamaged:
-    """The error for a file that does not hold what was written, with the way to go on without it.
+def damaged(path: Path, reason: str, *, chunk: int | None = None) -> SnapshotDamaged:
+    """Return the error for a file that does not hold what was written, with the option that excludes the snapshot.
 
     Args:
         path: The file, under its final name.
-        what: What was found, and what was expected.
-        chunk: Index of the chunk with the wrong checksum, if it is that.
+        reason: What was found, and what was expected.
+        chunk: Index of the chunk with the wrong checksum, if the checksum of a chunk is wrong.
     """
     known = parse_folder_name(path.parent.name)
     step = known[0] if known else None
-    remedy = f" Leave this snapshot out with exclude=[{step}] (on the command line: --exclude {step})." if known else ""
+    remedy = f" {exclusion_hint(step)}" if step is not None else ""
     where = "" if chunk is None else f"chunk {chunk}: "
-    return SnapshotDamaged(f"{path} is damaged: {where}{what}.{remedy}", path=path, step=step, chunk=chunk)
+    return SnapshotDamaged(f"{path} is damaged: {where}{reason}.{remedy}", path=path, step=step, chunk=chunk)
+
+
+def exclusion_hint(step: int) -> str:
+    """Return the sentence of a message that names the options which exclude a snapshot."""
+    return f"Exclude this snapshot with exclude=[{step}] (on the command line: --exclude {step})."

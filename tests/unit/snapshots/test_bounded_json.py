@@ -16,16 +16,16 @@ def test_text_and_bytes_are_parsed_exactly():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[" * 100_000, "nests too deep"),
-        ('{"a":' * 100_000, "nests too deep"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a":' * 100_000, "nested too deeply"),
         ("1" * 41, "number of 41 digits"),
         ("-" + "9" * 5_000_000, "number of 5000001 digits"),
         ("0." + "1" * 50, "number of 52 digits"),
-        ("1e400", "no finite number"),
+        ("1e400", "1e400 is not a finite number"),
         ("[-0]", "the number -0"),
-        ("[NaN]", "NaN is no JSON"),
-        ("-Infinity", "-Infinity is no JSON"),
-        ('{"a":1,"b":2,"a":1}', "has 'a' twice"),
+        ("[NaN]", "NaN is not JSON"),
+        ("-Infinity", "-Infinity is not JSON"),
+        ('{"a":1,"b":2,"a":1}', "duplicate name 'a'"),
         ("[1,2,3,4,5,6,7]", "more than 5 values"),
         (b'"\xff"', "can't decode"),
         (b'"\xed\xa0\x80"', "can't decode"),
@@ -36,12 +36,12 @@ def test_text_and_bytes_are_parsed_exactly():
         ("", "Expecting value"),
     ],
 )
-def test_everything_else_is_a_value_error(text, message):
+def test_any_other_text_is_a_value_error(text, message):
     with pytest.raises(ValueError, match=message):
         parse_json(text, max_values=5)
 
 
-def test_many_values_are_refused_before_they_are_made():
+def test_many_values_are_refused_before_they_are_parsed():
     text = "[" + "[]," * 1_000_000 + "[]]"
     tracemalloc.start()
     try:
@@ -52,6 +52,6 @@ def test_many_values_are_refused_before_they_are_made():
         tracemalloc.stop()
 
 
-def test_long_text_is_cut_for_a_message():
+def test_long_text_is_shortened_for_a_message():
     assert brief("short") == "short"
     assert len(brief("x" * 10**6)) < 450
