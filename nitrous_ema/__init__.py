@@ -1,7 +1,7 @@
-"""Post-hoc EMA: keep a few averages of the weights while training, choose the EMA length afterwards.
+"""Post-hoc EMA: store a few averages of the weights during training, choose the EMA length afterwards.
 
-The names below are looked up when they are first used, so that importing the package, or one of its modules that works
-without torch, does not import torch.
+The names in ``__all__`` are imported when they are first used. So importing the package, or one of its modules that
+works without torch, does not import torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from nitrous_ema.search.sweep import sweep
     from nitrous_ema.snapshots.legacy.folder import LegacyFolder
     from nitrous_ema.snapshots.store import SnapshotStore
-else:  # hidden from type checkers, to which a module's __getattr__ would make every misspelled name an Any
+else:  # hidden from type checkers: with a module's __getattr__ they accept every misspelled name as Any
     _HOMES = {
         "AsyncPostHocEMA": "nitrous_ema.async_.ema",
         "KarrasEMA": "nitrous_ema.averaging.ema",
@@ -58,7 +58,7 @@ else:  # hidden from type checkers, to which a module's __getattr__ would make e
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(_HOMES[name]), name)
-        globals()[name] = value  # so that this is asked once per name
+        globals()[name] = value  # the next access does not call __getattr__
         return value
 
     def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""``python -m nitrous_ema``: the same as the command ``nitrous-ema``."""
+"""Entry of ``python -m nitrous_ema``, which is the same as the command ``nitrous-ema``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Everything the package raises on purpose, under one root.
+"""Errors and warnings of the package, each under one root class.
 
-A user's mistake at construction or in an argument is a plain ``ValueError`` or ``TypeError``. What the world does to
-us (files, disks, other processes, weights that change behind our back) has a class here, with the evidence as
-attributes, so that a caller can act on it without reading the message.
+A mistake in an argument raises a plain ``ValueError`` or ``TypeError``. Failures outside the caller's control (files,
+disks, other processes, weights that change while they are read) have a class here. Their evidence is in attributes, so
+that a caller can handle them without parsing the message.
 """
 
 from __future__ import annotations
@@ -13,11 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_PACKAGE = str(Path(__file__).parent / "_")[:-1]  # with the separator
+# The package's folder with a separator at the end. This module must stay at the package's root for it.
+_PACKAGE = str(Path(__file__).parent / "_")[:-1]
 
 
 class NitrousError(Exception):
-    """Root of the package's errors. Keyword arguments become attributes."""
+    """Root of the package's errors.
+
+    Args:
+        message: The text of the error.
+        **evidence: Values that become attributes of the same names.
+    """
 
     def __init__(self, message: str, **evidence: Any) -> None:
         super().__init__(message)
@@ -26,30 +32,30 @@ class NitrousError(Exception):
 
 
 class NitrousWarning(UserWarning):
-    """Root of the package's warnings: something was done differently from what was asked, or will surprise."""
+    """Root of the package's warnings: the result differs from the request, or is less accurate than expected."""
 
 
 def warn(message: str) -> None:
-    """Warn the user, by a ``NitrousWarning`` that names the line outside of this package from which it was called."""
-    depth, frame = 2, sys._getframe(1)  # 1 would be this line
+    """Issue a ``NitrousWarning`` that points at the line of the caller's code, outside this package."""
+    depth, frame = 2, sys._getframe(1)  # stacklevel 1 is the call below, 2 is the caller of this function
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         depth, frame = depth + 1, frame.f_back
     warnings.warn(message, NitrousWarning, stacklevel=depth)
 
 
 class ClosedError(NitrousError, RuntimeError):
-    """The EMA was closed; nothing more can be averaged or written with it."""
+    """The EMA is closed: it can neither average nor write any more."""
 
 
 class UntrackableModelError(NitrousError, ValueError):
-    """A tensor of the model cannot be averaged as it is."""
+    """A tensor or module of the model does not support averaging."""
 
     name: str
-    """Canonical name of the tensor or module, empty if it concerns the whole model."""
+    """Canonical name of the tensor or module, empty if the whole model is concerned."""
 
 
 class UncopyableModelError(NitrousError, TypeError):
-    """No second module can be built from the model; it can still be tracked, snapshotted and synthesized."""
+    """The model cannot be copied into a second module. It can still be tracked, snapshotted and synthesized."""
 
     name: str
     """Name of the submodule that cannot be copied, empty for the root."""
@@ -59,41 +65,41 @@ class UnsafeReadError(NitrousError, RuntimeError):
     """Weights were written while the EMA could still have been reading them (``read="guarded"``)."""
 
     name: str
-    """Canonical name of the tensor that was written, or empty where no single tensor is known."""
+    """Canonical name of the tensor that was written, empty if no single tensor is known."""
 
 
 class SnapshotError(NitrousError):
-    """Something is wrong with a snapshot or its folder."""
+    """A snapshot or its folder cannot be used: root of the errors about snapshots."""
 
     path: Path
-    """The file or folder in question."""
+    """The snapshot's file or folder."""
 
 
 class SnapshotNotFound(SnapshotError, LookupError):
-    """No committed snapshot has the asked step or run."""
+    """No committed snapshot has the requested step or run."""
 
     nearest: Sequence[int]
-    """Committed steps nearest to the asked one, ascending; empty where there are none."""
+    """Committed steps nearest to the requested step, ascending; empty if the folder contains no snapshots."""
 
 
 class SnapshotDamaged(SnapshotError):
-    """A committed file does not hold what was written: wrong size, header or checksum."""
+    """A committed file differs from what was written: wrong size, invalid header or checksum mismatch."""
 
     step: int | None
-    """Step of the damaged snapshot, where the file name tells it."""
+    """Step of the damaged snapshot; None if the file name contains no step."""
     chunk: int | None
-    """Index of the chunk whose checksum is wrong; None where the damage is elsewhere."""
+    """Index of the chunk with the checksum mismatch; None for damage elsewhere."""
 
 
 class SnapshotMismatch(SnapshotError):
-    """Two snapshots, or a snapshot and a model, do not belong together."""
+    """Two snapshots, or a snapshot and a model, differ in their tensors, profiles or run."""
 
 
 class SnapshotWriteError(SnapshotError):
-    """A snapshot could not be written. The training state is untouched; the cause is chained."""
+    """A snapshot could not be written. The training state is not affected; the cause is chained."""
 
     step: int
-    """Step of the snapshot that does not exist."""
+    """Step of the snapshot that was not written."""
 
 
 class WorkerError(NitrousError):
@@ -102,26 +108,26 @@ class WorkerError(NitrousError):
     exit_code: int
     """Exit status of the process."""
     stderr: str
-    """The last part of what it wrote to stderr."""
+    """The end of the process's stderr."""
 
 
 class EvaluationError(NitrousError):
-    """The function that a sweep evaluates averages with failed; its own error is chained. Results so far are kept."""
+    """The caller's evaluation function raised during a sweep. Its error is chained; earlier results stay recorded."""
 
     step: int
-    """Step at which the average ends that it was given."""
+    """Target step of the evaluated average."""
     sigma_rel: float
-    """Length of that average."""
+    """Length of the evaluated average."""
 
 
 class ResultsError(NitrousError):
-    """A file is not one of a sweep's results."""
+    """A file does not contain the results of a sweep."""
 
     path: Path
     """The file."""
     line: int
-    """Number of the line that is no result; 0 if there is none at all."""
+    """Number of the line that is not a result; 0 if the whole file is concerned."""
 
 
 class MissingExtraError(NitrousError, ImportError):
-    """An optional dependency is not installed; the message holds the pip command."""
+    """An optional dependency is not installed; the message contains the pip command."""

@@ -1,9 +1,9 @@
 """Power-function averaging profiles (Karras et al. 2023, arXiv:2312.02696, section 3 and appendix C).
 
 The average with exponent ``gamma`` at time ``t`` gives the weights of time ``s <= t`` the share
-``(gamma + 1) / t * (s / t)**gamma`` (Eq. 121). Its length is told either by ``gamma`` or by ``sigma_rel``, the standard
-deviation of that profile as a fraction of ``t``. Everything here is float64. ``t`` may be in any unit that is kept for
-the whole run: steps, images, tokens.
+``(gamma + 1) / t * (s / t)**gamma`` (Eq. 121). Its length is given either by ``gamma`` or by ``sigma_rel``, the
+standard deviation of this profile as a fraction of ``t``. Everything here is float64. ``t`` may be in any unit that
+does not change during the run: steps, images, tokens.
 """
 
 from __future__ import annotations
@@ -20,22 +20,31 @@ __all__ = ["correlation", "decay", "gamma_to_sigma_rel", "sigma_rel_to_gamma", "
 FloatArray = NDArray[np.float64]
 
 SIGMA_REL_LIMIT = 12**-0.5
-"""Length of the plain mean of all weights (gamma = 0); the lengths of the paper lie below it."""
+"""Length (sigma_rel) of the plain mean of all weights, gamma = 0. The lengths in the paper lie below it."""
 
 EXPONENT_LIMIT = 1e12
-"""Exponents of a solve lie below it: profiles a million-millionth of the training long. Beyond, an average is a single
-snapshot, and the nodes that integrate it need more and more memory."""
+"""Upper limit of the exponents in a solve: the length is then 1e-12 of the training time. An average with a larger
+exponent is a single snapshot, and the quadrature nodes that integrate it need more and more memory."""
 
+# An upper bound: Newton's method stops earlier, when rounding ends its descent.
 _NEWTON_STEPS = 60
 
 
 def numbers_between(
     thing: str, values: ArrayLike, low: float, high: float = math.inf, *, remedy: str, or_low: bool = False
 ) -> FloatArray:
-    """``values`` in float64, all of them finite and strictly between ``low`` and ``high``; or ``low``, if ``or_low``.
+    """Return ``values`` as float64, checked to be finite and strictly between ``low`` and ``high``.
+
+    Args:
+        thing: Name of the argument, for the message.
+        values: One number or an array of any shape.
+        low: Lower limit.
+        high: Upper limit.
+        remedy: Last sentence of the message: what to do.
+        or_low: Whether ``low`` itself is allowed.
 
     Raises:
-        ValueError: One is not; the message names the first such number, what was expected, and ``remedy``.
+        ValueError: A number is outside the limits or not finite. The message names the first such number.
     """
     expected = f"numbers of at least {low:g}" if or_low else f"numbers greater than {low:g}"
     expected += f" and less than {high:.6g}" if high < math.inf else ", finite"
@@ -43,9 +52,9 @@ def numbers_between(
         numbers = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{thing} is {values!r}; expected real {expected}. {remedy}") from error
-    right = np.isfinite(numbers) & ((numbers >= low) if or_low else (numbers > low)) & (numbers < high)
-    if not right.all():
-        raise ValueError(f"{thing} has {float(numbers[~right].flat[0])!r}; expected {expected}. {remedy}")
+    valid = np.isfinite(numbers) & ((numbers >= low) if or_low else (numbers > low)) & (numbers < high)
+    if not valid.all():
+        raise ValueError(f"{thing} has {float(numbers[~valid].flat[0])!r}; expected {expected}. {remedy}")
     return numbers
 
 
@@ -54,7 +63,7 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float: ...
 @overload
 def sigma_rel_to_gamma(sigma_rel: Sequence[float] | NDArray[Any]) -> FloatArray: ...
 def sigma_rel_to_gamma(sigma_rel: float | Sequence[float] | NDArray[Any]) -> float | FloatArray:
-    """Exponent of the profile whose standard deviation is ``sigma_rel`` of the training time.
+    """Return the exponent of the profile whose standard deviation is ``sigma_rel`` times the training time.
 
     Args:
         sigma_rel: Length of the average, in (0, 12 ** -0.5); any shape.
@@ -63,16 +72,16 @@ def sigma_rel_to_gamma(sigma_rel: float | Sequence[float] | NDArray[Any]) -> flo
         gamma > 0, of the same shape (a float for a float).
 
     Raises:
-        ValueError: A length lies outside (0, 12 ** -0.5). At the upper end stands the plain mean.
+        ValueError: A length lies outside (0, 12 ** -0.5). The upper limit is the length of the plain mean.
 
     Source:
         Karras et al. 2023, arXiv:2312.02696, Eq. 124-126 and Algorithm 2: the largest root of
         ``(gamma + 2)**2 (gamma + 3) = (gamma + 1) / sigma_rel**2``.
     """
-    remedy = f"It is a length as a fraction of the training time, e.g. 0.05; {SIGMA_REL_LIMIT:.4f} is the plain mean."
+    remedy = f"Give a length as a fraction of the training time, e.g. 0.05; {SIGMA_REL_LIMIT:.4f} is the plain mean."
     sigma = numbers_between("sigma_rel", sigma_rel, 0.0, SIGMA_REL_LIMIT, remedy=remedy)
-    # The cubic in root = gamma * sigma, which does not overflow. It is convex on [root, 1] and positive at 1: Newton's
-    # method comes down from 1 to the largest root and never past it, until rounding stops it.
+    # Solved for root = gamma * sigma, because gamma**3 overflows for tiny lengths. The cubic is convex on [root, 1] and
+    # positive at 1, so Newton's method descends from 1 to the largest root and never passes it.
     linear, constant = 16 * sigma**2 - 1, (12 * sigma**2 - 1) * sigma
     root = np.ones_like(sigma)
     for _ in range(_NEWTON_STEPS):
@@ -90,10 +99,10 @@ def gamma_to_sigma_rel(gamma: float) -> float: ...
 @overload
 def gamma_to_sigma_rel(gamma: Sequence[float] | NDArray[Any]) -> FloatArray: ...
 def gamma_to_sigma_rel(gamma: float | Sequence[float] | NDArray[Any]) -> float | FloatArray:
-    """Standard deviation of the profile ``t**gamma``, as a fraction of the training time.
+    """Return the standard deviation of the profile ``t**gamma`` as a fraction of the training time.
 
     Args:
-        gamma: Exponent, > -1; any shape. Only gamma > 0 is what ``sigma_rel_to_gamma`` gives back.
+        gamma: Exponent, > -1; any shape. ``sigma_rel_to_gamma`` inverts this for gamma > 0 only.
 
     Returns:
         sigma_rel, of the same shape (a float for a float).
@@ -110,10 +119,10 @@ def gamma_to_sigma_rel(gamma: float | Sequence[float] | NDArray[Any]) -> float |
 
 
 def decay(gamma: float, t_now: float, t_delta: float) -> float:
-    """Fraction of the old average kept when it absorbs the weights of time ``t_now``.
+    """Return the factor of the old average in the update that adds the weights of time ``t_now``.
 
-    Covers all of ``t_delta`` in one go: it equals the product of the decays of
-    any parts, so updating less often needs no correction factor.
+    The factor covers the whole of ``t_delta``: it equals the product of the decays of any parts of ``t_delta``, so
+    updating less often needs no correction.
 
     Args:
         gamma: Exponent of the power-function profile (dimensionless, > -1).
@@ -121,8 +130,7 @@ def decay(gamma: float, t_now: float, t_delta: float) -> float:
         t_delta: Time since the last update, ``0 < t_delta <= t_now``, in the unit of ``t_now``.
 
     Returns:
-        Multiplier of the old average, in [0, 1). It is 0 when
-        ``t_delta == t_now``: the first update is a plain copy.
+        Factor in [0, 1). It is 0 when ``t_delta == t_now``: the first update copies the weights.
 
     Raises:
         ValueError: ``gamma`` is not greater than -1, or ``t_delta`` lies outside ``(0, t_now]``.
@@ -130,15 +138,14 @@ def decay(gamma: float, t_now: float, t_delta: float) -> float:
     Source:
         Karras et al. 2023, arXiv:2312.02696, Eq. 127.
     """
-    log_decay = _log_decay(gamma, t_now, t_delta)
-    return math.exp(log_decay)
+    return math.exp(_log_decay(gamma, t_now, t_delta))
 
 
 def update_weight(gamma: float, t_now: float, t_delta: float) -> float:
-    """Weight of the new parameters in an update, ``1 - decay``, exact also where it is tiny.
+    """Return the factor of the new weights in an update, ``1 - decay``, accurate also where it is tiny.
 
-    Subtracting the decay from 1 loses digits late in a run (5 of 16 remain at
-    t_now = 1e12, t_delta = 1): averages would no longer have the asked length.
+    Subtracting the decay from 1 loses digits late in a run: 5 of 16 remain at t_now = 1e12, t_delta = 1. Averages would
+    no longer have the requested length.
 
     Args:
         gamma: Exponent of the power-function profile (dimensionless, > -1).
@@ -146,7 +153,7 @@ def update_weight(gamma: float, t_now: float, t_delta: float) -> float:
         t_delta: Time since the last update, ``0 < t_delta <= t_now``, in the unit of ``t_now``.
 
     Returns:
-        Weight in (0, 1], exactly 1 when ``t_delta == t_now``.
+        Factor in (0, 1], exactly 1 when ``t_delta == t_now``.
 
     Raises:
         ValueError: ``gamma`` is not greater than -1, or ``t_delta`` lies outside ``(0, t_now]``.
@@ -158,7 +165,7 @@ def update_weight(gamma: float, t_now: float, t_delta: float) -> float:
 
 
 def correlation(t_a: ArrayLike, gamma_a: ArrayLike, t_b: ArrayLike, gamma_b: ArrayLike) -> FloatArray:
-    """Inner product of two power-function profiles: the integral of their product over training time.
+    """Return the inner product of two power-function profiles: the integral of their product over training time.
 
     Args:
         t_a: Time of the first average, > 0; broadcasts with the others.
@@ -170,7 +177,8 @@ def correlation(t_a: ArrayLike, gamma_a: ArrayLike, t_b: ArrayLike, gamma_b: Arr
         Inner products per unit of time, of the broadcast shape.
 
     Raises:
-        ValueError: A time is not positive, or an exponent not greater than -0.5 (its square has no integral).
+        ValueError: A time is not positive, or an exponent is not between -0.5 and 1e12. The square of a profile with a
+            smaller exponent has no integral.
 
     Source:
         Karras et al. 2023, arXiv:2312.02696, Eq. 151.
@@ -183,25 +191,25 @@ def correlation(t_a: ArrayLike, gamma_a: ArrayLike, t_b: ArrayLike, gamma_b: Arr
 
 
 def times(thing: str, values: ArrayLike) -> FloatArray:
-    """``values`` as training times in float64, or the ValueError that names the one that is none."""
+    """Return ``values`` as training times in float64; raise ValueError for a time that is not positive and finite."""
     return numbers_between(thing, values, 0.0, remedy="Training time is counted from 0 and positive at every average.")
 
 
 def exponents(thing: str, values: ArrayLike) -> FloatArray:
-    """``values`` as exponents of profiles that a solve can take, in float64, or a ValueError that names another one."""
+    """Return ``values`` as exponents in float64; raise ValueError for an exponent outside (-0.5, 1e12)."""
     remedy = (
-        "The solve needs profiles whose square has an integral, and that are longer than a sigma_rel of 1e-12; "
+        "The square of a profile must have an integral, and its sigma_rel must exceed 1e-12. "
         "sigma_rel_to_gamma gives exponents above 0."
     )
     return numbers_between(thing, values, -0.5, EXPONENT_LIMIT, remedy=remedy)
 
 
 def _log_decay(gamma: float, t_now: float, t_delta: float) -> float:
-    """Logarithm of Eq. 127; called in every update, so the checks are plain comparisons (which NaN fails)."""
+    """Return the logarithm of Eq. 127. Called in every update, so the checks are plain comparisons, which NaN fails."""
     if not 0 < t_delta <= t_now < math.inf:
         raise ValueError(
             f"t_delta is {t_delta!r} at t_now = {t_now!r}; expected 0 < t_delta <= t_now, both finite. "
-            "Give the time since the last update, and at the first update t_now itself."
+            "Give the time since the last update; for the first update give t_now itself."
         )
     if not -1 < gamma < math.inf:
         raise ValueError(
@@ -210,6 +218,6 @@ def _log_decay(gamma: float, t_now: float, t_delta: float) -> float:
         )
     if t_delta == t_now:
         return -math.inf
-    # Each form is exact where the other one cancels.
+    # For small t_delta the logarithm of a ratio near 1 loses digits. For large t_delta 1 - t_delta / t_now cancels.
     log_ratio = math.log1p(-t_delta / t_now) if 2 * t_delta < t_now else math.log((t_now - t_delta) / t_now)
     return (gamma + 1) * log_ratio

@@ -1,3 +1,5 @@
+"""Profiles against integrals in long double, exact fractions, and averages of unit vectors."""
+
 from __future__ import annotations
 
 import math
@@ -15,14 +17,14 @@ GAMMA_OF_5_AND_10_PERCENT = (16.97, 6.94)  # the paper's text, section 3.1
 
 
 def clock(kind, updates, seed=0):
-    """Times of the updates: every step, every tenth step, or after batches of random size."""
+    """Return the times of the updates: every step, every tenth step, or after batches of random size."""
     rng = np.random.default_rng(seed)
     step = {"every step": 1, "every tenth": 10, "random": rng.integers(1, 64, updates)}[kind]
     return np.cumsum(np.broadcast_to(step, updates)).astype(np.float64)
 
 
 def averaged_unit_vectors(gamma, t, dtype):
-    """The average after each weight vector was a unit vector of its own, by the update that training does."""
+    """Return the average of distinct unit vectors, one per update, computed as training computes it."""
     average = np.zeros(t.size, dtype=dtype)
     for i, t_now in enumerate(t):
         t_delta = t_now - (t[i - 1] if i else 0.0)
@@ -34,7 +36,7 @@ def averaged_unit_vectors(gamma, t, dtype):
 
 
 def exact_profile(gamma, t):
-    """Share of each update by definition: the power-function profile integrated over the time it stands for."""
+    """Return the share of each update by definition: the profile integrated over the time since the last update."""
     fraction = t.astype(np.longdouble) / np.longdouble(t[-1])
     return np.diff(np.append(0.0, fraction ** (np.longdouble(gamma) + 1))).astype(np.float64)
 
@@ -58,7 +60,7 @@ def test_average_of_unit_vectors_is_the_profile(sigma_rel, kind, dtype, toleranc
 
 @pytest.mark.parametrize("sigma_rel", SIGMA_RELS)
 @pytest.mark.parametrize(("kind", "updates"), [("every step", 1000), ("every tenth", 4000), ("random", 4000)])
-def test_average_has_the_width_that_was_asked_for(sigma_rel, kind, updates):
+def test_average_has_the_requested_width(sigma_rel, kind, updates):
     t = clock(kind, updates)
     share = averaged_unit_vectors(sigma_rel_to_gamma(sigma_rel), t, np.float64)
     width = math.sqrt((share * t**2).sum() - (share * t).sum() ** 2)
@@ -95,7 +97,7 @@ def test_first_update_is_a_plain_copy():
     assert update_weight(6.94, 7, 7) == 1.0
 
 
-def test_decay_keeps_its_digits_where_little_is_kept():
+def test_decay_keeps_its_digits_where_it_is_tiny():
     assert decay(2, 10**9 + 1, 10**9) == pytest.approx(float(Fraction(1, 10**9 + 1) ** 3), rel=1e-13, abs=0)
 
 
@@ -104,7 +106,7 @@ def test_decay_and_update_weight_share_the_whole():
         assert decay(6.94, 100, t_delta) + update_weight(6.94, 100, t_delta) == pytest.approx(1, rel=1e-15)
 
 
-def test_decay_of_one_step_is_the_one_of_the_paper():
+def test_decay_of_one_step_matches_the_paper():
     assert decay(6.94, 1000, 1) == pytest.approx((1 - 1 / 1000) ** 7.94, rel=1e-14)
 
 
@@ -122,7 +124,7 @@ def test_lengths_of_the_paper_have_the_exponents_of_the_paper():
 
 @settings(deadline=None)
 @given(sigma_rel=st.floats(1e-6, 0.2886))
-def test_sigma_rel_comes_back_from_its_gamma(sigma_rel):
+def test_sigma_rel_survives_the_round_trip_through_gamma(sigma_rel):
     assert gamma_to_sigma_rel(sigma_rel_to_gamma(sigma_rel)) == pytest.approx(sigma_rel, rel=4e-15, abs=0)
 
 
@@ -174,14 +176,14 @@ def test_exponent_without_a_profile_is_named(gamma):
 @pytest.mark.parametrize(
     ("t_now", "t_delta"), [(10, 0), (10, 11), (10, -1), (0, 0), (math.inf, 1), (10, math.nan), (math.nan, 1)]
 )
-def test_time_that_does_not_pass_is_named(t_now, t_delta):
+def test_invalid_time_since_the_last_update_is_named(t_now, t_delta):
     for call in (decay, update_weight):
         with pytest.raises(ValueError, match=r"t_delta is .*expected 0 < t_delta <= t_now"):
             call(6.94, t_now, t_delta)
 
 
-def test_exponents_that_no_memory_could_integrate_are_refused():
-    """sigma_rel 1e-300 is a length, but it needs nodes without end."""
+def test_exponents_above_the_limit_are_refused():
+    """sigma_rel 1e-300 is a valid length, but its integration needs too many nodes."""
     with pytest.raises(
         ValueError, match=r"gamma_b has 1e\+300; expected numbers greater than -0.5 and less than 1e\+12"
     ):
@@ -190,6 +192,6 @@ def test_exponents_that_no_memory_could_integrate_are_refused():
 
 
 @pytest.mark.parametrize(("arguments", "thing"), [((0, 1, 1, 1), "t_a"), ((1, -0.5, 1, 1), "gamma_a")])
-def test_correlation_names_what_has_no_integral(arguments, thing):
+def test_correlation_names_the_invalid_argument(arguments, thing):
     with pytest.raises(ValueError, match=f"{thing} has .*expected"):
         correlation(*arguments)
