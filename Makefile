@@ -16,6 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(VENV)/peers
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --constraint constraints.txt $(PIP_FLAGS)
 # Two makes at once must not build one .venv together.
 LOCK := $(if $(shell command -v flock),flock $(VENV).lock)
@@ -23,7 +24,7 @@ LOCK := $(if $(shell command -v flock),flock $(VENV).lock)
 WITH_PYTHON := PYTHONPATH="$(CURDIR):$(CURDIR)/$(PEERS):$$PYTHONPATH" $(PYTHON)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check crash soak fuzz races bench test-cuda bench-cuda clean
+.PHONY: help venv demo test test-slow test-bench check crash soak fuzz races bench test-cuda bench-cuda clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,14 +32,23 @@ help:  ## this list
 demo: venv  ## train, snapshot, synthesize and choose an EMA length on real digits (DEMO_FLAGS=...)
 	@$(BIN)/python -m nitrous_ema demo $(DEMO_FLAGS)
 
-test: venv  ## all tests this machine can run (PYTEST_FLAGS="-k words -x -n 8")
-	@$(BIN)/python -m pytest -n 3 --dist loadfile $(PYTEST_FLAGS)
+test: venv  ## the tests, in minutes (PYTEST_FLAGS="-k words -x -n 8")
+	@$(PYTEST) -m "not slow" --ignore tests/bench $(PYTEST_FLAGS)
 
-check: venv  ## format, lint, types and import direction
+# Small models are averaged inside update() in their users' hands, and in the thread in the other runs.
+test-slow: venv  ## the tests that take long, and all of AsyncPostHocEMA with small models averaged inside update()
+	@$(PYTEST) -m slow --ignore tests/bench $(PYTEST_FLAGS)
+	@$(PYTEST) -m "not slow" --small-models inline tests/unit/async_ tests/behaviour $(PYTEST_FLAGS)
+
+test-bench: venv  ## the tests of the benches and of the tables in the docs
+	@$(PYTEST) tests/bench $(PYTEST_FLAGS)
+
+check: venv  ## format, lint, types, import direction and plain English
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_import_direction.py
+	$(BIN)/python -m tests.plain_english
+	$(BIN)/python -m pytest -q tests/behaviour/test_import_direction.py
 
 crash: venv  ## long crash campaigns: every crash state, every mutation, hundreds of kills
 	@$(BIN)/python -m tests.crash.campaign
@@ -52,7 +62,7 @@ fuzz: venv  ## long coverage-guided fuzzing of everything that reads files (FUZZ
 	@$(BIN)/python -W ignore -m tests.fuzz.campaign $(FUZZ_FLAGS)
 
 races: venv  ## all scenarios, and all missing waits, on a fake device in thousands of orders (RACES_FLAGS="--seeds 2000")
-	@$(BIN)/python -m tests.laggy.campaign $(RACES_FLAGS)
+	@$(BIN)/python -m tests.support.laggy.campaign $(RACES_FLAGS)
 
 bench: venv  ## side by side with ema-pytorch and nitrous-ema 0.0.1 (BENCHES=bench.bench_one BENCH_FLAGS=...)
 	@set -e; for bench in $(BENCHES); do $(BIN)/python -m $$bench $(BENCH_FLAGS); done
