@@ -1,35 +1,40 @@
-"""How a snapshot gets into its folder: the commit protocol.
+"""The commit protocol: a snapshot is written so that a crash leaves all of it, or nothing that a reader lists.
 
-A snapshot's life on disk, per rank; no step waits for another rank:
+Writing a file takes seconds, and the process or the machine may stop at any moment. A snapshot is therefore written
+under a temporary name, which no reader opens. One fsync makes its bytes durable; only then does a rename give the file
+its final name. So a reader that finds a final name can rely on every byte of the file. A file that could not be written
+is written once more, as a new file. Each rank does this with its own file, and no step waits for another rank.
 
-step of ``write``                                  after a crash here, a reader finds
-look whether there is room for it                  nothing
+step of ``write``                                  a reader after a crash here finds
+check that the file fits on the disk               nothing
 make the snapshot's folder                         an empty folder: incomplete
-create a name that starts with a dot (O_EXCL)      the same; nobody looks at such names
-preallocate, write chunks, write header            the same, whatever part of it reached the disk
+create a name that starts with a dot (O_EXCL)      the same; readers do not open such names
+preallocate, write chunks, write header            the same, whichever of these bytes reached the disk
 fsync the file, once, and close it                 the same
 rename to the final name                           nothing yet, or a whole file: its bytes are durable already
 fsync the snapshot's folder, then ROOT             a whole file
 return                                             a whole file: this is the promise
 
-S1  Nothing has its final name before its bytes are durable.     test_file_is_durable_before_it_has_its_name
-S2  Nothing is acknowledged before its name is durable.          test_write_returns_after_both_folders_are_durable
-S3  A descriptor is never fsynced twice, and nothing of a failed test_failed_call_is_answered_by_one_whole_new_file
-    file is used: after a failed fsync the system may have dropped
-    the bytes and call them clean. The file is written again, once,
-    under a new temporary name.
-S4  A final name is never overwritten, not by a race either: the test_name_taken_during_the_write_is_not_overwritten
-    rename itself refuses (``renameat2``). Where a file system lacks
-    that, the name is looked up just before the rename; run ids are
-    random, so only a copy of the same process could step between.
-    A hard link would refuse as well, but fewer file systems have
-    them, and a crash between link and unlink leaves a second name.
-S6  What does not fit is refused before anything of it is on     test_snapshot_that_does_not_fit_leaves_nothing_behind
-    disk.
+COMMIT-1  A file gets its final name after its bytes are durable.  test_file_is_durable_before_it_has_its_name
+COMMIT-2  A write is acknowledged after its name is durable.       test_write_returns_after_both_folders_are_durable
+COMMIT-3  A descriptor is never fsynced twice, and no byte of a    test_failed_call_is_answered_by_one_whole_new_file
+    failed file is used: after a failed fsync the system may have
+    dropped the bytes and call them clean. The file is written
+    again, once, under a new temporary name.
+COMMIT-4  A final name is never overwritten, not by a race either: test_name_taken_during_the_write_is_not_overwritten
+    the rename itself refuses (``renameat2``). Where a file system
+    lacks ``renameat2``, the name is looked up just before the
+    rename. Run ids are random, so only a copy of the same process
+    could take the name in between. A hard link would refuse as
+    well, but fewer file systems have them, and a crash between
+    link and unlink leaves a second name.
+COMMIT-5  A file that does not fit is refused before any byte of   test_snapshot_that_does_not_fit_leaves_nothing_behind
+    it is on disk.
 
-The disk is told to begin with each chunk while the next one is prepared (``start_writeback``), so that the fsync finds
-little left to do. It is a hint: it makes nothing durable, and where it is missing it is not tried again for that file.
-Its ``EIO`` or ``ENOSPC`` is the disk's word about the bytes, though, and costs the file as that of a write would.
+The kernel is asked to start writing each chunk to the disk while the next chunk is prepared (``start_writeback``), so
+that the fsync finds little left to do. The request is a hint: it makes no byte durable. Where it is not supported, it
+is not repeated for that file. ``EIO`` and ``ENOSPC`` from this call do mean that data was lost, so they are handled
+like a failed write.
 """
 
 from __future__ import annotations
@@ -67,21 +72,21 @@ _Filled = TypeVar("_Filled")
 
 
 class Committer:
-    """The calls of ``SnapshotStore`` that write into its folder; what they promise stands there.
+    """The methods of ``SnapshotStore`` that write into its folder. Their contracts are documented there.
 
     Args:
         root: The folder, as an absolute path.
         files: The file system.
-        make_room: Called when the disk is full, to remove what is of no use any more.
+        reclaim: Called when the disk is full, to remove snapshots that were dropped already.
     """
 
-    def __init__(self, root: Path, files: FileSystem, make_room: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, root: Path, files: FileSystem, reclaim: Callable[[], object] = lambda: None) -> None:
         self.root = root
         self.files = files
-        self.space = DiskSpace(root, files, make_room)
+        self.space = DiskSpace(root, files, reclaim)
 
     def prepare(self) -> None:
-        """Create the folder with its parents, durably, and prove that files can be written there."""
+        """Create the folder; see ``SnapshotStore.prepare``."""
         try:
             self._make_root()
             probe = self.root / temporary_name("probe")
@@ -96,34 +101,37 @@ class Committer:
             ) from error
 
     def write(self, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]) -> Snapshot:
-        """Write one rank's file and return when it is durable under its final name."""
+        """Write one rank's file; see ``SnapshotStore.write``."""
         final = self.root / folder_name(stamp.step, stamp.run) / rank_file_name(stamp.rank, stamp.world_size)
         try:
+            # The rename refuses a taken name as well, but only after the whole file has been written.
             if self.files.exists(final):
                 raise _taken(final, stamp.step)
             self.space.require(header_bytes(layout, stamp) + layout.data_bytes)
             header = self._write_file(final, layout, stamp, chunks)
         except OSError as error:
             raise _write_error(final, stamp.step, f"was not written: {error}", error) from error
+        # No second attempt after a failure here: the file is whole, and a new one would find its name taken.
         try:
             sync_folder(self.files, final.parent)
             sync_folder(self.files, self.root)
         except OSError as error:
-            what = f"is whole, but its name may be lost if the machine stops: {error}"
+            what = f"is complete, but its name may be lost if the machine stops: {error}"
             raise _write_error(final, stamp.step, what, error) from error
         return Snapshot(paths=(final,), headers=(header,))
 
     def close_run(self, run: str) -> None:
-        """Note durably that this run writes no more snapshots."""
+        """Write the note that a run has ended; see ``SnapshotStore.close_run``."""
         self.write_note(self.root / f"closed-{run}")
 
     def write_note(self, note: Path) -> None:
-        """Make an empty file in ROOT, durably; what it says is its name. Doing it again changes nothing.
+        """Make an empty file in ROOT, durably; its name is its content. A note that exists is left as it is.
 
         Raises:
-            SnapshotError: It could not be written.
+            SnapshotError: The note could not be written.
         """
         try:
+            # ROOT is synced in either case: the process that made an existing note may have died before its fsync.
             with contextlib.suppress(FileExistsError):
                 descriptor = self.files.open_exclusive(note)
                 self._finish(descriptor, lambda: None)
@@ -137,20 +145,22 @@ class Committer:
         try:
             return self._attempt(final, layout, stamp, chunks)
         except OSError as error:
-            _log.info("%s could not be written (%s); writing it once more, as a new file", final, error)
+            _log.info("%s could not be written (%s); retrying once, with a new file", final, error)
             first = error
+        # Readers may be in the middle of dropped snapshots, so only a full disk has them removed early.
         if first.errno in NO_SPACE:
-            self.space.make_room()
+            self.space.reclaim()
         try:
             return self._attempt(final, layout, stamp, chunks)
         except OSError as error:
-            what = f"was not written: {error}; nor the first time: {first}"
+            what = f"was not written: {error}; the first attempt failed too: {first}"
             raise _write_error(final, stamp.step, what, error) from error
 
     def _attempt(
         self, final: Path, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]
     ) -> Header:
-        self._make_folder(final.parent)  # here, so that it is made again if somebody has removed it while it was empty
+        # In each attempt: a process that cleans up may have removed the folder while it was empty.
+        self._make_folder(final.parent)
         temporary = final.with_name(temporary_name(final.name))
         descriptor = self.files.open_exclusive(temporary)
         try:
@@ -163,7 +173,7 @@ class Committer:
         return header
 
     def _finish(self, descriptor: int, fill: Callable[[], _Filled]) -> _Filled:
-        """Fill, fsync and close a file, in this order; it is closed in any case, and both may report its failure."""
+        """Fill, fsync and close a file, in this order, and return what ``fill`` returns. It is closed in any case."""
         try:
             filled = fill()
             self.files.fsync(descriptor)
@@ -171,6 +181,7 @@ class Committer:
             with contextlib.suppress(OSError):
                 self.files.close(descriptor)
             raise
+        # Not suppressed: an error of an earlier write may be reported by close alone (close(2): NFS, disk quotas).
         self.files.close(descriptor)
         return filled
 
@@ -185,6 +196,8 @@ class Committer:
             crc32[chunk] = zlib.crc32(view, crc32[chunk])
             write_fully(self.files, descriptor, view, data_begin + begin)
             is_paced = is_paced and hint_writeback(self.files, descriptor, data_begin + begin, len(view))
+        # Last, because it holds the checksums, and because a disk that loses its latest writes then loses the header
+        # too: no reader lists such a file.
         write_fully(self.files, descriptor, encode_header(layout, stamp, crc32), 0)
         return Header(layout=layout, stamp=stamp, crc32=tuple(crc32), data_begin=data_begin, file_bytes=file_bytes)
 
@@ -199,30 +212,31 @@ class Committer:
             self.files.make_folder(folder)
 
     def _make_root(self) -> None:
-        """Make ROOT and its parents if need be, and their names durable in any case."""
+        """Make ROOT and its parents where they are missing, and make their names durable in any case."""
         folders = (*reversed(self.root.parents), self.root)
-        there = [folder for folder in folders if self.files.exists(folder)]
-        for folder in folders[len(there) :]:
+        existing = [folder for folder in folders if self.files.exists(folder)]
+        for folder in folders[len(existing) :]:
             self._make_folder(folder)
             sync_folder(self.files, folder.parent)
-        for folder in there[1:]:
-            # Whoever made it may have been killed before the fsync, or be a rank that has not come to it yet. Most are
-            # much older, and not everybody may open what lies above them.
+        for folder in existing[1:]:
+            # The process that made a folder may have been killed before its fsync, or be a rank that has not reached it
+            # yet. A failure is ignored: most folders are much older, and this user may not be allowed to open their
+            # parents.
             with contextlib.suppress(OSError):
                 self.files.fsync_folder(folder.parent)
 
 
 def _matched(layout: Layout, buffers: Iterable[ReadableBuffer]) -> Iterator[tuple[int, int, memoryview]]:
-    """The buffers, checked: the number of the chunk that each is a part of, and where it begins in the data."""
+    """Yield each buffer, checked: its chunk's number, the position in the data at which it begins, and its bytes."""
     ends = [chunk.end for chunk in layout.chunks]
     index = begin = 0
     for buffer in buffers:
         view = memoryview(buffer)
-        left = ends[index] - begin if index < len(ends) else 0
-        if not view.c_contiguous or not 0 < view.nbytes <= left:
+        remaining = ends[index] - begin if index < len(ends) else 0
+        if not view.c_contiguous or not 0 < view.nbytes <= remaining:
             raise RuntimeError(
                 f"A buffer for byte {begin} of the data has {view.nbytes} bytes, {view.c_contiguous=}; expected "
-                f"1 to {left} contiguous bytes. This is a bug in nitrous_ema, please report it."
+                f"1 to {remaining} contiguous bytes. This is a bug in nitrous_ema, please report it."
             )
         yield index, begin, view.cast("B")
         begin += view.nbytes
@@ -240,8 +254,8 @@ def _write_error(final: Path, step: int, what: str, cause: OSError) -> SnapshotW
 
 def _taken(final: Path, step: int) -> SnapshotWriteError:
     return SnapshotWriteError(
-        f"{final} exists already, and a snapshot is never overwritten. Every run has names of its own: "
-        "two objects seem to write with one run id.",
+        f"{final} already exists, and a snapshot is never overwritten. Each run has its own file names: two objects "
+        "appear to write with the same run id.",
         path=final,
         step=step,
     )

@@ -1,8 +1,9 @@
 """What happens when the disk is full: the check before training, the check before each write, and the remedy.
 
-Before training, ``check_disk_space`` refuses a disk on which not even one snapshot fits, and warns of one that will be
-full soon. Before each write, ``DiskSpace.require`` first removes snapshots that were dropped already; a snapshot that
-still does not fit is refused before any of its bytes are on disk. ``remedy`` ends the message of every failed call.
+Before training, ``check_disk_space`` refuses a disk on which not even one snapshot fits, and warns if the disk will be
+full soon. Before each write, ``DiskSpace.require`` checks that the file fits. If it does not fit, dropped snapshots are
+removed first. A snapshot that still does not fit is refused before any of its bytes are on disk. ``remedy`` ends the
+message of every failed call.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ class DiskSpace:
     Args:
         root: The folder, as an absolute path.
         files: The file system.
-        make_room: Removes files that are of no more use; called when a file does not fit.
+        reclaim: Removes snapshots that were dropped already; called when a file does not fit.
     """
 
-    def __init__(self, root: Path, files: FileSystem, make_room: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, root: Path, files: FileSystem, reclaim: Callable[[], object] = lambda: None) -> None:
         self._root = root
         self._files = files
-        self._make_room = make_room
+        self._reclaim = reclaim
 
     def free_bytes(self) -> int | None:
         """Return the bytes that may still be written; None where the file system does not report them."""
@@ -51,14 +52,14 @@ class DiskSpace:
             return None
 
     def require(self, needed_bytes: int) -> None:
-        """Make sure that a file of this size fits; make room first if it does not.
+        """Check that a file of this size fits; remove dropped snapshots first if it does not.
 
         Raises:
             OSError: ``ENOSPC``: the file does not fit even then.
         """
         free_bytes = self.free_bytes()
         if free_bytes is not None and free_bytes < needed_bytes:
-            self.make_room()
+            self.reclaim()
             free_bytes = self.free_bytes()
         if free_bytes is not None and free_bytes < needed_bytes:
             raise OSError(
@@ -66,22 +67,22 @@ class DiskSpace:
                 f"{os.strerror(errno.ENOSPC)}: {format_bytes(needed_bytes)} needed, {format_bytes(free_bytes)} free",
             )
 
-    def make_room(self) -> None:
-        """Remove files that are of no more use. A failure is logged."""
+    def reclaim(self) -> None:
+        """Remove snapshots that were dropped already. A failure is logged."""
         try:
-            self._make_room()
+            self._reclaim()
         except (OSError, SnapshotError) as error:
             _log.warning("%s is full, and dropped snapshots could not be removed: %s", self._root, error)
 
 
 def check_disk_space(root: Path, files: FileSystem, snapshot_bytes: int, most_snapshots: int | None) -> None:
-    """Check how many snapshots fit before training begins; warn if fewer fit than will be wanted.
+    """Check before training how many snapshots fit on the disk; warn if fewer fit than the run will write.
 
     Nothing is checked where the file system does not report its free space.
 
     Args:
-        root: The snapshot folder, which exists. Snapshots that are there already count as space for those of a rule
-            that has a bound: the rule drops them as new ones come.
+        root: The snapshot folder, which exists. With a bound from ``keep``, the snapshots in it count as free space,
+            since the rule drops them as new ones are written.
         files: The file system.
         snapshot_bytes: Bytes of one snapshot, on the disk of this process.
         most_snapshots: How many snapshots ``keep`` allows on disk at once; None if it sets no bound.
@@ -98,18 +99,18 @@ def check_disk_space(root: Path, files: FileSystem, snapshot_bytes: int, most_sn
     facts = f"{root}: a snapshot needs {format_bytes(snapshot_bytes)}, and {format_bytes(free_bytes)} are free"
     if not fitting:
         raise SnapshotError(f"{facts}: not even one fits. {_REMEDY}", path=root)
-    there = sum(parse_folder_name(name) is not None for name in files.list(root))
+    existing = sum(parse_folder_name(name) is not None for name in files.list(root))
     if most_snapshots is None and fitting < _FEW:
         warn(f"{facts}: there is space for {fitting} snapshots, and keep= sets no bound. {_REMEDY}")
-    elif most_snapshots is not None and fitting + there < most_snapshots:
+    elif most_snapshots is not None and fitting + existing < most_snapshots:
         warn(
-            f"{facts}: there is space for {fitting} more snapshots in addition to the {there} already in the folder, "
-            f"but keep= allows {most_snapshots}. {_REMEDY}"
+            f"{facts}: there is space for {fitting} more snapshots in addition to the {existing} already in the "
+            f"folder, but keep= allows {most_snapshots}. {_REMEDY}"
         )
 
 
 def remedy(error: OSError) -> str:
-    """Return what the user can do about a failed call of the file system, as one sentence."""
+    """Return a sentence that states what the user can do about a failed file system call."""
     if error.errno in NO_SPACE:
         return "Free space on that disk, or choose another folder."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -1,8 +1,10 @@
-"""Every call that the package makes to a file system, one small method each.
+"""The file system calls of the snapshot store: writing, listing, checking and removing snapshots; one method each.
 
-``FileSystem`` decides nothing: what an error means and what happens next are the caller's. So a test can record the
+``FileSystem`` decides nothing: its caller decides what an error means and what happens next. So a test can record the
 calls of a whole run, or let any one of them fail, by overriding a method. Errors are the operating system's own
-(``OSError`` with its ``errno``). The two functions below it make whole reads and writes of its partial ones.
+(``OSError`` with its ``errno``). The functions below ``FileSystem`` combine its calls: whole reads and writes from
+partial ones, and fallbacks for file systems that lack a call. The data of snapshots (``snapshots.reading``), old
+``.pt`` files and results of a search are read by calls made elsewhere.
 """
 
 from __future__ import annotations
@@ -17,9 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
 _AT_FDCWD = -100  # linux/fcntl.h: a relative path starts at the working directory
@@ -27,8 +26,9 @@ _RENAME_NOREPLACE = 1  # linux/fs.h
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
-"""What a call fails with where kernel or file system do not offer it."""
+"""Errors of a call that the kernel or the file system does not support."""
 NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT))
+"""Errors of a full disk, or of a user whose quota is used up."""
 _BYTES_LOST = NO_SPACE | {errno.EIO}
 
 
@@ -40,45 +40,45 @@ class FileSystem:
         return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
 
     def open_read(self, path: Path) -> int:
-        """Open for positioned reads. Never blocks, not even on a pipe that somebody gave a snapshot's name."""
+        """Open for positioned reads. Never blocks, not even on a pipe that has the name of a snapshot."""
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def stat(self, descriptor: int) -> os.stat_result:
-        """Size and kind of an open file."""
+        """Return size and kind of an open file."""
         return os.fstat(descriptor)
 
     def preallocate(self, descriptor: int, size_bytes: int) -> None:
         """Reserve disk blocks and set the size, by ``fallocate(2)``; ``ENOSYS`` where there is no such call.
 
-        Not ``os.posix_fallocate``: where the file system cannot reserve, that one writes zeros instead.
+        ``os.posix_fallocate`` is not used: where the file system cannot reserve blocks, it writes zeros instead.
         """
         _check(_c_function("fallocate64", "fallocate")(descriptor, 0, _c_int64(0), _c_int64(size_bytes)))
 
     def free_bytes(self, path: Path) -> int:
-        """Bytes that may still be written to the file system that holds ``path``.
+        """Return the bytes that this user may still write to the file system that holds ``path``.
 
-        ``ENOTSUP`` where it does not tell: some network file systems say that they have no blocks at all.
+        ``ENOTSUP`` where the file system does not report them: some network file systems report zero blocks in all.
         """
-        told = os.statvfs(path)
-        if told.f_blocks == 0:
+        status = os.statvfs(path)
+        if status.f_blocks == 0:
             raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), os.fspath(path))
-        return told.f_bavail * told.f_frsize
+        return status.f_bavail * status.f_frsize
 
     def start_writeback(self, descriptor: int, offset: int, size_bytes: int) -> None:
-        """Have the disk begin with a part of a file, by ``sync_file_range(2)``; ``ENOSYS`` where there is no such call.
+        """Ask the kernel to start writing a part of a file to disk, by ``sync_file_range(2)``.
 
-        Makes nothing durable. It does not wait for the disk to end: that would take the news of a failed write away
-        from ``fsync``.
+        Makes no byte durable; ``ENOSYS`` where there is no such call. It does not wait for the disk: a wait would
+        consume the error of a failed write, and ``fsync`` would not report it.
         """
         part = (_c_int64(offset), _c_int64(size_bytes))
         _check(_c_function("sync_file_range")(descriptor, *part, _SYNC_FILE_RANGE_WRITE))
 
     def write_at(self, descriptor: int, buffer: ReadableBuffer, offset: int) -> int:
-        """Write at a position; returns the number of bytes written, which may be fewer than given."""
+        """Write at a position; return the number of bytes written, which may be fewer than those passed."""
         return os.pwrite(descriptor, buffer, offset)
 
     def read_at(self, descriptor: int, buffer: WriteableBuffer, offset: int) -> int:
-        """Fill ``buffer`` from a position; returns the number of bytes read, 0 at the end of the file."""
+        """Fill ``buffer`` from a position; return the number of bytes read, 0 at the end of the file."""
         return os.preadv(descriptor, [buffer], offset)
 
     def fsync(self, descriptor: int) -> None:
@@ -90,13 +90,13 @@ class FileSystem:
         os.close(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give a file its final name; replaces a file that has it."""
+        """Give a file its final name; replaces a file that has this name."""
         os.rename(source, target)
 
     def rename_new(self, source: Path, target: Path) -> None:
         """Give a file its final name, or raise ``FileExistsError`` and change nothing if the name is taken.
 
-        Atomic, by ``renameat2(2)``; ``ENOSYS`` or ``EINVAL`` where kernel or file system do not offer it.
+        Atomic, by ``renameat2(2)``; ``ENOSYS`` or ``EINVAL`` where the kernel or the file system does not support it.
         """
         arguments = (_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE)
         _check(_c_function("renameat2")(*arguments), source, target)
@@ -122,22 +122,22 @@ class FileSystem:
             os.close(descriptor)
 
     def list(self, path: Path) -> list[str]:
-        """Names in a folder, in no particular order."""
+        """Return the names in a folder, in no particular order."""
         return os.listdir(path)
 
     def lstat(self, path: Path) -> os.stat_result:
-        """Kind, size and times of what has this name; of a link itself, not of what it leads to."""
+        """Return kind, size and times of the entry with this name; of a link itself, not of its target."""
         return os.lstat(path)
 
     def exists(self, path: Path) -> bool:
-        """Whether the name is taken, by a dangling link too."""
+        """Return whether the name is taken; a dangling link takes it too."""
         return os.path.lexists(path)
 
 
 def rename_to_new(files: FileSystem, source: Path, target: Path) -> None:
     """Rename, or raise ``FileExistsError`` and change nothing if the name is taken.
 
-    Where the system cannot refuse by itself, the name is looked up just before.
+    Where the system cannot refuse by itself, the name is looked up just before the rename.
     """
     try:
         files.rename_new(source, target)
@@ -150,7 +150,7 @@ def rename_to_new(files: FileSystem, source: Path, target: Path) -> None:
 
 
 def reserve(files: FileSystem, descriptor: int, size_bytes: int) -> None:
-    """Preallocate, where that can be done. Raises ``OSError`` where it cannot for want of space."""
+    """Preallocate where the file system supports it. Raises ``OSError`` only if there is not enough space."""
     try:
         files.preallocate(descriptor, size_bytes)
     except OSError as error:
@@ -159,7 +159,7 @@ def reserve(files: FileSystem, descriptor: int, size_bytes: int) -> None:
 
 
 def hint_writeback(files: FileSystem, descriptor: int, offset: int, size_bytes: int) -> bool:
-    """Whether the disk has begun with a part of a file. Raises ``OSError`` where bytes were lost already."""
+    """Return whether the kernel accepted the hint of ``start_writeback``. Raises ``OSError`` if bytes were lost."""
     try:
         files.start_writeback(descriptor, offset, size_bytes)
     except OSError as error:
@@ -170,18 +170,18 @@ def hint_writeback(files: FileSystem, descriptor: int, offset: int, size_bytes: 
 
 
 def sync_folder(files: FileSystem, folder: Path) -> None:
-    """Make the names in a folder durable, where the file system knows how to."""
+    """Make the names in a folder durable, where the file system supports it."""
     try:
         files.fsync_folder(folder)
     except OSError as error:
-        # Some network file systems have no such operation: their names are durable when the call that makes them
-        # returns, or never; either way nothing more can be done.
+        # Some network file systems have no such operation. Their names are durable when the call that makes them
+        # returns, or never; in both cases nothing more can be done.
         if error.errno not in UNSUPPORTED:
             raise
 
 
 def write_fully(files: FileSystem, descriptor: int, buffer: ReadableBuffer, offset: int) -> None:
-    """Write all of a C-contiguous buffer at a position, in as many calls as that takes."""
+    """Write all of a C-contiguous buffer at a position, in as many calls as it takes."""
     view = memoryview(buffer).cast("B")
     while view:
         try:
@@ -194,7 +194,7 @@ def write_fully(files: FileSystem, descriptor: int, buffer: ReadableBuffer, offs
 
 
 def read_fully(files: FileSystem, descriptor: int, buffer: WriteableBuffer, offset: int) -> memoryview:
-    """Fill a C-contiguous buffer from a position; returns its filled part, all of it unless the file ends before."""
+    """Fill a C-contiguous buffer from a position; return its filled part: all of it unless the file ends before."""
     view, filled = memoryview(buffer).cast("B"), 0
     while filled < len(view):
         try:
@@ -209,7 +209,7 @@ def read_fully(files: FileSystem, descriptor: int, buffer: WriteableBuffer, offs
 
 @functools.cache
 def _c_function(*names: str) -> Callable[..., int]:
-    """First of these functions that the C library has; one that fails with ``ENOSYS`` if it has none of them."""
+    """Return the first of these functions that the C library has, else a function that fails with ``ENOSYS``."""
     import ctypes  # here, because most processes only read
 
     library = ctypes.CDLL(None, use_errno=True)  # releases the interpreter lock during calls
@@ -230,7 +230,7 @@ def _c_int64(value: int) -> Any:
 
 
 def _check(result: int, source: Path | None = None, target: Path | None = None) -> None:
-    """Turn the -1 of a C function into the exception that ``os`` would have raised."""
+    """Raise the exception that ``os`` would have raised if a C function returned -1."""
     import ctypes
 
     if result != 0:
@@ -241,11 +241,11 @@ def _check(result: int, source: Path | None = None, target: Path | None = None) 
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading, never waiting.
+    """Open a regular file for reading, without ever waiting.
 
     Raises:
-        ValueError: It is a pipe, a device or a folder.
-        OSError: It cannot be opened.
+        ValueError: The path is a pipe, a device or a folder.
+        OSError: The file cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

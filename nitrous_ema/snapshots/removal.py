@@ -1,43 +1,55 @@
-"""How a snapshot leaves its folder: it is hidden first and unlinked later; and what dead processes left.
+"""How snapshots are dropped: each is hidden first and unlinked later. Files that dead processes left are removed, too.
 
-step of ``hide``                                   after a crash here, a reader finds
-look whether it is pinned                          the snapshot
+Other processes may list or read a snapshot while it is being dropped, and the machine may stop at any moment. So a
+snapshot is hidden first: one rename gives its folder a name that no listing shows. Its files are unlinked later, when
+the new name is durable; a crash leaves the snapshot whole or not listed, never a part of it. A reader that had listed
+the snapshot finds its files under the hidden name. A pin is a note in the folder of snapshots; a snapshot that is
+pinned while it is being hidden is renamed back. All steps are renames and unlinks, which any number of processes may
+do at once.
+
+step of ``hide``                                   a reader after a crash here finds
+check that it is not pinned                        the snapshot
 rename its folder to .trash-<name>                 the snapshot or nothing of it: a folder has one name, and is whole
-(all that are asked for)                           the same of each
+(for each snapshot to hide)                        the same of each
 fsync ROOT                                         nothing of them
 return                                             nothing of them: this is the promise; all of their bytes are there
 
 step of ``remove_hidden``
-list .trash-*, look which are pinned               nothing of them, or (a rename was lost) whole snapshots
-rename pinned ones back                            those the same, or whole
-rename the others to .trash-<name>.<random>        the same; nobody brings these back
+list .trash-*, check which are pinned              nothing of them, or (a rename was lost) whole snapshots
+rename the pinned ones back                        the pinned ones: the same, or whole
+rename the others to .trash-<name>.<random>        the same; no process renames these back
 fsync ROOT                                         nothing of them, whatever happens from now on
 unlink their files, remove their folders           the same
 
-R1  Nothing is unlinked before the name that hides it is durable, test_nothing_is_unlinked_before_it_is_durably_hidden
-    whoever gave it that name, and whether they lived to fsync it.
-R2  Only what is in a folder called .trash-<a snapshot's folder>  test_only_hidden_snapshots_are_removed
-    is unlinked, and temporary files of the dead (R6).
-R3  The newest snapshot is not hidden. Nor is a pinned one; one   test_pinned_and_newest_snapshots_are_not_hidden
-    that is pinned just when it is hidden comes back with the     test_pin_that_came_too_late_brings_the_snapshot_back
-    next ``remove_hidden`` (each run and each ``prune`` calls it):
-    pin() leaves its note first and then looks for the snapshot;
-    whoever unlinks looks for hidden folders first and then for
-    notes; one rename decides whether a folder comes back or is
-    unlinked. So what a pin() names that has returned is never
-    unlinked, and what comes back is whole. (Not excluded: a
-    network file system on which one machine sees late what
-    another one renames.)
-R4  A name that is gone already was somebody else's work, and     test_two_processes_that_do_the_same_do_no_harm
-    is passed over: any number of processes may do the same.
-R5  Who has listed a snapshot finds its files in .trash-* as long test_reader_finds_what_was_hidden_since_it_listed
-    as they are there. So what others have hidden is left alone
-    for ten minutes when a run starts.
-R6  A temporary file is removed only if there is proof that its   test_temporary_files_of_the_provably_dead_are_removed
-    writer is dead; its folder with it, if it holds nothing else.
-R7  Cleaning up never keeps a run from starting.                  test_failure_to_clean_up_is_logged_and_nothing_else
+REMOVE-1  Nothing is unlinked before the name that hides it is    test_nothing_is_unlinked_before_it_is_durably_hidden
+    durable: also if another process gave it that name, and may
+    have died before its fsync.
+REMOVE-2  Files are unlinked in folders called                    test_only_hidden_snapshots_are_removed
+    .trash-<a snapshot's folder>, and nowhere else, except for
+    temporary files of dead processes (REMOVE-6).
+REMOVE-3  The newest snapshot and pinned ones are not hidden. A   test_pinned_and_newest_snapshots_are_not_hidden
+    snapshot that is pinned while it is being hidden comes back   test_pin_that_came_too_late_brings_the_snapshot_back
+    with the next ``remove_hidden``, which each run and each
+    ``prune`` calls. For pin() writes its note first and then
+    looks for the snapshot, while ``remove_hidden`` lists hidden
+    folders first and then looks for notes; and one rename
+    decides whether a folder comes back or is unlinked. So a
+    snapshot is never unlinked once its pin() has returned, and
+    a snapshot that comes back is whole. (Not excluded: a
+    network file system on which one machine sees the renames of
+    another one late.)
+REMOVE-4  A name that is gone already was the work of another     test_two_processes_that_do_the_same_do_no_harm
+    process, and is not an error: any number of processes may do
+    the same.
+REMOVE-5  A reader that has listed a snapshot finds its files in  test_reader_finds_what_was_hidden_since_it_listed
+    .trash-* as long as they are there. So a run that starts
+    leaves alone for ten minutes what other processes have hidden.
+REMOVE-6  A temporary file is removed only if there is proof that test_temporary_files_of_the_provably_dead_are_removed
+    its writer is dead; its folder is removed with it if the
+    folder holds nothing else.
+REMOVE-7  A failure to clean up never stops a run from starting.  test_failure_to_clean_up_is_logged_and_nothing_else
 
-Longer than the house's 300 lines: a sixth of it is this page, which should stand next to what it describes.
+Longer than the house's 300 lines: a fifth of it is this page, which should stand next to what it describes.
 """
 
 from __future__ import annotations
@@ -61,15 +73,15 @@ from nitrous_ema.snapshots.snapshot import Snapshot, TemporaryFile
 
 _log = logging.getLogger(__name__)
 
-_GRACE_SECONDS = 600.0  # for readers of what was hidden before a run starts
-_IN_USE = frozenset((errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY))  # NFS keeps what is open under a name of its own
+_GRACE_SECONDS = 600.0  # for readers of snapshots that were hidden before a run starts
+_IN_USE = frozenset((errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY))  # NFS keeps an open file under another name
 
 
 class SnapshotRemover:
-    """The calls of ``SnapshotStore`` that take something out of its folder; what they promise stands there.
+    """The methods of ``SnapshotStore`` that remove something from its folder. Their contracts are documented there.
 
     Args:
-        committer: Whose folder it is, and who writes notes there.
+        committer: Writes the notes; its folder and file system are used.
     """
 
     def __init__(self, committer: Committer) -> None:
@@ -79,21 +91,23 @@ class SnapshotRemover:
 
     # Pins
 
-    def pin(self, step: int, run: str, is_there: Callable[[], bool]) -> bool:
-        """Leave the note, then look; a hidden snapshot is brought back. False, and no new note, if there is none."""
-        note = self._pin(step, run)
+    def pin(self, step: int, run: str, exists: Callable[[], bool]) -> bool:
+        """Pin a snapshot, see ``SnapshotStore.pin``. Returns False, and leaves no new note, if it does not exist."""
+        note = self._note(step, run)
         is_new = not self.files.exists(note)
+        # The note comes first: a process that removes the snapshot later than this finds the note (REMOVE-3).
         self._committer.write_note(note)
         hidden = self.root / hidden_name(folder_name(step, run))
-        if is_there() or self._bring_back(hidden) or is_there():  # the last one: somebody else has brought it back
+        # Asked twice: another process may have renamed the snapshot back between the first question and our rename.
+        if exists() or self._unhide(hidden) or exists():
             return True
         if is_new:
             self.unpin(step, run)
         return False
 
     def unpin(self, step: int, run: str) -> None:
-        """Remove the note, durably."""
-        note = self._pin(step, run)
+        """Remove the note of a pin; see ``SnapshotStore.unpin``."""
+        note = self._note(step, run)
         try:
             with contextlib.suppress(FileNotFoundError):
                 self.files.unlink(note)
@@ -102,39 +116,45 @@ class SnapshotRemover:
             raise _failed(note, f"{note} could not be removed", error) from error
 
     def pins(self, names: Iterable[str]) -> frozenset[tuple[int, str]]:
-        """Step and run of the notes among these names."""
+        """Return step and run of each pin's note among these names."""
         known = (parse_folder_name(f"step-{name[4:]}") for name in names if name.startswith("pin-"))
         return frozenset(filter(None, known))
 
-    def _pin(self, step: int, run: str) -> Path:
+    def _note(self, step: int, run: str) -> Path:
         folder = folder_name(step, run)
+        # The run becomes a part of a path: a name with "/" or ".." must not lead out of the folder.
         if parse_folder_name(folder) is None:
-            raise ValueError(f"step {step!r} and run {run!r}: no snapshot can have these. Take them from a listing.")
+            raise ValueError(
+                f"step={step!r} and run={run!r}: no snapshot can have these. Take both from a listing of the folder."
+            )
         return self.root / folder.replace("step-", "pin-", 1)
 
     # Hiding
 
     def hide(self, snapshots: Iterable[Snapshot], newest: Snapshot | None) -> int:
-        """Rename the folders of snapshots, then make that durable. Returns the bytes of those renamed here."""
+        """Hide snapshots; see ``SnapshotStore.hide``. ``newest`` is the snapshot that is not hidden in any case."""
         chosen = list(snapshots)
+        # All are checked before any is renamed, so that a refused call has changed nothing.
         for snapshot in chosen:
-            self._refuse_what_stays(snapshot, newest)
-        hidden = 0
+            self._check_may_be_hidden(snapshot, newest)
+        hidden_bytes = 0
         try:
             for snapshot in chosen:
-                self._refuse_what_stays(snapshot, newest)  # somebody may have pinned it meanwhile
-                hidden += self._hide_folder(snapshot)
+                # Once more: another process may have pinned it since.
+                self._check_may_be_hidden(snapshot, newest)
+                hidden_bytes += self._hide_folder(snapshot)
         finally:
+            # Also if another process renamed all of them, and may not have made that durable yet.
             if chosen:
-                self._sync_root("Hidden snapshots may come back if the machine stops")
-        return hidden
+                self._sync_root("hidden snapshots may come back if the machine stops")
+        return hidden_bytes
 
-    def _refuse_what_stays(self, snapshot: Snapshot, newest: Snapshot | None) -> None:
+    def _check_may_be_hidden(self, snapshot: Snapshot, newest: Snapshot | None) -> None:
         path = self.root / folder_name(snapshot.step, snapshot.run)
         if newest is not None and (newest.step, newest.run) == (snapshot.step, snapshot.run):
-            raise SnapshotError(f"{path} is the newest snapshot of its folder, and that one always stays.", path=path)
-        if self.files.exists(self._pin(snapshot.step, snapshot.run)):
-            raise SnapshotError(f"{path} is pinned. Take the pin away with unpin() before it is dropped.", path=path)
+            raise SnapshotError(f"{path} is the newest snapshot of its folder, which is never dropped.", path=path)
+        if self.files.exists(self._note(snapshot.step, snapshot.run)):
+            raise SnapshotError(f"{path} is pinned. Call unpin() before it is dropped.", path=path)
 
     def _hide_folder(self, snapshot: Snapshot) -> int:
         folder = self.root / folder_name(snapshot.step, snapshot.run)
@@ -143,14 +163,14 @@ class SnapshotRemover:
             rename_to_new(self.files, folder, hidden)
         except OSError as error:
             if not self.files.exists(folder):
-                return 0  # somebody else has hidden it
+                return 0  # another process has hidden it
             raise _failed(folder, f"{folder} could not be hidden", error) from error
         return snapshot.bytes
 
     # Removing
 
     def hidden(self) -> list[Path]:
-        """Folders of hidden snapshots, by name."""
+        """Return the folders of hidden snapshots; see ``SnapshotStore.hidden``."""
         try:
             names = self.files.list(self.root)
         except (FileNotFoundError, NotADirectoryError):
@@ -160,46 +180,52 @@ class SnapshotRemover:
         return [self.root / name for name in sorted(names) if parse_hidden_name(name)]
 
     def remove_hidden(self, older_than_seconds: float = 0.0) -> int:
-        """Bring back what is pinned, make names durable, unlink the rest. Returns the bytes unlinked here."""
-        going = []
+        """Unlink hidden snapshots; see ``SnapshotStore.remove_hidden``."""
+        claimed = []
         for folder in self.hidden():
-            if _is_claimed(folder):  # by somebody who died, or who does the same at this moment
-                going.append(folder)
+            # Claimed already: by a process that died, or by one that unlinks at this moment. No pin brings it back.
+            if _is_claimed(folder):
+                claimed.append(folder)
             elif self._is_pinned(folder):
-                self._bring_back(folder)
-            elif self._is_older(folder, older_than_seconds) and (claimed := self._claim(folder)):
-                going.append(claimed)
-        if not going:
+                self._unhide(folder)
+            elif self._is_older(folder, older_than_seconds) and (own := self._claim(folder)):
+                claimed.append(own)
+        if not claimed:
             return 0
-        self._sync_root("Nothing was removed")
-        freed, failure = 0, None
-        for folder in going:
+        # Whichever process gave the folders their names, and whether or not it lived to sync them (REMOVE-1).
+        self._sync_root("nothing was removed")
+        freed_bytes, failure = 0, None
+        for folder in claimed:
             try:
-                freed += self._remove(folder)
+                freed_bytes += self._remove(folder)
             except OSError as error:
                 failure = failure or _failed(folder, f"{folder} could not be removed", error)
         if failure is not None:
             raise failure
-        return freed
+        return freed_bytes
 
     def _is_pinned(self, hidden: Path) -> bool:
-        return self.files.exists(self._pin(*_step_and_run(hidden)))
+        return self.files.exists(self._note(*_step_and_run(hidden)))
 
-    def _bring_back(self, hidden: Path) -> bool:
+    def _unhide(self, hidden: Path) -> bool:
+        """Give a hidden snapshot its name back. False if it could not be renamed: it is gone, or its name is taken."""
         folder = self.root / folder_name(*_step_and_run(hidden))
         try:
             rename_to_new(self.files, hidden, folder)
             sync_folder(self.files, self.root)
-        except FileNotFoundError:  # somebody else was faster
+        except FileNotFoundError:  # another process was faster
             return False
         except OSError as error:
-            _log.warning("%s is pinned and could not be brought back: %s", hidden, error)
+            _log.warning("%s is pinned, but could not be renamed back: %s", hidden, error)
             return False
-        _log.info("brought back %s, which is pinned", folder)
+        _log.info("renamed the hidden snapshot %s back, since it is pinned", folder)
         return True
 
     def _claim(self, hidden: Path) -> Path | None:
-        """Give it the name of what is being unlinked; None if somebody else has renamed it."""
+        """Rename a hidden folder to the name under which it is unlinked; None if another process has renamed it.
+
+        The rename decides between this process and a pin: a folder with the new name is never renamed back.
+        """
         claimed = hidden.with_name(f"{hidden.name}.{secrets.token_hex(4)}")
         try:
             rename_to_new(self.files, hidden, claimed)
@@ -210,7 +236,10 @@ class SnapshotRemover:
         return claimed
 
     def _is_older(self, path: Path, seconds: float) -> bool:
-        """Whether nothing has happened to it for so long. Renaming a folder counts on the file systems that we know."""
+        """Return whether a folder has not changed for so long; its last change is when it was hidden.
+
+        On common file systems a rename updates the ``ctime`` of the renamed folder.
+        """
         try:
             return seconds <= 0 or self._untouched_seconds(path) >= seconds
         except OSError:
@@ -220,16 +249,16 @@ class SnapshotRemover:
         return time.time() - self.files.lstat(path).st_ctime
 
     def _remove(self, folder: Path) -> int:
-        """Unlink what is in a hidden folder, then the folder; returns the bytes of the files."""
-        freed = 0
-        with contextlib.suppress(FileNotFoundError):  # somebody else does the same
+        """Unlink the files in a hidden folder, then the folder; return the bytes of the files."""
+        freed_bytes = 0
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
             if not stat.S_ISDIR(self.files.lstat(folder).st_mode):
-                self.files.unlink(folder)  # a link; what it leads to is not ours
+                self.files.unlink(folder)  # a link: its target may be outside the folder of snapshots
                 return 0
             for name in self.files.list(folder):
-                freed += self._unlink(folder / name)
+                freed_bytes += self._unlink(folder / name)
             self._remove_folder(folder)
-        return freed
+        return freed_bytes
 
     def _unlink(self, path: Path) -> int:
         try:
@@ -250,52 +279,53 @@ class SnapshotRemover:
             if error.errno not in _IN_USE and not isinstance(error, FileNotFoundError):
                 raise
 
-    def _sync_root(self, otherwise: str) -> None:
+    def _sync_root(self, consequence: str) -> None:
         try:
             sync_folder(self.files, self.root)
         except OSError as error:
-            raise _failed(self.root, f"{otherwise}: the names in {self.root} are not durable", error) from error
+            what = f"{self.root}: {consequence}, since its names could not be made durable"
+            raise _failed(self.root, what, error) from error
 
-    # What dead processes left
+    # Files of dead processes
 
     def temporary(self) -> list[TemporaryFile]:
-        """Files under temporary names, with what became of their writers."""
+        """Return the files under temporary names; see ``SnapshotStore.temporary``."""
         found = []
         for folder in self._folders():
             for name in sorted(self._names(folder)):
                 if name.startswith((".rank-", ".probe")):
-                    with contextlib.suppress(FileNotFoundError):
-                        found.append(self._temporary(folder / name))
+                    with contextlib.suppress(FileNotFoundError):  # its writer has renamed it since
+                        found.append(self._temporary_file(folder / name))
         return found
 
     def clean_up(self) -> None:
-        """Remove the temporary files of the dead, and what was hidden long ago. What goes wrong is logged."""
-        with self._only_logged():
+        """Remove temporary files of dead processes, and snapshots hidden long ago. Failures are logged."""
+        with self._log_failures():
             for temporary in self.temporary():
                 if temporary.writer == "gone":
-                    with self._only_logged():
+                    with self._log_failures():  # of one file, so that the others are removed all the same
                         self._unlink(temporary.path)
                         _log.info("removed %s, left by a process that died", temporary.path)
                         if temporary.path.parent != self.root:
                             self._remove_folder(temporary.path.parent)
-        with self._only_logged():
+        with self._log_failures():
             self.remove_hidden(_GRACE_SECONDS)
 
     @contextlib.contextmanager
-    def _only_logged(self) -> Iterator[None]:
+    def _log_failures(self) -> Iterator[None]:
         try:
             yield
         except (OSError, SnapshotError) as error:
             _log.warning("%s could not be cleaned up: %s", self.root, error)
 
-    def _temporary(self, path: Path) -> TemporaryFile:
+    def _temporary_file(self, path: Path) -> TemporaryFile:
         status = self.files.lstat(path)
         untouched_seconds = time.time() - status.st_ctime
         writer = writer_state(path.name, untouched_seconds=untouched_seconds)
         return TemporaryFile(path, status.st_size, writer)
 
     def _folders(self) -> list[Path]:
-        """ROOT, and the snapshots' folders in it."""
+        """Return ROOT, and the snapshots' folders in it."""
         return [self.root, *(self.root / name for name in sorted(self._names(self.root)) if parse_folder_name(name))]
 
     def _names(self, folder: Path) -> list[str]:
@@ -308,7 +338,7 @@ class SnapshotRemover:
 def _step_and_run(hidden: Path) -> tuple[int, str]:
     known = parse_hidden_name(hidden.name)
     if known is None:
-        raise RuntimeError(f"{hidden} is no hidden snapshot. This is a bug in nitrous_ema, please report it.")
+        raise RuntimeError(f"{hidden} is not a hidden snapshot. This is a bug in nitrous_ema, please report it.")
     return known
 
 

@@ -1,4 +1,4 @@
-"""What a listing of a snapshot folder is made of."""
+"""Records of a folder of snapshots: snapshots, incomplete ones, listings, temporary files, failed checks."""
 
 from __future__ import annotations
 
@@ -13,52 +13,52 @@ from nitrous_ema.snapshots.layout import Layout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """A committed snapshot: enough to read any part of it at its position."""
+    """A committed snapshot: the paths and headers with which any part of it can be read."""
 
     paths: tuple[Path, ...]
     """One file per rank. A snapshot that ``write`` returned has only the file of the writing rank."""
     headers: tuple[Header, ...]
-    """What each of these files says about itself."""
+    """The header of each of these files."""
 
     @property
     def stamp(self) -> Stamp:
-        """Step, time, run and lineage; those of the first file."""
+        """Step, time, run and lineage, from the first file."""
         return self.headers[0].stamp
 
     @property
     def layout(self) -> Layout:
-        """Tensors and profiles, and where they lie."""
+        """Tensors and profiles, and their positions in the data."""
         return self.headers[0].layout
 
     @property
     def step(self) -> int:
-        """Number of update() calls before it."""
+        """Number of update() calls before the snapshot."""
         return self.stamp.step
 
     @property
     def t(self) -> int | float:
-        """Training time of the last update before it."""
+        """Training time of the last update before the snapshot."""
         return self.stamp.t
 
     @property
     def run(self) -> str:
-        """Run that wrote it."""
+        """Run that wrote the snapshot."""
         return self.stamp.run
 
     @property
     def data_begin(self) -> int:
-        """Position in the first file of its layout's position 0."""
+        """Position in the first file at which the data begins: position 0 of the layout."""
         return self.headers[0].data_begin
 
     @property
     def bytes(self) -> int:
-        """Size of all its files."""
+        """Size of all files of the snapshot."""
         return sum(header.file_bytes for header in self.headers)
 
 
 @dataclass(frozen=True, slots=True)
 class Incomplete:
-    """A snapshot's folder without a snapshot: still being written, or never finished."""
+    """A snapshot's folder that holds no whole snapshot: it is still being written, or was never finished."""
 
     path: Path
     reason: str
@@ -66,15 +66,15 @@ class Incomplete:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """One training history, as far as its files can be believed."""
+    """The snapshots of one training history, valid and damaged."""
 
     lineage: Lineage
-    """Its runs, each with the step at which it was left; of a run with damaged snapshots only, just that run. Empty if
-    the folder has no snapshot."""
+    """The runs of the history, each with the step at which it was left. Only the last run if all of its snapshots are
+    damaged. Empty if the folder has no snapshot."""
     snapshots: tuple[Snapshot, ...]
-    """The good ones, ascending by step."""
+    """The valid snapshots, ascending by step."""
     damaged: tuple[SnapshotDamaged | SnapshotMismatch, ...]
-    """What is wrong with the others, by step; each has a ``path`` and a ``step``."""
+    """The errors of the damaged snapshots, by step; each has a ``path`` and a ``step``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +84,15 @@ class TemporaryFile:
     path: Path
     bytes: int
     writer: ProcessState
-    """What became of its writer. Only a file whose writer is "gone" is removed when the next run starts."""
+    """State of the process that wrote the file. The next run that starts removes only files whose writer is "gone"."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerificationFailure:
-    """What ``verify`` found wrong with one file."""
+    """A failed check of one file, found by ``verify``."""
 
     path: Path
     step: int
     chunk: int | None
-    """Index of the chunk with the wrong checksum; None where something else is wrong."""
+    """Index of the chunk with the wrong checksum; None if another check failed."""
     message: str

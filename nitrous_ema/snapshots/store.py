@@ -1,11 +1,11 @@
-"""The folder of snapshots: what is in it, and which of it belongs together.
+"""The folder of snapshots: which snapshots it holds, and which of them belong to one training history.
 
-What a reader finds at each moment of a write stands in ``commit``, what one of a removal in ``retire``; what a single
-folder holds is the matter of ``examine``.
+The tables in ``snapshots.commit`` and ``snapshots.removal`` list what a reader finds at each moment of a write and of a
+removal. ``snapshots.validation`` decides whether a single folder holds a snapshot.
 
-S5  Readers only read: no call of theirs creates or changes a name.  test_reading_changes_nothing_on_disk
+STORE-1  Readers only read: none of their calls creates or changes a name.  test_reading_changes_nothing_on_disk
 
-Longer than the house's 300 lines: what counts as a snapshot, and what belongs together, is one rule.
+Longer than the house's 300 lines: which folders count as snapshots, and which belong together, is one rule.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nitrous_ema.snapshots.commit import Committer
 from nitrous_ema.snapshots.filesystem import FileSystem
 from nitrous_ema.snapshots.header import Lineage, Stamp
 from nitrous_ema.snapshots.layout import Layout
-from nitrous_ema.snapshots.names import folder_name, parse_folder_name, parse_old_file_name, parse_rank_file_name
+from nitrous_ema.snapshots.names import folder_name, parse_folder_name, parse_legacy_file_name, parse_rank_file_name
 from nitrous_ema.snapshots.removal import SnapshotRemover
 from nitrous_ema.snapshots.snapshot import Incomplete, Listing, Snapshot, TemporaryFile, VerificationFailure
 from nitrous_ema.snapshots.validation import FolderGone, FolderInspector
@@ -31,35 +31,37 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 _Folders = dict[str, dict[int, Path]]  # by run and step
-_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
 
 
 class SnapshotStore:
-    """A folder of snapshots. Making one of these touches nothing; only a writer's calls change the folder.
+    """A folder of snapshots. Constructing a store touches nothing on disk; only a writer's methods change the folder.
 
     Args:
         root: The folder.
-        files: The file system; tests put a recording or a failing one here.
+        files: The file system; tests pass a recording or a failing one.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, files: FileSystem | None = None) -> None:
-        self.root = Path(root).absolute()  # stays the same folder when the process changes its own
+        self.root = Path(root).absolute()  # the same folder after the process has changed its working directory
         self.files = files or FileSystem()
-        self._examiner = FolderInspector(self.files)
-        self._committer = Committer(self.root, self.files, make_room=lambda: self.remove_hidden())
-        self._retirer = SnapshotRemover(self._committer)
+        self._inspector = FolderInspector(self.files)
+        self._committer = Committer(self.root, self.files, reclaim=lambda: self.remove_hidden())
+        self._remover = SnapshotRemover(self._committer)
 
     # Reading
 
     def runs(self) -> list[str]:
-        """Runs that own a committed snapshot, oldest first; damaged ones count, since they were committed."""
-        return self._ask(lambda folders: [run for run in sorted(folders) if self._owned(folders[run]) is not None])
+        """Return the runs that own a committed snapshot, oldest first; damaged snapshots count as committed."""
+        return self._query(
+            lambda folders: [run for run in sorted(folders) if self._last_committed(folders[run]) is not None]
+        )
 
     def snapshots(self, run: str | None = None, *, exclude: Collection[int] = ()) -> list[Snapshot]:
-        """Committed snapshots of one training history, ascending by step.
+        """Return the committed snapshots of one training history, ascending by step.
 
-        That is: those of ``run``, and those of its ancestors up to the step at which each was left. Abandoned
-        futures and unrelated runs are left out, incomplete snapshots are passed over.
+        The history holds the snapshots of ``run``, and those of its ancestors up to the step at which each was left.
+        Abandoned futures and unrelated runs are left out; incomplete snapshots are skipped.
 
         Args:
             run: The last run of the history; by default the newest run that owns a snapshot.
@@ -69,9 +71,9 @@ class SnapshotStore:
             The snapshots; an empty list if the folder has none.
 
         Raises:
-            SnapshotNotFound: No such folder, or ``run`` owns no snapshot.
-            SnapshotDamaged: One of them has a wrong size or header. Its data is not read here.
-            SnapshotMismatch: One of them tells another history.
+            SnapshotNotFound: There is no such folder, or ``run`` owns no snapshot.
+            SnapshotDamaged: A snapshot has a wrong size or header. Its data is not read here.
+            SnapshotMismatch: A snapshot has another lineage than ``run``.
         """
 
         def listed(folders: _Folders) -> list[Snapshot]:
@@ -82,45 +84,45 @@ class SnapshotStore:
                     found[step] = snapshot
             return [found[step] for step in sorted(found)]
 
-        return self._ask(listed)
+        return self._query(listed)
 
     def get(self, step: int | None = None, run: str | None = None, *, exclude: Collection[int] = ()) -> Snapshot:
-        """One committed snapshot of a training history, as ``snapshots`` defines it.
+        """Return one committed snapshot of a training history, as ``snapshots`` defines it.
 
         Args:
-            step: Its step; by default the last one.
+            step: Step of the snapshot; by default the last step.
             run: The last run of the history; by default the newest run that owns a snapshot.
             exclude: Steps to leave out.
 
         Raises:
-            SnapshotNotFound: No such folder, run or step; names the runs or the nearest steps that are there.
+            SnapshotNotFound: There is no such folder, run or step; names the existing runs or the nearest steps.
             SnapshotDamaged: This snapshot has a wrong size or header. Its data is not read here.
-            SnapshotMismatch: It tells another history.
+            SnapshotMismatch: This snapshot has another lineage than ``run``.
         """
-        return self._ask(lambda folders: self._get(step, run, exclude, folders))
+        return self._query(lambda folders: self._get(step, run, exclude, folders))
 
     def _get(self, step: int | None, run: str | None, exclude: Collection[int], folders: _Folders) -> Snapshot:
         lineage = self._lineage(run, folders, exclude)
         members = [member for member in _members(lineage, folders) if member[0] not in exclude]
-        # Stable: of several snapshots of one step the youngest run's comes first.
+        # The sort is stable: of several snapshots of one step, the youngest run's comes first.
         for _, folder in sorted((m for m in members if step in (None, m[0])), key=lambda member: -member[0]):
             if snapshot := self._committed(folder, lineage):
                 return snapshot
         nearest = self._nearest(step, members)
         if step is None:
-            what = "holds no snapshot to read" + ("" if folders else self._old_files())
+            what = "holds no snapshot to read" + ("" if folders else self._legacy_hint())
         else:
             elsewhere = [other for other in sorted(folders) if step in folders[other] and other not in dict(lineage)]
-            there = f"; run {', '.join(elsewhere)} has that step (choose with run=)" if elsewhere else ""
+            other_runs = f"; run {', '.join(elsewhere)} has that step (choose with run=)" if elsewhere else ""
             steps = " and ".join(map(str, nearest)) if nearest else "none"
             of_run = f" of run {lineage[-1][0]}" if lineage else ""
-            what = f"has no snapshot of step {step}{of_run}; nearest steps there: {steps}{there}"
-        left_out = f". Left out by exclude: {sorted(exclude)}" if exclude else ""
-        raise SnapshotNotFound(f"{self.root} {what}{left_out}.", path=self.root, nearest=nearest)
+            what = f"has no snapshot of step {step}{of_run}; nearest steps there: {steps}{other_runs}"
+        excluded = f". Left out by exclude: {sorted(exclude)}" if exclude else ""
+        raise SnapshotNotFound(f"{self.root} {what}{excluded}.", path=self.root, nearest=nearest)
 
-    def _old_files(self) -> str:
-        """What else the folder holds, if that is what was meant."""
-        if not any(parse_old_file_name(name) for name in self.files.list(self.root)):
+    def _legacy_hint(self) -> str:
+        """Return the end of a message for a folder that holds legacy files only; "" for any other folder."""
+        if not any(parse_legacy_file_name(name) for name in self.files.list(self.root)):
             return ""
         return (
             ", but {profile}.{step}.pt files of nitrous-ema 0.0.1 or ema-pytorch. Name the profiles that they track: "
@@ -129,20 +131,20 @@ class SnapshotStore:
         )
 
     def examine(self, run: str | None = None) -> Listing:
-        """The same for tools: what cannot be believed is listed too, and raises nothing.
+        """List one training history for tools: damaged snapshots are listed as well, and raise nothing.
 
         Args:
-            run: The last run of the history; by default the newest run that owns a snapshot, be it a damaged one.
+            run: The last run of the history; by default the newest run that owns a snapshot, damaged or not.
 
         Raises:
-            SnapshotNotFound: No such folder, or ``run`` owns no snapshot.
+            SnapshotNotFound: There is no such folder, or ``run`` owns no snapshot.
         """
-        return self._ask(lambda folders: self._list(run, folders))
+        return self._query(lambda folders: self._examine(run, folders))
 
-    def _list(self, run: str | None, folders: _Folders) -> Listing:
+    def _examine(self, run: str | None, folders: _Folders) -> Listing:
         try:
             lineage = self._lineage(run, folders, ())
-        except SnapshotDamaged as error:  # and it has no other
+        except SnapshotDamaged as error:  # the run has damaged snapshots only, so its ancestors are not known
             known = parse_folder_name(error.path.parent.name)
             lineage = ((known[1], None),) if known else ()
         found: dict[int, Snapshot] = {}
@@ -162,72 +164,72 @@ class SnapshotStore:
         )
 
     def unrelated_runs(self, run: str | None = None) -> list[str]:
-        """Runs that own a snapshot but have no part in the history of ``run`` (default: the newest), oldest first."""
-        related = dict(self._ask(lambda folders: self._lineage(run, folders, ())))
+        """Return the runs that own a snapshot outside the history of ``run`` (default: the newest), oldest first."""
+        related = dict(self._query(lambda folders: self._lineage(run, folders, ())))
         return [other for other in self.runs() if other not in related]
 
     def incomplete(self) -> list[Incomplete]:
-        """Folders of all runs that hold no snapshot (yet), by step, with the reason."""
-        return self._ask(
+        """Return the folders of all runs that hold no whole snapshot (yet), by step, with the reason."""
+        return self._query(
             lambda folders: [
                 examined
-                for folder in _all(folders)
-                if isinstance(examined := self._examiner.examine(folder), Incomplete)
+                for folder in _all_folders(folders)
+                if isinstance(examined := self._inspector.examine(folder), Incomplete)
             ]
         )
 
     def verify(self) -> list[VerificationFailure]:
-        """Read every byte under a final name, also of runs and snapshots that a listing leaves out.
+        """Read and check every byte under a final name, also of runs and snapshots that a listing leaves out.
 
         Returns:
-            What is wrong: one problem for a file that cannot be read or whose header is wrong, else one for each chunk
-            whose checksum is wrong. Empty if all is well.
+            The failures: one for a file that cannot be read or whose header is wrong, else one for each chunk whose
+            checksum is wrong. Empty if all files are whole.
 
         Raises:
-            SnapshotNotFound: No such folder.
+            SnapshotNotFound: There is no such folder.
         """
-        problems: list[VerificationFailure] = []
-        for folder in _all(self._folders()):
-            for name in sorted(self._examiner.names(folder)[0]):
+        failures: list[VerificationFailure] = []
+        for folder in _all_folders(self._folders()):
+            for name in sorted(self._inspector.names(folder)[0]):
                 if parse_rank_file_name(name):
-                    problems += self._examiner.verify_file(folder / name)
-        return problems
+                    failures += self._inspector.verify_file(folder / name)
+        return failures
 
     # Writing
 
     def prepare(self) -> None:
         """Create the folder with its parents, durably, and prove that files can be written there.
 
-        Before that it cleans up, as far as it can: temporary files of processes that are provably dead are removed, and
-        what was hidden more than ten minutes ago.
+        First it removes temporary files of processes that are provably dead, and snapshots that were hidden more than
+        ten minutes ago. A failure to remove any of them is logged.
 
         Raises:
-            SnapshotError: It cannot be done; says why, and what to do.
+            SnapshotError: The folder cannot be created or written to; names the reason and a remedy.
         """
-        self._retirer.clean_up()  # first: the disk may be full of it
+        self._remover.clean_up()  # first, because these files may fill the disk
         self._committer.prepare()
 
     def write(self, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]) -> Snapshot:
         """Write one rank's file and return when it is durable under its final name. Blocks; safe from any thread.
 
         Args:
-            layout: Where everything lies in the data.
-            stamp: What is particular to this snapshot.
-            chunks: Called to get the data: C-contiguous buffers, each one of ``layout.chunks`` or a part of it, in
-                order. Called a second time, for the same data, if the first attempt fails.
+            layout: Positions of all tensors in the data.
+            stamp: Step, time, run and rank of this snapshot.
+            chunks: Called to get the data: C-contiguous buffers in order, each a chunk of ``layout.chunks`` or a part
+                of a chunk. Called a second time, for the same data, if the first attempt fails.
 
         Returns:
             The snapshot, with the file of this rank only.
 
         Raises:
-            SnapshotWriteError: Two attempts failed, or the name is taken; the cause is chained. No file was left under
-                a temporary name, as far as the disk allowed.
-            RuntimeError: ``chunks`` does not give what the layout says (our bug).
+            SnapshotWriteError: Two attempts failed, or the name is taken; the cause is chained. Temporary files have
+                been removed, as far as the disk allowed.
+            RuntimeError: The buffers of ``chunks`` do not match the layout (our bug).
         """
         return self._committer.write(layout, stamp, chunks)
 
     def close_run(self, run: str) -> None:
-        """Note durably that this run writes no more snapshots. Doing it again changes nothing.
+        """Record durably that this run writes no more snapshots. A second call changes nothing.
 
         Raises:
             SnapshotError: The note could not be written.
@@ -235,97 +237,104 @@ class SnapshotStore:
         self._committer.close_run(run)
 
     def free_bytes(self) -> int | None:
-        """Bytes that may still be written to the disk of the folder; None where that is not told, or there is none."""
+        """Return the bytes that may still be written to the folder's disk.
+
+        None if the file system does not report them, or if the folder does not exist.
+        """
         return self._committer.space.free_bytes()
 
-    # What leaves the folder
+    # Pinning and removing
 
     def pin(self, step: int, run: str, *, must_exist: bool = True) -> None:
-        """Leave a durable note that a snapshot must stay. Doing it again changes nothing.
+        """Write a durable note that protects a snapshot from being dropped. A second call changes nothing.
 
-        A hidden snapshot comes back, if nobody has begun to remove it.
+        A hidden snapshot is listed again, unless its removal has begun.
 
         Args:
-            step: Its step.
+            step: Step of the snapshot.
             run: The run that wrote it.
-            must_exist: False for one that is still being written.
+            must_exist: False for a snapshot that is still being written.
 
         Raises:
-            SnapshotNotFound: There is no such snapshot (any more), and no note was left.
+            SnapshotNotFound: The snapshot does not exist (any more), and no note was left.
             SnapshotError: The note could not be written.
         """
 
-        def is_there() -> bool:
+        def exists() -> bool:
             return not must_exist or not isinstance(
-                self._examiner.examine_anew(self.root / folder_name(step, run)), Incomplete
+                self._inspector.examine_unlisted(self.root / folder_name(step, run)), Incomplete
             )
 
-        if not self._retirer.pin(step, run, is_there):
-            nearest = self._ask(lambda folders: self._nearest(step, sorted(folders.get(run, {}).items())))
-            there = " and ".join(map(str, nearest)) or "none"
+        if not self._remover.pin(step, run, exists):
+            nearest = self._query(lambda folders: self._nearest(step, sorted(folders.get(run, {}).items())))
+            steps = " and ".join(map(str, nearest)) or "none"
             raise SnapshotNotFound(
-                f"{self.root} has no snapshot of step {step} of run {run} to pin; nearest steps there: {there}.",
+                f"{self.root} has no snapshot of step {step} of run {run} to pin; nearest steps there: {steps}.",
                 path=self.root,
                 nearest=nearest,
             )
 
     def unpin(self, step: int, run: str) -> None:
-        """Remove that note, durably; nothing happens if there is none.
+        """Remove the note of a pin, durably. Does nothing if the snapshot is not pinned.
 
         Raises:
             SnapshotError: The note could not be removed.
         """
-        self._retirer.unpin(step, run)
+        self._remover.unpin(step, run)
 
     def pins(self) -> frozenset[tuple[int, str]]:
-        """Step and run of all notes."""
-        return self._retirer.pins(self._root_names())
+        """Return step and run of all pinned snapshots."""
+        return self._remover.pins(self._root_names())
 
     def hide(self, snapshots: Iterable[Snapshot]) -> int:
-        """Have snapshots listed no more; their bytes stay until ``remove_hidden``. One that is gone is passed over.
+        """Hide snapshots from every listing, durably; their bytes stay on disk until ``remove_hidden``.
+
+        A snapshot that is gone already is skipped.
 
         Args:
-            snapshots: Of this folder; all ranks of each go at once.
+            snapshots: Snapshots of this folder. The files of all ranks of a snapshot are hidden at once.
 
         Returns:
             Bytes hidden by this call.
 
         Raises:
-            SnapshotError: One of them is pinned, or the newest of the folder (nothing was hidden then, unless it was
-                pinned just now); or the system refuses.
+            SnapshotError: A snapshot is pinned, or is the newest of the folder. Then nothing was hidden, unless the pin
+                was set during this call. Or the operating system refuses.
         """
         chosen = tuple(snapshots)
         newest = None
-        with contextlib.suppress(SnapshotError):  # a damaged newest one cannot be asked to be hidden
+        # A damaged newest snapshot is not listed, so it cannot be among ``chosen``.
+        with contextlib.suppress(SnapshotError):
             newest = self.get() if chosen else None
-        return self._retirer.hide(chosen, newest)
+        return self._remover.hide(chosen, newest)
 
     def hidden(self) -> list[Path]:
-        """Folders of hidden snapshots, by name; removal of some may have begun."""
-        return self._retirer.hidden()
+        """Return the folders of hidden snapshots, by name; the removal of some may have begun."""
+        return self._remover.hidden()
 
     def remove_hidden(self, *, older_than_seconds: float = 0.0) -> int:
-        """Unlink what was hidden; of several processes that do this each does a part. A pinned one is brought back.
+        """Unlink hidden snapshots; a pinned one is listed again instead. Several processes may do this at once.
 
         Args:
-            older_than_seconds: Leave alone what was hidden later than that ago: somebody may be reading it.
+            older_than_seconds: Skip snapshots that were hidden more recently than this: readers may still read them.
 
         Returns:
             Bytes freed by this call.
 
         Raises:
-            SnapshotError: The system refuses. What could be removed was.
+            SnapshotError: The operating system refuses. All snapshots that could be removed were removed.
         """
-        return self._retirer.remove_hidden(older_than_seconds)
+        return self._remover.remove_hidden(older_than_seconds)
 
     def temporary(self) -> list[TemporaryFile]:
-        """Files that are being written, or that processes left when they died."""
-        return self._retirer.temporary()
+        """Return the files that are being written, and those that processes left when they died."""
+        return self._remover.temporary()
 
     # Looking at folders
 
-    def _ask(self, question: Callable[[_Folders], _Answer]) -> _Answer:
-        """The answer to a question about the folders, asked again when one of them is removed meanwhile."""
+    def _query(self, query: Callable[[_Folders], _Result]) -> _Result:
+        """Return the result of a query over the listed folders; run it again if one of them is removed meanwhile."""
+        # A folder that is gone is left out from then on: each repetition has fewer folders, so the loop ends.
         gone: set[Path] = set()
         while True:
             folders = self._folders()
@@ -333,7 +342,7 @@ class SnapshotStore:
                 for step in [step for step, folder in steps.items() if folder in gone]:
                     del steps[step]
             try:
-                return question(folders)
+                return query(folders)
             except FolderGone as error:
                 gone.add(error.folder)
 
@@ -347,7 +356,7 @@ class SnapshotStore:
             raise SnapshotError(f"{self.root} cannot be listed: {error}", path=self.root) from error
 
     def _folders(self) -> _Folders:
-        """Folders with a snapshot's name, by run and step."""
+        """Return the folders that have a snapshot's name, by run and step."""
         folders: _Folders = {}
         for name in self._root_names():
             if parsed := parse_folder_name(name):
@@ -356,7 +365,8 @@ class SnapshotStore:
         return folders
 
     def _committed(self, folder: Path, lineage: Lineage) -> Snapshot | None:
-        examined = self._examiner.examine(folder)
+        """Return the snapshot in a folder of this history; None if it is incomplete. Raises if it is damaged."""
+        examined = self._inspector.examine(folder)
         if isinstance(examined, SnapshotDamaged):
             raise examined
         if isinstance(examined, Incomplete):
@@ -372,11 +382,11 @@ class SnapshotStore:
             )
         return examined
 
-    def _owned(self, steps: dict[int, Path]) -> Snapshot | SnapshotDamaged | None:
-        """The last committed snapshot of one run; a damaged one if it has no other."""
+    def _last_committed(self, steps: dict[int, Path]) -> Snapshot | SnapshotDamaged | None:
+        """Return the last committed snapshot of one run; a damaged one only if it has no other."""
         damage = None
         for step in sorted(steps, reverse=True):
-            examined = self._examiner.examine(steps[step])
+            examined = self._inspector.examine(steps[step])
             if isinstance(examined, Snapshot):
                 return examined
             if isinstance(examined, SnapshotDamaged):
@@ -384,46 +394,48 @@ class SnapshotStore:
         return damage
 
     def _lineage(self, run: str | None, folders: _Folders, exclude: Collection[int]) -> Lineage:
-        """History of a run as its snapshots tell it; empty if ``run`` is None and the folder has no snapshot."""
+        """Return the lineage that a run's snapshots record; empty if the folder has no snapshot and no run is named."""
+        # Run ids begin with the time at which a run began, so their order is that of the runs.
         for candidate in sorted(folders, reverse=True) if run is None else [run]:
-            owned = self._owned(folders.get(candidate, {}))
-            if isinstance(owned, Snapshot):
-                return owned.stamp.lineage
-            if owned is not None and owned.step in exclude:
+            last = self._last_committed(folders.get(candidate, {}))
+            if isinstance(last, Snapshot):
+                return last.stamp.lineage
+            if last is not None and last.step in exclude:
                 raise SnapshotNotFound(
                     f"{self.root}: run {candidate} has damaged snapshots only, so its history is not known. "
                     f"Choose another run with run=: {', '.join(sorted(folders))}.",
                     path=self.root,
                     nearest=(),
-                ) from owned
-            if owned is not None:
-                raise owned
+                ) from last
+            # Damage in the newest run must not make an older run the default without notice.
+            if last is not None:
+                raise last
         if run is None:
             return ()
-        there = ", ".join(self.runs()) or "none"
+        existing = ", ".join(self.runs()) or "none"
         raise SnapshotNotFound(
-            f"{self.root} has no snapshot of run {run}; runs there: {there}.", path=self.root, nearest=()
+            f"{self.root} has no snapshot of run {run}; runs there: {existing}.", path=self.root, nearest=()
         )
 
     def _nearest(self, step: int | None, members: list[tuple[int, Path]]) -> tuple[int, ...]:
-        """Committed steps next to ``step``: one before and one after, where there are any."""
+        """Return the committed steps next to ``step``: at most one before and one after."""
         if step is None:
             return ()
         before = sorted((member for member in members if member[0] < step), reverse=True)
         after = sorted(member for member in members if member[0] > step)
         nearest = (
-            next((near for near in side if isinstance(self._examiner.examine(near[1]), Snapshot)), None)
+            next((near for near in side if isinstance(self._inspector.examine(near[1]), Snapshot)), None)
             for side in (before, after)
         )
         return tuple(near[0] for near in nearest if near)
 
 
-def _all(folders: _Folders) -> list[Path]:
+def _all_folders(folders: _Folders) -> list[Path]:
     return sorted(folder for steps in folders.values() for folder in steps.values())
 
 
 def _members(lineage: Lineage, folders: _Folders) -> list[tuple[int, Path]]:
-    """Steps and folders of a history, the youngest run first."""
+    """Return steps and folders of a history, the youngest run first."""
     return [
         (step, folder)
         for run, left_at in reversed(lineage)

@@ -145,8 +145,8 @@ _WRITES = """\
             crc32[chunk] = zlib.crc32(view, crc32[chunk])
             write_fully(self.files, descriptor, view, data_begin + begin)
             is_paced = is_paced and hint_writeback(self.files, descriptor, data_begin + begin, len(view))
-        write_fully(self.files, descriptor, encode_header(layout, stamp, crc32), 0)
 """
+_HEADER_LAST = "        write_fully(self.files, descriptor, encode_header(layout, stamp, crc32), 0)\n"
 _HEADER_FIRST = """\
         views = list(_matched(layout, chunks()))
         crc32 = [zlib.crc32(view) for _, _, view in views]
@@ -158,7 +158,6 @@ _CLOSE_FAILED = """\
             with contextlib.suppress(OSError):
                 self.files.close(descriptor)
             raise
-        self.files.close(descriptor)
 """
 _LOOKUP = """\
         if files.exists(target):
@@ -166,20 +165,19 @@ _LOOKUP = """\
 """
 _TEMPORARY = "temporary = final.with_name(temporary_name(final.name))"
 _MAKE_FOLDER = """\
-        self._make_folder(final.parent)  # here, so that it is made again if somebody has removed it while it was empty
+        self._make_folder(final.parent)
 """
-_NOTE_THEN_LOOK = """\
-        self._committer.write_note(note)
-        hidden = self.root / hidden_name(folder_name(step, run))
-        if is_there() or self._bring_back(hidden) or is_there():  # the last one: somebody else has brought it back
+_NOTE_FIRST = "        self._committer.write_note(note)\n"
+_LOOK = """\
+        if exists() or self._unhide(hidden) or exists():
             return True
 """
 _LOOK_THEN_NOTE = """\
-        if is_there():
+        if exists():
             self._committer.write_note(note)
             return True
 """
-_PINNED = "        if self.files.exists(self._pin(snapshot.step, snapshot.run)):\n"
+_PINNED = "        if self.files.exists(self._note(snapshot.step, snapshot.run)):\n"
 _WRITE = "            header = self._write_file(final"
 
 
@@ -244,10 +242,7 @@ MUTATIONS: Sequence[Mutation] = (
         "        self.files.close(descriptor)\n        return filled",
         "        with contextlib.suppress(OSError):\n            self.files.close(descriptor)\n        return filled")),
     _in_commit("a second attempt", "fsync fails once", ("            first = error\n", "            raise\n")),
-    _in_commit("close after a failure", "fsync fails once", (_CLOSE_FAILED, """\
-            raise
-        self.files.close(descriptor)
-""")),
+    _in_commit("close after a failure", "fsync fails once", (_CLOSE_FAILED, "            raise\n")),
     _in_commit("unlink after a failure", "fsync fails once", (
         "                self.files.unlink(temporary)\n", "                pass\n")),
     Mutation("O_EXCL", "taken temporary name", {FILESYSTEM: [("os.O_CREAT | os.O_EXCL | ", "os.O_CREAT | ")]}),
@@ -257,7 +252,7 @@ MUTATIONS: Sequence[Mutation] = (
         FILESYSTEM: [("        view, offset = view[written:], offset + written\n", "        return\n")]}),
     Mutation("all of a read, in as many calls as it takes", "short writes and reads", {
         FILESYSTEM: [("        filled += count\n    return", "        filled += count\n        break\n    return")]}),
-    _in_commit("header after the data", "disk that forgets, in order", (_WRITES, _HEADER_FIRST)),
+    _in_commit("header after the data", "disk that forgets, in order", (_HEADER_LAST, ""), (_WRITES, _HEADER_FIRST)),
     _in_commit("checksums of the chunks, written", "one rank", ("zlib.crc32(view, crc32[chunk])", "0")),
     _in_examine("checksums of the chunks, compared by verify()", "flipped bits, cut and moved files", (
         "                    if found != expected:\n                        message",
@@ -279,9 +274,9 @@ MUTATIONS: Sequence[Mutation] = (
     _in_store("no snapshots of an abandoned future", "resumed, later forgotten", (
         "        if left_at is None or step <= left_at\n", "")),
     _in_retire("fsync of ROOT before snapshots are called hidden", "thinned", (
-        '                self._sync_root("Hidden', '                0 and self._sync_root("Hidden')),
+        '                self._sync_root("hidden', '                0 and self._sync_root("hidden')),
     _in_retire("fsync of ROOT between hiding and unlinking", "killed while thinning", (
-        '        self._sync_root("Nothing was removed")\n', "")),
+        '        self._sync_root("nothing was removed")\n', "")),
     _in_retire("a snapshot's folder is renamed before its files are unlinked", "killed while thinning", (
         "            rename_to_new(self.files, folder, hidden)\n", "            self._remove(folder)\n")),
     _in_retire("only what is called .trash-* is removed", "thinned",
@@ -294,9 +289,9 @@ MUTATIONS: Sequence[Mutation] = (
     _in_retire("pins are looked at before something is removed", "pinned too late", (
         "            elif self._is_pinned(folder):\n", "            elif False:\n")),
     _in_retire("a pin is noted before the snapshot is looked for", "pinned meanwhile", (
-        _NOTE_THEN_LOOK, _LOOK_THEN_NOTE)),
+        _NOTE_FIRST, ""), (_LOOK, _LOOK_THEN_NOTE)),
     _in_retire("one rename decides whether a snapshot is removed or comes back", "pinned meanwhile", (
-        "(claimed := self._claim(folder))", "(claimed := folder)")),
+        "(own := self._claim(folder))", "(own := folder)")),
     _in_retire("fsync of ROOT after a pin is taken away", "thinned", (
         "                self.files.unlink(note)\n            sync_folder(self.files, self.root)\n",
         "                self.files.unlink(note)\n")),

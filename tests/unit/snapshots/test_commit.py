@@ -1,4 +1,4 @@
-"""Writing: on a disk that is slow, full or old (hints, and room), and the order of calls that makes a snapshot durable.
+"""Writing snapshots: on a slow, full or old disk (hints, free space), and the order of calls that makes one durable.
 
 Oracles: the recorded order of file system calls, and the safetensors package.
 """
@@ -33,10 +33,10 @@ FILE_BYTES = DATA_BEGIN + LAYOUT.data_bytes
 
 
 class Disk(FileSystem):
-    """The real one, with so much room, which notes what it is asked; calls fail with what ``failing`` says."""
+    """The real disk with a set free space. It records its calls, which fail with the errors that ``failing`` lists."""
 
     def __init__(self, **failing):
-        self.room, self.failing, self.calls = 10 * FILE_BYTES, failing, []
+        self.free, self.failing, self.calls = 10 * FILE_BYTES, failing, []
 
     def note(self, call, *arguments):
         self.calls.append((call, *arguments))
@@ -48,7 +48,7 @@ class Disk(FileSystem):
 
     def free_bytes(self, path):
         self.note("free_bytes", path)
-        return self.room
+        return self.free
 
     def open_exclusive(self, path):
         self.note("open_exclusive")
@@ -83,7 +83,7 @@ def write(root: Path, disk: Disk, **more):
     return Committer(root, disk, **more).write(LAYOUT, STAMP, chunks)
 
 
-def test_disk_is_told_of_each_chunk_as_soon_as_it_is_written(tmp_path):
+def test_writeback_of_each_chunk_starts_as_soon_as_it_is_written(tmp_path):
     disk = Disk()
     write(tmp_path, disk)
     spans = [(DATA_BEGIN + begin, end - begin) for begin, end in LAYOUT.chunks]
@@ -93,7 +93,7 @@ def test_disk_is_told_of_each_chunk_as_soon_as_it_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EPERM])
-def test_hint_that_is_not_taken_is_not_given_again(tmp_path, number):
+def test_writeback_hint_that_fails_is_not_repeated_for_the_file(tmp_path, number):
     disk = Disk(start_writeback=[0, number])
     snapshot = write(tmp_path, disk)
     assert len(disk.named("start_writeback")) == 2
@@ -102,7 +102,7 @@ def test_hint_that_is_not_taken_is_not_given_again(tmp_path, number):
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
-def test_bytes_that_the_hint_says_are_lost_are_written_again(tmp_path, number):
+def test_file_whose_writeback_lost_bytes_is_written_again(tmp_path, number):
     disk = Disk(start_writeback=[number])
     snapshot = write(tmp_path, disk)
     assert snapshot.paths[0].read_bytes()[DATA_BEGIN:] == b"".join(chunks())
@@ -113,7 +113,7 @@ def test_bytes_that_the_hint_says_are_lost_are_written_again(tmp_path, number):
 
 def test_snapshot_that_does_not_fit_leaves_nothing_behind(tmp_path):
     disk = Disk()
-    disk.room = FILE_BYTES - 1
+    disk.free = FILE_BYTES - 1
     with pytest.raises(SnapshotWriteError, match=r"KiB needed, .*KiB free.*Free space on") as caught:
         write(tmp_path, disk)
     assert caught.value.step == 5
@@ -124,56 +124,56 @@ def test_snapshot_that_does_not_fit_leaves_nothing_behind(tmp_path):
 
 def test_snapshot_that_just_fits_is_written(tmp_path):
     disk = Disk()
-    disk.room = FILE_BYTES
+    disk.free = FILE_BYTES
     assert write(tmp_path, disk).bytes == FILE_BYTES
     assert disk.named("free_bytes") == [("free_bytes", tmp_path)]
 
 
-def test_what_is_of_no_use_is_removed_before_a_snapshot_is_given_up(tmp_path):
+def test_dropped_snapshots_are_removed_before_a_new_one_is_refused(tmp_path):
     disk = Disk()
-    disk.room = 0
+    disk.free = 0
 
-    def make_room():
-        disk.room = FILE_BYTES
+    def reclaim():
+        disk.free = FILE_BYTES
 
-    assert write(tmp_path, disk, make_room=make_room).bytes == FILE_BYTES
+    assert write(tmp_path, disk, reclaim=reclaim).bytes == FILE_BYTES
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("call", ["preallocate", "write_at"])
-def test_disk_that_fills_up_meanwhile_is_given_room_before_the_second_attempt(tmp_path, call, number):
+def test_space_is_reclaimed_before_the_second_attempt_on_a_full_disk(tmp_path, call, number):
     disk = Disk(**{call: [number]})
-    write(tmp_path, disk, make_room=lambda: disk.note("make_room"))
-    calls = [noted[0] for noted in disk.calls if noted[0] in ("open_exclusive", "make_room")]
-    assert calls == ["open_exclusive", "make_room", "open_exclusive"]
+    write(tmp_path, disk, reclaim=lambda: disk.note("reclaim"))
+    calls = [noted[0] for noted in disk.calls if noted[0] in ("open_exclusive", "reclaim")]
+    assert calls == ["open_exclusive", "reclaim", "open_exclusive"]
 
 
 def test_other_failures_remove_nothing(tmp_path):
     disk = Disk(write_at=[errno.EIO])
-    write(tmp_path, disk, make_room=lambda: disk.note("make_room"))
-    assert disk.named("make_room") == []
+    write(tmp_path, disk, reclaim=lambda: disk.note("reclaim"))
+    assert disk.named("reclaim") == []
 
 
 @pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), SnapshotError("not now")])
-def test_failure_to_make_room_is_logged_and_the_full_disk_told(tmp_path, caplog, error):
+def test_failure_to_reclaim_space_is_logged_and_the_full_disk_reported(tmp_path, caplog, error):
     disk = Disk()
-    disk.room = 0
+    disk.free = 0
 
-    def make_room():
+    def reclaim():
         raise error
 
     with pytest.raises(SnapshotWriteError, match=" needed, "):
-        write(tmp_path, disk, make_room=make_room)
+        write(tmp_path, disk, reclaim=reclaim)
     assert str(error) in caplog.text
 
 
-def test_disk_that_does_not_tell_its_room_is_written_to(tmp_path):
+def test_disk_that_does_not_report_its_free_space_is_written_to(tmp_path):
     disk = Disk(free_bytes=[errno.ENOTSUP])
-    disk.room = 0
+    disk.free = 0
     assert write(tmp_path, disk).bytes == FILE_BYTES
 
 
-def test_room_is_of_the_disk_that_holds_the_folder_and_unknown_where_there_is_none(tmp_path):
+def test_free_space_is_that_of_the_folders_disk_and_unknown_without_a_folder(tmp_path):
     files = FileSystem()
     free_bytes = DiskSpace(tmp_path, files).free_bytes()
     assert 0 <= free_bytes <= os.statvfs(tmp_path).f_blocks * os.statvfs(tmp_path).f_frsize
@@ -275,11 +275,11 @@ def test_failed_call_is_answered_by_one_whole_new_file(tmp_path, failure, number
 
 
 @pytest.mark.parametrize("call", ["open", "write", "fsync", "close", "rename"])
-def test_second_failure_is_told_with_its_cause_and_leaves_nothing(tmp_path, call):
+def test_second_failure_is_raised_with_its_cause_and_leaves_nothing(tmp_path, call):
     files = Failing({(call, count): errno.EIO for count in range(100)})
     store = SnapshotStore(tmp_path, files=files)
     with pytest.raises(
-        SnapshotWriteError, match=r"was not written: \[Errno 5\].*; nor the first time: \[Errno 5\]"
+        SnapshotWriteError, match=r"was not written: \[Errno 5\].*; the first attempt failed too: \[Errno 5\]"
     ) as caught:
         commit(store)
     assert isinstance(caught.value.__cause__, OSError)
@@ -290,7 +290,7 @@ def test_second_failure_is_told_with_its_cause_and_leaves_nothing(tmp_path, call
     assert [found.path for found in store.incomplete()] == [caught.value.path.parent]
 
 
-def test_full_disk_is_told_with_its_remedy(tmp_path):
+def test_full_disk_is_reported_with_its_remedy(tmp_path):
     store = SnapshotStore(tmp_path, files=Failing({("preallocate", count): errno.ENOSPC for count in range(9)}))
     with pytest.raises(SnapshotWriteError, match=r"No space left on device.*Free space on"):
         commit(store)
@@ -310,7 +310,7 @@ def test_file_system_that_cannot_preallocate_is_written_all_the_same(tmp_path, n
 def test_snapshot_whose_name_is_not_durable_is_not_acknowledged(tmp_path, count):
     files = Failing({("fsync_folder", count): errno.EIO})
     store = SnapshotStore(tmp_path, files=files)
-    with pytest.raises(SnapshotWriteError, match="is whole, but its name may be lost"):
+    with pytest.raises(SnapshotWriteError, match="is complete, but its name may be lost"):
         commit(store)
     assert sum(call[0] == "fsync_folder" for call in files.calls) == count + 1  # not tried again
     assert sum(call[0] == "open" for call in files.calls) == 1
@@ -321,7 +321,7 @@ def test_file_system_without_folder_sync_is_accepted(tmp_path):
     assert commit(store) == store.get()
 
 
-def test_failure_to_make_the_folder_is_told(tmp_path):
+def test_failure_to_make_the_folder_is_raised(tmp_path):
     store = SnapshotStore(tmp_path / "gone")
     with pytest.raises(SnapshotWriteError, match="No such file or directory"):
         commit(store)
@@ -332,9 +332,9 @@ def test_final_name_that_exists_is_not_overwritten(store):
     snapshot = commit(store)
     before = snapshot.paths[0].read_bytes()
     files = Recorded()
-    with pytest.raises(SnapshotWriteError, match="exists already, and a snapshot is never overwritten"):
+    with pytest.raises(SnapshotWriteError, match="already exists, and a snapshot is never overwritten"):
         SnapshotStore(store.root, files=files).write(SMALL, stamp(), chunks_of(99))
-    assert files.calls == []  # told before gigabytes are written
+    assert files.calls == []  # refused before gigabytes are written
     assert os.listdir(snapshot.paths[0].parent) == [snapshot.paths[0].name]
     assert snapshot.paths[0].read_bytes() == before
 
@@ -352,7 +352,7 @@ def test_name_taken_during_the_write_is_not_overwritten(tmp_path, refuses):
             (folder,) = tmp_path.iterdir()
             (folder / "rank-00000-of-00001.safetensors").write_bytes(b"theirs")
 
-    with pytest.raises(SnapshotWriteError, match="exists already"):
+    with pytest.raises(SnapshotWriteError, match="already exists"):
         commit(SnapshotStore(tmp_path, files=Raced()))
     (folder,) = tmp_path.iterdir()
     assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [
@@ -439,7 +439,9 @@ def test_prepare_makes_the_folder_and_its_parents_durable_and_leaves_no_file(tmp
     files = Recorded()
     SnapshotStore(tmp_path / "a" / "b", files=files).prepare()
     made = [("make_folder", "a"), ("fsync_folder", tmp_path.name), ("make_folder", "b"), ("fsync_folder", "a")]
-    older = [("fsync_folder", folder.name) for folder in reversed(tmp_path.parents)]  # their maker may have been killed
+    older = [
+        ("fsync_folder", folder.name) for folder in reversed(tmp_path.parents)
+    ]  # whose makers may have been killed
     assert files.calls[: 4 + len(older)] == made + older
     assert [call[0] for call in files.calls[4 + len(older) :]] == ["open", "write", "fsync", "close", "unlink"]
     assert list((tmp_path / "a" / "b").iterdir()) == []
@@ -447,7 +449,7 @@ def test_prepare_makes_the_folder_and_its_parents_durable_and_leaves_no_file(tmp
 
 
 @pytest.mark.parametrize("call", ["make_folder", "fsync_folder", "open", "write", "fsync", "close", "unlink"])
-def test_folder_that_cannot_be_written_is_told_with_reason_and_remedy(tmp_path, call):
+def test_folder_that_cannot_be_written_is_reported_with_reason_and_remedy(tmp_path, call):
     files = Failing({(call, 0): errno.EACCES})
     root = tmp_path / "new"
     with pytest.raises(

@@ -1,6 +1,6 @@
-"""What leaves a snapshot folder: pins, hiding, removal, and what dead processes left.
+"""Removing snapshots from a folder: pins, hiding, unlinking, and files of dead processes.
 
-Oracles: the recorded order of file system calls, and the folder itself. What a crash leaves is in tests/crash.
+Oracles: the recorded order of file system calls, and the folder itself. Crashes are tested in tests/crash.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.support.small_snapshots import A, B, Failing, Recorded, commit, conte
 
 @pytest.fixture
 def store(tmp_path):
-    """One with three snapshots."""
+    """A store with three snapshots."""
     made = SnapshotStore(tmp_path / "snapshots")
     made.prepare()
     for step in (10, 20, 30):
@@ -44,7 +44,7 @@ def changes(calls):
     return [call for call in calls if call != ("close", "read")]
 
 
-def signature_of_the_dead():
+def signature_of_a_dead_process():
     code = "from nitrous_ema._base.processes import signature; import sys; sys.stdout.write(signature())"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
 
@@ -82,7 +82,7 @@ def test_nothing_is_unlinked_before_it_is_durably_hidden(store):
 def test_nothing_is_unlinked_if_hiding_cannot_be_made_durable(store):
     store.hide(store.snapshots()[:1])
     other, calls = watched(store, Failing({("fsync_folder", 0): errno.EIO}))
-    with pytest.raises(SnapshotError, match=r"Nothing was removed: the names in .* are not durable"):
+    with pytest.raises(SnapshotError, match=r"nothing was removed, since its names could not be made durable"):
         other.remove_hidden()
     assert [call[0] for call in calls] == ["rename", "fsync_folder"]
     with pytest.raises(SnapshotError, match="may come back if the machine stops"):
@@ -108,7 +108,7 @@ def everything_in_trash(store):
     return {path for folder in store.hidden() for path in (folder, *folder.rglob("*"))}
 
 
-def test_link_that_was_hidden_is_removed_and_what_it_leads_to_is_not(store, tmp_path):
+def test_hidden_link_is_removed_and_its_target_is_not(store, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     (store.root / folder_of(10)).rename(elsewhere)
     (store.root / folder_of(10)).symlink_to(elsewhere)
@@ -135,7 +135,7 @@ def test_file_system_without_exclusive_rename_hides_too(store):
 
 
 @pytest.mark.parametrize("call", ["rename", "unlink", "remove_folder"])
-def test_refusal_of_the_system_is_told_with_its_remedy(store, call):
+def test_error_of_the_system_is_raised_with_its_remedy(store, call):
     ten, twenty = store.get(10), store.get(20)
     store.hide([ten] if call != "rename" else [])
     other, _ = watched(store, Failing({(call, 0): errno.EACCES}))
@@ -152,7 +152,7 @@ def test_one_that_cannot_be_removed_does_not_keep_the_others(store):
     assert [path.name.split(".")[1] for path in store.hidden()] == [f"trash-{folder_of(10).split('.')[0]}"]
 
 
-def test_file_that_somebody_still_has_open_on_a_network_disk_is_removed_another_time(store):
+def test_file_that_is_open_on_a_network_disk_is_removed_another_time(store):
     store.hide([store.get(10)])
     other, _ = watched(store, Failing({("unlink", 0): errno.EBUSY}))
     assert other.remove_hidden() == 0
@@ -160,7 +160,7 @@ def test_file_that_somebody_still_has_open_on_a_network_disk_is_removed_another_
     assert store.hidden() == []
 
 
-def test_what_was_hidden_just_now_is_left_to_its_readers(store):
+def test_recently_hidden_snapshot_is_left_to_its_readers(store):
     store.hide([store.get(10)])
     assert store.remove_hidden(older_than_seconds=600) == 0
     store.prepare()
@@ -182,7 +182,7 @@ def test_two_processes_that_do_the_same_do_no_harm(store, refuses):
     chosen = store.snapshots()[:2]
 
     class Overtaken(Recorded):
-        """Just before each of its calls somebody else does all of the same."""
+        """Just before each of its calls, another process makes all of the same calls."""
 
         def note(self, call, name, *more):
             if call in ("rename", "unlink", "remove_folder"):
@@ -225,7 +225,7 @@ def test_pin_is_a_durable_note(store):
     assert store.pins() == frozenset()
 
 
-def test_pin_of_what_is_not_there_is_told_and_leaves_no_note(store):
+def test_pin_of_a_missing_snapshot_is_refused_and_leaves_no_note(store):
     (store.root / folder_of(25)).mkdir()
     for step, run, nearest in ((25, A, "20 and 30"), (5, A, "10"), (20, B, "none")):
         with pytest.raises(SnapshotNotFound, match=f"no snapshot of step {step} of run {run} to pin.*there: {nearest}"):
@@ -247,7 +247,7 @@ def test_foreign_notes_are_passed_over(store):
     assert store.pins() == frozenset()
 
 
-def test_failure_to_pin_is_told(store):
+def test_failure_to_pin_is_raised(store):
     for pin in (lambda store: store.pin(20, A), lambda store: store.unpin(20, A)):
         other, _ = watched(store, Failing({("fsync_folder", 0): errno.EIO}))
         with pytest.raises(SnapshotError, match=r"pin-000000000020-.* could not be (written|removed)"):
@@ -321,14 +321,14 @@ def test_pinned_one_whose_name_is_taken_again_stays_hidden(store, caplog):
     shutil.copytree(store.root / folder_of(10), store.root / f".trash-{folder_of(10)}", dirs_exist_ok=True)
     assert store.remove_hidden() == 0
     assert len(store.hidden()) == 1
-    assert "could not be brought back" in caplog.text
+    assert "could not be renamed back" in caplog.text
 
 
 # Readers
 
 
 class While(FileSystem):
-    """Before its call number ``at``, of those that readers make, something happens."""
+    """Calls ``happens`` just before call number ``at`` of a reader."""
 
     def __init__(self, at, happens):
         self.left, self.happens = at, happens
@@ -365,22 +365,22 @@ READS = {
 
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("removed", [False, True], ids=["hidden", "removed"])
-def test_no_reader_is_hurt_by_what_leaves_the_folder_at_any_moment(tmp_path, read, removed):
-    """Each moment of a reader, all that it has listed leaves, and is replaced by one snapshot or was followed by it."""
+def test_no_reader_fails_when_listed_snapshots_are_dropped_at_any_moment(tmp_path, read, removed):
+    """At each call of a reader, all that it has listed is dropped, and one new snapshot is written."""
     for at in range(1, 40):
         writer = SnapshotStore(tmp_path / str(at))
         writer.prepare()
         for step in (10, 20, 40) if read == "get of a step" else (10, 20):
             commit(writer, step)
 
-        def leave(writer=writer):
-            leaving = writer.snapshots()
+        def drop_listed(writer=writer):
+            listed = writer.snapshots()
             commit(writer, 50)
-            writer.hide([each for each in leaving if read != "get of a step" or each.step != 40])
+            writer.hide([each for each in listed if read != "get of a step" or each.step != 40])
             if removed:
                 writer.remove_hidden()
 
-        files = While(at, leave)
+        files = While(at, drop_listed)
         found = READS[read](SnapshotStore(writer.root, files=files))
         assert found in {"runs": [[A]], "get of a step": [(40, A)]}.get(read, [[], (20, A), (50, A)])
         if files.left > 0:
@@ -397,7 +397,7 @@ def test_reader_finds_what_was_hidden_since_it_listed(store):
         store.remove_hidden()  # a file that is open is read to its end
         assert files.read_into(path, begin, out) == len(out)
     assert bytes(out) == content(10).tobytes()
-    with pytest.raises(SnapshotNotFound, match=f"{path}: listed a moment ago, gone now"), OpenFiles([path]):
+    with pytest.raises(SnapshotNotFound, match=f"{path} was deleted after it was listed"), OpenFiles([path]):
         pass
 
 
@@ -408,7 +408,7 @@ def test_file_that_is_no_snapshots_is_looked_for_under_its_own_name_only(tmp_pat
         pass
 
 
-# What dead processes left
+# Files of dead processes
 
 
 def leave(store, writer, folder=None, name=".rank-00000-of-00001.safetensors."):
@@ -420,7 +420,7 @@ def leave(store, writer, folder=None, name=".rank-00000-of-00001.safetensors."):
 
 
 def test_temporary_files_of_the_provably_dead_are_removed(store):
-    dead, alive = signature_of_the_dead(), signature()
+    dead, alive = signature_of_a_dead_process(), signature()
     here = alive.split(".")
     gone = [leave(store, dead), leave(store, dead, folder_of(20)), leave(store, dead, "", ".probe.")]
     kept = [
@@ -430,7 +430,7 @@ def test_temporary_files_of_the_provably_dead_are_removed(store):
         leave(store, ".".join([here[0], "0" * 16, *here[2:]]), folder_of(27)),  # another boot, but new
         leave(store, ".".join(["0" * 16, "0" * 16, *here[2:]]), folder_of(27)),  # another host
         leave(store, ".".join([*here[:2], "1", *here[3:]]), folder_of(27)),  # another container
-        leave(store, dead, folder_of(28), ".somebody-elses."),
+        leave(store, dead, folder_of(28), ".another-writers."),
     ]
     writers = {each.path: each.writer for each in store.temporary()}
     assert {path for path, writer in writers.items() if writer == "gone"} == set(gone)
@@ -443,7 +443,10 @@ def test_temporary_files_of_the_provably_dead_are_removed(store):
 
 
 def test_failure_to_clean_up_is_logged_and_nothing_else(store, caplog):
-    first, second = leave(store, signature_of_the_dead()), leave(store, signature_of_the_dead(), folder_of(26))
+    first, second = (
+        leave(store, signature_of_a_dead_process()),
+        leave(store, signature_of_a_dead_process(), folder_of(26)),
+    )
     with caplog.at_level(logging.WARNING):
         watched(store, Failing({("unlink", 0): errno.EACCES}))[0].prepare()
     assert "could not be cleaned up" in caplog.text
@@ -472,7 +475,7 @@ def test_folder_that_vanishes_before_its_first_file_is_made_again(store):
     assert store.get().step == 40
 
 
-def test_temporary_name_tells_who_writes(tmp_path):
+def test_temporary_name_names_its_writer(tmp_path):
     class Looking(Recorded):
         def fsync(self, descriptor):
             found.extend(SnapshotStore(tmp_path).temporary())
