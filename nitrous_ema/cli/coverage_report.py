@@ -1,20 +1,20 @@
-"""Which lengths a folder's snapshots can give, and how well they give those that are asked for: for ``inspect``.
+"""Which lengths a folder's snapshots support, and how accurate requested lengths would be: for ``inspect``.
 
-Everything is computed from the snapshots' times and profiles; no number of theirs is read.
+Everything is computed from the snapshots' times and profiles; no tensor data is read.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nitrous_ema._base.arguments import format_bytes, pluralize
+from nitrous_ema._base.options import Steps
 from nitrous_ema.cli.terminal import columns, paragraph, percent
 from nitrous_ema.posthoc import select_mixed_steps
 from nitrous_ema.posthoc.coverage import LONGEST, SHORTEST, Stretch, covered_lengths, gap_errors2
@@ -27,27 +27,48 @@ from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis.plan import Plan, lengths_of, plan_at, plan_synthesis
 
 _LIMITS = (0.01, 0.05)
-_ROUNDING = 1e-3  # of a weight: as the report warns of
+_ROUNDING = 1e-3  # of a weight: the limit above which the synthesis report warns
 _ERROR_TO_EXPLAIN = 0.01
 _GAP_TO_NAME = 0.3  # of the squared error
-_WIDER = 1.5  # than the gaps beside it; else it is not the gap but the spacing that is to blame
-_SOLVES_ALONE = 20_000  # snapshots times lengths that are also looked at one by one: a few seconds
+_WIDER = 1.5  # than the gaps beside it; otherwise the spacing is the cause, not this gap
+_SOLVES_ALONE = 20_000  # snapshots times lengths up to which each length is also solved alone: a few seconds
 
 
-def covered(options: argparse.Namespace, store: SnapshotStore) -> dict[str, Any] | None:
-    """The lengths that averages can have which end at the newest snapshot; None if there is none that can be read."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LengthRequest:
+    """Averages whose errors are predicted. The lengths are given as ``sigma_rels`` or as ``gammas``."""
+
+    sigma_rels: Sequence[float] | None = None
+    """Lengths."""
+    gammas: Sequence[float] | None = None
+    """The same as exponents."""
+    steps: Steps | None = None
+    """Target steps; None for the newest snapshot."""
+    tolerance: float
+    """Relative profile error that may be added to read fewer snapshots."""
+
+
+def coverage(source: SnapshotStore | LegacyFolder, run: str | None, exclude: Collection[int]) -> dict[str, Any] | None:
+    """Return the lengths that averages at the newest snapshot can have; None without a readable snapshot.
+
+    Args:
+        source: The folder.
+        run: Last run of the lineage to read; None for the newest. An old folder has no runs.
+        exclude: Steps to ignore.
+    """
     listed: Sequence[Snapshot | SnapshotView]
-    if old_profiles_given(options):
-        listed = _old_folder(options).snapshots(exclude=options.exclude)
+    if isinstance(source, LegacyFolder):
+        listed = source.snapshots(exclude=exclude)
     else:
-        listed = [each for each in store.examine(options.run).snapshots if each.step not in options.exclude]
+        # examine() lists damaged snapshots apart, where snapshots() would raise.
+        listed = [each for each in source.examine(run).snapshots if each.step not in exclude]
     if not listed:
         return None
     last, times, gammas = listed[-1], [each.t for each in listed], [_gammas(each) for each in listed]
     dtype = last.layout.checkpoint_dtype if isinstance(last, Snapshot) else last.averages[0].dtype
     t_i = np.repeat(times, [len(each) for each in gammas])
-    quiet = _ROUNDING / rounding_of(dtype)
-    limits = [(error, norm) for error in _LIMITS for norm in (math.inf, quiet)]
+    largest_norm = _ROUNDING / rounding_of(dtype)
+    limits = [(error, norm) for error in _LIMITS for norm in (math.inf, largest_norm)]
     found = covered_lengths(t_i, np.concatenate(gammas), last.t, limits=limits)
     return {
         "step": last.step,
@@ -62,38 +83,45 @@ def covered(options: argparse.Namespace, store: SnapshotStore) -> dict[str, Any]
     }
 
 
-def asked(options: argparse.Namespace, store: SnapshotStore) -> list[dict[str, Any]]:
-    """What a synthesis of the lengths asked for would read, and how good it would be: one entry for each step."""
-    wanted = {"sigma_rels": options.sigma_rel, "gammas": options.gamma, "tolerance": options.tolerance}
-    lengths_of(options.gamma, options.sigma_rel)
-    if old_profiles_given(options):
-        folder = _old_folder(options)
-        moments = folder.snapshots(exclude=options.exclude)
-        steps = [each.step for each in moments] if options.step == "all" else options.step or [None]
+def predictions(
+    source: SnapshotStore | LegacyFolder, request: LengthRequest, run: str | None, exclude: Collection[int]
+) -> list[dict[str, Any]]:
+    """Return what a synthesis would read and how accurate it would be, one entry for each target step.
+
+    Args:
+        source: The folder.
+        request: Lengths, target steps and tolerance.
+        run: Last run of the lineage to read; None for the newest. An old folder has no runs.
+        exclude: Steps to ignore.
+
+    Raises:
+        ValueError: A length or the tolerance is outside its domain.
+        SnapshotNotFound: A target step has no snapshot.
+    """
+    lengths_of(request.gammas, request.sigma_rels)  # raises for wrong lengths before the folder is read
+    plan_options: dict[str, Any] = {
+        "sigma_rels": request.sigma_rels,
+        "gammas": request.gammas,
+        "tolerance": request.tolerance,
+        "excluded": exclude,
+    }
+    if isinstance(source, LegacyFolder):
+        views = source.snapshots(exclude=exclude)
         return [
             _described(
-                plan_synthesis(moments, target=target, excluded=options.exclude, **wanted),
-                [each for each in moments if each.t <= target.t],
+                plan_synthesis(views, target=target, **plan_options), [each for each in views if each.t <= target.t]
             )
-            for target in (folder.get(step, exclude=options.exclude) for step in steps)
+            for target in (source.get(step, exclude=exclude) for step in _target_steps(request, views))
         ]
-    listed = store.snapshots(options.run, exclude=options.exclude)
-    steps = [each.step for each in listed] if options.step == "all" else options.step or [None]
+    listed = source.snapshots(run, exclude=exclude)
     return [
-        _described(
-            plan_at(target, listed, excluded=options.exclude, **wanted), [each for each in listed if each.t <= target.t]
-        )
-        for target in (store.get(step, options.run, exclude=options.exclude) for step in steps)
+        _described(plan_at(target, listed, **plan_options), [each for each in listed if each.t <= target.t])
+        for target in (source.get(step, run, exclude=exclude) for step in _target_steps(request, listed))
     ]
 
 
-def old_profiles_given(options: argparse.Namespace) -> bool:
-    """Whether the folder is said to be one of nitrous-ema 0.0.1 or ema-pytorch."""
-    return options.sigma_rels is not None or options.gammas is not None
-
-
-def _old_folder(options: argparse.Namespace) -> LegacyFolder:
-    return LegacyFolder(Path(options.folder), sigma_rels=options.sigma_rels, gammas=options.gammas)
+def _target_steps(request: LengthRequest, listed: Sequence[Snapshot | SnapshotView]) -> Sequence[int | None]:
+    return [each.step for each in listed] if request.steps == "all" else request.steps or [None]
 
 
 def _gammas(snapshot: Snapshot | SnapshotView) -> Sequence[float]:
@@ -105,7 +133,12 @@ def _plain(stretches: Sequence[Stretch]) -> list[list[float]]:
 
 
 def _described(plan: Plan, candidates: Sequence[Snapshot | SnapshotView]) -> dict[str, Any]:
-    """A plan in plain values."""
+    """Return a plan in plain values.
+
+    Args:
+        plan: The plan for one target step.
+        candidates: Snapshots up to the target, ascending.
+    """
     report, dtypes = plan.report, {column.source.dtype for column in plan.columns}
     per_length = zip(plan.sigma_rels, plan.gammas, _steps_alone(plan, candidates), strict=True)
     return {
@@ -140,7 +173,7 @@ def _described(plan: Plan, candidates: Sequence[Snapshot | SnapshotView]) -> dic
 
 
 def _steps_alone(plan: Plan, candidates: Sequence[Snapshot | SnapshotView]) -> list[int | None]:
-    """Steps that each length would need by itself; None where there are too many to look."""
+    """Return how many snapshots each length would need alone; None if there are too many to solve for."""
     if len(candidates) * len(plan.gammas) > _SOLVES_ALONE:
         return [None] * len(plan.gammas)
     times, gammas = [each.t for each in candidates], [_gammas(each) for each in candidates]
@@ -151,20 +184,22 @@ def _steps_alone(plan: Plan, candidates: Sequence[Snapshot | SnapshotView]) -> l
 
 
 def _finite(number: float) -> float | None:
-    """JSON has nothing else."""
+    """Return None for numbers that JSON cannot hold."""
     return number if math.isfinite(number) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Why a length does not come out well
+# Why a length is inaccurate
 
 
 def _causes(plan: Plan, candidates: Sequence[Snapshot | SnapshotView]) -> list[str]:
-    """One sentence per thing that stands in the way of lengths whose error stays above 1 %, with what would help."""
+    """Return one sentence for each cause of profile errors above 1 %, with its lengths and a remedy."""
     gammas = tuple(_gammas(candidates[-1]))
     poor = [place for place, error in enumerate(plan.profile_error_of_all) if error > _ERROR_TO_EXPLAIN]
+    # gap_errors2 needs every profile at every time.
     if not poor or any(tuple(_gammas(each)) != gammas for each in candidates):
         return []
+    # Reversed: of snapshots with one training time, the first one names the time's step.
     by_time = {each.t: each.step for each in reversed(candidates)}
     times = sorted(by_time)
     errors2 = gap_errors2(times, gammas, plan.target.t, np.array(plan.gammas)[poor])
@@ -172,20 +207,27 @@ def _causes(plan: Plan, candidates: Sequence[Snapshot | SnapshotView]) -> list[s
     found = sorted(
         (_cause(shares[:, row], times, plan.sigma_rels[place], gammas), place, row) for row, place in enumerate(poor)
     )
-    told = []
+    sentences = []
     for cause, group in groupby(found, key=lambda each: each[0]):
         members = list(group)
         lengths = ", ".join(f"{plan.sigma_rels[place]:.4g}" for _, place, _ in members)
         share = min(float(shares[cause[1], row]) for _, _, row in members) if cause[1] >= 0 else 0.0
-        told.append(_sentence(cause, f"sigma_rel {lengths}", share, [by_time[t] for t in times], gammas))
-    return told
+        sentences.append(_sentence(cause, f"sigma_rel {lengths}", share, [by_time[t] for t in times], gammas))
+    return sentences
 
 
 _START, _GAP, _SHORTER, _LONGER, _FEW = range(5)
 
 
 def _cause(shares: FloatArray, times: Sequence[float], sigma_rel: float, gammas: Sequence[float]) -> tuple[int, int]:
-    """The kind, and the gap that it is about or -1."""
+    """Return the kind of cause and the place of its gap, or -1 for kinds without a gap.
+
+    Args:
+        shares: Share of each gap in the squared error, shape [gaps]; gap 0 lies before the first snapshot.
+        times: Training times of the snapshots, ascending.
+        sigma_rel: The length.
+        gammas: Exponents of the tracked profiles.
+    """
     largest, widths = int(shares.argmax()), np.diff(times)
     tracked = [float(gamma_to_sigma_rel(gamma)) for gamma in gammas]
     if shares[largest] > _GAP_TO_NAME and largest == 0:
@@ -202,50 +244,49 @@ def _cause(shares: FloatArray, times: Sequence[float], sigma_rel: float, gammas:
 def _sentence(cause: tuple[int, int], which: str, share: float, steps: Sequence[int], gammas: Sequence[float]) -> str:
     kind, gap = cause
     tracked = sorted(float(gamma_to_sigma_rel(gamma)) for gamma in gammas)
-    there = pluralize(len(steps), "snapshot")
+    existing = pluralize(len(steps), "snapshot")
     if kind == _START:
         return (
-            f"{which}: at least {100 * share:.0f} % of the squared error is from before the first snapshot (step "
-            f"{steps[0]}). Take snapshots from early on: a few, closer together than later, are enough "
-            "(keep=KeepGeometric). Or ask for shorter lengths."
+            f"{which}: at least {100 * share:.0f} % of the squared error comes from before the first snapshot (step "
+            f"{steps[0]}). Take snapshots earlier in training: a few that are closer together than later ones are "
+            "enough (keep=KeepGeometric). Or request shorter lengths."
         )
     if kind == _GAP:
         return (
-            f"{which}: at least {100 * share:.0f} % of the squared error is from the gap between steps "
-            f"{steps[gap - 1]} and {steps[gap]}. A snapshot in between would help, if one was excluded or can be had; "
-            "else ask for a length nearer to a tracked one, or for an average that ends at another step."
+            f"{which}: at least {100 * share:.0f} % of the squared error comes from the gap between steps "
+            f"{steps[gap - 1]} and {steps[gap]}. Include a snapshot in between if one was excluded or can be restored. "
+            "Otherwise request a length closer to a tracked one, or another target step."
         )
     if kind == _SHORTER:
         return (
-            f"{which}: shorter than the shortest tracked length ({tracked[0]:.4g}), and {there} are too far apart for "
-            "that. Take snapshots more often, or track a shorter profile."
+            f"{which}: shorter than the shortest tracked length ({tracked[0]:.4g}), and {existing} are too far apart "
+            "for it. Take snapshots more often, or track a shorter profile."
         )
     if kind == _LONGER:
         return (
-            f"{which}: longer than the longest tracked length ({tracked[-1]:.4g}), and {there} are too few for that. "
-            "Take snapshots more often, from early on, or track a longer profile."
+            f"{which}: longer than the longest tracked length ({tracked[-1]:.4g}), and {existing} are too few for it. "
+            "Take snapshots more often and from early on, or track a longer profile."
         )
-    return f"{which}: {there} are too few. Take snapshots more often, or track a profile nearer to that length."
+    return f"{which}: {existing} are too few. Take snapshots more often, or track a profile closer to this length."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In words
+# As text
 
 
-def covered_lines(found: dict[str, Any]) -> list[str]:
-    """What ``covered`` says, for people."""
+def coverage_lines(found: dict[str, Any]) -> list[str]:
+    """Return the result of ``coverage`` as lines of text."""
     profiles = ", ".join(f"{each:.4g}" for each in found["sigma_rels"])
-    told = [f"lengths of averages that end at step {found['step']}, from {pluralize(found['snapshots'], 'snapshot')}:"]
+    lines = [f"supported lengths at step {found['step']}, from {pluralize(found['snapshots'], 'snapshot')}:"]
     for each in found["within"]:
-        lines = paragraph(f"  within {100 * each['profile_error']:g} %", _stretches(each["lengths"]))
+        lines += paragraph(f"  profile error up to {100 * each['profile_error']:g} %", _stretches(each["lengths"]))
         if _ends(each["lengths"]) != _ends(each["with_little_rounding"]):
             lines += paragraph(
-                "            ",
-                f"{_stretches(each['with_little_rounding'])} if the rounding of {found['checkpoint_dtype']} is to "
-                f"stay below {found['rounding_limit']:g} of a weight",
+                "                         ",
+                f"{_stretches(each['with_little_rounding'])} with a {found['checkpoint_dtype']} rounding error of up "
+                f"to {found['rounding_limit']:g} of a weight",
             )
-        told += lines
-    return [*told, f"  tracked    sigma_rel {profiles}"]
+    return [*lines, f"  tracked                  sigma_rel {profiles}"]
 
 
 def _ends(stretches: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
@@ -253,37 +294,37 @@ def _ends(stretches: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
 
 
 def _stretches(stretches: Sequence[Sequence[float]]) -> str:
-    """Rounded into each stretch, so that what is said holds."""
+    """Return ranges of lengths as text, rounded inwards: every printed length is supported."""
     words = []
     for shortest, longest, *_ in stretches:
         first, last = _rounded(shortest, math.ceil), _rounded(longest, math.floor)
-        if first > last:
+        if first > last:  # the range is narrower than the rounding
             words.append(f"{math.sqrt(shortest * longest):.4g}")
             continue
         begin = f"{SHORTEST:g} or less" if shortest < 1.0001 * SHORTEST else f"{first:.3g}"
-        words.append(f"{begin} to {'the longest there is' if longest > 0.9999 * LONGEST else f'{last:.3g}'}")
+        words.append(f"{begin} to {'the maximum' if longest > 0.9999 * LONGEST else f'{last:.3g}'}")
     return f"sigma_rel {'; '.join(words)}" if words else "no length"
 
 
 def _rounded(number: float, towards: Any) -> float:
-    """Three digits."""
+    """Return a number rounded to three digits by ``math.ceil`` or ``math.floor``."""
     unit = 10.0 ** (math.floor(math.log10(number)) - 2)
     return float(towards(number / unit) * unit)
 
 
-def asked_lines(found: dict[str, Any]) -> list[str]:
-    """One entry of ``asked``, for people."""
-    together = f"{len(found['lengths'])} together: " if len(found["lengths"]) > 1 else ""
-    told = [f"averages that end at step {found['step']}, within {found['tolerance']:g} of what all snapshots give:"]
-    told += paragraph(
+def prediction_lines(found: dict[str, Any]) -> list[str]:
+    """Return one entry of ``predictions`` as lines of text."""
+    together = f"{len(found['lengths'])} lengths together: " if len(found["lengths"]) > 1 else ""
+    lines = [f"predicted errors at target step {found['step']}, tolerance {found['tolerance']:g}:"]
+    lines += paragraph(
         " ",
-        f"{together}{len(found['steps_read'])} of {pluralize(found['candidates'], 'snapshot')} "
-        f"{'is' if len(found['steps_read']) == 1 else 'are'} read "
-        f"(no fewer than {found['lower_bound']} would do), {pluralize(found['columns'], 'column')}, "
-        f"{format_bytes(found['bytes_to_read'])}; condition {_number(found['condition'])}",
+        f"{together}synthesis reads {len(found['steps_read'])} of {pluralize(found['candidates'], 'snapshot')} "
+        f"(at least {found['lower_bound']} needed), {pluralize(found['columns'], 'stored average')}, "
+        f"{format_bytes(found['bytes_to_read'])}; condition number {_number(found['condition'])}",
     )
     stored = "/".join(found["stored_dtypes"])
-    rows = [["sigma_rel", "gamma", "error", "with all", "amplification", f"rounding ({stored})", "steps alone", ""]]
+    heads = "sigma_rel", "gamma", "error", "error with all", "amplification", f"rounding ({stored})", "snapshots alone"
+    rows = [[*heads, ""]]
     rows += [
         [
             f"{each['sigma_rel']:.4g}",
@@ -297,12 +338,12 @@ def asked_lines(found: dict[str, Any]) -> list[str]:
         ]
         for each in found["lengths"]
     ]
-    told += columns(rows)
+    lines += columns(rows)
     for warning in found["warnings"]:
-        told += paragraph("warning:", warning)
+        lines += paragraph("warning:", warning)
     for cause in found["causes"]:
-        told += paragraph("why:", cause)
-    return told
+        lines += paragraph("cause:", cause)
+    return lines
 
 
 def _number(number: float | None) -> str:

@@ -1,10 +1,9 @@
-"""The whole way on real data: train, snapshot while training, synthesize afterwards, choose the EMA length.
+"""``nitrous-ema demo``: train, take snapshots while training, synthesize averages afterwards, choose the EMA length.
 
 A small diffusion model (Karras et al. 2022, arXiv:2206.00364, "EDM") learns the handwritten digits that scikit-learn
-ships. What it does with this library is in ``train`` and ``_choose``; all else is the model and its
-evaluation. Everything runs on the CPU.
+ships. ``train`` and ``_choose`` use this library; the rest is the model and its evaluation. Everything runs on the CPU.
 
-Somewhat longer than the house's 300 lines: an example is read from top to bottom, in one file.
+This file is somewhat longer than 300 lines because an example is read from top to bottom, in one file.
 """
 
 from __future__ import annotations
@@ -29,53 +28,58 @@ from nitrous_ema.search.plot import plot_images, plot_sweep
 from nitrous_ema.search.table import SweepTable
 
 SIGMA_RELS = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.125, 0.15, 0.175, 0.2, 0.25)
-"""Lengths that are compared."""
+"""Lengths to compare."""
 LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2
-"""Noise levels to train on: log-normal (EDM's P_mean and P_std)."""
+"""Noise levels for training: log-normal (EDM's P_mean and P_std)."""
 EVALUATION_SEED = 20220601
+"""Seed of the evaluation's noise, equal for all models and seeds of the training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DemoSettings:
-    """Sizes that give a clear answer in about two minutes on two cores."""
+class DemoConfig:
+    """Folder and sizes. The defaults give a clear answer in about two minutes on two cores."""
 
+    out: Path
+    """Folder for all files."""
     steps: int = 3600
     """Optimizer steps."""
     snapshots: int = 40
-    """Snapshots, evenly spaced."""
+    """Number of snapshots, evenly spaced."""
     seed: int = 0
-    """Of the split, the weights and the training noise. The evaluation's noise is always the same."""
+    """Seed of the split, the weights and the training noise."""
     batch: int = 32
     """Digits per step."""
     learning_rate: float = 6e-3
-    """Of Adam; constant and high, because the average takes the noise out that this leaves in the weights."""
+    """Learning rate of Adam, constant and high: an average removes the noise that this leaves in the weights."""
     channels: int = 32
     """Width of the network."""
     blocks: int = 2
     """Residual blocks of the network."""
     draws: int = 4
-    """Noises that each held-out digit is evaluated with."""
+    """Noise samples per held-out digit in the evaluation."""
     samples_per_digit: int = 4
-    """Images drawn of each of the ten digits, by each of two networks."""
+    """Images of each of the ten digits that each of two networks samples."""
 
-    def quick(self) -> DemoSettings:
-        """The same in a few seconds, to see that everything works; the lengths hardly differ then."""
+    def quick(self) -> DemoConfig:
+        """Return a configuration that takes a few seconds and tests the installation; lengths hardly differ then."""
         return replace(self, steps=62, snapshots=12, channels=8, blocks=1, draws=1, samples_per_digit=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """Images of digits: pixels in [-1, 1], shape [images, 1, 8, 8], and which digit each one shows, [images]."""
+    """Images of digits."""
 
     pixels: Tensor
+    """Pixels in [-1, 1], shape [images, 1, 8, 8]."""
     labels: Tensor
+    """The digit in each image, shape [images]."""
 
 
 # ---- the model
 
 
 class ResidualBlock(nn.Module):
-    """Residual block of two convolutions, with the noise level and the digit added in between."""
+    """Residual block of two convolutions; the noise level and the digit are added between them."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -84,13 +88,13 @@ class ResidualBlock(nn.Module):
         self.second = nn.Sequential(nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Features of the same shape."""
+        """Return features of the same shape."""
         change: Tensor = self.second(self.first(x) + self.condition(condition)[:, :, None, None])
         return x + change
 
 
 class Denoiser(nn.Module):
-    """D(x; sigma): the expected clean image, given an image with Gaussian noise of standard deviation sigma.
+    """D(x; sigma): estimates the clean image from an image with Gaussian noise of standard deviation sigma.
 
     Source:
         Karras et al. 2022, arXiv:2206.00364, Eq. 7 and Table 1 (preconditioning).
@@ -107,12 +111,12 @@ class Denoiser(nn.Module):
         self.leave = nn.Conv2d(channels, 1, 3, padding=1)
 
     def forward(self, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-        """Clean images; sigma has the shape [images, 1, 1, 1]."""
+        """Return the estimated clean images; ``sigma`` has the shape [images, 1, 1, 1]."""
         c_skip, c_out, c_in, c_noise = preconditioning(sigma, self.sigma_data)
         return c_skip * noisy + c_out * self.network(c_in * noisy, c_noise, labels)
 
     def network(self, x: Tensor, c_noise: Tensor, labels: Tensor) -> Tensor:
-        """F of Eq. 7: input and output have unit variance at every noise level."""
+        """Return F of Eq. 7: its input and output have unit variance at every noise level."""
         condition = self.noise_level(c_noise.flatten(1)) + self.digit(labels)
         x = self.enter(x) + self.place
         for block in self.blocks:
@@ -122,26 +126,26 @@ class Denoiser(nn.Module):
 
 
 def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """c_skip, c_out, c_in and c_noise (Karras et al. 2022, Table 1)."""
+    """Return c_skip, c_out, c_in and c_noise (Karras et al. 2022, Table 1)."""
     total = sigma**2 + sigma_data**2
     return sigma_data**2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
 
 
 def edm_loss(model: nn.Module, images: Images, sigma: Tensor, noise: Tensor, sigma_data: float) -> Tensor:
-    """Loss of each image, shape [images] (Karras et al. 2022, Eq. 2; weight lambda = 1 / c_out ** 2, Table 1)."""
+    """Return losses, shape [images] (Karras et al. 2022, Eq. 2; weight lambda = 1 / c_out ** 2, Table 1)."""
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     denoised: Tensor = model(images.pixels + sigma * noise, sigma, images.labels)
     return (weight * (denoised - images.pixels) ** 2).mean((1, 2, 3))
 
 
 def random_sigma(count: int, generator: torch.Generator | None = None) -> Tensor:
-    """Noise levels to train on, shape [count, 1, 1, 1]."""
+    """Sample noise levels for training, shape [count, 1, 1, 1]."""
     return (LOG_SIGMA_MEAN + LOG_SIGMA_STD * torch.randn(count, 1, 1, 1, generator=generator)).exp()
 
 
 @torch.no_grad()
 def sample(model: nn.Module, noise: Tensor, labels: Tensor, steps: int = 18) -> Tensor:
-    """Draw images by the deterministic Heun sampler (Karras et al. 2022, Alg. 1 with the times of Eq. 5)."""
+    """Sample images with the deterministic Heun sampler (Karras et al. 2022, Alg. 1 with the times of Eq. 5)."""
     sigma_max, sigma_min, rho = 80.0, 0.002, 7
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     times = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
@@ -162,7 +166,7 @@ def sample(model: nn.Module, noise: Tensor, labels: Tensor, steps: int = 18) -> 
 
 
 def load_images() -> tuple[Images, Images]:
-    """The digits, four fifths to train on and one fifth held out."""
+    """Return the digits, split at random: four fifths for training, one fifth held out."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -173,29 +177,29 @@ def load_images() -> tuple[Images, Images]:
     return Images(pixels[training], labels[training]), Images(pixels[held_out], labels[held_out])
 
 
-def train(model: Denoiser, images: Images, settings: DemoSettings, snapshots: Path) -> str:
-    """Train, with snapshots of averages written in the background; returns the run's id."""
+def train(model: Denoiser, images: Images, config: DemoConfig) -> str:
+    """Train the model while snapshots are written in the background; return the run's id."""
     from tqdm import trange
 
-    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, betas=(0.9, 0.99))
-    every = settings.steps // settings.snapshots
-    with AsyncPostHocEMA(model, checkpoint_every_num_steps=every, checkpoint_folder=snapshots) as ema:
-        for _ in trange(settings.steps, desc="training", unit="step", leave=False):
-            chosen = torch.randint(len(images.labels), (settings.batch,))
+    optimizer = torch.optim.Adam(model.parameters(), config.learning_rate, betas=(0.9, 0.99))
+    every = config.steps // config.snapshots
+    with AsyncPostHocEMA(model, checkpoint_every_num_steps=every, checkpoint_folder=config.out / "snapshots") as ema:
+        for _ in trange(config.steps, desc="training", unit="step", leave=False):
+            chosen = torch.randint(len(images.labels), (config.batch,))
             batch = Images(images.pixels[chosen], images.labels[chosen])
             noise = torch.randn_like(batch.pixels)
-            loss = edm_loss(model, batch, random_sigma(settings.batch), noise, model.sigma_data).mean()
+            loss = edm_loss(model, batch, random_sigma(config.batch), noise, model.sigma_data).mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             ema.update()
-        ema.checkpoint()  # of the last step, unless it has one already
+        ema.checkpoint()  # of the last step; does nothing if that step has a snapshot
         return ema.run
 
 
 @torch.no_grad()
 def evaluate(model: Denoiser, images: Images, draws: int) -> Tensor:
-    """Mean loss of each image, shape [images]; every model meets the same noise, so that differences mean something."""
+    """Return the mean loss of each image, shape [images]; equal noise for all models makes them comparable."""
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
     total = torch.zeros(len(images.labels))
     for _ in range(draws):
@@ -213,20 +217,20 @@ def main(argv: Sequence[str] | None = None, stdout: TextIO | None = None) -> int
 
     Args:
         argv: Command line arguments without the program's name; those of the process by default.
-        stdout: Where the report goes.
+        stdout: File for the report; ``sys.stdout`` by default.
 
     Returns:
         Exit status 0.
 
     Raises:
-        MissingExtraError: What the demo needs beside the library is not installed.
+        MissingExtraError: A package of the extra ``demo`` is not installed.
     """
-    settings, out = _options(argv)
+    config = _configure(argv)
     missing = [name for name in ("sklearn", "matplotlib", "tqdm") if find_spec(name) is None]
     if missing:
         raise MissingExtraError(f"The demo needs {', '.join(missing)}: pip install 'nitrous-ema[demo]'")
-    with _reproducible(settings.seed):
-        for line in _run(settings, out):
+    with _reproducible(config.seed):
+        for line in _run(config):
             (stdout or sys.stdout).write(line + "\n")
             (stdout or sys.stdout).flush()
     return 0
@@ -234,7 +238,7 @@ def main(argv: Sequence[str] | None = None, stdout: TextIO | None = None) -> int
 
 @contextmanager
 def _reproducible(seed: int) -> Iterator[None]:
-    """Seed torch, and have it compute in one thread; both are undone at the end.
+    """Seed torch and limit it to one thread; restore both at the end.
 
     On two busy cores a second thread for a network this small made a step six times slower (measured).
     """
@@ -248,51 +252,51 @@ def _reproducible(seed: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _run(settings: DemoSettings, out: Path) -> Iterator[str]:
-    """All four stages; yields the report, line by line, as it comes."""
+def _run(config: DemoConfig) -> Iterator[str]:
+    """Run all stages; yield the report line by line while they run."""
     training, held_out = load_images()
-    model = Denoiser(settings.channels, settings.blocks, float(training.pixels.std()))
+    model = Denoiser(config.channels, config.blocks, float(training.pixels.std()))
     size = sum(parameter.numel() for parameter in model.parameters())
-    yield f"Training a denoiser of {size:,} parameters on {len(training.labels):,} digits, {settings.steps:,} steps."
-    snapshots = out / "snapshots"
+    yield f"Training a denoiser of {size:,} parameters on {len(training.labels):,} digits, {config.steps:,} steps."
+    snapshots = config.out / "snapshots"
     if snapshots.exists() and SnapshotStore(snapshots).runs():
-        yield f"{snapshots} has earlier runs; this one begins anew beside them."
+        yield f"{snapshots} contains earlier runs; this run does not continue them."
     began = time.monotonic()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This run.* begins anew", NitrousWarning)  # it does so on purpose
-        run = train(model, training, settings, snapshots)
-    yield f"Trained in {time.monotonic() - began:.0f} s, with snapshots written to {snapshots} meanwhile."
+        warnings.filterwarnings("ignore", "This run.* begins anew", NitrousWarning)  # intended here
+        run = train(model, training, config)
+    yield f"Trained in {time.monotonic() - began:.0f} s; snapshots were written to {snapshots} meanwhile."
 
-    yield from _choose(model, held_out, settings, out, run)
+    yield from _choose(model, held_out, config, run)
 
 
-def _choose(model: Denoiser, held_out: Images, settings: DemoSettings, out: Path, run: str) -> Iterator[str]:
-    """Evaluate every length, compare the best with the raw weights, and draw both."""
-    noise = torch.randn(10 * settings.samples_per_digit, 1, 8, 8)
-    labels = torch.arange(10).repeat(settings.samples_per_digit)
-    raw = evaluate(model, held_out, settings.draws)
+def _choose(model: Denoiser, held_out: Images, config: DemoConfig, run: str) -> Iterator[str]:
+    """Evaluate every length, compare the best with the raw weights, and sample images with both."""
+    noise = torch.randn(10 * config.samples_per_digit, 1, 8, 8)
+    labels = torch.arange(10).repeat(config.samples_per_digit)
+    raw = evaluate(model, held_out, config.draws)
     pictures = {"raw weights": sample(model, noise, labels)}
 
-    # An evaluation job does the same, on any machine that sees the folder, while training goes on.
+    # An evaluation job can do the same on any machine that can read the folder, even while training runs.
     table = sweep(
-        out / "snapshots",
-        lambda model: evaluate(model, held_out, settings.draws).mean(),
+        config.out / "snapshots",
+        lambda model: evaluate(model, held_out, config.draws).mean(),
         sigma_rels=SIGMA_RELS,
         model=model,
-        refine=0,  # these lengths are close enough already
+        refine=0,  # the given lengths are close enough to each other
         metric="loss on held-out digits",
-        results=out / "sweep.jsonl",
-        averages=out / "averages",
+        results=config.out / "sweep.jsonl",
+        averages=config.out / "averages",
         run=run,
     )
     last, best = table.rows[-1], table.best
     yield (
-        f"Synthesized {len(table.rows)} averages that end at step {last.step:,}, in one pass over "
-        f"{last.bytes_read / 1e6:.1f} MB of {last.snapshots_read} snapshots.\n"
+        f"Synthesized {len(table.rows)} averages at step {last.step:,} in one pass over {last.snapshots_read} "
+        f"snapshots ({last.bytes_read / 1e6:.1f} MB).\n"
     )
-    if best.path is not None:  # it is where ``averages`` says
+    if best.path is not None:  # for type checkers: with ``averages`` every row has a path
         load_average(model, best.path)
-    yield from _table(table, raw, evaluate(model, held_out, settings.draws))
+    yield from _table(table, raw, evaluate(model, held_out, config.draws))
 
     pictures[f"average, σ_rel = {best.sigma_rel:g}"] = sample(model, noise, labels)
     drawn = {
@@ -300,12 +304,12 @@ def _choose(model: Denoiser, held_out: Images, settings: DemoSettings, out: Path
         "samples": plot_images({title: images.view(-1, 10, 8, 8).numpy() for title, images in pictures.items()}),
     }
     for name, figure in drawn.items():
-        figure.savefig(out / f"{name}.png", dpi=150, bbox_inches="tight")
-    yield f"\nPictures: {', '.join(str(out / f'{name}.png') for name in drawn)}"
+        figure.savefig(config.out / f"{name}.png", dpi=150, bbox_inches="tight")
+    yield f"\nPictures: {', '.join(str(config.out / f'{name}.png') for name in drawn)}"
 
 
 def _table(table: SweepTable, raw: Tensor, best_losses: Tensor) -> Iterator[str]:
-    """Loss of every length beside that of the raw weights, and the verdict."""
+    """Yield a table of the losses of the raw weights and of all lengths, then which of them is best."""
     base, best = float(raw.mean()), table.best
     yield "  sigma_rel   held-out loss   against raw   profile error"
     yield f"  raw weights        {base:.4f}"
@@ -315,32 +319,36 @@ def _table(table: SweepTable, raw: Tensor, best_losses: Tensor) -> Iterator[str]
             f"  {row.sigma_rel:<9g}          {row.value:.4f}      {row.value / base - 1:+7.1%}         "
             f"{row.profile_error:.1e}{mark}"
         )
-    gain = raw - best_losses  # of each held-out digit, which the same noise makes far surer than the two losses are
+    # Per digit, because equal noise makes the difference far more certain than either loss is.
+    gain = raw - best_losses
     error = float(gain.std()) / len(gain) ** 0.5
     name = f"sigma_rel {best.sigma_rel:g}"
-    share = float(gain.mean()) / base
+    share, difference = float(gain.mean()) / base, f"{abs(float(gain.mean())):.4f} ± {error:.4f}"
     yield ""
     if share > 0:
-        yield f"{name} won: {share:.1%} below the loss of the raw weights ({float(gain.mean()):.4f} ± {error:.4f})."
+        yield f"{name} is best: its loss is {share:.1%} below that of the raw weights ({difference})."
     else:
-        yield f"The raw weights won: {name} comes next, {-share:.1%} above ({-float(gain.mean()):.4f} ± {error:.4f})."
+        yield f"The raw weights are best: the loss of {name} is {-share:.1%} above theirs ({difference})."
 
 
-def _options(argv: Sequence[str] | None) -> tuple[DemoSettings, Path]:
+def _configure(argv: Sequence[str] | None) -> DemoConfig:
     parser = argparse.ArgumentParser(
-        prog="nitrous-ema demo", description="Train on handwritten digits and choose the EMA length afterwards."
+        prog="nitrous-ema demo",
+        description="Train a small diffusion model on handwritten digits, then choose the EMA length.",
     )
-    parser.add_argument("--out", type=Path, default=Path("nitrous-demo"), help="folder for all files (./nitrous-demo)")
-    parser.add_argument("--steps", type=int, help=f"optimizer steps ({DemoSettings().steps})")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the training (0)")
-    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
+    parser.add_argument(
+        "--out", type=Path, default=Path("nitrous-demo"), help="folder for all files (default: ./nitrous-demo)"
+    )
+    parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {DemoConfig(out=Path()).steps})")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training (default: 0)")
+    parser.add_argument("--quick", action="store_true", help="train for a few seconds only, to test the installation")
     options = parser.parse_args(argv)
-    settings = DemoSettings(seed=options.seed)
-    settings = settings.quick() if options.quick else settings
+    config = DemoConfig(out=options.out, seed=options.seed)
+    config = config.quick() if options.quick else config
     if options.steps is not None:
-        settings = replace(settings, steps=options.steps)
-    if settings.steps < settings.snapshots:
-        parser.error(f"argument --steps: {settings.steps}; expected {settings.snapshots} or more, one per snapshot")
-    if not 0 <= settings.seed < 2**63:
-        parser.error(f"argument --seed: {settings.seed}; expected a number from 0 to 2**63 - 1")
-    return settings, options.out
+        config = replace(config, steps=options.steps)
+    if config.steps < config.snapshots:
+        parser.error(f"argument --steps: {config.steps}; expected {config.snapshots} or more, one per snapshot")
+    if not 0 <= config.seed < 2**63:
+        parser.error(f"argument --seed: {config.seed}; expected a number from 0 to 2**63 - 1")
+    return config

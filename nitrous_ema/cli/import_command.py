@@ -1,15 +1,18 @@
-"""``nitrous-ema import``: a folder of nitrous-ema 0.0.1 or ema-pytorch, rewritten as snapshots of ours."""
+"""``nitrous-ema import``: convert a folder of nitrous-ema 0.0.1 or ema-pytorch into a folder of snapshots."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nitrous_ema._base import exit_status
 from nitrous_ema._base.arguments import format_bytes, pluralize
+from nitrous_ema._base.dtypes import dtype_code
 from nitrous_ema._base.options import unknown_exclusions
-from nitrous_ema.cli.terminal import log, paragraph, segments, show
+from nitrous_ema.cli.terminal import log, paragraph, show, step_ranges
 from nitrous_ema.errors import SnapshotDamaged
 from nitrous_ema.snapshots.legacy.conversion import Import, plan_import
 from nitrous_ema.snapshots.legacy.folder import LegacyFolder
@@ -17,35 +20,71 @@ from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
 
 
-def run(options: argparse.Namespace) -> int:
-    """Import a folder, or say what importing it would do."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportConfig:
+    """What to convert, and into what."""
+
+    folder: Path
+    """The old folder; it is only read."""
+    new: Path
+    """Folder of the snapshots; created if it does not exist."""
+    legacy_sigma_rels: tuple[float, ...] | None
+    """Profiles of the old folder, as lengths; None if they are given as exponents."""
+    legacy_gammas: tuple[float, ...] | None
+    """The same, as exponents; None if they are given as lengths."""
+    dtype: str | None
+    """Code of the type in which averages are stored; None for the type of the old files."""
+    exclude: tuple[int, ...]
+    """Steps to leave out."""
+    dry_run: bool
+    """Whether to print the plan and write nothing."""
+    as_json: bool
+    """Whether to print one JSON object instead of text."""
+
+
+def configure(options: argparse.Namespace) -> ImportConfig:
+    """Return the configuration that the parsed options state."""
+    return ImportConfig(
+        folder=options.folder,
+        new=options.new,
+        legacy_sigma_rels=None if options.sigma_rels is None else tuple(options.sigma_rels),
+        legacy_gammas=None if options.gammas is None else tuple(options.gammas),
+        dtype=dtype_code(options.dtype),
+        exclude=tuple(options.exclude),
+        dry_run=options.dry_run,
+        as_json=options.json,
+    )
+
+
+def run(config: ImportConfig) -> int:
+    """Convert a folder, or print the plan; return the exit status: 0 done, 4 some old files are damaged."""
     with exit_status.usage_errors():
-        old = LegacyFolder(options.folder, sigma_rels=options.sigma_rels, gammas=options.gammas)
-        planned = plan_import(old, SnapshotStore(options.new), dtype=options.dtype, exclude=options.exclude)
-    if unknown := unknown_exclusions(options.exclude, old.steps):
-        log(unknown)
-    found = _described(planned, options)
-    if not options.json:
+        old = LegacyFolder(config.folder, sigma_rels=config.legacy_sigma_rels, gammas=config.legacy_gammas)
+        planned = plan_import(old, SnapshotStore(config.new), dtype=config.dtype, exclude=config.exclude)
+    if message := unknown_exclusions(config.exclude, old.steps):
+        log(message)
+    found = _described(planned, config)
+    if not config.as_json:
         show("\n".join(_lines(found)))
     written: list[Snapshot] = []
 
-    def told(snapshot: Snapshot) -> None:
+    def log_written(snapshot: Snapshot) -> None:
         written.append(snapshot)
         log(f"step {snapshot.step}: {format_bytes(snapshot.bytes)} ({len(written)} of {len(planned.steps)})")
 
-    damaged = list(planned.damaged) if options.dry_run else planned.write_missing(told)
+    damaged = list(planned.damaged) if config.dry_run else planned.write_missing(log_written)
     found |= {"written": [each.step for each in written], "damaged": [_plain(error) for error in damaged]}
-    show(json.dumps(found, indent=2) if options.json else "\n".join(_outcome(found)))
+    show(json.dumps(found, indent=2) if config.as_json else "\n".join(_outcome(found)))
     return exit_status.DAMAGED if damaged else exit_status.DONE
 
 
-def _described(planned: Import, options: argparse.Namespace) -> dict[str, Any]:
-    """All that is said before anything is written, in plain values."""
+def _described(planned: Import, config: ImportConfig) -> dict[str, Any]:
+    """Return the plan of an import in plain values."""
     return {
-        "folder": str(options.folder),
-        "new": str(options.new),
+        "folder": str(config.folder),
+        "new": str(config.new),
         "run": planned.run,
-        "dry_run": options.dry_run,
+        "dry_run": config.dry_run,
         "to_write": [each.stamp.step for each in planned.steps],
         "bytes_to_write": planned.bytes_to_write,
         "checkpoint_dtypes": sorted({each.layout.checkpoint_dtype for each in planned.steps}),
@@ -62,7 +101,8 @@ def _plain(error: SnapshotDamaged) -> dict[str, Any]:
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
-    steps, types = found["to_write"], "/".join(found["checkpoint_dtypes"])
+    """Return the plan as text."""
+    steps, dtypes = found["to_write"], "/".join(found["checkpoint_dtypes"])
     known = {
         *steps,
         *found["present"],
@@ -71,39 +111,39 @@ def _lines(found: dict[str, Any]) -> list[str]:
         *(each["step"] for each in found["damaged"]),
     }
 
-    def named(chosen: list[int]) -> str:
-        return segments(sorted(known), frozenset(chosen))
+    def ranges(chosen: list[int]) -> str:
+        return step_ranges(sorted(known), frozenset(chosen))
 
-    told = [f"{found['folder']} -> {found['new']}: run {found['run']}"]
+    lines = [f"{found['folder']} -> {found['new']}: run {found['run']}"]
     if steps:
-        told += paragraph(
+        lines += paragraph(
             "to write:",
-            f"{pluralize(len(steps), 'snapshot')}, {format_bytes(found['bytes_to_write'])}, averages as {types}: "
-            f"{named(steps)}",
+            f"{pluralize(len(steps), 'snapshot')}, {format_bytes(found['bytes_to_write'])}, averages as {dtypes}: "
+            f"{ranges(steps)}",
         )
-    for title, key in (("there already:", "present"), ("left out:", "excluded")):
-        told += paragraph(title, named(found[key])) if found[key] else []
+    for title, key in (("already imported:", "present"), ("excluded:", "excluded")):
+        lines += paragraph(title, ranges(found[key])) if found[key] else []
     if found["removed"]:
-        told += paragraph("removed since an import that was finished, so not written again:", named(found["removed"]))
+        lines += paragraph("deleted since a finished import, so not written again:", ranges(found["removed"]))
     for each in found["partial"]:
-        has = ", ".join(f"{sigma_rel:.4g}" for sigma_rel in each["sigma_rels"])
-        told += paragraph(
-            "note:", f"step {each['step']} has only the profile of sigma_rel {has}, and is taken over so."
+        existing = ", ".join(f"{sigma_rel:.4g}" for sigma_rel in each["sigma_rels"])
+        lines += paragraph(
+            "note:",
+            f"step {each['step']} has only the profile of sigma_rel {existing}; it is imported with this one alone.",
         )
     for each in found["damaged"]:
-        told += paragraph("damaged, not taken over:", each["message"])
-    return told
+        lines += paragraph("damaged, not imported:", each["message"])
+    return lines
 
 
 def _outcome(found: dict[str, Any]) -> list[str]:
     if found["dry_run"]:
         return ["dry run: nothing was written."]
-    told = [
-        f"done: {pluralize(len(found['written']), 'snapshot')} written, {len(found['present'])} were there already."
-    ]
-    known = len(found["to_write"]) - len(found["written"])  # were found to be damaged only when they were read
-    for each in found["damaged"][len(found["damaged"]) - known :]:
-        told += paragraph("damaged, not taken over:", each["message"])
+    lines = [f"done: {pluralize(len(found['written']), 'snapshot')} written, {len(found['present'])} already imported."]
+    # The plan has listed files whose structure is damaged. Damage in tensor data shows only when the data is read.
+    found_late = len(found["to_write"]) - len(found["written"])
+    for each in found["damaged"][len(found["damaged"]) - found_late :]:
+        lines += paragraph("damaged, not imported:", each["message"])
     if found["damaged"]:
-        told.append("Put whole files in their place and import again: what is there is not written again.")
-    return told
+        lines.append("Replace the damaged files and run the import again; imported snapshots are not written again.")
+    return lines

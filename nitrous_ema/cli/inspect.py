@@ -1,70 +1,132 @@
-"""``nitrous-ema inspect``: what is in a folder, for people or as JSON."""
+"""``nitrous-ema inspect``: list a snapshot folder and the lengths that it supports, as text or as JSON."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nitrous_ema._base import exit_status
 from nitrous_ema._base.arguments import format_bytes, pluralize
-from nitrous_ema.cli.coverage_report import asked, asked_lines, covered, covered_lines, old_profiles_given
+from nitrous_ema.cli.coverage_report import LengthRequest, coverage, coverage_lines, prediction_lines, predictions
 from nitrous_ema.cli.survey import legacy_sentence, legacy_steps, survey
-from nitrous_ema.cli.terminal import columns, elided, paragraph, show
+from nitrous_ema.cli.terminal import columns, elide_rows, paragraph, show
+from nitrous_ema.snapshots.legacy.folder import LegacyFolder
 from nitrous_ema.snapshots.store import SnapshotStore
 
 _MOST_ROWS = 16
 _STATES = {
     "closed": "closed",
-    "alive": "its trainer, process {pid} of this host, is alive",
-    "gone": "not closed, but its trainer, process {pid} of this host, is gone",
-    "elsewhere": "not closed; its trainer is process {pid} of host {host}",
-    "unknown": "not closed; who writes it is not known",
+    "alive": "its trainer, process {pid} on this host, is running",
+    "gone": "not closed, but its trainer, process {pid} on this host, has ended",
+    "elsewhere": "not closed; its trainer is process {pid} on host {host}",
+    "unknown": "not closed; its trainer is unknown",
 }
 
 
-def run(options: argparse.Namespace) -> int:
-    """List a folder."""
-    store = SnapshotStore(options.folder)
-    is_old, asks = old_profiles_given(options), options.sigma_rel is not None or options.gamma is not None
-    if options.step is not None and not asks:
-        raise exit_status.UsageError(
-            "--step says where the averages of --sigma-rel or --gamma end; give one of these too."
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectConfig:
+    """What to list, and how."""
+
+    folder: Path
+    """The snapshot folder, or an old folder."""
+    run: str | None
+    """Run that the other runs are compared with; None for the newest."""
+    all_rows: bool
+    """Whether long tables are printed in full."""
+    as_json: bool
+    """Whether to print one JSON object instead of text."""
+    request: LengthRequest | None
+    """Averages whose errors are predicted; None without ``--sigma-rel`` and ``--gamma``."""
+    exclude: tuple[int, ...]
+    """Steps to ignore."""
+    legacy_sigma_rels: tuple[float, ...] | None
+    """Profiles of an old folder, as lengths."""
+    legacy_gammas: tuple[float, ...] | None
+    """Profiles of an old folder, as exponents."""
+
+    @property
+    def is_legacy(self) -> bool:
+        """Whether the user has named the profiles of an old folder."""
+        return self.legacy_sigma_rels is not None or self.legacy_gammas is not None
+
+
+def configure(options: argparse.Namespace) -> InspectConfig:
+    """Return the configuration that the parsed options state.
+
+    Raises:
+        UsageError: ``--step`` without a length.
+    """
+    request = None
+    if options.sigma_rel is not None or options.gamma is not None:
+        request = LengthRequest(
+            sigma_rels=options.sigma_rel, gammas=options.gamma, steps=options.step, tolerance=options.tolerance
         )
-    found = survey(store, options.run)
+    elif options.step is not None:
+        raise exit_status.UsageError(
+            "--step needs the lengths of the averages that end there; pass --sigma-rel or --gamma, too."
+        )
+    return InspectConfig(
+        folder=options.folder,
+        run=options.run,
+        all_rows=options.all,
+        as_json=options.json,
+        request=request,
+        exclude=tuple(options.exclude),
+        legacy_sigma_rels=None if options.sigma_rels is None else tuple(options.sigma_rels),
+        legacy_gammas=None if options.gammas is None else tuple(options.gammas),
+    )
+
+
+def run(config: InspectConfig) -> int:
+    """Print the contents of a folder; return the exit status."""
+    store = SnapshotStore(config.folder)
+    found = survey(store, config.run)
     if not found["runs"]:
         found["legacy"] = legacy_steps(store.root)
-        if asks and not is_old and (sentence := legacy_sentence(found["folder"], "inspect")):
+        if config.request and not config.is_legacy and (sentence := legacy_sentence(found["folder"], "inspect")):
             raise exit_status.UsageError(sentence)
     with exit_status.usage_errors():
-        found["covered"] = covered(options, store) if found["runs"] or is_old else None
-        found["asked"] = asked(options, store) if asks else []
-    show(json.dumps(found, indent=2) if options.json else "\n".join(_lines(found, everything=options.all)))
+        source = _source(config, store)
+        found["covered"] = coverage(source, config.run, config.exclude) if found["runs"] or config.is_legacy else None
+        found["asked"] = predictions(source, config.request, config.run, config.exclude) if config.request else []
+    show(json.dumps(found, indent=2) if config.as_json else "\n".join(_lines(found, all_rows=config.all_rows)))
     return exit_status.DONE
 
 
-def _lines(found: dict[str, Any], *, everything: bool) -> list[str]:
-    """A survey, for people."""
-    disk, most = found["disk"], 10**9 if everything else _MOST_ROWS
+def _source(config: InspectConfig, store: SnapshotStore) -> SnapshotStore | LegacyFolder:
+    if not config.is_legacy:
+        return store
+    return LegacyFolder(config.folder, sigma_rels=config.legacy_sigma_rels, gammas=config.legacy_gammas)
+
+
+def _lines(found: dict[str, Any], *, all_rows: bool) -> list[str]:
+    """Return a survey as text."""
+    disk, most = found["disk"], 10**9 if all_rows else _MOST_ROWS
     lines = [found["folder"] if found["runs"] or found["legacy"] else f"{found['folder']} holds no snapshot"]
     if disk["free_bytes"] is not None:
         fit = disk["snapshots_that_fit"]
-        more = (
-            "" if fit is None else f": {pluralize(fit, 'more snapshot')} of {format_bytes(disk['snapshot_bytes'])} fit"
+        space = (
+            ""
+            if fit is None
+            else f": space for {pluralize(fit, 'more snapshot')} of {format_bytes(disk['snapshot_bytes'])}"
         )
-        lines.append(f"disk       {format_bytes(disk['free_bytes'])} free{more}")
+        lines.append(f"disk       {format_bytes(disk['free_bytes'])} free{space}")
     for each in found["runs"]:
         lines += ["", *_run_lines(each, found["run"], most)]
     lines += _legacy_lines(found, most)
-    lines += ["", *covered_lines(found["covered"])] if found["covered"] else []
+    lines += ["", *coverage_lines(found["covered"])] if found["covered"] else []
     for each in found["asked"]:
-        lines += ["", *asked_lines(each)]
+        lines += ["", *prediction_lines(each)]
     lines += _section("incomplete", [f"{each['path']}: {each['reason']}" for each in found["incomplete"]])
     lines += _section("temporary files", [_temporary_line(each) for each in found["temporary"]])
     lines += _section("damaged", [each["message"] for each in found["damaged"]])
     hidden = [f"{each['path']}: {format_bytes(each['bytes'])}" for each in found["hidden"]]
-    lines += _section("hidden; the next prune removes it, or a run that starts ten minutes later", hidden)
-    lines += _section("notes on what is not there", [each["path"] for each in found["notes"] if each["stray"]])
+    lines += _section("hidden; the next prune deletes it, or a run that starts at least ten minutes later", hidden)
+    stray = [each["path"] for each in found["notes"] if each["stray"]]
+    lines += _section("markers of snapshots or runs that do not exist", stray)
     return lines
 
 
@@ -85,26 +147,27 @@ def _run_lines(run: dict[str, Any], newest: str, most: int) -> list[str]:
     return [
         *lines,
         f"  profiles   {', '.join(f'sigma_rel {sigma:g} (gamma {gamma:.4g})' for sigma, gamma in profiles)}",
-        f"  tensors    {run['tensors']}; {run['average_elements']:,} averaged numbers per profile as "
+        f"  tensors    {run['tensors']}; {run['average_elements']:,} averaged elements per profile, stored as "
         f"{run['checkpoint_dtype']}",
         f"  snapshots  {len(rows)}, {format_bytes(run['bytes'])}",
-        *columns([["step", "t", "size", "written", ""], *elided(rows, most=most, word="(--all)")], indent="    "),
+        *columns([["step", "t", "size", "written", ""], *elide_rows(rows, most=most, hint="(--all)")], indent="    "),
     ]
 
 
 def _readers(run: dict[str, Any], newest: str) -> str:
-    """Which of a run's snapshots readers take."""
-    taken = [each["step"] for each in run["snapshots"] if each["in_history"]]
-    left = len(run["snapshots"]) - len(taken)
-    choose = "--run takes it"
+    """Return which of a run's snapshots readers use by default, and how to select the run."""
+    used = [each["step"] for each in run["snapshots"] if each["in_history"]]
+    later = len(run["snapshots"]) - len(used)
+    select = f"--run {run['run']} selects it"
     if run["role"] == "newest":
-        return "take this run and what it continues" if run["lineage"][:-1] else "take this run"
+        return "use this run and the runs that it continues" if run["lineage"][:-1] else "use this run"
     if run["role"] == "ancestor":
-        abandoned = f"; {left} later than that are an abandoned future: {choose}" if left else ""
-        return f"take its snapshots up to step {taken[-1] if taken else 0}{abandoned}"
+        belong = "belongs" if later == 1 else "belong"
+        branch = f"; {pluralize(later, 'later snapshot')} {belong} to an abandoned branch ({select})" if later else ""
+        return f"use its snapshots up to step {used[-1] if used else 0}{branch}"
     if run["role"] == "branch":
-        return f"pass it over: an abandoned future beside that of run {newest}; {choose}"
-    return f"pass it over: unrelated to run {newest}; {choose}"
+        return f"ignore it: run {newest} continues another branch of its history ({select})"
+    return f"ignore it: unrelated to run {newest} ({select})"
 
 
 def _marks(snapshot: dict[str, Any]) -> str:
@@ -114,10 +177,10 @@ def _marks(snapshot: dict[str, Any]) -> str:
 
 def _temporary_line(temporary: dict[str, Any]) -> str:
     writers = {
-        "alive": "being written by a process of this host",
-        "gone": "left by a process that is gone; the next run that starts here removes it",
-        "elsewhere": "written by a process of another host or container, which may be alive",
-        "unknown": "nobody knows by whom; remove it by hand if no process writes here",
+        "alive": "being written by a process on this host",
+        "gone": "left by a process that has ended; the next run that starts here deletes it",
+        "elsewhere": "written by a process on another host or in another container, which may still be running",
+        "unknown": "owner unknown; delete it manually once no process is writing to this folder",
     }
     return f"{temporary['path']}: {format_bytes(temporary['bytes'])}, {writers[temporary['writer']]}"
 
@@ -126,7 +189,7 @@ def _legacy_lines(found: dict[str, Any], most: int) -> list[str]:
     if not found.get("legacy"):
         return []
     rows = [[f"{each['step']}", f"{each['profiles']}", format_bytes(each["bytes"])] for each in found["legacy"]]
-    table = columns([["step", "profiles", "size"], *elided(rows, most=most, word="(--all)")])
+    table = columns([["step", "profiles", "size"], *elide_rows(rows, most=most, hint="(--all)")])
     return ["", *paragraph("", legacy_sentence(found["folder"], "inspect")), *table]
 
 

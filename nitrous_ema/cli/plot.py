@@ -1,9 +1,11 @@
-"""``nitrous-ema plot``: a sweep's results, or what the snapshots of a folder give, as a picture."""
+"""``nitrous-ema plot``: draw a sweep's results, or the profiles that a folder's snapshots give, into a file."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nitrous_ema._base import exit_status
@@ -19,24 +21,64 @@ if TYPE_CHECKING:
 _WIDTH, _HEIGHT = 6.4, 3.4  # inches, per picture
 
 
-def run(options: argparse.Namespace) -> int:
-    """Draw one picture, and say what there is to say about it."""
-    with exit_status.usage_errors():  # also an unknown kind of picture
-        figure, told = _profiles(options) if options.source.is_dir() else _results(options)
-        figure.savefig(options.out, dpi=150, bbox_inches="tight")
-    for line in told:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlotConfig:
+    """What to draw. Fields that may be None apply to snapshot folders only."""
+
+    source: Path
+    """A snapshot folder, or a file of a sweep's results."""
+    out: Path
+    """The picture; its suffix is the format."""
+    sigma_rels: tuple[float, ...] | None
+    """Lengths to draw; needed for a folder."""
+    step: int | None
+    """Target step; None for the newest snapshot."""
+    run: str | None
+    """Run to read; None for the newest."""
+    exclude: tuple[int, ...] | None
+    """Steps to ignore."""
+    tolerance: float | None
+    """Relative profile error that may be added to read fewer snapshots; None for the default."""
+
+
+def configure(options: argparse.Namespace) -> PlotConfig:
+    """Return the configuration that the parsed options state."""
+    return PlotConfig(
+        source=options.source,
+        out=options.out,
+        sigma_rels=None if options.sigma_rel is None else tuple(options.sigma_rel),
+        step=options.step,
+        run=options.run,
+        exclude=None if options.exclude is None else tuple(options.exclude),
+        tolerance=options.tolerance,
+    )
+
+
+def run(config: PlotConfig) -> int:
+    """Save one picture and log the notes on it; return the exit status."""
+    with exit_status.usage_errors():  # matplotlib raises ValueError for an unknown suffix of the picture's file
+        figure, notes = _profiles(config) if config.source.is_dir() else _results(config)
+        figure.savefig(config.out, dpi=150, bbox_inches="tight")
+    for line in notes:
         log(line)
     return exit_status.DONE
 
 
-def _results(options: argparse.Namespace) -> tuple[Figure, Sequence[str]]:
-    """The values of a sweep."""
-    if not options.source.exists():
-        raise SnapshotNotFound(f"{options.source}: no such folder or file.", path=options.source, nearest=())
-    for name in ("sigma-rel", "step", "run", "exclude", "tolerance"):
-        if getattr(options, name.replace("-", "_")) is not None:
-            raise ValueError(f"--{name} is for snapshot folders, and {options.source} is none; leave it out.")
-    table = read_table(options.source)
+def _results(config: PlotConfig) -> tuple[Figure, Sequence[str]]:
+    """Return a figure of a sweep's values, and the notes on them."""
+    if not config.source.exists():
+        raise SnapshotNotFound(f"{config.source}: no such folder or file.", path=config.source, nearest=())
+    folder_options = {
+        "--sigma-rel": config.sigma_rels,
+        "--step": config.step,
+        "--run": config.run,
+        "--exclude": config.exclude,
+        "--tolerance": config.tolerance,
+    }
+    for name, value in folder_options.items():
+        if value is not None:
+            raise ValueError(f"{name} applies to snapshot folders, but {config.source} is a file; leave it out.")
+    table = read_table(config.source)
     pictures = [plot_sweep, plot_sweep_steps] if len(table.steps) > 1 else [plot_sweep]
     figure = new_figure((_WIDTH, _HEIGHT * len(pictures)))
     for axes, draw in zip(figure.subplots(len(pictures), 1, squeeze=False)[:, 0], pictures, strict=True):
@@ -44,17 +86,17 @@ def _results(options: argparse.Namespace) -> tuple[Figure, Sequence[str]]:
     return figure, table.notes
 
 
-def _profiles(options: argparse.Namespace) -> tuple[Figure, Sequence[str]]:
-    """Profiles and weights of what would be synthesized."""
-    if options.sigma_rel is None:
-        raise ValueError(f"{options.source} is a snapshot folder: say with --sigma-rel which lengths to draw.")
+def _profiles(config: PlotConfig) -> tuple[Figure, Sequence[str]]:
+    """Return a figure of the profiles and weights of a synthesis, and the warnings on them."""
+    if config.sigma_rels is None:
+        raise ValueError(f"{config.source} is a snapshot folder; pass --sigma-rel with the lengths to draw.")
     plan = plan_from_store(
-        options.source,
-        sigma_rels=options.sigma_rel,
-        step=options.step,
-        run=options.run,
-        exclude=options.exclude or (),
-        tolerance=DEFAULT_TOLERANCE if options.tolerance is None else options.tolerance,
+        config.source,
+        sigma_rels=config.sigma_rels,
+        step=config.step,
+        run=config.run,
+        exclude=config.exclude or (),
+        tolerance=DEFAULT_TOLERANCE if config.tolerance is None else config.tolerance,
     )
     figure = new_figure((_WIDTH, 3 * _HEIGHT))
     above, middle, below = figure.subplots(3, 1)

@@ -1,8 +1,12 @@
-"""The command ``nitrous-ema``.
+"""The command ``nitrous-ema``: the options of every subcommand, and a table of the modules that run them.
 
-Exit status: 0 done, 1 failed, 2 wrong usage, 3 no such folder or snapshot, 4 damaged snapshot, 130 interrupted. What
-was asked for goes to stdout, all else to stderr. Only the subcommands that need torch import it, and none imports numpy
-before the synthesis has set its thread limits.
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 no such folder or snapshot, 4 damaged snapshot, 130 interrupted. The
+requested result goes to stdout, everything else to stderr.
+
+A module is imported only when its command runs. So ``--help`` is fast, and only the commands that need torch import
+it. No module imported here may import numpy either: numpy reads its thread limits once, when it is loaded, and
+``synthesize`` sets them first. Each module of the table has ``configure``, which turns the parsed options into a frozen
+configuration, and ``run``, which takes it and returns the exit status.
 """
 
 from __future__ import annotations
@@ -11,14 +15,15 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from nitrous_ema import __version__
 from nitrous_ema._base import exit_status
 from nitrous_ema._base.arguments import parse_bytes
-from nitrous_ema._base.dtypes import AVERAGE_CODES, dtype_code, parse_dtype
+from nitrous_ema._base.dtypes import AVERAGE_CODES, parse_dtype
 from nitrous_ema._base.options import (
     add_choice_options,
     add_exclude,
@@ -29,28 +34,39 @@ from nitrous_ema._base.options import (
 )
 from nitrous_ema.cli.terminal import log
 
-_PRUNE = (
-    "Keeps the snapshots that matter for the lengths that are wanted, of the newest run (or --run) and of what it "
-    "continues, and removes the others. The newest snapshot and pinned ones always stay. Errors are distances between "
-    "the profile that a synthesis gives and the one asked for, relative to the latter."
+_MODULES = {
+    "verify": "nitrous_ema.cli.verify",
+    "inspect": "nitrous_ema.cli.inspect",
+    "import": "nitrous_ema.cli.import_command",
+    "prune": "nitrous_ema.cli.prune",
+    "plot": "nitrous_ema.cli.plot",
+}
+"""Module of each command whose options are defined here."""
+
+_INSPECT = (
+    "List the runs, snapshots, profiles and sizes in a folder, and the EMA lengths that the snapshots support. Only "
+    "file headers are read; `nitrous-ema verify` also finds damage in tensor data. With --sigma-rel or --gamma, "
+    "predict the error of averages of these lengths, and what a synthesis would read."
 )
 _VERIFY = (
-    "Reads every byte of every snapshot, whatever run it belongs to. One line per damaged file, which says what to do; "
-    "exit status 4 if there is one, 3 if there is no snapshot, else 0."
+    "Read every byte of every snapshot of all runs and compare checksums. Each damaged file is printed on one line, "
+    "with its remedy. Exit status: 0 all snapshots are intact, 3 no snapshot, 4 damage found."
 )
 _IMPORT = (
-    "Writes the averages of files named {i}.{step}.pt into another folder, as snapshots of one run. The old folder is "
-    "only read. Call it again to go on after an interruption. Damaged files are named and the rest is taken over; exit "
-    "status 4 if there is one, else 0."
+    "Convert a folder of {i}.{step}.pt files (nitrous-ema 0.0.1 or ema-pytorch) into a new folder of snapshots of one "
+    "run. The old folder is only read. After an interruption, run the same command again: it writes only the missing "
+    "snapshots. Damaged files are reported and skipped. Exit status: 0 done, 4 damaged files found."
+)
+_PRUNE = (
+    "Keep the snapshots that matter most for the lengths you want, and delete the others. Only the newest run (or "
+    "--run) and the runs that it continues are pruned. The newest snapshot and pinned snapshots are always kept. "
+    "Errors are profile errors: the distance between the obtained and the requested profile, relative to the norm of "
+    "the requested one. Use --dry-run to see the plan first."
 )
 _PLOT = (
-    "Of a file of a sweep's results: the values against the length, and against the step if there are several. Of a "
-    "snapshot folder: the profiles asked for and obtained, their difference, and the weight of each snapshot. Needs "
-    "matplotlib: pip install 'nitrous-ema[plot]'."
-)
-_INSPECT = (
-    "Lists runs, snapshots, profiles and sizes by the files' headers, and which lengths the snapshots can give; damage "
-    "in the data is seen by verify only. With --sigma-rel or --gamma: how well those would come out, and from what."
+    "Draw a file of sweep results: values against the length and, if there are several steps, against the step. Or "
+    "draw a snapshot folder: requested and obtained profiles, their difference, and the weight of each snapshot. "
+    "Needs matplotlib: pip install 'nitrous-ema[plot]'."
 )
 
 
@@ -61,147 +77,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command line arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit status, as the module says.
+        The exit status, one of those in the module's docstring.
     """
-    given = list(sys.argv[1:] if argv is None else argv)
-    return exit_status.run_program(lambda: _run(given), lambda why: log(f"error: {why}"))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return exit_status.run_program(lambda: _run(arguments), lambda message: log(f"error: {message}"))
 
 
-def _run(given: list[str]) -> int:
-    # These two read the rest by themselves, also what argparse would take for an option of ours.
-    if given[:1] == ["synthesize"]:
-        return _synthesize(given[1:])
-    if given[:1] == ["demo"]:
-        return _demo(given[1:])
-    options = _parser().parse_args(given)
-    run: Callable[[argparse.Namespace], int] = options.run_command
-    return run(options)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nitrous-ema",
-        description="Post-hoc EMA: average while training, choose the EMA length afterwards.",
-        epilog="nitrous-ema COMMAND --help tells more.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"nitrous-ema {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    commands.add_parser("demo", help="train on handwritten digits, then choose an EMA length (about two minutes)")
-    commands.add_parser("synthesize", help="write averages of any length from a folder of snapshots")
-
-    def command(name: str, run: Callable[[argparse.Namespace], int], help: str, more: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=help, description=more, allow_abbrev=False)
-        added.add_argument("folder", type=Path, metavar="DIR", help="the snapshot folder")
-        added.set_defaults(run_command=run)
-        return added
-
-    command("verify", _verify, "read every byte of a folder's snapshots and compare checksums", _VERIFY)
-    inspect = command("inspect", _inspect, "list the runs and snapshots in a folder", _INSPECT)
-    inspect.add_argument("--run", metavar="ID", help="run that the others are seen from; the newest by default")
-    inspect.add_argument("--all", action="store_true", help="every snapshot, however many there are")
-    inspect.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    _add_length_options(inspect)
-    _add_import_options(
-        command("import", _import, "rewrite a folder of nitrous-ema 0.0.1 or ema-pytorch as snapshots", _IMPORT)
-    )
-    _add_prune_options(command("prune", _prune, "remove the snapshots that matter least", _PRUNE))
-    plot = commands.add_parser("plot", help="draw a sweep's results, or the profiles that snapshots give",
-                               description=_PLOT, allow_abbrev=False)  # fmt: skip
-    plot.set_defaults(run_command=_plot)
-    _add_plot_options(plot)
-    return parser
-
-
-def _add_length_options(inspect: argparse.ArgumentParser) -> None:
-    listed, lengths = exit_status.argument(parse_lengths), inspect.add_mutually_exclusive_group()
-    lengths.add_argument("--sigma-rel", type=listed, metavar="LENGTHS", help="lengths wanted: 0.05,0.06,...,0.15")
-    lengths.add_argument("--gamma", type=listed, metavar="LENGTHS", help="the same, as exponents of the profile")
-    inspect.add_argument(
-        "--step",
-        type=exit_status.argument(parse_steps),
-        metavar="STEPS",
-        help="steps at which averages end: 1000,2000,...,10000, or 'all'; the newest snapshot by default",
-    )
-    add_choice_options(inspect)
-    add_old_profiles(inspect)
-
-
-def _add_import_options(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("new", type=Path, metavar="NEW", help="folder of the snapshots, made if need be")
-    add_old_profiles(command, required=True)
-    add(
-        "--dtype",
-        type=parse_dtype,
-        choices=list(AVERAGE_CODES),
-        help="type in which averages are stored; by default that of the old files",
-    )
-    add_exclude(command)
-    add("--dry-run", action="store_true", help="say what would be done, and write nothing")
-    add("--json", action="store_true", help="one JSON object instead of text")
-
-
-def _add_plot_options(plot: argparse.ArgumentParser) -> None:
-    add = plot.add_argument
-    add("source", type=Path, metavar="DIR|FILE", help="the snapshot folder, or the file of a sweep's results")
-    add("--out", type=Path, required=True, metavar="FILE", help="the picture, as .png, .svg or .pdf")
-    add(
-        "--sigma-rel",
-        type=exit_status.argument(parse_lengths),
-        metavar="LENGTHS",
-        help="lengths to draw: 0.05,0.06,...,0.15",
-    )
-    add("--step", type=int, help="step at which the averages end; the newest snapshot by default")
-    add("--run", metavar="ID", help="run whose snapshots are read, with its ancestors; the newest by default")
-    add_choice_options(plot)
-    plot.set_defaults(exclude=None, tolerance=None)  # so that a file of results can refuse them
-
-
-def _add_prune_options(prune: argparse.ArgumentParser) -> None:
-    steps: dict[str, Any] = {
-        "type": exit_status.argument(parse_step_list),
-        "action": "extend",
-        "default": [],
-        "metavar": "STEP,...",
-    }
-    amount = prune.add_mutually_exclusive_group()
-    amount.add_argument("--keep", type=exit_status.argument(_count), metavar="N", help="snapshots that stay")
-    amount.add_argument(
-        "--budget",
-        type=exit_status.argument(parse_bytes),
-        metavar="BYTES",
-        help="bytes that stay at most, such as 100GB",
-    )
-    amount.add_argument(
-        "--error",
-        type=exit_status.argument(_positive),
-        metavar="E",
-        help="largest error in the range, such as 0.01 for 1 %%",
-    )
-    add = prune.add_argument
-    add(
-        "--sigma-rel",
-        type=exit_status.argument(_range),
-        metavar="LO-HI",
-        help="lengths wanted later; by default from the shortest tracked one to 2.5 times the longest, at most 0.25",
-    )
-    add("--run", metavar="ID", help="last run of the history to prune; the newest by default")
-    add("--pin", **steps, help="steps that stay from now on, with what they need as targets; may be all that is asked")
-    add("--unpin", **steps, help="steps that need not stay any longer")
-    add_exclude(prune, help="steps to leave alone and not to count on, damaged ones for example")
-    add(
-        "--grace",
-        type=exit_status.argument(_seconds),
-        default=0.0,
-        metavar="SECONDS",
-        help="wait before what is hidden is removed",
-    )
-    add("--dry-run", action="store_true", help="say what would be done, and change nothing")
-    add("--json", action="store_true", help="one JSON object instead of text")
-
-
-# ---- the commands
+def _run(arguments: list[str]) -> int:
+    # These two parse their own arguments, including ones that argparse would take for options defined here.
+    if arguments[:1] == ["synthesize"]:
+        return _synthesize(arguments[1:])
+    if arguments[:1] == ["demo"]:
+        return _demo(arguments[1:])
+    options = _parser().parse_args(arguments)
+    command = import_module(_MODULES[options.command])
+    status: int = command.run(command.configure(options))
+    return status
 
 
 def _demo(arguments: Sequence[str]) -> int:
@@ -217,43 +108,147 @@ def _synthesize(arguments: Sequence[str]) -> int:
     return synthesize_worker.main(arguments)
 
 
-def _verify(options: argparse.Namespace) -> int:
-    from nitrous_ema.cli import verify
-
-    return verify.run(options)
+# ---- options
 
 
-def _inspect(options: argparse.Namespace) -> int:
-    from nitrous_ema.cli import inspect
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nitrous-ema",
+        description="Post-hoc EMA: average while training, choose the EMA length afterwards.",
+        epilog="Run `nitrous-ema COMMAND --help` for the options of a command.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"nitrous-ema {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    commands.add_parser("demo", help="train on handwritten digits, then choose an EMA length (about two minutes)")
+    commands.add_parser("synthesize", help="write averages of any length from a folder of snapshots")
 
-    return inspect.run(options)
+    def command(
+        name: str, help: str, description: str, *, folder: str | None = "the snapshot folder"
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=description, allow_abbrev=False)
+        if folder is not None:
+            added.add_argument("folder", type=Path, metavar="DIR", help=folder)
+        return added
+
+    command("verify", "check every byte of a folder's snapshots against the checksums", _VERIFY)
+    inspect = command("inspect", "list the runs and snapshots in a folder, and the lengths they support", _INSPECT)
+    inspect.add_argument("--run", metavar="ID", help="run that the others are compared with (default: the newest)")
+    inspect.add_argument("--all", action="store_true", help="list every snapshot of long runs")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    _add_length_options(inspect)
+    old = "folder of {i}.{step}.pt files"
+    _add_import_options(command("import", "convert a folder of nitrous-ema 0.0.1 or ema-pytorch", _IMPORT, folder=old))
+    _add_prune_options(command("prune", "delete the snapshots that matter least", _PRUNE))
+    plot = command("plot", "draw a sweep's results, or the profiles that snapshots give", _PLOT, folder=None)
+    _add_plot_options(plot)
+    return parser
 
 
-def _prune(options: argparse.Namespace) -> int:
-    from nitrous_ema.cli import prune
+def _add_length_options(inspect: argparse.ArgumentParser) -> None:
+    listed, lengths = exit_status.argument(parse_lengths), inspect.add_mutually_exclusive_group()
+    lengths.add_argument(
+        "--sigma-rel", type=listed, metavar="LENGTHS", help="predict errors of these lengths: 0.05,0.06,...,0.15"
+    )
+    lengths.add_argument(
+        "--gamma", type=listed, metavar="LENGTHS", help="the same lengths, as exponents of the profile"
+    )
+    inspect.add_argument(
+        "--step",
+        type=exit_status.argument(parse_steps),
+        metavar="STEPS",
+        help="target steps, at which the averages end: 1000,2000,...,10000, or 'all' (default: the newest snapshot)",
+    )
+    add_choice_options(inspect)
+    add_old_profiles(inspect)
 
-    return prune.run(options)
+
+def _add_import_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("new", type=Path, metavar="NEW", help="folder of the snapshots; created if it does not exist")
+    add_old_profiles(command, required=True)
+    add(
+        "--dtype",
+        type=parse_dtype,
+        choices=list(AVERAGE_CODES),
+        help="type in which averages are stored (default: the type of the old files)",
+    )
+    add_exclude(command)
+    add("--dry-run", action="store_true", help="print what would be written, and write nothing")
+    add("--json", action="store_true", help="print one JSON object instead of text")
 
 
-def _import(options: argparse.Namespace) -> int:
-    from nitrous_ema.cli import import_command as importing
+def _add_plot_options(plot: argparse.ArgumentParser) -> None:
+    add = plot.add_argument
+    add("source", type=Path, metavar="DIR|FILE", help="a snapshot folder, or a file of sweep results")
+    add("--out", type=Path, required=True, metavar="FILE", help="the picture; its suffix is .png, .svg or .pdf")
+    add(
+        "--sigma-rel",
+        type=exit_status.argument(parse_lengths),
+        metavar="LENGTHS",
+        help="lengths to draw: 0.05,0.06,...,0.15 (snapshot folders only, and required there)",
+    )
+    add("--step", type=int, help="target step, at which the averages end (default: the newest snapshot)")
+    add("--run", metavar="ID", help="run to read, with its ancestors (default: the newest)")
+    add_choice_options(plot)
+    # None means "not given": for a file of results these options are errors.
+    plot.set_defaults(exclude=None, tolerance=None)
 
-    options.dtype = dtype_code(options.dtype)
-    return importing.run(options)
+
+def _add_prune_options(prune: argparse.ArgumentParser) -> None:
+    steps: dict[str, Any] = {
+        "type": exit_status.argument(parse_step_list),
+        "action": "extend",
+        "default": [],
+        "metavar": "STEP,...",
+    }
+    amount = prune.add_mutually_exclusive_group()
+    amount.add_argument("--keep", type=exit_status.argument(_count), metavar="N", help="keep the N best snapshots")
+    amount.add_argument(
+        "--budget",
+        type=exit_status.argument(parse_bytes),
+        metavar="BYTES",
+        help="keep as many snapshots as fit into this size, such as 100GB",
+    )
+    amount.add_argument(
+        "--error",
+        type=exit_status.argument(_positive),
+        metavar="E",
+        help="keep the fewest snapshots with errors of at most E in the range, such as 0.01 for 1 %%",
+    )
+    add = prune.add_argument
+    add(
+        "--sigma-rel",
+        type=exit_status.argument(_range),
+        metavar="LO-HI",
+        help="range of wanted lengths (default: the shortest tracked length to 2.5 times the longest, at most 0.25)",
+    )
+    add("--run", metavar="ID", help="last run of the history to prune (default: the newest)")
+    add(
+        "--pin",
+        **steps,
+        help="pin these steps: never prune them or the snapshots they depend on (may be used without "
+        "--keep/--budget/--error)",
+    )
+    add("--unpin", **steps, help="unpin these steps (may be used without --keep/--budget/--error)")
+    add_exclude(prune, help="ignore these steps (for example damaged snapshots): neither delete them nor rely on them")
+    add(
+        "--grace",
+        type=exit_status.argument(_seconds),
+        default=0.0,
+        metavar="SECONDS",
+        help="let running readers finish for so long before hidden snapshots are deleted (default: 0)",
+    )
+    add("--dry-run", action="store_true", help="print the plan, and change nothing")
+    add("--json", action="store_true", help="print one JSON object instead of text")
 
 
-def _plot(options: argparse.Namespace) -> int:
-    from nitrous_ema.cli import plot
-
-    return plot.run(options)
-
-
-# ---- what options say
+# ---- values of options
 
 
 def _count(text: str) -> int:
     if not re.fullmatch("[0-9]{1,18}", text) or int(text) < 1:
-        raise ValueError(f"{text!r}: expected how many snapshots stay, at least 1")
+        raise ValueError(f"{text!r}: expected a number of snapshots, at least 1")
     return int(text)
 
 
@@ -279,15 +274,16 @@ def _seconds(text: str) -> float:
 
 
 def _range(text: str) -> tuple[float, float]:
+    # No sign: a "-" only separates the two lengths, or stands in an exponent.
     number = r"([0-9]*\.?[0-9]+(?:[eE]-?[0-9]+)?)"
     found = re.fullmatch(rf"{number}-{number}", text)
     if found is None:
-        raise ValueError(f"{text!r} is no range; expected the shortest and the longest length, such as 0.03-0.25")
+        raise ValueError(f"{text!r} is not a range; expected the shortest and the longest length, such as 0.03-0.25")
     low, high = float(found[1]), float(found[2])
     if low > high:
         raise ValueError(f"{text!r}: expected the shorter length first, as in {found[2]}-{found[1]}")
     if low <= 0 or high >= 12**-0.5:
-        raise ValueError(f"{text!r}: lengths lie between 0 and 12 ** -0.5 = 0.2887, without these two")
+        raise ValueError(f"{text!r}: expected lengths above 0 and below 12 ** -0.5 = 0.2887")
     return low, high
 
 

@@ -1,19 +1,20 @@
-"""``nitrous-ema prune``: thins the snapshots of a finished run, and pins those that must stay.
+"""``nitrous-ema prune``: drop snapshots of a finished run, and pin the ones that must be kept.
 
-Everything is chosen and checked before anything is touched. Then, in this order: pins are taken away and set; what goes
-is hidden, all of it at once, so that no reader that comes later sees a half-thinned history; then it is removed.
+The command chooses and checks everything before it changes anything. It works in this order: remove and write pins;
+hide all dropped snapshots at once, so that no later reader sees a partly pruned history; then delete them.
 
-What is hidden is removed right away by default. Whoever prunes mostly has a full disk, and readers at work are not
-hurt: they keep their files open, which keeps the bytes until they are done. Only a synthesis of more than 128 files
-opens each of them again and again; it ends with the advice to start again, never with a wrong number. ``--grace`` gives
-it time: for so long the hidden files can still be read. If this process is interrupted meanwhile, the next prune of the
-folder removes what was hidden, and so does a run that starts there ten minutes later or is out of room.
+Hidden snapshots are deleted right away by default, because pruning is usually done on a full disk. Running readers are
+not affected: they keep their files open, which keeps the bytes until they close them. The exception is a synthesis of
+more than 128 files, which opens each file again and again. It ends with the advice to start again, never with a wrong
+number. ``--grace`` gives it time: the hidden files stay readable for so many seconds. If this process is interrupted
+meanwhile, the next prune of the folder deletes the hidden snapshots. A run deletes them, too: one that starts there ten
+minutes later, or one that runs out of disk space.
 
-P1  Nothing is touched before all is checked.              test_refused_prune_changes_nothing
-P2  Only snapshots of the one history are touched.         test_prune_touches_its_own_history_only
-P3  Pins are durable before anything is hidden, and all    test_pins_come_first_then_hiding_then_removal
-    is hidden before anything is removed.
-P4  What is hidden can be read while the grace lasts.      test_hidden_files_stay_readable_during_the_grace
+PRUNE-1  Nothing is changed before everything is checked.        test_refused_prune_changes_nothing
+PRUNE-2  Only snapshots of one history are changed.              test_prune_touches_its_own_history_only
+PRUNE-3  Pins are durable before anything is hidden, and         test_pins_come_first_then_hiding_then_removal
+    everything is hidden before anything is deleted.
+PRUNE-4  Hidden snapshots can be read during the grace.          test_hidden_files_stay_readable_during_the_grace
 """
 
 from __future__ import annotations
@@ -37,145 +38,194 @@ from nitrous_ema.snapshots.snapshot import Listing, Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneConfig:
+    """What to keep, pin and drop."""
+
+    folder: Path
+    """The snapshot folder."""
+    run: str | None
+    """Last run of the history to prune; None for the newest."""
+    target: PruneTarget | None
+    """How much to keep; None if the command only changes pins."""
+    pin: tuple[int, ...]
+    """Steps to pin."""
+    unpin: tuple[int, ...]
+    """Steps to unpin."""
+    exclude: tuple[int, ...]
+    """Steps that are neither dropped nor counted on."""
+    grace_seconds: float
+    """Seconds between hiding and deletion."""
+    dry_run: bool
+    """Whether to print the plan and change nothing."""
+    as_json: bool
+    """Whether to print one JSON object instead of text."""
+
+
+def configure(options: argparse.Namespace) -> PruneConfig:
+    """Return the configuration that the parsed options state.
+
+    Raises:
+        UsageError: No option states how much to keep, and none changes pins.
+    """
+    target = None
+    if options.keep is not None or options.budget is not None or options.error is not None:
+        target = PruneTarget(
+            keep=options.keep, budget_bytes=options.budget, error=options.error, sigma_rels=options.sigma_rel
+        )
+    elif not options.pin and not options.unpin:
+        raise exit_status.UsageError(
+            "nothing to do; pass one of --keep N, --budget BYTES and --error E, or change pins with --pin or --unpin."
+        )
+    return PruneConfig(
+        folder=options.folder,
+        run=options.run,
+        target=target,
+        pin=tuple(options.pin),
+        unpin=tuple(options.unpin),
+        exclude=tuple(options.exclude),
+        grace_seconds=options.grace,
+        dry_run=options.dry_run,
+        as_json=options.json,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Pins:
-    """Which steps of a history are pinned, and what changes."""
+    """The pinned steps of a history, and the changes to them."""
 
     before: frozenset[int]
     add: tuple[Snapshot, ...]
     remove: tuple[tuple[int, str], ...]
-    """(step, run) of notes; the snapshot may be gone."""
+    """(step, run) of markers; the snapshot may be gone."""
 
     @property
     def after(self) -> frozenset[int]:
-        """Pinned steps once all is done."""
+        """Pinned steps after all changes."""
         return (self.before - {step for step, _ in self.remove}) | {each.step for each in self.add}
 
 
-def run(options: argparse.Namespace) -> int:
-    """Prune a folder, or say what pruning would do."""
-    store = SnapshotStore(options.folder)
-    wish = _wish(options)
-    history = _history(store, options)
-    snapshots = [each for each in history.snapshots if each.step not in options.exclude]
-    pins = _pins(store, history, snapshots, options)
-    thinning: PrunePlan | None = None
-    if wish is not None:
+def run(config: PruneConfig) -> int:
+    """Prune a folder, or print the plan; return the exit status."""
+    store = SnapshotStore(config.folder)
+    history = _history(store, config)
+    snapshots = [each for each in history.snapshots if each.step not in config.exclude]
+    pins = _pins(store, history, snapshots, config)
+    plan: PrunePlan | None = None
+    if config.target is not None:
         with exit_status.usage_errors():
-            thinning = plan_pruning(snapshots, pins.after, wish)
-    found = _described(store, history, options, pins, thinning)
-    if not options.json:
+            plan = plan_pruning(snapshots, pins.after, config.target)
+    found = _described(store, history, config, pins, plan)
+    # Text is printed before the work, so that an interrupted command has shown its plan. JSON is one object at the end.
+    if not config.as_json:
         show("\n".join(_lines(found)))
-    if not options.dry_run:
-        found |= _carry_out(store, pins, thinning, options.grace)
-    show(json.dumps(found, indent=2) if options.json else _outcome(found))
+    if not config.dry_run:
+        found |= _carry_out(store, pins, plan, config.grace_seconds)
+    show(json.dumps(found, indent=2) if config.as_json else _outcome(found))
     return exit_status.DONE
 
 
-def _wish(options: argparse.Namespace) -> PruneTarget | None:
-    """How much is to stay; None if the command only pins."""
-    if options.keep is None and options.budget is None and options.error is None:
-        if options.pin or options.unpin:
-            return None
-        raise exit_status.UsageError(
-            "how much is to stay? Give one of --keep N, --budget BYTES and --error E (or only --pin or --unpin)."
-        )
-    return PruneTarget(
-        keep=options.keep, budget_bytes=options.budget, error=options.error, sigma_rels=options.sigma_rel
-    )
+def _history(store: SnapshotStore, config: PruneConfig) -> Listing:
+    """Return the history to choose from.
 
-
-def _history(store: SnapshotStore, options: argparse.Namespace) -> Listing:
-    """What there is to choose from, if all of it can be read."""
-    history = store.examine(options.run)
-    damaged = [error for error in history.damaged if _step(error.path) not in options.exclude]
+    Raises:
+        SnapshotDamaged: A snapshot of it has a damaged header and is not excluded. The error of an average cannot be
+            computed without that snapshot's time and profiles.
+        SnapshotNotFound: It has no snapshot that is not excluded.
+        UsageError: The folder is an old one.
+    """
+    history = store.examine(config.run)
+    damaged = [error for error in history.damaged if _step(error.path) not in config.exclude]
     if damaged:
-        more = f" So are {len(damaged) - 1} more of this history: `nitrous-ema verify` lists them." * (len(damaged) > 1)
+        more = f" So are {len(damaged) - 1} more of this history; `nitrous-ema verify` lists them." * (len(damaged) > 1)
         raise SnapshotDamaged(
             f"{damaged[0]}{more} Nothing was changed.", path=damaged[0].path, step=_step(damaged[0].path), chunk=None
         )
-    if not any(each.step not in options.exclude for each in history.snapshots):
-        if legacy := legacy_sentence(store.root, "prune"):
-            raise exit_status.UsageError(legacy)
-        raise SnapshotNotFound(f"{store.root} holds no snapshot to choose from.", path=store.root, nearest=())
+    if not any(each.step not in config.exclude for each in history.snapshots):
+        if sentence := legacy_sentence(store.root, "prune"):
+            raise exit_status.UsageError(sentence)
+        raise SnapshotNotFound(f"{store.root} holds no snapshot to prune.", path=store.root, nearest=())
     return history
 
 
 def _step(path: Path) -> int | None:
-    """The step of a snapshot's folder, or of a file in it."""
+    """Return the step in the name of a snapshot's folder, or of the folder of a snapshot's file."""
     known = parse_folder_name(path.name) or parse_folder_name(path.parent.name)
     return known[0] if known else None
 
 
-def _pins(store: SnapshotStore, history: Listing, snapshots: Sequence[Snapshot], options: argparse.Namespace) -> Pins:
-    notes, runs = store.pins(), {name for name, _ in history.lineage}
+def _pins(store: SnapshotStore, history: Listing, snapshots: Sequence[Snapshot], config: PruneConfig) -> Pins:
+    markers, runs = store.pins(), {name for name, _ in history.lineage}
     by_step = {each.step: each for each in snapshots}
     remove = []
-    for step in options.unpin:
-        ours = [note for note in notes if note[0] == step and note[1] in runs]
+    for step in config.unpin:
+        # A pin may outlive its snapshot. Pins of other histories may have the same step; they are not removed.
+        ours = [marker for marker in markers if marker[0] == step and marker[1] in runs]
         if not ours and step not in by_step:
             raise _no_such_step(store, history, step, list(by_step))
         remove += ours
-    for step in options.pin:
+    for step in config.pin:
         if step not in by_step:
             raise _no_such_step(store, history, step, list(by_step))
     return Pins(
-        before=frozenset(each.step for each in snapshots if (each.step, each.run) in notes),
-        add=tuple(by_step[step] for step in options.pin),
+        before=frozenset(each.step for each in snapshots if (each.step, each.run) in markers),
+        add=tuple(by_step[step] for step in config.pin),
         remove=tuple(remove),
     )
 
 
-def _no_such_step(store: SnapshotStore, history: Listing, step: int, there: Sequence[int]) -> SnapshotNotFound:
-    sides = [max((s for s in there if s < step), default=None), min((s for s in there if s > step), default=None)]
+def _no_such_step(store: SnapshotStore, history: Listing, step: int, existing: Sequence[int]) -> SnapshotNotFound:
+    sides = [max((s for s in existing if s < step), default=None), min((s for s in existing if s > step), default=None)]
     nearest = tuple(side for side in sides if side is not None)
     return SnapshotNotFound(
-        f"{store.root} has no snapshot of step {step} in the history of run {history.lineage[-1][0]}; nearest steps "
-        f"there: {' and '.join(map(str, nearest))}. Nothing was changed.",
+        f"{store.root} has no snapshot of step {step} in the history of run {history.lineage[-1][0]}; the nearest "
+        f"steps are {' and '.join(map(str, nearest))}. Nothing was changed.",
         path=store.root,
         nearest=nearest,
     )
 
 
-def _carry_out(store: SnapshotStore, pins: Pins, thinning: PrunePlan | None, grace: float) -> dict[str, int]:
-    """Do it, in the order in which it is safe; returns the bytes hidden and removed."""
+def _carry_out(store: SnapshotStore, pins: Pins, plan: PrunePlan | None, grace_seconds: float) -> dict[str, int]:
+    """Change pins, then hide and delete the dropped snapshots; return the bytes hidden and deleted."""
+    # Pins first (PRUNE-3): an interruption leaves too many snapshots, never a pinned one hidden.
     for step, owner in pins.remove:
         store.unpin(step, owner)
     for each in pins.add:
         store.pin(each.step, each.run)
-    if thinning is None:
+    if plan is None:
         return {}
-    hidden = store.hide(thinning.dropped)
-    if hidden and grace:
-        time.sleep(grace)
+    hidden = store.hide(plan.dropped)
+    if hidden and grace_seconds:
+        time.sleep(grace_seconds)
+    # remove_hidden() also deletes what an interrupted prune has hidden, so it is called even if hide() had no work.
     return {"bytes_hidden": hidden, "bytes_removed": store.remove_hidden()}
 
 
 def _described(
-    store: SnapshotStore, history: Listing, options: argparse.Namespace, pins: Pins, thinning: PrunePlan | None
+    store: SnapshotStore, history: Listing, config: PruneConfig, pins: Pins, plan: PrunePlan | None
 ) -> dict[str, Any]:
-    """All that is said, in plain values."""
+    """Return the plan, the pins and everything that is left alone, in plain values."""
     last = history.lineage[-1][0]
     surveyed = survey(store, last)
     states = {each["run"]: each for each in surveyed["runs"]}
     return {
-        "folder": str(options.folder),
+        "folder": str(config.folder),
         "run": last,
         "lineage": [list(ancestor) for ancestor in history.lineage],
-        "dry_run": options.dry_run,
+        "dry_run": config.dry_run,
         "state": states[last]["state"],
         "trainer": states[last].get("trainer", {}),
         "pinned": sorted(pins.after),
         "pinned_now": [each.step for each in pins.add],
         "unpinned_now": [step for step, _ in pins.remove],
-        "excluded": sorted(options.exclude),
-        "left_alone": _left_alone(surveyed, options.folder),
-        "thinning": thinning.described() if thinning else None,
+        "excluded": sorted(config.exclude),
+        "left_alone": _left_alone(surveyed, config.folder),
+        "thinning": plan.described() if plan else None,
     }
 
 
 def _left_alone(surveyed: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """What is in the folder beside the history, and how to deal with it."""
+    """Return what is in the folder besides the history, and how to treat it."""
     found = []
     for each in surveyed["runs"]:
         beside = [s["step"] for s in each["snapshots"] if not s["in_history"]]
@@ -184,49 +234,60 @@ def _left_alone(surveyed: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         unrelated = each["role"] == "unrelated"
         what = "of an unrelated run" if unrelated else "of another future"
         remedy = f"--run {each['run']} prunes them"
-        remedy += "" if unrelated else "; steps of its past that go from this history are gone for it, too"
+        # A branch reads its ancestors' snapshots, which are members of this history.
+        remedy += "" if unrelated else "; shared earlier snapshots that this command drops are lost for that run, too"
         found.append({"what": what, "count": len(beside), "run": each["run"], "remedy": remedy})
-    for what, remedy in (("incomplete", "inspect"), ("damaged", "verify")):
+    for what, command in (("incomplete", "inspect"), ("damaged", "verify")):
         if surveyed[what]:
-            advice = f"`nitrous-ema {remedy} {folder}` says more"
+            advice = f"`nitrous-ema {command} {folder}` lists them"
             found.append({"what": what, "count": len(surveyed[what]), "run": None, "remedy": advice})
     return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In words
+# As text
+
+_LEFT_ALONE = {
+    "of an unrelated run": "{snapshots} of an unrelated run ({run})",
+    "of another future": "{snapshots} of another branch (run {run})",
+    "incomplete": "{snapshots}, incomplete",
+    "damaged": "{snapshots}, damaged",
+}
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
-    told = [f"{found['folder']}: run {found['run']}" + (", and what it continues" if found["lineage"][:-1] else "")]
-    told += _still_written(found)
-    told += [f"pinned: {', '.join(map(str, found['pinned_now']))}"] if found["pinned_now"] else []
-    told += [f"unpinned: {', '.join(map(str, found['unpinned_now']))}"] if found["unpinned_now"] else []
+    ancestors = ", and the runs that it continues" if found["lineage"][:-1] else ""
+    text = [f"{found['folder']}: run {found['run']}{ancestors}"]
+    text += _still_written(found)
+    text += [f"pinned: {', '.join(map(str, found['pinned_now']))}"] if found["pinned_now"] else []
+    text += [f"unpinned: {', '.join(map(str, found['unpinned_now']))}"] if found["unpinned_now"] else []
     if found["thinning"]:
-        told += ["", *lines(found["thinning"])]
+        text += ["", *lines(found["thinning"])]
     for each in found["left_alone"]:
-        whose = f" ({each['run']})" if each["run"] else ""
-        told += paragraph(
-            "left alone:", f"{pluralize(each['count'], 'snapshot')} {each['what']}{whose}; {each['remedy']}"
-        )
-    return told
+        what = _LEFT_ALONE[each["what"]].format(snapshots=pluralize(each["count"], "snapshot"), run=each["run"])
+        text += paragraph("left alone:", f"{what}; {each['remedy']}")
+    return text
 
 
 def _still_written(found: dict[str, Any]) -> list[str]:
     trainer, state = {"pid": "?", "host": "?", **found["trainer"]}, found["state"]
     if state in ("closed", "gone"):
         return []
-    who = {
-        "alive": f"is still being written, by process {trainer['pid']} of this host",
-        "elsewhere": f"may still be written, by process {trainer['pid']} of host {trainer['host']}",
+    writer = {
+        "alive": f"is still being written by process {trainer['pid']} on this host",
+        "elsewhere": f"may still be written by process {trainer['pid']} on host {trainer['host']}",
         "unknown": "may still be written",
     }
-    return paragraph("note:", f"this run {who[state]}. What it writes from now on is not thinned; its keep= does that.")
+    return paragraph(
+        "note:",
+        f"this run {writer[state]}. This command does not prune snapshots that are written later; the run's keep= "
+        "argument does.",
+    )
 
 
 def _outcome(found: dict[str, Any]) -> str:
     if found["dry_run"]:
         return "dry run: nothing was changed."
     if "bytes_removed" not in found:
-        return "pins are written; no snapshot was removed."
-    return f"done: {format_bytes(found['bytes_removed'])} removed."
+        return "done: pins were changed, and no snapshot was dropped."
+    return f"done: {format_bytes(found['bytes_removed'])} deleted."

@@ -1,7 +1,8 @@
-"""Which snapshots of a finished history stay, what the averages lose by it, and both in words.
+"""The plan of a pruning: which snapshots of a finished history to keep, what accuracy is lost, and both as text.
 
-The choice is ``posthoc.retain``'s. Snapshots of one time hold the same averages, so one of them is enough, unless they
-are pinned.
+``posthoc.retain`` makes the choice, by training times. Several snapshots may have one training time: an EMA that is
+frozen, or is written between two updates, has the same averages at several steps. One of these snapshots is enough,
+so ``retain`` sees each time once. A pinned snapshot is kept even if another one has its time.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from nitrous_ema._base.arguments import format_bytes, pluralize
-from nitrous_ema.cli.terminal import columns, paragraph, percent, segments
+from nitrous_ema.cli.terminal import columns, paragraph, percent, step_ranges
 from nitrous_ema.errors import SnapshotMismatch
 from nitrous_ema.posthoc import Retention, retain
 from nitrous_ema.snapshots.snapshot import Snapshot
 
 _OLD_STEPS = (
-    "errors are those at the newest step and at pinned ones; at all other old steps short lengths are lost. "
+    "errors apply to averages at the newest step and at pinned steps. At other old steps, short lengths are lost; "
     "--pin STEP keeps a step as a target."
 )
 _GUIDED = (0.015, 0.045)  # arXiv:2312.02696, Table 6
@@ -27,53 +28,53 @@ _GUIDED = (0.015, 0.045)  # arXiv:2312.02696, Table 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneTarget:
-    """How much is to stay: one of the first three."""
+    """How much to keep. One of the first three fields is given."""
 
     keep: int | None = None
-    """Snapshots."""
+    """Number of snapshots."""
     budget_bytes: int | None = None
-    """Bytes of all snapshots that stay."""
+    """Bytes of all kept snapshots."""
     error: float | None = None
-    """Largest relative profile error in the range."""
+    """Largest relative profile error in the wanted range."""
     sigma_rels: tuple[float, float] | None = None
-    """Shortest and longest length wanted; by default what the tracked profiles cover."""
+    """Shortest and longest wanted length; by default the range that the tracked profiles cover."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PrunePlan:
-    """A choice of snapshots."""
+    """A choice of snapshots to keep."""
 
-    wish: PruneTarget
+    target: PruneTarget
     snapshots: tuple[Snapshot, ...]
     """The history, ascending by step."""
     pinned: frozenset[int]
-    """Steps that stay in any case, beside the newest."""
+    """Steps that are kept in any case, besides the newest."""
     kept: frozenset[int]
-    """Steps that stay."""
+    """Steps to keep."""
     retention: Retention
-    """What the averages lose; its places are those of different times."""
+    """Errors before and after. Its places count training times, not snapshots."""
 
     @property
     def dropped(self) -> list[Snapshot]:
-        """Snapshots that go, ascending."""
+        """Snapshots to drop, ascending by step."""
         return [each for each in self.snapshots if each.step not in self.kept]
 
     @property
-    def targets(self) -> list[int]:
-        """Steps whose errors are told: the pinned ones, one of each time, then the newest."""
+    def target_steps(self) -> list[int]:
+        """Target steps, as rows of the retention's errors: pinned steps, one for each time, then the newest."""
         by_time = {each.t: each.step for each in self.snapshots if each.step in self.pinned}
         by_time[self.snapshots[-1].t] = self.snapshots[-1].step
         return [by_time[t] for t in sorted(by_time)]
 
     def described(self) -> dict[str, Any]:
-        """All of it in plain values: what ``--json`` gives, and what ``lines`` puts into words."""
-        found, wish, dropped = self.retention, self.wish, self.dropped
+        """Return the plan in plain values, for ``--json`` and for ``lines``."""
+        found, target, dropped = self.retention, self.target, self.dropped
         wanted = found.sigma_rels[found.in_range]
         before = sum(each.bytes for each in self.snapshots)
         return {
-            "keep": wish.keep,
-            "budget_bytes": wish.budget_bytes,
-            "error": wish.error,
+            "keep": target.keep,
+            "budget_bytes": target.budget_bytes,
+            "error": target.error,
             "sigma_rels": [float(wanted.min()), float(wanted.max())],
             "steps": [each.step for each in self.snapshots],
             "kept": sorted(self.kept),
@@ -81,13 +82,18 @@ class PrunePlan:
             "pinned": sorted(self.pinned),
             "bytes_before": before,
             "bytes_after": before - sum(each.bytes for each in dropped),
-            "lower_bound": {"of": "worst error" if wish.error is None else "steps", "value": found.lower_bound},
-            "targets": [self._described_target(row, step) for row, step in enumerate(self.targets)],
+            "lower_bound": {"of": "worst error" if target.error is None else "steps", "value": found.lower_bound},
+            "targets": [self._described_target(row, step) for row, step in enumerate(self.target_steps)],
             "warnings": list(found.warnings),
         }
 
     def _described_target(self, row: int, step: int) -> dict[str, Any]:
-        """Errors of averages that end at one step; ``row`` is its place among the retention's targets."""
+        """Return the errors of averages at one target step, in plain values.
+
+        Args:
+            row: The target's row in the retention's errors.
+            step: The target step.
+        """
         found = self.retention
         before, after = found.error_before[row], found.error_after[row]
         return {
@@ -106,57 +112,67 @@ class PrunePlan:
         }
 
 
-def plan_pruning(snapshots: Sequence[Snapshot], pinned: Collection[int], wish: PruneTarget) -> PrunePlan:
-    """Choose what stays. Changes nothing.
+def plan_pruning(snapshots: Sequence[Snapshot], pinned: Collection[int], target: PruneTarget) -> PrunePlan:
+    """Choose the snapshots to keep. Changes nothing.
 
     Args:
-        snapshots: Of one history, ascending by step, at least one.
-        pinned: Steps of theirs that stay in any case, and as targets with all that they need.
-        wish: How much stays.
+        snapshots: Snapshots of one history, ascending by step, at least one.
+        pinned: Their steps that are kept in any case, with the snapshots that they need as targets.
+        target: How much to keep.
+
+    Returns:
+        The choice, with the errors before and after.
 
     Raises:
-        ValueError: A number out of range, or less room than for the newest and the pinned steps.
+        ValueError: A number is out of range, or too small for the newest and the pinned steps.
         SnapshotMismatch: The snapshots have different profiles.
     """
     _check_profiles(snapshots)
-    asked, fixed = frozenset(pinned), {*pinned, snapshots[-1].step}
-    times_asked = {each.t for each in snapshots if each.step in asked}
+    pinned_steps, fixed = frozenset(pinned), {*pinned, snapshots[-1].step}
+    pinned_times = {each.t for each in snapshots if each.step in pinned_steps}
+    # The last snapshot of a time is its candidate, so that the newest snapshot, which is kept anyway, is one. A pinned
+    # snapshot has priority.
     by_time: dict[float, Snapshot] = {}
     for each in snapshots:
-        if each.t not in by_time or by_time[each.t].step not in asked:
+        if each.t not in by_time or by_time[each.t].step not in pinned_steps:
             by_time[each.t] = each
     candidates = sorted(by_time.values(), key=lambda each: each.t)
+    # Kept snapshots that share their time with a candidate: retain() does not see them, but they count.
     beside = fixed - {each.step for each in candidates}
-    keep = _number(snapshots, wish, fixed)
+    keep = _count(snapshots, target, fixed)
     retention = retain(
         [each.t for each in candidates],
         snapshots[-1].layout.gammas,
         keep=None if keep is None else keep - len(beside),
-        error=wish.error,
-        sigma_rels=wish.sigma_rels,
-        pinned=[place for place, each in enumerate(candidates) if each.t in times_asked],
+        error=target.error,
+        sigma_rels=target.sigma_rels,
+        pinned=[place for place, each in enumerate(candidates) if each.t in pinned_times],
     )
     kept = beside | {candidates[place].step for place in retention.kept.tolist()}
-    return PrunePlan(wish=wish, snapshots=tuple(snapshots), pinned=asked, kept=frozenset(kept), retention=retention)
+    return PrunePlan(
+        target=target, snapshots=tuple(snapshots), pinned=pinned_steps, kept=frozenset(kept), retention=retention
+    )
 
 
-def _number(snapshots: Sequence[Snapshot], wish: PruneTarget, fixed: Collection[int]) -> int | None:
-    """How many stay, by number or by bytes; None if an error decides."""
-    if wish.error is not None:
+def _count(snapshots: Sequence[Snapshot], target: PruneTarget, fixed: Collection[int]) -> int | None:
+    """Return how many snapshots to keep, by number or by bytes; None if an error decides."""
+    if target.error is not None:
         return None
-    if wish.budget_bytes is None:
-        number, budget = (len(snapshots) if wish.keep is None else wish.keep), None
+    if target.budget_bytes is None:
+        count = len(snapshots) if target.keep is None else target.keep
+        given = f"--keep {count}"
     else:
-        largest = max(each.bytes for each in snapshots)
-        number, budget = wish.budget_bytes // largest, f"the budget of {wish.budget_bytes:,} bytes holds"
-    if number < len(fixed):
-        stay = "the newest stays" if len(fixed) == 1 else f"the newest and the {len(fixed) - 1} pinned ones stay"
+        # By the largest snapshot, so that the budget holds whichever ones are chosen.
+        count = target.budget_bytes // max(each.bytes for each in snapshots)
+        given = f"--budget {target.budget_bytes:,} bytes (space for {pluralize(count, 'snapshot')})"
+    if count < len(fixed):
+        pinned = f" and the {pluralize(len(fixed) - 1, 'pinned snapshot')}" if len(fixed) > 1 else ""
         needed = sum(each.bytes for each in snapshots if each.step in fixed)
         raise ValueError(
-            f"{budget or 'keep:'} {pluralize(number, 'snapshot')}, but {stay} in any case ({needed:,} bytes). "
-            f"Give room for at least {len(fixed)}{', or unpin some' if len(fixed) > 1 else ''}."
+            f"{given} is too small: the newest snapshot{pinned} must be kept ({needed:,} bytes). "
+            f"Keep at least {len(fixed)}{', or unpin some' if len(fixed) > 1 else ''}."
         )
-    return number
+    return count
 
 
 def _check_profiles(snapshots: Sequence[Snapshot]) -> None:
@@ -164,70 +180,75 @@ def _check_profiles(snapshots: Sequence[Snapshot]) -> None:
     for each in snapshots:
         if each.layout.gammas != last.layout.gammas:
             raise SnapshotMismatch(
-                f"step {each.step} has the profiles {each.layout.sigma_rels}, step {last.step} has "
-                f"{last.layout.sigma_rels}: what thinning costs is only known for the same ones. "
-                f"Leave the former out with --exclude {each.step}, or prune its run with --run {each.run}.",
+                f"step {each.step} has the profiles {each.layout.sigma_rels}, but step {last.step} has "
+                f"{last.layout.sigma_rels}: the cost of pruning is known only for snapshots with the same profiles. "
+                f"Ignore the former with --exclude {each.step}, or prune its run with --run {each.run}.",
                 path=each.paths[0].parent,
             )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In words
+# As text
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """What ``PrunePlan.tensor_entry`` says, for people."""
+    """Return what ``PrunePlan.described`` returns as lines of text."""
     steps, kept = found["steps"], frozenset(found["kept"])
     pinned = [f"pinned {each}" for each in found["pinned"]]
-    told = [
-        f"{len(kept)} of {pluralize(len(steps), 'step')} stay: {format_bytes(found['bytes_before'])} -> "
+    text = [
+        f"{len(kept)} of {pluralize(len(steps), 'snapshot')} kept: {format_bytes(found['bytes_before'])} -> "
         f"{format_bytes(found['bytes_after'])}, {format_bytes(found['bytes_before'] - found['bytes_after'])} less."
     ]
-    told += [_bound(found)] if found["dropped"] else []
-    told += paragraph("stay:", f"{segments(steps, kept)}" + (f" ({', '.join(pinned)})" if pinned else ""))
-    told += paragraph("go:", segments(steps, frozenset(found["dropped"])))
-    told += ["", *_table(found), ""]
+    text += [_bound(found)] if found["dropped"] else []
+    text += paragraph("kept:", f"{step_ranges(steps, kept)}" + (f" ({', '.join(pinned)})" if pinned else ""))
+    text += paragraph("dropped:", step_ranges(steps, frozenset(found["dropped"])))
+    text += ["", *_table(found), ""]
     for target in found["targets"][:-1]:
         before, after = percent(target["worst_before"]), percent(target["worst_after"])
-        told.append(f"at step {target['step']}, which is pinned, the worst in the range: {before} -> {after}")
+        text.append(f"largest error in the wanted range at step {target['step']}, which is pinned: {before} -> {after}")
     for warning in found["warnings"]:
-        told += paragraph("warning:", warning)
+        text += paragraph("warning:", warning)
     if found["dropped"]:
-        told += paragraph("note:", _OLD_STEPS)
-    return told
+        text += paragraph("note:", _OLD_STEPS)
+    return text
 
 
 def _bound(found: dict[str, Any]) -> str:
-    """What no other choice does better."""
+    """Return how close the choice is to the proven optimum."""
     bound, worst = found["lower_bound"]["value"], max(target["worst_after"] for target in found["targets"])
-    number = len(found["kept"])
+    count = len(found["kept"])
     if found["lower_bound"]["of"] == "steps":
-        allowed = f"the wanted lengths within {percent(found['error'])}"
-        if any("Not even all" in warning for warning in found["warnings"]):
-            allowed = "the wanted lengths as near to that as all steps do"
-        best = ": none does it with fewer" if number <= bound else ""
-        return f"No fewer than {pluralize(round(bound), 'step')} give {allowed}; these are {number}{best}."
-    best = ": there is no better choice" if worst <= bound * (1 + 1e-6) else ""
+        goal = f"of up to {percent(found['error'])}"
+        if any(target["worst_before"] > found["error"] for target in found["targets"]):
+            goal = f"as close to {percent(found['error'])} as all snapshots allow"
+        optimal = ", which is the minimum" if count <= bound else ""
+        least = pluralize(round(bound), "snapshot")
+        return f"Errors in the wanted range {goal} need at least {least}; this choice has {count}{optimal}."
+    optimal = ", which is the minimum" if worst <= bound * (1 + 1e-6) else ""
     least = percent(bound, rounded_down=True)
-    what = "a worst error in the wanted range"
-    return f"No {number} of these steps have {what} below {least}; these have {percent(worst)}{best}."
+    return (
+        f"No {count} of these snapshots have a largest error below {least} in the wanted range; this choice has "
+        f"{percent(worst)}{optimal}."
+    )
 
 
 def _table(found: dict[str, Any]) -> list[str]:
-    """Errors at the newest step by length: everything outside the wanted range, round lengths and the worst inside."""
+    """Return errors at the newest step: lengths outside the wanted range, and round lengths and the worst inside."""
     lengths = found["targets"][-1]["lengths"]
     wanted = [each for each in lengths if each["wanted"]]
-    shown = [max(wanted, key=lambda each: each["error_after"]), wanted[0], wanted[-1]]
-    rows = [["sigma_rel", "all steps", f"{pluralize(len(found['kept']), 'step')}", ""]]
+    worst = max(wanted, key=lambda each: each["error_after"])
+    rows = [["sigma_rel", "all snapshots", pluralize(len(found["kept"]), "snapshot"), ""]]
     for each in lengths:
-        if each in shown or not each["wanted"] or np.isclose(each["sigma_rel"], round(each["sigma_rel"], 3), rtol=1e-9):
+        # Wanted lengths are many and unevenly rounded; those of at most three decimals are enough to read.
+        is_round = np.isclose(each["sigma_rel"], round(each["sigma_rel"], 3), rtol=1e-9)
+        if each in (worst, wanted[0], wanted[-1]) or not each["wanted"] or is_round:
             mark = "wanted" if each["wanted"] else ""
-            mark += ", the worst of these" if each is shown[0] and len(wanted) > 1 else ""
+            mark += ", largest error" if each is worst and len(wanted) > 1 else ""
             rows.append([f"{each['sigma_rel']:.3g}", percent(each["error_before"]), percent(each["error_after"]), mark])
     guided = [each for each in lengths if _GUIDED[0] <= each["sigma_rel"] <= _GUIDED[1]]
     before, after = (percent(max(each[when] for each in guided)) for when in ("error_before", "error_after"))
     return [
-        "error of an average that ends at the newest step:",
+        "error of an average at the newest step:",
         *columns(rows),
-        f"  guided EDM2 models had their best at {_GUIDED[0]} to {_GUIDED[1]}; the worst there: {before} -> {after}",
+        f"  largest error from {_GUIDED[0]} to {_GUIDED[1]}, where guided EDM2 models were best: {before} -> {after}",
     ]

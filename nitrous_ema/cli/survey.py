@@ -1,4 +1,4 @@
-"""What is in a folder of snapshots, in plain values: what ``inspect`` shows, and what ``prune`` leaves alone."""
+"""The contents of a snapshot folder in plain values: ``inspect`` shows them, ``prune`` lists what it does not touch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nitrous_ema._base.processes import process_state
-from nitrous_ema.cli.terminal import moment
+from nitrous_ema.cli.terminal import format_time
 from nitrous_ema.errors import SnapshotNotFound
 from nitrous_ema.snapshots.header import Lineage
 from nitrous_ema.snapshots.legacy.folder import files_by_step
@@ -16,14 +16,16 @@ from nitrous_ema.snapshots.store import SnapshotStore
 
 
 def survey(store: SnapshotStore, run: str | None = None) -> dict[str, Any]:
-    """Everything in a folder, by the headers; no data is read. Damaged files are listed, never raised.
+    """Return everything in a folder as its files' headers describe it; no tensor data is read.
+
+    Damaged files are listed, not raised.
 
     Args:
         store: The folder.
-        run: Last run of the history that the others are seen from; by default the newest run.
+        run: Last run of the lineage that the roles of the other runs refer to; by default the newest run.
 
     Raises:
-        SnapshotNotFound: No such folder or run.
+        SnapshotNotFound: The folder or the run does not exist.
     """
     history = store.examine(run)
     pins = store.pins()
@@ -32,7 +34,7 @@ def survey(store: SnapshotStore, run: str | None = None) -> dict[str, Any]:
     for each in store.runs():
         try:
             examined = store.examine(each)
-        except SnapshotNotFound:  # all that it had was removed since it was listed
+        except SnapshotNotFound:  # all its snapshots were removed after runs() had listed it
             continue
         damaged |= {str(error.path): str(error) for error in examined.damaged}
         own = [snapshot for snapshot in examined.snapshots if snapshot.run == each]
@@ -53,7 +55,7 @@ def survey(store: SnapshotStore, run: str | None = None) -> dict[str, Any]:
 
 
 def writing_state(store: SnapshotStore, run: str, own: list[Snapshot]) -> str:
-    """Whether a run still writes: "closed", or what became of its trainer (as ``processes.process_state`` says)."""
+    """Return whether a run may still write: "closed", or its trainer's state (see ``processes.process_state``)."""
     if (store.root / f"closed-{run}").exists():
         return "closed"
     return process_state(own[-1].stamp.trainer) if own else "unknown"
@@ -67,7 +69,8 @@ def _described_run(
     history: Lineage,
     pins: frozenset[tuple[int, str]],
 ) -> dict[str, Any]:
-    left_at = dict(history).get(run, 0 if run not in dict(history) else None)
+    # None: the history ends with this run, so all its steps belong to it. 0: the run is outside the history.
+    left_at = dict(history).get(run, 0)
     state = writing_state(store, run, own)
     described: dict[str, Any] = {
         "run": run,
@@ -93,7 +96,7 @@ def _described_run(
             "t": each.t,
             "bytes": each.bytes,
             "files": len(each.paths),
-            "written": moment(each.stamp.created_ns),
+            "written": format_time(each.stamp.created_ns),
             "pinned": (each.step, run) in pins,
             "in_history": left_at is None or each.step <= left_at,
             "path": str(each.paths[0].parent),
@@ -104,7 +107,7 @@ def _described_run(
 
 
 def _role(run: str, lineage: Lineage, history: Lineage) -> str:
-    """What a run is to a history: "newest" (its last run), "ancestor", "branch" (another future), or "unrelated"."""
+    """Return a run's role in a history: "newest" (its last run), "ancestor", "branch" (shares a past), "unrelated"."""
     names = [name for name, _ in history]
     if run in names:
         return "newest" if run == names[-1] else "ancestor"
@@ -112,17 +115,17 @@ def _role(run: str, lineage: Lineage, history: Lineage) -> str:
 
 
 def _notes(store: SnapshotStore, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Notes in the folder; ``stray`` are those that tell of nothing that is there."""
-    there = {f"closed-{each['run']}" for each in runs}
-    there |= {f"pin-{snapshot['step']:012d}-{each['run']}" for each in runs for snapshot in each["snapshots"]}
+    """Return the folder's marker files (pins, closed runs); a marker without its snapshot or run is ``stray``."""
+    existing = {f"closed-{each['run']}" for each in runs}
+    existing |= {f"pin-{snapshot['step']:012d}-{each['run']}" for each in runs for snapshot in each["snapshots"]}
     names = sorted(path.name for path in store.root.iterdir() if path.name.startswith(("closed-", "pin-")))
-    return [{"path": str(store.root / name), "stray": name not in there} for name in names]
+    return [{"path": str(store.root / name), "stray": name not in existing} for name in names]
 
 
 def _bytes_below(folder: Path) -> int:
-    """Bytes of all files in a folder; what vanishes meanwhile counts nothing."""
+    """Return the size of all files in a folder; files that vanish meanwhile count as 0 bytes."""
     total = 0
-    with suppress(FileNotFoundError):  # of the folder itself, while it is listed
+    with suppress(FileNotFoundError):  # the folder itself may be removed during the listing
         for path in folder.rglob("*"):
             with suppress(FileNotFoundError):
                 total += path.lstat().st_size if path.is_file() else 0
@@ -140,7 +143,7 @@ def _disk(store: SnapshotStore, last: Snapshot | None) -> dict[str, Any]:
 
 
 def legacy_steps(root: Path) -> list[dict[str, Any]]:
-    """Steps of a folder of ``{profile}.{step}.pt`` files, ascending; empty if it is none."""
+    """Return the steps of a folder of ``{profile}.{step}.pt`` files, ascending; empty for any other folder."""
     found = files_by_step(root)
     return [
         {"step": step, "profiles": len(paths), "bytes": sum(path.lstat().st_size for path in paths.values())}
@@ -149,15 +152,15 @@ def legacy_steps(root: Path) -> list[dict[str, Any]]:
 
 
 def legacy_sentence(root: Path, command: str) -> str:
-    """What such a folder is, and what can be done with it; empty if it is none."""
+    """Return which folder this is and which commands read it; an empty string unless it is an old one."""
     if not files_by_step(root):
         return ""
-    cannot = {
-        "verify": "They are checked when they are read for a synthesis, not here. ",
-        "prune": "They do not say which profiles they hold, so they are not pruned; nothing was changed. ",
+    limits = {
+        "verify": "Their checksums are compared only when synthesis reads them. ",
+        "prune": "The files do not record their profiles, so they cannot be pruned; nothing was changed. ",
     }
     return (
-        f"{root} holds files of nitrous-ema 0.0.1 or ema-pytorch ({{profile}}.{{step}}.pt), no snapshots of this "
-        f"version. {cannot.get(command, '')}`nitrous-ema synthesize` reads them, with --sigma-rels or --gammas naming "
-        "their profiles."
+        f"{root} contains files of nitrous-ema 0.0.1 or ema-pytorch ({{profile}}.{{step}}.pt), not snapshots of this "
+        f"version. {limits.get(command, '')}`nitrous-ema synthesize` reads them if --sigma-rels or --gammas names "
+        "their profiles; `nitrous-ema import` converts them."
     )

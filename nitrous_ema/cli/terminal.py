@@ -1,4 +1,4 @@
-"""How the commands talk: what was asked for goes to stdout, all else to stderr."""
+"""Output of the commands: the requested result goes to stdout, progress and errors to stderr."""
 
 from __future__ import annotations
 
@@ -13,44 +13,52 @@ _WIDTH = 120
 
 
 def show(text: str) -> None:
-    """Write to stdout, now: whoever reads along sees it before the next long thing begins."""
+    """Write text to stdout and flush it, so that it is visible before the next slow operation begins."""
     to_stdout(text + "\n")
 
 
 def log(line: str) -> None:
-    """Write to stderr, with the program's name."""
+    """Write a line to stderr, after the program's name."""
     to_stderr(f"nitrous-ema: {line}\n")
 
 
 def columns(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> list[str]:
-    """Rows as aligned lines: cells to the right, but for the last one of each row, which may have any length."""
+    """Return rows as aligned lines: cells to the right, but for a row's last cell, which may have any length."""
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     lines = []
     for row in rows:
+        # Not strict: the last cell has no width.
         cells = [cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)]
         lines.append((indent + "   ".join([*cells, row[-1]])).rstrip())
     return lines
 
 
-def elided(rows: Sequence[Sequence[str]], *, most: int, word: str) -> list[Sequence[str]]:
-    """The first and last of too many rows; a row in between says how many of what ``word`` says are not shown."""
+def elide_rows(rows: Sequence[Sequence[str]], *, most: int, hint: str) -> list[Sequence[str]]:
+    """Return the first and the last rows of a long table, with a row in between for the omitted ones.
+
+    Args:
+        rows: Rows of equally many cells.
+        most: Largest number of rows that are returned unchanged.
+        hint: Text after the number of omitted rows, such as the option that shows them.
+    """
     if len(rows) <= most:
         return list(rows)
     half = most // 2
-    gap = ["..."] + [""] * (len(rows[0]) - 2) + [f"{len(rows) - 2 * half} more {word}"]
+    gap = ["..."] + [""] * (len(rows[0]) - 2) + [f"{len(rows) - 2 * half} more {hint}"]
     return [*rows[:half], gap, *rows[-half:]]
 
 
 def paragraph(title: str, text: str) -> list[str]:
-    """Text behind a title, in lines of readable length."""
+    """Return text after a title as lines of readable length; later lines are indented below the text."""
     indent = " " * (len(title) + 1)
+    # Steps, sizes and paths must stay searchable: no word is broken, not even at a hyphen.
     return textwrap.wrap(
         f"{title} {text}", _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
 
 
 def percent(error: float, *, rounded_down: bool = False) -> str:
-    """A relative error for people: three digits, never more than it is if ``rounded_down``."""
+    """Return a relative error as a percentage of three digits; with ``rounded_down`` never more than the error."""
     hundredths = 100 * error
     if hundredths < 1e-4:
         return "0 %" if rounded_down else "< 0.0001 %"
@@ -59,16 +67,21 @@ def percent(error: float, *, rounded_down: bool = False) -> str:
     return f"{digits * unit:.{max(0, -round(math.log10(unit)))}f} %"
 
 
-def moment(nanoseconds: int) -> str:
-    """A time since 1970 as a date."""
+def format_time(nanoseconds: int) -> str:
+    """Return a time, in nanoseconds since 1970, as date and time in UTC."""
     return datetime.fromtimestamp(nanoseconds / 1e9, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def segments(steps: Sequence[int], chosen: frozenset[int]) -> str:
-    """The chosen ones of some ascending steps, neighbours drawn together: ``100, 300 to 900 (7)``."""
+def step_ranges(steps: Sequence[int], chosen: frozenset[int]) -> str:
+    """Return the chosen steps as text, with consecutive ones joined: ``100, 300 to 900 (7)``.
+
+    Args:
+        steps: All steps, ascending: they define which steps are consecutive.
+        chosen: Some of them.
+    """
     words: list[str] = []
     together: list[int] = []
-    for step in [*steps, None]:
+    for step in [*steps, None]:  # None ends the last range
         if step is not None and step in chosen:
             together.append(step)
         elif together:

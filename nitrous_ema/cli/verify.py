@@ -1,8 +1,10 @@
-"""``nitrous-ema verify``: reads every byte under a final name, and says of each bad file what to do."""
+"""``nitrous-ema verify``: read every byte of every committed file, and print for each bad file what to do."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Set
+from dataclasses import dataclass
 from pathlib import Path
 
 from nitrous_ema._base import exit_status
@@ -12,36 +14,55 @@ from nitrous_ema.snapshots.snapshot import VerificationFailure
 from nitrous_ema.snapshots.store import SnapshotStore
 
 
-def run(options: argparse.Namespace) -> int:
-    """Verify a folder; the exit status tells whether all is whole."""
-    store = SnapshotStore(options.folder)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyConfig:
+    """What to verify."""
+
+    folder: Path
+    """The snapshot folder."""
+
+
+def configure(options: argparse.Namespace) -> VerifyConfig:
+    """Return the configuration that the parsed options state."""
+    return VerifyConfig(folder=options.folder)
+
+
+def run(config: VerifyConfig) -> int:
+    """Verify a folder; return the exit status: 0 intact, 3 no snapshot, 4 damaged."""
+    store = SnapshotStore(config.folder)
     by_file: dict[Path, list[VerificationFailure]] = {}
-    for problem in store.verify():
-        by_file.setdefault(problem.path, []).append(problem)
-    for problems in by_file.values():
-        more = f" {len(problems) - 1} more of its chunks are damaged." if len(problems) > 1 else ""
-        show(problems[0].message + more)
+    for failure in store.verify():
+        by_file.setdefault(failure.path, []).append(failure)
+    # One line per file, because the remedy is the same for all its chunks.
+    for failures in by_file.values():
+        more = f" {len(failures) - 1} more of its chunks are damaged." if len(failures) > 1 else ""
+        show(failures[0].message + more)
     folders = {path.parent for path in by_file}
     misplaced = _misplaced(store, folders)
     for message in misplaced:
         show(message)
     for incomplete in store.incomplete():
         if incomplete.path not in folders:
-            log(f"{incomplete.path} is not a snapshot (yet) and was passed over: {incomplete.reason}.")
+            log(f"{incomplete.path} is not a complete snapshot and was skipped: {incomplete.reason}.")
     if by_file or misplaced:
         return exit_status.DAMAGED
     if store.runs():
-        show("every snapshot is whole")
+        show("all snapshots are intact")
         return exit_status.DONE
     show(legacy_sentence(store.root, "verify") or f"{store.root} holds no snapshot")
     return exit_status.NOT_FOUND
 
 
-def _misplaced(store: SnapshotStore, told: set[Path]) -> list[str]:
-    """What is said of snapshots whose bytes are right, but that tell another history than their run's."""
+def _misplaced(store: SnapshotStore, reported: Set[Path]) -> list[str]:
+    """Return messages on snapshots whose bytes are intact but whose lineage contradicts their run's.
+
+    Args:
+        store: The folder.
+        reported: Folders of files that are reported as damaged already.
+    """
     found: dict[Path, str] = {}
     for each in store.runs():
         for error in store.examine(each).damaged:
-            if not told & {error.path, error.path.parent}:
+            if not reported & {error.path, error.path.parent}:
                 found[error.path] = str(error)
     return list(found.values())

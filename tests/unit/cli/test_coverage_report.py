@@ -1,4 +1,4 @@
-"""What ``inspect`` says of lengths: numbers as the planner has them, sentences where something stands in the way."""
+"""What ``inspect`` reports on lengths: the planner's numbers, and sentences on the causes of large errors."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def inspected(capsys, folder, *more):
     return json.loads(capsys.readouterr().out)
 
 
-def told(capsys, folder, *more):
+def text_of(capsys, folder, *more):
     assert cli.main(["inspect", str(folder), *map(str, more)]) == 0
     return " ".join(capsys.readouterr().out.split())
 
 
-# ---- which lengths there are
+# ---- supported lengths
 
 
 def test_covered_lengths_are_those_of_the_snapshots(tmp_path, capsys):
@@ -51,18 +51,18 @@ def test_covered_lengths_are_those_of_the_snapshots(tmp_path, capsys):
 
 
 def test_rounding_narrows_what_is_covered_if_snapshots_are_stored_coarsely(tmp_path, capsys):
-    fine = told(capsys, folder_of(tmp_path / "fine"))
-    assert "within 1 % sigma_rel 0.0376 to 0.177" in fine
-    assert "if the rounding" not in fine
+    fine = text_of(capsys, folder_of(tmp_path / "fine"))
+    assert "profile error up to 1 % sigma_rel 0.0376 to 0.177" in fine
+    assert "rounding error" not in fine
     coarse = inspected(capsys, folder_of(tmp_path / "coarse", dtype="F16"))["covered"]["within"][1]
     (wide,), (narrow,) = coarse["lengths"], coarse["with_little_rounding"]
     assert wide[0] < narrow[0] < 0.05
     assert narrow[2] * 2.1e-4 == pytest.approx(1e-3, rel=0.03)
-    assert "if the rounding of F16 is to stay below 0.001 of a weight" in told(capsys, tmp_path / "coarse")
+    assert "with a F16 rounding error of up to 0.001 of a weight" in text_of(capsys, tmp_path / "coarse")
 
 
-def test_folder_with_too_little_says_that_no_length_is_covered_but_the_tracked_ones(tmp_path, capsys):
-    assert "within 1 % sigma_rel 0.05 to 0.05; 0.0" not in (out := told(capsys, folder_of(tmp_path / "s", [100])))
+def test_folder_with_too_few_snapshots_supports_the_tracked_lengths_only(tmp_path, capsys):
+    assert "up to 1 % sigma_rel 0.05 to 0.05; 0.0" not in (out := text_of(capsys, folder_of(tmp_path / "s", [100])))
     assert "tracked sigma_rel 0.05, 0.1" in out
     assert inspected(capsys, tmp_path)["covered"] is None
 
@@ -74,12 +74,12 @@ def test_excluded_and_unrelated_snapshots_do_not_count(tmp_path, capsys):
     assert (covered["step"], covered["snapshots"]) == (1900, 17)
 
 
-# ---- lengths that are asked for
+# ---- requested lengths
 
 
 @pytest.mark.parametrize("given", [("--sigma-rel", "0.03,0.05,...,0.15"), ("--gamma", "7,9,...,15")])
 @pytest.mark.parametrize("tolerance", [0, 1e-2])
-def test_what_is_told_is_the_plan(tmp_path, capsys, given, tolerance):
+def test_predictions_are_those_of_the_plan(tmp_path, capsys, given, tolerance):
     folder = folder_of(tmp_path / "s", dtype="F16")
     (found,) = inspected(capsys, folder, *given, "--tolerance", tolerance, "--step", 1500)["asked"]
     option = {"--sigma-rel": "sigma_rels", "--gamma": "gammas"}[given[0]]
@@ -99,10 +99,10 @@ def test_what_is_told_is_the_plan(tmp_path, capsys, given, tolerance):
     assert found["lengths"][0]["steps_alone"] == alone.places.size
 
 
-def test_people_are_told_the_same(tmp_path, capsys):
-    out = told(capsys, folder_of(tmp_path / "s", dtype="F16"), "--sigma-rel", "0.05,0.08")
-    assert "averages that end at step 2000, within 0.001 of what all snapshots give" in out
-    assert "of 20 snapshots are read" in out
+def test_text_has_the_same_numbers(tmp_path, capsys):
+    out = text_of(capsys, folder_of(tmp_path / "s", dtype="F16"), "--sigma-rel", "0.05,0.08")
+    assert "predicted errors at target step 2000, tolerance 0.001:" in out
+    assert "of 20 snapshots (at least" in out
     assert "rounding (F16)" in out
     assert "0.05 16.97 < 0.0001 % < 0.0001 % 1 2.1e-04 1" in out
 
@@ -113,7 +113,7 @@ def test_averages_may_end_at_several_steps(tmp_path, capsys, steps, expected):
     assert [each["step"] for each in found] == expected
 
 
-def test_nothing_is_said_of_lengths_that_come_out_well(tmp_path, capsys):
+def test_accurate_lengths_have_no_warnings(tmp_path, capsys):
     (found,) = inspected(capsys, folder_of(tmp_path / "s"), "--sigma-rel", "0.05,0.06,...,0.12")["asked"]
     assert (found["warnings"], found["causes"]) == ([], [])
 
@@ -121,21 +121,29 @@ def test_nothing_is_said_of_lengths_that_come_out_well(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("steps", "sigma_rel", "cause"),
     [
-        (range(1000, 2001, 100), 0.25, "is from before the first snapshot (step 1000). Take snapshots from early on"),
-        ([*range(100, 900, 100), *range(1800, 2001, 100)], 0.2, "is from the gap between steps 800 and 1800. A snap"),
+        (
+            range(1000, 2001, 100),
+            0.25,
+            "comes from before the first snapshot (step 1000). Take snapshots earlier in training",
+        ),
+        (
+            [*range(100, 900, 100), *range(1800, 2001, 100)],
+            0.2,
+            "comes from the gap between steps 800 and 1800. Include a",
+        ),
         (STEPS, 0.015, "shorter than the shortest tracked length (0.05), and 20 snapshots are too far apart"),
         ([*range(20, 200, 20), *range(200, 2001, 200)], 0.25, "longer than the longest tracked length (0.1), and 19"),
-        ([1000, 1500, 2000], 0.075, "3 snapshots are too few. Take snapshots more often, or track a profile nearer"),
+        ([1000, 1500, 2000], 0.075, "3 snapshots are too few. Take snapshots more often, or track a profile closer"),
     ],
 )
-def test_what_stands_in_the_way_is_told_with_what_would_help(tmp_path, capsys, steps, sigma_rel, cause):
+def test_causes_of_errors_are_reported_with_a_remedy(tmp_path, capsys, steps, sigma_rel, cause):
     (found,) = inspected(capsys, folder_of(tmp_path / "s", steps), "--sigma-rel", sigma_rel)["asked"]
-    (told,) = found["causes"]
-    assert f"sigma_rel {sigma_rel}: " in told
-    assert cause in told
+    (sentence,) = found["causes"]
+    assert f"sigma_rel {sigma_rel}: " in sentence
+    assert cause in sentence
 
 
-def test_coarse_storage_is_told_with_its_remedy(tmp_path, capsys):
+def test_coarse_storage_is_reported_with_its_remedy(tmp_path, capsys):
     (found,) = inspected(capsys, folder_of(tmp_path / "s", dtype="BF16"), "--sigma-rel", "0.035")["asked"]
     assert any("stored as BF16 is amplified" in each and 'Store them as "F32"' in each for each in found["warnings"])
 
@@ -150,7 +158,7 @@ def test_missing_step_is_not_found_and_bad_lengths_are_usage_errors(tmp_path, ca
     assert cli.main(["inspect", folder, "--sigma-rel", "1e-300"]) == 2
     assert "less than 1e+12" in capsys.readouterr().err
     assert cli.main(["inspect", folder, "--step", "1000"]) == 2
-    assert "--step says where the averages of --sigma-rel or --gamma end" in capsys.readouterr().err
+    assert "--step needs the lengths of the averages that end there" in capsys.readouterr().err
 
 
 def test_nothing_is_touched(tmp_path, capsys):
@@ -173,8 +181,10 @@ def test_old_folder_is_inspected_with_its_profiles(tmp_path, capsys):
     assert asked["lengths"][0]["profile_error"] < 1e-12
 
 
-def test_old_folder_without_its_profiles_is_told_what_is_missing(tmp_path, capsys):
+def test_old_folder_without_its_profiles_is_refused_with_the_missing_options(tmp_path, capsys):
     write_ema_pytorch(tmp_path / "old", [1000, 2000])
     assert inspected(capsys, tmp_path / "old")["covered"] is None
     assert cli.main(["inspect", str(tmp_path / "old"), "--sigma-rel", "0.05"]) == 2
-    assert "--sigma-rels or --gammas naming their profiles" in " ".join(capsys.readouterr().err.split())
+    assert "`nitrous-ema synthesize` reads them if --sigma-rels or --gammas names their profiles" in " ".join(
+        capsys.readouterr().err.split()
+    )

@@ -106,19 +106,19 @@ def test_same_seed_gives_the_same_table_in_a_used_folder_too(done):
         torch.manual_seed(12345)  # what the caller does with torch's generator has no influence
         again = quick(folder)
     assert table(again) == table(report)
-    assert [len([line for line in each if "has earlier runs" in line]) for each in (report, again)] == [0, 1]
+    assert [len([line for line in each if "contains earlier runs" in line]) for each in (report, again)] == [0, 1]
 
 
-def test_verdict_says_so_when_the_raw_weights_are_better():
+def test_verdict_is_the_raw_weights_where_they_are_better():
     table = SweepTable((row(0.1, 1.2),))
     *_, worse = demo._table(table, torch.tensor([1.0, 1.0]), torch.tensor([1.1, 1.3]))
     *_, better = demo._table(table, torch.tensor([1.0, 1.0]), torch.tensor([0.8, 0.6]))
-    assert worse == "The raw weights won: sigma_rel 0.1 comes next, 20.0% above (0.2000 ± 0.1000)."
-    assert better == "sigma_rel 0.1 won: 30.0% below the loss of the raw weights (0.3000 ± 0.1000)."
+    assert worse == "The raw weights are best: the loss of sigma_rel 0.1 is 20.0% above theirs (0.2000 ± 0.1000)."
+    assert better == "sigma_rel 0.1 is best: its loss is 30.0% below that of the raw weights (0.3000 ± 0.1000)."
 
 
 @pytest.mark.parametrize("module", ["sklearn", "matplotlib", "tqdm"])
-def test_missing_extra_is_told_before_anything_is_done(monkeypatch, tmp_path, module):
+def test_missing_extra_is_reported_before_anything_is_done(monkeypatch, tmp_path, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=rf"{module}: pip install 'nitrous-ema\[demo\]'"):
         demo.main(["--quick", "--out", str(tmp_path / "out")])

@@ -50,7 +50,7 @@ def test_inspect_lists_runs_with_profiles_steps_times_and_sizes(folder, capsys):
     assert (found["incomplete"], found["damaged"]) == ([], [])
 
 
-def test_inspect_tells_people_the_same(folder, capsys):
+def test_text_of_inspect_has_the_same_numbers(folder, capsys):
     (folder / f"closed-{RUN}").touch()
     assert cli.main(["inspect", str(folder)]) == 0
     out = capsys.readouterr().out
@@ -59,7 +59,7 @@ def test_inspect_tells_people_the_same(folder, capsys):
     assert [line.split()[0] for line in out.splitlines() if line.endswith("UTC")] == ["100", "200", "300"]
 
 
-def test_inspect_tells_what_a_run_continues(folder, capsys):
+def test_inspect_lists_the_runs_that_a_run_continues(folder, capsys):
     lineage = [(RUN, 200), (LATER, None)]
     write_run(folder, LAYOUT, [250, 300], copied=lambda step: {"n": bytes(8)}, run=LATER, lineage=lineage)
     found = inspected(folder, capsys)
@@ -68,7 +68,7 @@ def test_inspect_tells_what_a_run_continues(folder, capsys):
     assert f"continues  {RUN} up to step 200" in capsys.readouterr().out
 
 
-def test_inspect_tells_incomplete_and_damaged_snapshots_apart(folder, capsys):
+def test_inspect_distinguishes_incomplete_from_damaged_snapshots(folder, capsys):
     unfinished = folder / f"step-{400:012d}-{RUN}"
     unfinished.mkdir()
     broken = snapshot_file(folder, 200)
@@ -76,9 +76,9 @@ def test_inspect_tells_incomplete_and_damaged_snapshots_apart(folder, capsys):
     found = inspected(folder, capsys)
     assert [each["step"] for each in found["runs"][0]["snapshots"]] == [100, 300]
     assert found["incomplete"] == [{"path": str(unfinished), "reason": "it holds no finished file"}]
-    (told,) = found["damaged"]
-    assert told["path"] == str(broken)
-    assert "damaged" in told["message"]
+    (failure,) = found["damaged"]
+    assert failure["path"] == str(broken)
+    assert "damaged" in failure["message"]
     assert cli.main(["inspect", str(folder)]) == 0
     out = capsys.readouterr().out
     assert f"{unfinished}: it holds no finished file" in out
@@ -94,7 +94,7 @@ def test_inspect_survives_a_run_with_nothing_whole(folder, capsys):
     assert cli.main(["inspect", str(folder)]) == 0
 
 
-def test_inspect_tells_which_snapshots_readers_take(folder, capsys):
+def test_inspect_lists_which_snapshots_readers_use(folder, capsys):
     written(folder, [250, 300], LATER, lineage=[(RUN, 200), (LATER, None)])
     written(folder, [50], OTHER)
     found = inspected(folder, capsys)
@@ -103,16 +103,16 @@ def test_inspect_tells_which_snapshots_readers_take(folder, capsys):
         (RUN, "ancestor"),
         (LATER, "newest"),
     ]
-    taken = {(run["run"], each["step"]) for run in found["runs"] for each in run["snapshots"] if each["in_history"]}
-    assert taken == {(each.run, each.step) for each in SnapshotStore(folder).snapshots()}
-    assert taken == {(RUN, 100), (RUN, 200), (LATER, 250), (LATER, 300)}
+    used = {(run["run"], each["step"]) for run in found["runs"] for each in run["snapshots"] if each["in_history"]}
+    assert used == {(each.run, each.step) for each in SnapshotStore(folder).snapshots()}
+    assert used == {(RUN, 100), (RUN, 200), (LATER, 250), (LATER, 300)}
     assert cli.main(["inspect", str(folder)]) == 0
     out = capsys.readouterr().out
     assert f"unrelated to run {LATER}" in out
-    assert "up to step 200; 1 later than that" in out
+    assert "up to step 200; 1 later snapshot belongs to an abandoned branch" in " ".join(out.split())
 
 
-def test_future_that_was_left_for_a_newer_one_is_passed_over(folder, capsys):
+def test_branch_that_was_left_for_a_newer_one_is_ignored(folder, capsys):
     written(folder, [150], LATER, lineage=[(RUN, 100), (LATER, None)])
     newest = run_id(2)
     written(folder, [250], newest, lineage=[(RUN, 200), (newest, None)])
@@ -121,7 +121,7 @@ def test_future_that_was_left_for_a_newer_one_is_passed_over(folder, capsys):
 
 
 @pytest.mark.parametrize("change", [{}, {"pid": 2**22 + 1}, {"host": "another"}])
-def test_inspect_tells_what_became_of_the_trainer(tmp_path, capsys, change):
+def test_inspect_reports_whether_the_trainer_runs(tmp_path, capsys, change):
     me = psutil.Process()
     trainer = {"host": socket.gethostname(), "pid": me.pid, "started": me.create_time(), **change}
     root = written(tmp_path / "s", [100], trainer=trainer)
@@ -132,7 +132,7 @@ def test_inspect_tells_what_became_of_the_trainer(tmp_path, capsys, change):
     assert f"process {trainer['pid']}" in capsys.readouterr().out
 
 
-def test_inspect_lists_pins_notes_and_what_is_hidden(folder, capsys):
+def test_inspect_lists_pins_markers_and_hidden_snapshots(folder, capsys):
     store = SnapshotStore(folder)
     store.pin(200, RUN)
     hidden_bytes = store.hide([store.get(100)])
@@ -146,7 +146,7 @@ def test_inspect_lists_pins_notes_and_what_is_hidden(folder, capsys):
     assert [each["bytes"] for each in found["hidden"]] == [hidden_bytes]
 
 
-def test_inspect_tells_how_many_more_snapshots_fit(folder, capsys, monkeypatch):
+def test_inspect_reports_space_for_more_snapshots(folder, capsys, monkeypatch):
     size = snapshot_file(folder, 300).stat().st_size
     monkeypatch.setattr(SnapshotStore, "free_bytes", lambda self: 5 * size + 1)
     assert inspected(folder, capsys)["disk"] == {
@@ -155,10 +155,10 @@ def test_inspect_tells_how_many_more_snapshots_fit(folder, capsys, monkeypatch):
         "snapshots_that_fit": 5,
     }
     assert cli.main(["inspect", str(folder)]) == 0
-    assert "5 more snapshots" in capsys.readouterr().out
+    assert "free: space for 5 more snapshots of" in capsys.readouterr().out
 
 
-def test_long_runs_are_elided_unless_all_is_asked_for(tmp_path, capsys):
+def test_long_runs_are_shortened_without_all(tmp_path, capsys):
     steps = range(1, 41)
     root = tmp_path / "s"
     write_run(root, layout_of([record("w", (2,))]), steps, run=RUN)
@@ -185,11 +185,11 @@ def test_folder_of_another_library_is_listed(tmp_path, capsys):
     assert "holds no snapshot" not in out
 
 
-def test_unfinished_files_are_listed_with_what_became_of_their_writer(folder, capsys):
+def test_unfinished_files_are_listed_with_the_state_of_their_writer(folder, capsys):
     unfinished = folder / f"step-{400:012d}-{RUN}"
     unfinished.mkdir()
     temporary = unfinished / temporary_name("rank-00000-of-00001.safetensors")
     temporary.write_bytes(b"xyz")
     assert inspected(folder, capsys)["temporary"] == [{"path": str(temporary), "bytes": 3, "writer": "alive"}]
     assert cli.main(["inspect", str(folder)]) == 0
-    assert f"{temporary}: 3 B, being written" in capsys.readouterr().out
+    assert f"{temporary}: 3 B, being written by a process on this host" in capsys.readouterr().out

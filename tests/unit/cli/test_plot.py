@@ -59,33 +59,33 @@ def test_profiles_and_weights_of_a_folder_are_drawn(folder, saved, tmp_path):
     assert max(np.concatenate([line.get_xdata() for line in weights.get_lines()[1:]])) == 200
 
 
-def test_what_the_snapshots_cannot_give_is_said(folder, tmp_path, capsys):
+def test_length_that_the_snapshots_do_not_support_is_reported(folder, tmp_path, capsys):
     assert cli.main(["plot", str(folder), "--sigma-rel", "0.004", "--out", str(tmp_path / "x.png")]) == 0
     assert "0.004" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("of", "options", "status", "said"),
+    ("of", "options", "status", "message"),
     [
         ("snapshots", [], 2, "--sigma-rel"),
         ("snapshots", ["--sigma-rel", "0.5"], 2, "sigma_rel has 0.5"),
         ("snapshots", ["--sigma-rel", "0.1", "--step", "30"], 3, "nearest steps there: 20 and 40"),
-        ("sweep.jsonl", ["--sigma-rel", "0.1"], 2, "--sigma-rel is for snapshot folders"),
-        ("sweep.jsonl", ["--step", "200"], 2, "--step is for snapshot folders"),
-        ("sweep.jsonl", ["--run", "mine"], 2, "--run is for snapshot folders"),
-        ("sweep.jsonl", ["--exclude", "20"], 2, "--exclude is for snapshot folders"),
-        ("sweep.jsonl", ["--tolerance", "0.001"], 2, "--tolerance is for snapshot folders"),
+        ("sweep.jsonl", ["--sigma-rel", "0.1"], 2, "--sigma-rel applies to snapshot folders"),
+        ("sweep.jsonl", ["--step", "200"], 2, "--step applies to snapshot folders"),
+        ("sweep.jsonl", ["--run", "mine"], 2, "--run applies to snapshot folders"),
+        ("sweep.jsonl", ["--exclude", "20"], 2, "--exclude applies to snapshot folders"),
+        ("sweep.jsonl", ["--tolerance", "0.001"], 2, "--tolerance applies to snapshot folders"),
         ("nothing", [], 3, "no such folder or file"),
         ("nothing", ["--sigma-rel", "0.1"], 3, "no such folder or file"),
     ],
 )
-def test_mistakes_are_told_without_a_picture(folder, results, tmp_path, capsys, of, options, status, said):
+def test_mistakes_are_reported_without_a_picture(folder, results, tmp_path, capsys, of, options, status, message):
     assert cli.main(["plot", str(tmp_path / of), *options, "--out", str(tmp_path / "x.png")]) == status
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
 
 
-def test_unknown_kind_of_picture_is_told(results, tmp_path, capsys):
+def test_unknown_kind_of_picture_is_reported(results, tmp_path, capsys):
     assert cli.main(["plot", str(results), "--out", str(tmp_path / "x.frog")]) == 2
     assert "frog" in capsys.readouterr().err
 

@@ -50,7 +50,7 @@ def test_every_command_has_help(command, capsys):
     assert command in capsys.readouterr().out
 
 
-def test_version_is_told(capsys):
+def test_version_is_printed(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"nitrous-ema {__version__}\n"
 
@@ -68,7 +68,7 @@ def test_version_is_told(capsys):
         ["prune", ".", "--keep", "3", "--error", "0.1"],
     ],
 )
-def test_wrong_usage_exits_with_2_and_says_what_is_wrong(wrong, capsys):
+def test_wrong_usage_exits_with_2_and_names_the_mistake(wrong, capsys):
     assert cli.main(wrong) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -104,7 +104,7 @@ def test_missing_extra_of_the_demo_is_one_line(monkeypatch, tmp_path, capsys):
     assert "pip install 'nitrous-ema[demo]'" in line
 
 
-def test_demo_that_cannot_write_says_so_in_one_line(tmp_path, capsys):
+def test_demo_that_cannot_write_reports_it_in_one_line(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "file")]) == 1
     out, err = capsys.readouterr()
@@ -117,7 +117,7 @@ def test_interrupt_exits_with_130(monkeypatch, capsys):
     def interrupt(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_demo", interrupt)
+    monkeypatch.setattr("nitrous_ema.cli.demo.main", interrupt)
     assert cli.main(["demo"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

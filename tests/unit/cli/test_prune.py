@@ -29,7 +29,7 @@ def folder(tmp_path) -> Path:
 
 
 def pruned(folder: Path, capsys, *arguments) -> dict:
-    """What ``--json`` says."""
+    """Run the command and return what ``--json`` prints."""
     assert cli.main(["prune", str(folder), *map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -43,7 +43,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def worst_error(kept, target: int = 200) -> float:
-    """By the report on a synthesis, over the range that the tracked profiles cover."""
+    """The largest error in a synthesis report, over the range that the tracked profiles cover."""
     kept = [step for step in kept if step <= target]
     report = synthesis_report(
         np.repeat(np.array(kept, float), 2),
@@ -54,10 +54,10 @@ def worst_error(kept, target: int = 200) -> float:
     return report.profile_error.max()
 
 
-# What stays
+# Kept snapshots
 
 
-def test_best_snapshots_stay_and_the_others_are_gone(folder, capsys):
+def test_best_snapshots_are_kept_and_the_others_are_gone(folder, capsys):
     found = pruned(folder, capsys, "--keep", 4)
     assert steps(folder) == found["thinning"]["kept"]
     assert len(steps(folder)) == 4
@@ -66,7 +66,7 @@ def test_best_snapshots_stay_and_the_others_are_gone(folder, capsys):
     assert worst_error(steps(folder)) <= 1.02 * best
 
 
-def test_budget_bounds_the_bytes_that_stay(folder, capsys):
+def test_budget_bounds_the_kept_bytes(folder, capsys):
     size = snapshot_file(folder, 200).stat().st_size
     found = pruned(folder, capsys, "--budget", f"{5 * size / 1024:.6f}KiB")
     left = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
@@ -75,14 +75,14 @@ def test_budget_bounds_the_bytes_that_stay(folder, capsys):
     assert found["bytes_hidden"] == found["bytes_removed"] == 4 * size
 
 
-def test_error_decides_how_many_stay(folder, capsys):
+def test_error_decides_how_many_are_kept(folder, capsys):
     pruned(folder, capsys, "--error", 0.3, "--sigma-rel", "0.05-0.2")
     assert 1 < len(steps(folder)) < len(STEPS)
     plan = plan_from_store(folder, sigma_rels=[0.05, 0.08, 0.12, 0.2])
     assert plan.report.profile_error.max() <= 0.3
 
 
-def test_pinned_steps_stay_with_what_they_need_as_targets(folder, capsys):
+def test_pinned_steps_are_kept_with_the_snapshots_that_they_need_as_targets(folder, capsys):
     found = pruned(folder, capsys, "--keep", 5, "--pin", "80")
     assert SnapshotStore(folder).pins() == {(80, RUN)}
     assert {80, 200} <= set(steps(folder))
@@ -110,7 +110,7 @@ def test_pin_of_another_history_stays(folder, capsys):
     assert SnapshotStore(folder).pins() == {(20, LATER)}
 
 
-# What is left alone
+# Snapshots that are left alone
 
 
 def test_prune_touches_its_own_history_only(folder, capsys):
@@ -126,8 +126,8 @@ def test_prune_touches_its_own_history_only(folder, capsys):
     members = {f"step-{step:012d}-{RUN}" for step in STEPS if step <= 110}
     members |= {f"step-{step:012d}-{LATER}" for step in (120, 130, 140, 160)}
     assert gone < members
-    told = {(each["what"], each["count"], each["run"]) for each in found["left_alone"]}
-    assert told == {
+    left_alone = {(each["what"], each["count"], each["run"]) for each in found["left_alone"]}
+    assert left_alone == {
         ("of another future", 2, RUN),
         ("of an unrelated run", 1, OTHER),
         ("incomplete", 1, None),
@@ -143,7 +143,7 @@ def test_run_chooses_the_history(folder, capsys):
     assert steps(folder) == [15, 25, 35]
 
 
-def test_everything_left_alone_has_a_line_with_what_to_do(folder, capsys):
+def test_everything_left_alone_has_a_line_with_its_remedy(folder, capsys):
     write_run(folder, LAYOUT, [15], run=LATER)
     (folder / f"step-{170:012d}-{RUN}").mkdir()
     assert cli.main(["prune", str(folder), "--keep", "2", "--run", RUN, "--dry-run"]) == 0
@@ -152,8 +152,8 @@ def test_everything_left_alone_has_a_line_with_what_to_do(folder, capsys):
     assert "nitrous-ema inspect" in out
 
 
-@pytest.mark.parametrize(("closed", "told"), [(False, "is still being written"), (True, "")])
-def test_run_that_is_still_written_is_told_and_allowed(tmp_path, capsys, closed, told):
+@pytest.mark.parametrize("closed", [False, True])
+def test_run_that_is_still_written_is_noted_and_pruned(tmp_path, capsys, closed):
     me = psutil.Process()
     trainer = {"host": socket.gethostname(), "pid": me.pid, "started": me.create_time()}
     write_run(tmp_path, LAYOUT, STEPS, run=RUN, trainer=trainer)
@@ -161,7 +161,7 @@ def test_run_that_is_still_written_is_told_and_allowed(tmp_path, capsys, closed,
         SnapshotStore(tmp_path).close_run(RUN)
     assert cli.main(["prune", str(tmp_path), "--keep", "3"]) == 0
     out = capsys.readouterr().out
-    assert (told or "note: errors are") in out
+    assert "note: errors apply to averages at the newest step" in out
     assert ("is still being written" in out) is not closed
     assert len(steps(tmp_path)) == 3
 
@@ -181,7 +181,7 @@ def test_dry_run_changes_nothing(folder, capsys):
 
 
 def test_hidden_files_stay_readable_during_the_grace(folder, capsys, monkeypatch):
-    """Pins are there by then; the listing has forgotten what goes; its bytes are still on the disk."""
+    """By then pins are written, and dropped snapshots are not listed but still on the disk."""
     before = {path.read_bytes() for path in folder.rglob("*.safetensors")}
     waited = []
 
@@ -211,13 +211,13 @@ def test_pins_come_first_then_hiding_then_removal(folder, capsys, monkeypatch):
     assert calls == ["pin", "pin", "unpin", "unpin", "pin", "hide", "remove_hidden"]
 
 
-def test_newest_snapshot_that_is_damaged_can_be_left_out(folder, capsys):
+def test_newest_snapshot_that_is_damaged_can_be_excluded(folder, capsys):
     damage(snapshot_file(folder, 200), at=0.001)
     assert pruned(folder, capsys, "--keep", 3, "--exclude", 200)["thinning"]["kept"][-1] == 150
     assert snapshot_file(folder, 200).exists()
 
 
-def test_next_prune_removes_what_an_interrupted_one_left(folder, capsys, monkeypatch):
+def test_next_prune_deletes_what_an_interrupted_one_has_hidden(folder, capsys, monkeypatch):
     def interrupt(seconds):
         raise KeyboardInterrupt
 
@@ -230,18 +230,22 @@ def test_next_prune_removes_what_an_interrupted_one_left(folder, capsys, monkeyp
     assert SnapshotStore(folder).hidden() == []
 
 
-# What is refused
+# Refused commands
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "told"),
+    ("arguments", "status", "message"),
     [
-        ([], 2, "how much is to stay"),
+        ([], 2, "nothing to do; pass one of --keep N, --budget BYTES and --error E"),
         (["--keep", "0"], 2, "at least 1"),
         (["--keep", "x"], 2, "at least 1"),
         (["--keep", "2", "--budget", "1GB"], 2, "not allowed with"),
-        (["--keep", "2", "--pin", "20,40"], 2, "the newest and the 2 pinned ones stay"),
-        (["--budget", "100"], 2, "the budget of 100 bytes holds 0 snapshots"),
+        (
+            ["--keep", "2", "--pin", "20,40"],
+            2,
+            "--keep 2 is too small: the newest snapshot and the 2 pinned snapshots must be kept",
+        ),
+        (["--budget", "100"], 2, "--budget 100 bytes (space for 0 snapshots) is too small: the newest snapshot must"),
         (["--budget", "much"], 2, "amount"),
         (["--error", "0"], 2, "above 0"),
         (["--error", "nan"], 2, "above 0"),
@@ -249,19 +253,19 @@ def test_next_prune_removes_what_an_interrupted_one_left(folder, capsys, monkeyp
         (["--keep", "3", "--sigma-rel", "0.2-0.4"], 2, "0.2887"),
         (["--keep", "3", "--sigma-rel", "0.2"], 2, "such as 0.03-0.25"),
         (["--keep", "3", "--pin", "x"], 2, "list of steps"),
-        (["--keep", "3", "--pin", "70"], 3, "60 and 80"),
+        (["--keep", "3", "--pin", "70"], 3, "the nearest steps are 60 and 80"),
         (["--keep", "3", "--unpin", "500"], 3, "200"),
         (["--keep", "3", "--grace", "-1"], 2, "seconds"),
         (["--keep", "3", "--run", NEWEST], 3, RUN.partition("-")[0]),  # what stands behind that is random
         (["--keep", "3", "--exclude", ",".join(map(str, STEPS))], 3, "no snapshot"),
     ],
 )
-def test_refused_prune_changes_nothing(folder, capsys, arguments, status, told):
+def test_refused_prune_changes_nothing(folder, capsys, arguments, status, message):
     before = content(folder)
     assert cli.main(["prune", str(folder), *arguments]) == status
     out, err = capsys.readouterr()
     assert out == ""
-    assert told in err
+    assert message in err
     assert content(folder) == before
 
 
@@ -290,13 +294,13 @@ def test_folder_of_another_library_is_refused(tmp_path, capsys):
     assert "nothing was changed" in err
 
 
-def test_text_and_json_say_the_same(folder, capsys):
+def test_text_has_what_json_has(folder, capsys):
     found = pruned(folder, capsys, "--keep", 4, "--dry-run")
     assert cli.main(["prune", str(folder), "--keep", "4", "--dry-run"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     for length in found["thinning"]["targets"][-1]["lengths"]:
         assert length["wanted"] == (0.049999 < length["sigma_rel"] < 0.250001)
     assert f"run {RUN}" in out
-    assert "4 of 9 steps stay" in out
+    assert "4 of 9 snapshots kept" in out
     for warning in found["thinning"]["warnings"]:
         assert warning in out

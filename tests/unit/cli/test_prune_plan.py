@@ -27,7 +27,7 @@ def written(tmp_path):
 
 
 def worst_error(steps, target: int, sigma_rels=(0.05, 0.25)) -> float:
-    """By the report on a synthesis from these steps, at more lengths than anybody looks at."""
+    """The largest error in the report on a synthesis from these steps, at more lengths than the plan looks at."""
     steps = [step for step in steps if step <= target]
     lengths = np.geomspace(*sigma_rels, 60)
     t_i, gamma_i = np.repeat(np.array(steps, float), 2), np.tile(LAYOUT.gammas, len(steps))
@@ -59,7 +59,7 @@ def test_no_smaller_set_has_the_error(written, error):
     assert bound["value"] <= len(found.kept)
 
 
-def test_pinned_step_keeps_what_it_needs_as_a_target(written):
+def test_pinned_step_keeps_the_snapshots_that_it_needs_as_a_target(written):
     found = plan_pruning(written(), [80], PruneTarget(keep=5, sigma_rels=(0.05, 0.25)))
 
     def worst(steps) -> float:
@@ -70,7 +70,7 @@ def test_pinned_step_keeps_what_it_needs_as_a_target(written):
     assert [target["step"] for target in found.described()["targets"]] == [80, 200]
 
 
-def test_errors_told_are_those_of_a_synthesis(written):
+def test_errors_are_those_of_a_synthesis(written):
     found = plan_pruning(written(), [110], PruneTarget(keep=5))
     for target in found.described()["targets"]:
         for length in target["lengths"]:
@@ -88,10 +88,10 @@ def test_budget_is_a_number_of_the_largest_snapshots(written):
         assert found.described()["bytes_after"] <= budget
 
 
-@pytest.mark.parametrize("wish", [PruneTarget(keep=2), PruneTarget(budget_bytes=9_999)])
-def test_less_room_than_for_what_stays_in_any_case_is_refused(written, wish):
-    with pytest.raises(ValueError, match=r"2 snapshots, but the newest and the 2 pinned ones stay"):
-        plan_pruning(written(), [20, 40], wish)
+@pytest.mark.parametrize("target", [PruneTarget(keep=2), PruneTarget(budget_bytes=9_999)])
+def test_fewer_than_the_newest_and_the_pinned_snapshots_are_refused(written, target):
+    with pytest.raises(ValueError, match=r"is too small: the newest snapshot and the 2 pinned snapshots must be kept"):
+        plan_pruning(written(), [20, 40], target)
 
 
 def test_snapshots_of_one_time_are_one_unless_pinned(written):
@@ -110,35 +110,36 @@ def test_different_profiles_are_refused(written):
         plan_pruning(snapshots, (), PruneTarget(keep=2))
 
 
-# In words
+# As text
 
 
-def told(found: PrunePlan) -> str:
+def text_of(found: PrunePlan) -> str:
     return " ".join(" ".join(lines(found.described())).split())
 
 
-def test_words_say_what_stays_what_goes_and_what_is_lost(written):
+def test_text_has_kept_and_dropped_snapshots_and_the_loss(written):
     found = plan_pruning(written(), [30], PruneTarget(keep=4, sigma_rels=(0.05, 0.2)))
-    text = told(found)
-    assert "4 of 9 steps stay" in text
+    text = text_of(found)
+    assert "4 of 9 snapshots kept" in text
     assert "(pinned 30)" in text
-    assert "No 4 of these steps have a worst error in the wanted range below" in text
-    assert "step 30, which is pinned" in text
-    assert "guided EDM2 models had their best at 0.015 to 0.045" in text
+    assert "No 4 of these snapshots have a largest error below" in text
+    assert "largest error in the wanted range at step 30, which is pinned" in text
+    assert "largest error from 0.015 to 0.045, where guided EDM2 models were best" in text
     for length in found.described()["targets"][-1]["lengths"]:
         if not length["wanted"]:
             assert f" {length['sigma_rel']:.3g} " in text
 
 
-def test_words_for_an_error_name_the_least_number(written):
+def test_text_for_an_error_has_the_least_number(written):
     found = plan_pruning(written(), (), PruneTarget(error=0.2, sigma_rels=(0.05, 0.2)))
     least = round(found.described()["lower_bound"]["value"])
-    assert f"No fewer than {least} steps give the wanted lengths within 20.0 %; these are {len(found.kept)}" in told(
-        found
+    expected = (
+        f"Errors in the wanted range of up to 20.0 % need at least {least} snapshots; this choice has {len(found.kept)}"
     )
+    assert expected in text_of(found)
 
 
-def test_error_that_not_all_steps_reach_is_told(written):
+def test_error_that_not_all_steps_reach_is_reported(written):
     found = plan_pruning(written(), (), PruneTarget(error=1e-9, sigma_rels=(0.06, 0.2)))
-    assert "as near to that as all steps do" in told(found)
-    assert "Not even all steps" in told(found)
+    assert "as close to < 0.0001 % as all snapshots allow" in text_of(found)
+    assert "Not even all steps" in text_of(found)

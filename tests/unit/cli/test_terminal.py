@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from nitrous_ema.cli.terminal import columns, elided, percent, segments
+from nitrous_ema.cli.terminal import columns, elide_rows, percent, step_ranges
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_errors_are_percentages_of_three_digits(error, text):
 
 
 @pytest.mark.parametrize("error", [0.01239, 1e-6, 0.9999, 0.0])
-def test_bound_is_never_told_larger_than_it_is(error):
+def test_bound_is_never_printed_larger_than_it_is(error):
     assert float(percent(error, rounded_down=True).removesuffix(" %")) <= 100 * error
 
 
@@ -33,10 +33,10 @@ def test_columns_are_aligned():
     assert (first, second) == ("    a   bbb   note", "  ccc     d")
 
 
-def test_long_tables_keep_their_ends_and_say_what_is_missing():
+def test_long_tables_show_their_ends_and_the_number_of_omitted_rows():
     rows = [[str(number), "x"] for number in range(10)]
-    assert elided(rows, most=10, word="more") == rows
-    short = elided(rows, most=4, word="(--all)")
+    assert elide_rows(rows, most=10, hint="more") == rows
+    short = elide_rows(rows, most=4, hint="(--all)")
     assert [row[0] for row in short] == ["0", "1", "...", "8", "9"]
     assert short[2][1] == "6 more (--all)"
 
@@ -51,5 +51,5 @@ def test_long_tables_keep_their_ends_and_say_what_is_missing():
         ({1, 3, 5, 8}, "1, 3 to 8 (3)"),
     ],
 )
-def test_neighbours_are_drawn_together(chosen, text):
-    assert segments([1, 2, 3, 5, 8], frozenset(chosen)) == text
+def test_consecutive_steps_are_joined(chosen, text):
+    assert step_ranges([1, 2, 3, 5, 8], frozenset(chosen)) == text

@@ -21,7 +21,7 @@ def folder(tmp_path) -> Path:
 
 def test_whole_folder_verifies(folder, capsys):
     assert cli.main(["verify", str(folder)]) == 0
-    assert capsys.readouterr() == ("every snapshot is whole\n", "")
+    assert capsys.readouterr() == ("all snapshots are intact\n", "")
 
 
 def test_each_damaged_file_has_a_line_with_what_to_do(folder, capsys):
@@ -49,19 +49,19 @@ def test_folder_that_is_not_there_exits_with_3(command, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("command", "status"), [("verify", 3), ("inspect", 0)])
-def test_folder_without_snapshots_is_told_and_was_not_verified(command, status, tmp_path, capsys):
+def test_folder_without_snapshots_is_reported_and_not_verified(command, status, tmp_path, capsys):
     assert cli.main([command, str(tmp_path)]) == status
     assert "holds no snapshot" in capsys.readouterr().out
 
 
-def test_verify_tells_unfinished_snapshots_without_calling_them_damaged(folder, capsys):
+def test_verify_reports_unfinished_snapshots_without_calling_them_damaged(folder, capsys):
     unfinished = folder / f"step-{400:012d}-{RUN}"
     unfinished.mkdir()
     assert cli.main(["verify", str(folder)]) == 0
-    assert f"{unfinished} is not a snapshot" in capsys.readouterr().err
+    assert f"{unfinished} is not a complete snapshot and was skipped" in capsys.readouterr().err
 
 
-def test_file_of_an_abandoned_future_is_verified_too(folder, capsys):
+def test_file_of_an_abandoned_branch_is_verified_too(folder, capsys):
     averages = [np.zeros(50_000)] * 2
     write_snapshot(
         folder, LAYOUT, 250, averages, {"n": bytes(8)}, run=LATER, lineage=[(RUN, 200), (LATER, None)]
@@ -71,7 +71,7 @@ def test_file_of_an_abandoned_future_is_verified_too(folder, capsys):
     assert "--exclude 300" in capsys.readouterr().out
 
 
-def test_snapshot_with_another_history_than_its_run_is_told(folder, capsys):
+def test_snapshot_with_another_history_than_its_run_is_reported(folder, capsys):
     averages = [np.zeros(50_000)] * 2
     write_snapshot(
         folder, LAYOUT, 250, averages, {"n": bytes(8)}, run=RUN, lineage=[(run_id(-1), 20), (RUN, None)]
