@@ -1,4 +1,8 @@
-"""Committed snapshots of our own format, as synthesis sees them."""
+"""Snapshots as synthesis reads them: tensors, profiles and flat sources, whatever the format on disk.
+
+``SnapshotView`` is the interface: ``StoredSnapshotView`` implements it for snapshots of this version, and
+``LegacySnapshot`` (in ``legacy.folder``) for files of nitrous-ema 0.0.1 and ema-pytorch.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,64 @@ from nitrous_ema.snapshots.layout import Layout, TensorRecord
 from nitrous_ema.snapshots.reading import FileSource, Source
 from nitrous_ema.snapshots.snapshot import Snapshot
 
+_Signature = list[tuple[str, tuple[int, ...], bool]]  # name, shape, and whether it is complex
+
+
+class SnapshotView(Protocol):
+    """The averages of the weights at one training time, with everything that synthesis needs to sum them."""
+
+    @property
+    def step(self) -> int:
+        """Number of update() calls."""
+
+    @property
+    def t(self) -> float:
+        """Training time."""
+
+    @property
+    def t_first(self) -> float | None:
+        """Training time of the run's first update; None where the files do not record it."""
+
+    @property
+    def run(self) -> str:
+        """Id of the run that wrote the snapshot."""
+
+    @property
+    def lineage(self) -> Lineage:
+        """Ancestors of this run, and the run itself."""
+
+    @property
+    def path(self) -> Path:
+        """First file of the snapshot."""
+
+    @property
+    def records(self) -> Sequence[TensorRecord]:
+        """The model's tensors, in file order."""
+
+    @property
+    def average_spans(self) -> Sequence[tuple[int, int]]:
+        """For each averaged record: its (begin, end) in a profile's flat space, in elements."""
+
+    @property
+    def gammas(self) -> Sequence[float]:
+        """Exponents of the tracked profiles."""
+
+    @property
+    def averages(self) -> Sequence[Source]:
+        """One source per profile."""
+
+    @property
+    def copied(self) -> Source | None:
+        """The copied tensors back to back, as bytes; None if there are none."""
+
+    @property
+    def copied_spans(self) -> Mapping[str, tuple[int, int]]:
+        """For each copied tensor, by name: its (begin, end) in ``copied``, in bytes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StoredSnapshotView:
-    """A committed snapshot of our own format, as synthesis sees it."""
+    """A committed snapshot of this version. Its fields are described in ``SnapshotView``."""
 
     step: int
     t: float
@@ -33,15 +91,15 @@ class StoredSnapshotView:
 
 
 def stored_snapshot_view(snapshot: Snapshot) -> StoredSnapshotView:
-    """Describe a committed snapshot to the planner.
+    """Return the view of a committed snapshot.
 
     Raises:
-        SnapshotError: It was written by several ranks, each its own part; that cannot be read yet.
+        SnapshotError: Several ranks wrote the snapshot, each its own part of the model; this version cannot read it.
     """
     if snapshot.stamp.world_size != 1:
         raise SnapshotError(
-            f"{snapshot.paths[0].parent}: written by {snapshot.stamp.world_size} ranks, each its part of the model; "
-            "this version synthesizes snapshots written by one rank only.",
+            f"{snapshot.paths[0].parent} was written by {snapshot.stamp.world_size} ranks, each with its own part of "
+            "the model; this version reads only snapshots that one rank has written.",
             path=snapshot.paths[0].parent,
         )
     layout = snapshot.layout
@@ -63,8 +121,31 @@ def stored_snapshot_view(snapshot: Snapshot) -> StoredSnapshotView:
     )
 
 
+def check_same_tensors(target: SnapshotView, snapshots: Sequence[SnapshotView]) -> None:
+    """Check that the averaged tensors of all snapshots are the target's, by name and shape.
+
+    Raises:
+        SnapshotMismatch: The first snapshot whose tensors differ, with the first difference.
+    """
+    expected = _signature(target)
+    # Snapshots of a run share one list of records (headers are decoded through a cache), which is compared once.
+    checked: set[int] = {id(target.records)}
+    for snapshot in snapshots:
+        if id(snapshot.records) in checked:
+            continue
+        checked.add(id(snapshot.records))
+        found = _signature(snapshot)
+        if found != expected:
+            raise SnapshotMismatch(
+                f"{snapshot.path} and {target.path} hold different tensors: {_first_difference(found, expected)}. "
+                f"Exclude step {snapshot.step} (exclude=, or --exclude on the command line), or choose a target step "
+                "with the same architecture.",
+                path=snapshot.path,
+            )
+
+
 def _sources(snapshot: Snapshot) -> list[Source]:
-    """One per section of the file: the profiles, then the copied tensors if there are any."""
+    """Return one source per section of the file: the profiles, then the copied tensors if there are any."""
     layout, checksums = snapshot.layout, snapshot.headers[0].crc32
     sources: list[Source] = []
     first_chunk = 0
@@ -85,7 +166,7 @@ def _sources(snapshot: Snapshot) -> list[Source]:
 
 
 def _copied_spans(layout: Layout) -> dict[str, tuple[int, int]]:
-    """Per copied tensor its bytes, counted from the start of their section."""
+    """Return the bytes of each copied tensor, counted from the start of their section."""
     section_begin = layout.sections[-1].begin
     return {
         record.name: (begin - section_begin, end - section_begin)
@@ -93,84 +174,13 @@ def _copied_spans(layout: Layout) -> dict[str, tuple[int, int]]:
     }
 
 
-class SnapshotView(Protocol):
-    """A snapshot, as far as synthesis needs to know it: the weights' averages at one time of training."""
-
-    @property
-    def step(self) -> int:
-        """Number of update() calls."""
-
-    @property
-    def t(self) -> float:
-        """Training time."""
-
-    @property
-    def t_first(self) -> float | None:
-        """Training time of the run's first update; None where nobody wrote it down."""
-
-    @property
-    def run(self) -> str:
-        """Id of the run that wrote it."""
-
-    @property
-    def lineage(self) -> Lineage:
-        """That run's ancestors and itself."""
-
-    @property
-    def path(self) -> Path:
-        """Its first file."""
-
-    @property
-    def records(self) -> Sequence[TensorRecord]:
-        """The model's tensors, in file order."""
-
-    @property
-    def average_spans(self) -> Sequence[tuple[int, int]]:
-        """Per averaged record its (begin, end) in a profile's flat space, in elements."""
-
-    @property
-    def gammas(self) -> Sequence[float]:
-        """The tracked profiles."""
-
-    @property
-    def averages(self) -> Sequence[Source]:
-        """One source per profile."""
-
-    @property
-    def copied(self) -> Source | None:
-        """The copied tensors back to back, as bytes."""
-
-    @property
-    def copied_spans(self) -> Mapping[str, tuple[int, int]]:
-        """Where each copied tensor lies in ``copied``, in bytes, by name."""
-
-
-def check_same_tensors(target: SnapshotView, moments: Sequence[SnapshotView]) -> None:
-    """Raise SnapshotMismatch for the first snapshot whose averaged tensors are not the target's, by name and shape."""
-    expected = _tensors(target)
-    checked: set[int] = {id(target.records)}
-    for moment in moments:
-        if id(moment.records) in checked:
-            continue
-        checked.add(id(moment.records))
-        found = _tensors(moment)
-        if found != expected:
-            raise SnapshotMismatch(
-                f"{moment.path} and {target.path} hold different tensors: {_first_difference(found, expected)}. "
-                f"Leave step {moment.step} out (exclude), or take a target of the same architecture.",
-                path=moment.path,
-            )
-
-
-def _tensors(moment: SnapshotView) -> list[tuple[str, tuple[int, ...], bool]]:
-    """What must agree for averages to be added up: names and shapes in file order, and which are complex."""
-    averaged = [record for record in moment.records if record.role == "averaged"]
+def _signature(snapshot: SnapshotView) -> _Signature:
+    """Return the facts that must agree for averages to be summed: names and shapes in file order, which are complex."""
+    averaged = [record for record in snapshot.records if record.role == "averaged"]
     return [(record.name, record.shape, record.dtype == "C64") for record in averaged]
 
 
-def _first_difference(
-    found: list[tuple[str, tuple[int, ...], bool]], expected: list[tuple[str, tuple[int, ...], bool]]
-) -> str:
+def _first_difference(found: _Signature, expected: _Signature) -> str:
     shapes = {name: shape for name, shape, _ in expected}
     for name, shape, _ in found:
         if name not in shapes:

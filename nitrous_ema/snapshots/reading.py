@@ -1,16 +1,15 @@
-"""What synthesis reads: flat arrays on disk, each byte once and checked as it comes.
+"""Flat arrays on disk, read by several threads at once and verified while they are read.
 
-A source is one profile of one snapshot (or the tensors that a snapshot copied from the model). Several threads may read
-different parts of it at once. A chunk's checksum is put together from those of its parts, in whatever order they come;
-it is compared when the last of them is there.
+A source is one profile of one snapshot, or the tensors that a snapshot copied from the model. Synthesis reads every
+byte of a source once, so each byte is checksummed as it passes. A thread mostly reads a part of a chunk, and the parts
+arrive in any order. The checksum of a chunk is combined from the checksums of its parts, and is compared when the last
+part has been read.
 
-what                         guarded by
-checksums of parts           the reader's lock                test_checksum_is_put_together_in_any_order
-descriptors                  nothing: they are opened before  test_no_bit_depends_on_threads_memory_or_open_files
-                             the threads start, then only read
-
-Longer than the house's 300 lines because what a snapshot is to synthesis, and how its bytes are checked, belong
-on one page.
+state                        guarded by
+checksums of parts           the lock of the reader           test_checksum_is_put_together_in_any_order
+open descriptors             nothing: ``OpenFiles`` opens     test_no_bit_depends_on_threads_memory_or_open_files
+                             them before threads start, and
+                             threads only read them
 """
 
 from __future__ import annotations
@@ -29,22 +28,22 @@ from zlib import crc32
 
 from nitrous_ema._base.dtypes import DTYPE_BYTES
 from nitrous_ema.errors import SnapshotError, SnapshotNotFound
-from nitrous_ema.snapshots.names import damaged, places
+from nitrous_ema.snapshots.names import candidate_paths, damaged
 
-_MAX_KEPT_OPEN = 128  # of the 1024 that a process usually may; with more files each read opens its own
+_MAX_OPEN_FILES = 128  # of the 1024 that a process usually may open; further files are opened for each read
 _PIECE_BYTES = 1 << 19  # checksummed while it is still in the core's cache
 _HELD_OF_CHUNK_BYTES = 64  # a number and its place in a tuple take 40
-_AHEAD_BYTES = 1 << 20  # of each file, that the system is asked to read before they are wanted
+_AHEAD_BYTES = 1 << 20  # of each file, requested from the system before they are read
 
 
 class Reader(Protocol):
-    """Hands out the bytes of one source. Raises SnapshotDamaged if they are not what was written."""
+    """Reads the bytes of one source. Raises SnapshotDamaged if they are not the bytes that were written."""
 
     def read_into(self, out: memoryview) -> None:
         """Fill ``out`` with the next bytes; one thread at a time."""
 
     def read_at(self, begin: int, out: memoryview) -> None:
-        """Fill ``out`` with the bytes from ``begin`` on; any thread, each byte once."""
+        """Fill ``out`` with the bytes from position ``begin`` on; any thread, each byte once."""
 
 
 class Source(Protocol):
@@ -56,7 +55,7 @@ class Source(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """Its length."""
+        """Length of the array."""
 
     @property
     def dtype(self) -> str:
@@ -64,27 +63,31 @@ class Source(Protocol):
 
     @property
     def chunk_bytes(self) -> int:
-        """What has to be read as a whole to be checked, a power of two; 1 where any part can be."""
+        """Unit of verification, a power of two; 1 where each part can be verified alone."""
 
     @property
     def held_bytes(self) -> int:
-        """Memory that is held of it while it is read, beside the bytes that are asked for; not less than that."""
+        """Upper bound of the memory that a reader holds, without the bytes that it returns."""
 
     def reader(self, files: OpenFiles) -> Reader:
-        """A reader at the first byte."""
+        """Return a reader at the first byte."""
 
 
 class OpenFiles:
-    """Descriptors of the files being read: the first ones are kept, further ones are opened for each read."""
+    """Open descriptors of the files that are read: up to 128 stay open, other files are opened for each read.
+
+    Args:
+        paths: The files, of which the first 128 are opened on entry and closed on exit.
+    """
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._to_keep = tuple(islice(dict.fromkeys(paths), _MAX_KEPT_OPEN))
-        self._kept: dict[Path, int] = {}  # filled by __enter__, then only read: threads share it without a lock
+        self._paths = tuple(islice(dict.fromkeys(paths), _MAX_OPEN_FILES))
+        self._descriptors: dict[Path, int] = {}  # filled by __enter__, then only read: threads share it without a lock
 
     def __enter__(self) -> OpenFiles:
         try:
-            for path in self._to_keep:
-                self._kept[path] = _open(path)
+            for path in self._paths:
+                self._descriptors[path] = _open(path)
         except BaseException:
             self._close()
             raise
@@ -96,54 +99,26 @@ class OpenFiles:
         self._close()
 
     def read_into(self, path: Path, offset: int, out: memoryview) -> int:
-        """Fill ``out`` from ``offset`` on; returns the bytes read, fewer than asked where the file ends."""
-        kept = self._kept.get(path)
-        if kept is not None:
-            return _read_into(path, kept, offset, out)
-        own = _open(path)
+        """Fill ``out`` from ``offset`` on, and return the number of bytes read: fewer where the file ends."""
+        descriptor = self._descriptors.get(path)
+        if descriptor is not None:
+            return _read_into(path, descriptor, offset, out)
+        temporary = _open(path)
         try:
-            return _read_into(path, own, offset, out)
+            return _read_into(path, temporary, offset, out)
         finally:
-            os.close(own)
+            os.close(temporary)
 
     def will_need(self, path: Path, offset: int, num_bytes: int) -> None:
-        """Have the system read a part of a file that is kept open, without waiting for it."""
-        kept = self._kept.get(path)
-        if kept is not None and hasattr(os, "posix_fadvise"):
-            with suppress(OSError):  # a wish
-                os.posix_fadvise(kept, offset, num_bytes, os.POSIX_FADV_WILLNEED)
+        """Ask the system to read a part of a file that stays open, without waiting for it."""
+        descriptor = self._descriptors.get(path)
+        if descriptor is not None and hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # only a hint: the read itself reports an error
+                os.posix_fadvise(descriptor, offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def _close(self) -> None:
-        while self._kept:
-            os.close(self._kept.popitem()[1])
-
-
-def _open(path: Path) -> int:
-    for place in places(path):
-        try:
-            return os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe of that name is not waited for
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise SnapshotError(f"{path} cannot be opened: {error}", path=path) from error
-    raise SnapshotNotFound(
-        f"{path}: listed a moment ago, gone now; snapshots were removed while this ran. Synthesize again.",
-        path=path,
-        nearest=(),
-    )
-
-
-def _read_into(path: Path, descriptor: int, offset: int, out: memoryview) -> int:
-    done = 0
-    while done < len(out):
-        try:
-            count = os.preadv(descriptor, [out[done:]], offset + done)
-        except OSError as error:
-            raise damaged(path, f"it cannot be read: {error}") from error
-        if count == 0:
-            break
-        done += count
-    return done
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,12 +142,64 @@ class FileSource:
 
     @property
     def held_bytes(self) -> int:
-        """Checksums."""
+        """Upper bound of the memory for the checksums."""
         return _HELD_OF_CHUNK_BYTES * len(self.crc32)
 
     def reader(self, files: OpenFiles) -> Reader:
-        """A reader at the first byte."""
+        """Return a reader at the first byte."""
         return _CheckedReader(self, files)
+
+
+def element_bytes(source: Source) -> int:
+    """Return the bytes of one number of a source."""
+    return DTYPE_BYTES[source.dtype]
+
+
+def combine_crc32(first: int, second: int, second_bytes: int) -> int:
+    """Return the CRC-32 of two pieces back to back, from the CRC-32 of each.
+
+    Args:
+        first: CRC-32 of the first piece.
+        second: CRC-32 of the second piece.
+        second_bytes: Length of the second piece.
+
+    Source:
+        zlib, crc32_combine(): the effect of appended zeros on a checksum is linear in its bits.
+    """
+    # crc32(second piece, start value) ^ crc32(second piece) is linear in the start value, which here is the checksum of
+    # the first piece. It depends on the length of the second piece alone, so zeros of this length give it bit by bit.
+    for bit, effect in enumerate(_bits_after_zeros(second_bytes)):
+        if first >> bit & 1:
+            second ^= effect
+    return second
+
+
+def _open(path: Path) -> int:
+    for place in candidate_paths(path):
+        try:
+            return os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: does not wait for a pipe
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise SnapshotError(f"{path} cannot be opened: {error}", path=path) from error
+    raise SnapshotNotFound(
+        f"{path} was deleted after it was listed (pruning?). Run the synthesis or the restore again.",
+        path=path,
+        nearest=(),
+    )
+
+
+def _read_into(path: Path, descriptor: int, offset: int, out: memoryview) -> int:
+    done = 0
+    while done < len(out):
+        try:
+            count = os.preadv(descriptor, [out[done:]], offset + done)
+        except OSError as error:
+            raise damaged(path, f"it cannot be read: {error}") from error
+        if count == 0:
+            break
+        done += count
+    return done
 
 
 class _CheckedReader:
@@ -181,7 +208,7 @@ class _CheckedReader:
         self._files = files
         self._position = 0  # of read_into()
         self._lock = threading.Lock()
-        self._sums: dict[int, _RunningSum] = {}  # of chunks that are read in part; guarded by _lock
+        self._sums: dict[int, _ChunkChecksum] = {}  # of chunks that are read in part; guarded by _lock
 
     def read_into(self, out: memoryview) -> None:
         self.read_at(self._position, out)
@@ -189,6 +216,7 @@ class _CheckedReader:
 
     def read_at(self, begin: int, out: memoryview) -> None:
         source = self._source
+        # True for about one read per _AHEAD_BYTES, so that the hint does not cost a system call for every read.
         if begin % _AHEAD_BYTES < len(out):
             ahead = min(_AHEAD_BYTES, source.num_bytes - begin - len(out))
             if ahead > 0:
@@ -196,6 +224,7 @@ class _CheckedReader:
         while out:
             piece = out[:_PIECE_BYTES]
             count = self._files.read_into(source.path, source.begin + begin, piece)
+            # Possible although the header's size was right: the file may have been truncated since.
             if count < len(piece):
                 end = source.begin + begin + count
                 raise damaged(source.path, f"it ends at byte {end}, in the middle of its tensors")
@@ -208,59 +237,38 @@ class _CheckedReader:
             chunk, inside = divmod(begin, source.chunk_bytes)
             chunk_bytes = min(source.chunk_bytes, source.num_bytes - chunk * source.chunk_bytes)
             part = piece[: chunk_bytes - inside]
-            crc = crc32(part)
+            crc = crc32(part)  # outside of the lock: it releases the GIL above 5 KiB (CPython, zlibmodule.c)
             with self._lock:
-                running = self._sums.setdefault(chunk, _RunningSum())
+                running = self._sums.setdefault(chunk, _ChunkChecksum())
                 running.add(inside, len(part), crc)
                 is_whole = running.num_bytes == chunk_bytes
                 if is_whole:
                     del self._sums[chunk]
             if is_whole and running.crc != source.crc32[chunk]:
-                found = f"its bytes have the checksum {running.crc:08x}, expected {source.crc32[chunk]:08x}"
+                found = f"checksum mismatch: found {running.crc:08x}, expected {source.crc32[chunk]:08x}"
                 raise damaged(source.path, found, chunk=source.first_chunk + chunk)
             begin, piece = begin + len(part), piece[len(part) :]
 
 
 @dataclass(slots=True)
-class _RunningSum:
-    """The checksum of a chunk's first bytes, and of parts that came before their turn."""
+class _ChunkChecksum:
+    """The checksum of a chunk's first ``num_bytes`` bytes, and the checksums of parts that lie behind a gap."""
 
     num_bytes: int = 0
     crc: int = 0
     early: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Length and checksum of parts behind the gap, by their position in the chunk."""
 
     def add(self, begin: int, num_bytes: int, crc: int) -> None:
         self.early[begin] = (num_bytes, crc)
         while (part := self.early.pop(self.num_bytes, None)) is not None:
-            self.crc = joined_crc32(self.crc, part[1], part[0])
+            self.crc = combine_crc32(self.crc, part[1], part[0])
             self.num_bytes += part[0]
-
-
-def joined_crc32(first: int, second: int, second_bytes: int) -> int:
-    """The CRC-32 of two pieces back to back, from those of each.
-
-    Args:
-        first: Of the first piece.
-        second: Of the second piece.
-        second_bytes: Length of the second piece.
-
-    Source:
-        zlib, crc32_combine(): what zeros make of a checksum is linear in its bits.
-    """
-    for bit, moved in enumerate(_bits_after_zeros(second_bytes)):
-        if first >> bit & 1:
-            second ^= moved
-    return second
 
 
 @functools.lru_cache(maxsize=64)
 def _bits_after_zeros(num_bytes: int) -> tuple[int, ...]:
-    """What becomes of each bit of a checksum when so many zeros follow."""
+    """Return the effect of each bit of a checksum on the checksum after ``num_bytes`` more zeros."""
     zeros = bytes(num_bytes)
-    of_nothing = crc32(zeros)
-    return tuple(crc32(zeros, 1 << bit) ^ of_nothing for bit in range(32))
-
-
-def element_bytes(source: Source) -> int:
-    """Bytes of one number of a source."""
-    return DTYPE_BYTES[source.dtype]
+    of_zeros = crc32(zeros)
+    return tuple(crc32(zeros, 1 << bit) ^ of_zeros for bit in range(32))

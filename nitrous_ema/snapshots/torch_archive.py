@@ -1,11 +1,12 @@
-"""Files that torch wrote, of somebody who may not be trusted, looked at before torch reads them.
+"""Validate files of ``torch.save`` from untrusted sources before torch reads them, and load them.
 
-``weights_only=True`` keeps torch from running code. It does not keep it from waiting for a pipe, from unpacking a
-small archive into a large memory, from handing out tensors that are larger than their file or have no numbers at all,
-and mapped bytes are compared with no checksum. What it raises for a damaged file is any exception whatever.
+With ``weights_only=True`` torch does not run code from a file. It still waits for a pipe, inflates a small archive into
+a large memory, and returns tensors that are larger than their file or hold no numbers at all. Mapped bytes are not
+compared with a checksum. For a damaged file, torch raises exceptions of any class. The functions here check all of this
+and raise ValueError for an invalid file.
 
-A file that is made to be slow (a pickle whose keys take for ever to hash) still is; and one that becomes shorter while
-it is mapped ends the process, as with every mapped file.
+Two weaknesses remain. A file can be made to load very slowly (a pickle whose keys take long to hash). A file that is
+truncated while it is mapped ends the process, as for every mapped file.
 """
 
 from __future__ import annotations
@@ -27,24 +28,27 @@ if TYPE_CHECKING:
     import torch
 
 Checksums = Mapping[int, frozenset[int]]
-"""CRC-32 of the part that is mapped there, by address."""
+"""By the address of a mapped storage: the CRC-32 that its bytes may have."""
 
 _PIECE_BYTES = 1 << 20
-_ENCRYPTED = 0x1 | 0x20 | 0x40  # or patched, or strongly encrypted: flags in the list of an archive's parts
+_ENCRYPTED = 0x1 | 0x20 | 0x40  # encrypted, patched, or strongly encrypted: flags in the archive's directory
 
 
 def load_torch_file(path: Path) -> Any:
-    """What ``torch.save`` wrote, on the CPU, its numbers mapped and not yet compared with their checksums.
+    """Load a file of ``torch.save`` to the CPU. Its numbers are mapped, and not yet compared with their checksums.
+
+    Returns:
+        The saved object.
 
     Raises:
-        ValueError: It is not what torch writes; says what was found.
-        OSError: It cannot be opened.
+        ValueError: The file is not what torch writes; the message has the first problem.
+        OSError: The file cannot be opened.
     """
     with open_regular(path) as file:
         try:
             _check_archive(file)
         except Exception as error:  # zipfile raises eight kinds
-            raise ValueError(f"it is no archive that torch wrote: {brief(str(error))}") from error
+            raise ValueError(f"it is not an archive written by torch: {brief(str(error))}") from error
     import torch
 
     try:
@@ -54,12 +58,12 @@ def load_torch_file(path: Path) -> Any:
         raise ValueError(f"torch cannot load it ({type(error).__name__}: {brief(first_line)})") from error
 
 
-def check_numbers(path: Path) -> None:
-    """Read all of a file that ``load_torch_file`` takes, and compare each part with its checksum.
+def verify_archive(path: Path) -> None:
+    """Read all of a file that ``load_torch_file`` accepts, and compare every member with its checksum.
 
     Raises:
-        ValueError: One is wrong.
-        OSError: It cannot be read.
+        ValueError: A checksum is wrong.
+        OSError: The file cannot be read.
     """
     with open_regular(path) as file:
         try:
@@ -72,45 +76,53 @@ def check_numbers(path: Path) -> None:
             raise ValueError(brief(str(error))) from error
 
 
-def check_places(path: Path, tensors: Iterable[torch.Tensor]) -> Checksums:
-    """Compare where mapped tensors lie with the parts of their file: torch does not, and would read on into the next.
+def locate_storages(path: Path, tensors: Iterable[torch.Tensor]) -> Checksums:
+    """Match the storages of mapped tensors with the members of their archive, and return their expected checksums.
+
+    torch does not check that a storage has the size of its member, and would read on into the next member.
+
+    Args:
+        path: The file.
+        tensors: All tensors that ``load_torch_file`` has returned for it.
 
     Returns:
-        What ``check_part`` needs to know of these tensors.
+        The argument of ``verify_storage`` for these tensors.
 
     Raises:
-        ValueError: One is not exactly a part of the file.
-        OSError: It cannot be read.
+        ValueError: A storage is not exactly a member of the archive.
+        OSError: The file cannot be read.
     """
     with open_regular(path) as file:
         try:
-            parts = _places(file)
+            members = _members_by_offset(file)
         except Exception as error:
-            raise ValueError(f"it is no archive that torch wrote: {brief(str(error))}") from error
+            raise ValueError(f"it is not an archive written by torch: {brief(str(error))}") from error
     storages = {(each.untyped_storage().data_ptr(), each.untyped_storage().nbytes()) for each in tensors}
     found = sorted(each for each in storages if each[1])
-    # Where the file is mapped is not told. It is where one storage is its part, and then all must be theirs.
-    bases = [found[0][0] - place for place, part in parts.items() if part.size == found[0][1]] if found else [0]
+    # torch does not expose the address at which it maps the file. An address is possible if it lies at the start of a
+    # page and puts every storage on a member of its size; the members of the first storage's size give the candidates.
+    bases = [found[0][0] - offset for offset, member in members.items() if member.size == found[0][1]] if found else [0]
     fitting = [
         base
         for base in bases
-        if base % mmap.PAGESIZE == 0 and all(parts.get(begin - base, _NO_PART).size == size for begin, size in found)
+        if base % mmap.PAGESIZE == 0
+        and all(members.get(begin - base, _NO_MEMBER).size == size for begin, size in found)
     ]
     if not fitting:
-        raise ValueError("the sizes of its tensors are not those of its parts")
-    return {begin: frozenset(parts[begin - base].crc32 for base in fitting) for begin, _ in found}
+        raise ValueError("the sizes of its tensors are not the sizes of its archive members")
+    return {begin: frozenset(members[begin - base].crc32 for base in fitting) for begin, _ in found}
 
 
-def check_part(tensor: torch.Tensor, checksums: Checksums) -> None:
-    """Compare all mapped bytes of which a tensor is made with their checksum.
+def verify_storage(tensor: torch.Tensor, checksums: Checksums) -> None:
+    """Compare all mapped bytes of a tensor's storage with their checksum.
 
     Args:
-        tensor: As ``load_torch_file`` gave it.
-        checksums: What ``check_places`` said. Where it could not tell which of several parts is this one, because they
-            have one size and one distance, that of either will do: a changed bit fits none of them.
+        tensor: A tensor of ``load_torch_file``.
+        checksums: The result of ``locate_storages``. It has several checksums for a storage if several members have the
+            same size and the same distance; then each of them is accepted, and a changed bit matches none.
 
     Raises:
-        ValueError: It is another one.
+        ValueError: The bytes have another checksum.
     """
     import torch
 
@@ -120,31 +132,42 @@ def check_part(tensor: torch.Tensor, checksums: Checksums) -> None:
     found = zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data)
     expected = checksums[storage.data_ptr()]
     if found not in expected:
-        raise ValueError(f"bad CRC-32: {found:08x}, expected {' or '.join(f'{each:08x}' for each in sorted(expected))}")
+        raise ValueError(
+            f"checksum mismatch: found {found:08x}, expected {' or '.join(f'{each:08x}' for each in sorted(expected))}"
+        )
 
 
 def plain_tensor(tensor: torch.Tensor, *, file_bytes: int) -> torch.Tensor:
-    """A loaded tensor as numbers in memory that the file really has, without autograd.
+    """Return a loaded tensor as strided numbers on the CPU, without autograd, conjugation or negation.
+
+    Args:
+        tensor: The tensor.
+        file_bytes: Size of its file. A larger tensor is refused, because expanded sizes may claim any amount of memory.
 
     Raises:
-        ValueError: It is sparse, quantized, on no device, or larger than its file.
+        ValueError: The tensor is sparse, nested, quantized, not on the CPU, or larger than its file.
     """
     import torch
 
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or tensor.device.type != "cpu":
-        raise ValueError(f"it is no plain tensor but {brief(f'{tensor.dtype}, {tensor.layout}, on {tensor.device}')}")
+        raise ValueError(f"not a dense CPU tensor: {brief(f'{tensor.dtype}, {tensor.layout}, on {tensor.device}')}")
     if tensor.numel() * tensor.element_size() > file_bytes:
-        raise ValueError(f"it has the shape {tuple(tensor.shape)}, which is more than the whole file")
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is larger than the whole file")
     return tensor.detach().resolve_conj().resolve_neg()
 
 
 def _check_archive(file: BufferedReader) -> None:
-    """Names, places and sizes as torch writes them; of the contents all but the numbers."""
+    """Check names, positions and sizes of all members against what torch writes, and the contents except the numbers.
+
+    torch stores members uncompressed. Uncompressed members that neither overlap nor exceed the file cannot make a small
+    file claim a large memory.
+    """
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         names = {member.filename for member in members}
+        # Of two members with one name, zipfile and torch may read different ones.
         if len(names) < len(members):
-            raise ValueError("two parts have one name")
+            raise ValueError("two members have the same name")
         end = 0
         for member in sorted(members, key=lambda each: each.header_offset):
             if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
@@ -152,12 +175,13 @@ def _check_archive(file: BufferedReader) -> None:
             if member.flag_bits & _ENCRYPTED:
                 raise ValueError(f"{member.filename!r} is encrypted")
             if member.header_offset < end:
-                raise ValueError(f"{member.filename!r} overlaps another part")
+                raise ValueError(f"{member.filename!r} overlaps another member")
             end = member.header_offset + member.file_size
+            # Numbers are read and verified later, while synthesis reads them: then they come from the disk once.
             if "/data/" not in member.filename:
                 _read(archive, member)
         if end > os.fstat(file.fileno()).st_size:
-            raise ValueError("its parts are longer than the file")
+            raise ValueError("its members are longer than the file")
 
 
 class _Member(NamedTuple):
@@ -165,22 +189,24 @@ class _Member(NamedTuple):
     crc32: int
 
 
-_NO_PART = _Member(-1, 0)
+_NO_MEMBER = _Member(-1, 0)
 
 
-def _places(file: BufferedReader) -> dict[int, _Member]:
-    """The parts by where their bytes begin."""
-    parts = {}
+def _members_by_offset(file: BufferedReader) -> dict[int, _Member]:
+    """Return the members of an archive by the offset at which their bytes begin in the file."""
+    found = {}
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
     for member in members:
+        # The directory has the offset of the local header, whose length varies: torch aligns the numbers with its extra
+        # field (caffe2/serialize/inline_container.cc).
         file.seek(member.header_offset)
-        signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", file.read(30))  # a local header
+        signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", file.read(30))
         encoding = "utf-8" if member.flag_bits & 0x800 else "cp437"
         if signature != b"PK\x03\x04" or file.read(name_bytes) != member.orig_filename.encode(encoding):
-            raise ValueError(f"{brief(repr(member.filename))} does not lie where it says")
-        parts[member.header_offset + 30 + name_bytes + extra_bytes] = _Member(member.file_size, member.CRC)
-    return parts
+            raise ValueError(f"{brief(repr(member.filename))} is not at its listed position")
+        found[member.header_offset + 30 + name_bytes + extra_bytes] = _Member(member.file_size, member.CRC)
+    return found
 
 
 def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:

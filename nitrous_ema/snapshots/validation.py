@@ -1,7 +1,8 @@
-"""What one folder of a snapshot holds: a whole snapshot, an unfinished one, or damage.
+"""Validate one snapshot folder: it holds a complete snapshot, an unfinished one, or a damaged one.
 
-Headers are read, and believed only after their checksum; data is read by ``verify_file`` alone. What is hidden while it
-is being looked at is found under its hidden name.
+Listing reads and validates headers only; ``verify_file`` also reads the data and compares every checksum. Another
+process may hide or remove the folder meanwhile. Each name is therefore also looked up under its hidden name, and only a
+folder that has neither name counts as removed.
 """
 
 from __future__ import annotations
@@ -19,22 +20,23 @@ from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.filesystem import FileSystem, read_fully
 from nitrous_ema.snapshots.header import Header, decode_header, header_end
 from nitrous_ema.snapshots.names import (
+    candidate_paths,
     damaged,
     folder_name,
     hidden_name,
     parse_folder_name,
     parse_rank_file_name,
-    places,
     rank_file_name,
 )
 from nitrous_ema.snapshots.snapshot import Incomplete, Snapshot, VerificationFailure
 
 _READ_BYTES = 4 * 2**20
-_NO_FAULT_OF_THE_FILE = frozenset((errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM))
+# Errors of the process (no permission, too many open files, no memory): they are no evidence that a file is damaged.
+_PROCESS_ERRORS = frozenset((errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM))
 
 
 class FolderGone(Exception):
-    """A folder that was listed is there no more, under none of its names."""
+    """A folder that was listed has been removed since: it exists under neither of its names."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -42,7 +44,7 @@ class FolderGone(Exception):
 
 
 class FolderInspector:
-    """Looks into folders of snapshots. It only reads.
+    """Validates snapshot folders. It only reads.
 
     Args:
         files: The file system.
@@ -52,15 +54,15 @@ class FolderInspector:
         self.files = files
 
     def names(self, folder: Path) -> tuple[list[str], bool]:
-        """Names in a snapshot's folder, which may be hidden by now; and whether it still has its own name."""
+        """Return the names in a snapshot's folder, and whether the folder still has its own name (is not hidden)."""
         for place in (folder, folder.with_name(hidden_name(folder.name))):
             try:
                 return self.files.list(place), place == folder
             except FileNotFoundError:
                 if place == folder and self.files.exists(folder):
-                    return [], True  # a link to nothing
+                    return [], True  # a broken symbolic link
             except NotADirectoryError:
-                return [], True  # never a folder
+                return [], True  # a file with the name of a folder
             except OSError as error:
                 if error.errno == errno.ELOOP:
                     return [], True  # a link to itself
@@ -68,7 +70,13 @@ class FolderInspector:
         return [], False
 
     def examine(self, folder: Path) -> Snapshot | Incomplete | SnapshotDamaged:
-        """What a listed folder holds, also if it is hidden meanwhile. Raises ``FolderGone`` if it is removed meanwhile."""
+        """Return what a listed folder holds, also if the folder has been hidden since it was listed.
+
+        Raises:
+            FolderGone: The folder has been removed since it was listed.
+        """
+        # Twice: between listing the names and opening a file, another process may have removed the folder, or hidden
+        # and restored it. The second listing distinguishes the two.
         for _ in range(2):
             ranks: dict[int, set[int]] = {}
             names, is_listed = self.names(folder)
@@ -78,7 +86,7 @@ class FolderInspector:
             if not complete and not is_listed:
                 raise FolderGone(folder)
             if not complete:
-                return Incomplete(folder, _what_is_missing(ranks))
+                return Incomplete(folder, _missing_files(ranks))
             paths = tuple(folder / rank_file_name(rank, complete[0]) for rank in range(complete[0]))
             try:
                 headers = tuple(map(self.read_header, paths))
@@ -92,16 +100,53 @@ class FolderInspector:
             raise FolderGone(folder)
         return Incomplete(folder, "its files were removed while it was read")
 
-    def examine_anew(self, folder: Path) -> Snapshot | Incomplete | SnapshotDamaged:
-        """The same of a folder that nobody has listed: a hidden one is none."""
+    def examine_unlisted(self, folder: Path) -> Snapshot | Incomplete | SnapshotDamaged:
+        """Return what a folder holds that was not listed before; a hidden or removed folder counts as incomplete."""
         if self.files.exists(folder):
             with contextlib.suppress(FolderGone):
                 return self.examine(folder)
-        return Incomplete(folder, "it is not there")
+        return Incomplete(folder, "the folder does not exist")
+
+    def read_header(self, path: Path) -> Header:
+        """Return the header of a file, after validating it against the file's size and name.
+
+        Raises:
+            SnapshotDamaged: The header is invalid, or belongs to a file of another name.
+            FileNotFoundError: The file does not exist (any more).
+        """
+        with self._reading(path) as (descriptor, file_bytes):
+            # The length alone first: header_end() checks it before a buffer of this length is allocated.
+            prefix = bytes(read_fully(self.files, descriptor, bytearray(8), 0))
+            end = header_end(prefix, path=path, file_bytes=file_bytes)
+            blob = bytes(read_fully(self.files, descriptor, bytearray(end), 0))
+        header = decode_header(blob, path=path, file_bytes=file_bytes)
+        stamp = header.stamp
+        # A file that was copied or renamed to another step, run or rank is valid in itself, but not this snapshot's.
+        own = (folder_name(stamp.step, stamp.run), rank_file_name(stamp.rank, stamp.world_size))
+        if own != (path.parent.name, path.name):
+            raise damaged(path, f"it was written as {'/'.join(own)}")
+        return header
+
+    def verify_file(self, path: Path) -> Iterator[VerificationFailure]:
+        """Read a whole file, and yield its failures: an invalid header, or each chunk whose checksum is wrong."""
+        known = parse_folder_name(path.parent.name)
+        step = known[0] if known else 0
+        try:
+            header = self.read_header(path)
+            with self._reading(path) as (descriptor, _):
+                for chunk, (span, expected) in enumerate(zip(header.layout.chunks, header.crc32, strict=True)):
+                    found = self._crc32(descriptor, header.data_begin + span.begin, span.end - span.begin)
+                    if found != expected:
+                        message = f"checksum mismatch: found {found:08x}, expected {expected:08x}"
+                        yield VerificationFailure(path, step, chunk, str(damaged(path, message, chunk=chunk)))
+        except FileNotFoundError:
+            return  # removed since it was listed: nothing to verify
+        except SnapshotError as error:
+            yield VerificationFailure(path, step, None, str(error))
 
     @contextlib.contextmanager
     def _reading(self, path: Path) -> Iterator[tuple[int, int]]:
-        """Descriptor and size of a file. ``FileNotFoundError`` passes, all else is told as the file's damage."""
+        """Yield descriptor and size of a file. ``FileNotFoundError`` passes, other errors become SnapshotDamaged."""
         descriptor = self._open(path)
         try:
             status = self.files.stat(descriptor)
@@ -115,51 +160,21 @@ class FolderInspector:
                 self.files.close(descriptor)
 
     def _open(self, path: Path) -> int:
-        for place in places(path):
+        for place in candidate_paths(path):
             try:
                 return self.files.open_read(place)
             except FileNotFoundError:
                 if self.files.exists(place):
-                    raise damaged(path, "it is a link to nothing") from None
+                    raise damaged(path, "it is a broken symbolic link") from None
             except OSError as error:
-                if error.errno in _NO_FAULT_OF_THE_FILE:
+                if error.errno in _PROCESS_ERRORS:
                     raise SnapshotError(
-                        f"{path} cannot be opened: {error}. It is not known to be damaged: let this user read it, or "
-                        "this process open more files, and look again.",
+                        f"{path} cannot be opened: {error}. The file may be intact: check its permissions and this "
+                        "process's limit of open files, then try again.",
                         path=path,
                     ) from error
                 raise damaged(path, f"it cannot be opened: {error}") from error
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
-
-    def read_header(self, path: Path) -> Header:
-        """What a file says about itself. Raises SnapshotDamaged, or FileNotFoundError if it is gone."""
-        with self._reading(path) as (descriptor, file_bytes):
-            prefix = bytes(read_fully(self.files, descriptor, bytearray(8), 0))
-            end = header_end(prefix, path=path, file_bytes=file_bytes)
-            blob = bytes(read_fully(self.files, descriptor, bytearray(end), 0))
-        header = decode_header(blob, path=path, file_bytes=file_bytes)
-        stamp = header.stamp
-        own = (folder_name(stamp.step, stamp.run), rank_file_name(stamp.rank, stamp.world_size))
-        if own != (path.parent.name, path.name):
-            raise damaged(path, f"it was written as {'/'.join(own)}")
-        return header
-
-    def verify_file(self, path: Path) -> Iterator[VerificationFailure]:
-        """Read all of a file. What is wrong with it: its header, or each chunk whose checksum is wrong."""
-        known = parse_folder_name(path.parent.name)
-        step = known[0] if known else 0
-        try:
-            header = self.read_header(path)
-            with self._reading(path) as (descriptor, _):
-                for chunk, (span, expected) in enumerate(zip(header.layout.chunks, header.crc32, strict=True)):
-                    found = self._crc32(descriptor, header.data_begin + span.begin, span.end - span.begin)
-                    if found != expected:
-                        message = f"its checksum is {found:08x}, expected {expected:08x}"
-                        yield VerificationFailure(path, step, chunk, str(damaged(path, message, chunk=chunk)))
-        except FileNotFoundError:
-            return  # removed meanwhile
-        except SnapshotError as error:
-            yield VerificationFailure(path, step, None, str(error))
 
     def _crc32(self, descriptor: int, offset: int, size_bytes: int) -> int:
         crc32, buffer = 0, bytearray(min(size_bytes, _READ_BYTES))
@@ -169,16 +184,20 @@ class FolderInspector:
         return crc32
 
 
-def _what_is_missing(ranks: dict[int, set[int]]) -> str:
+def _missing_files(ranks: dict[int, set[int]]) -> str:
     if not ranks:
         return "it holds no finished file"
+    # The folder may hold files of several world sizes: the size with most files is reported.
     world_size = max(ranks, key=lambda size: len(ranks[size]))
     first = next(rank for rank in range(world_size) if rank not in ranks[world_size])
     return f"it holds {len(ranks[world_size])} of {world_size} files; {rank_file_name(first, world_size)} is missing"
 
 
 def _disagreement(headers: tuple[Header, ...]) -> str | None:
-    """Why the files of several ranks are no snapshot together. Step, run and number of ranks are in their names."""
+    """Return the first field in which the files of several ranks contradict each other, or None.
+
+    Step, run and number of ranks need no comparison, because they are part of the names of folder and files.
+    """
     first = headers[0]
     for rank, other in enumerate(headers):
         facts = [("layout", other.layout.sha256, first.layout.sha256)]

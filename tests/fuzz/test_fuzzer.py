@@ -36,7 +36,7 @@ PLANTED = {
     "no gaps between the tensors": ("average.safetensors", AVERAGE, "if each.begin != position:", "if False:"),
     "depth": ("average.safetensors", JSON, "except RecursionError:", "except ZeroDivisionError:"),
     "names once": ("average.safetensors", JSON, "if len(found) < len(pairs):", "if False:"),
-    "checksums of an average": ("average.pt", AVERAGE, "    check_numbers(path)\n", ""),
+    "checksums of an average": ("average.pt", AVERAGE, "    verify_archive(path)\n", ""),
     "checksums of an old snapshot": ("legacy", TORCH, "if found not in expected:", "if False:"),
     "any error of torch": (
         "legacy",

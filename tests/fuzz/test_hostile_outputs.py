@@ -137,7 +137,7 @@ def test_archive_that_unfolds_is_damage(tmp_path, kind):
             new.writestr(name, part)
         if kind == "overlap":
             new.filelist[1].header_offset = new.filelist[0].header_offset
-    with pytest.raises(SnapshotDamaged, match=r"0\.1\.pt: it is no archive that torch wrote"):
+    with pytest.raises(SnapshotDamaged, match=r"0\.1\.pt: it is not an archive written by torch"):
         _ = LegacyFolder(tmp_path, gammas=[6.0]).get().records
 
 

@@ -1,4 +1,4 @@
-"""What every hostile file leads to stands in tests/fuzz/test_hostile_outputs.py."""
+"""Validation of torch files. Hostile files are in tests/fuzz/test_hostile_outputs.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import zlib
 import pytest
 import torch
 
-from nitrous_ema.snapshots.torch_archive import check_numbers, check_part, check_places, load_torch_file, plain_tensor
+from nitrous_ema.snapshots.torch_archive import (
+    load_torch_file,
+    locate_storages,
+    plain_tensor,
+    verify_archive,
+    verify_storage,
+)
 
 
 @pytest.fixture
@@ -18,7 +24,7 @@ def path(tmp_path):
 
 
 def repacked(path, edit):
-    """The archive with one part's bytes changed and all checksums right."""
+    """Rewrite an archive with the bytes of one member changed and all checksums matching."""
     with zipfile.ZipFile(path) as old:
         parts = {name: old.read(name) for name in old.namelist()}
     edit(parts)
@@ -27,10 +33,10 @@ def repacked(path, edit):
             new.writestr(name, part)
 
 
-def test_file_of_torch_is_loaded_and_checked(path):
+def test_file_of_torch_is_loaded_and_verified(path):
     tensors = load_torch_file(path)
-    check_numbers(path)
-    check_places(path, tensors.values())
+    verify_archive(path)
+    locate_storages(path, tensors.values())
     assert torch.equal(plain_tensor(tensors["b"], file_bytes=path.stat().st_size), torch.arange(1000.0, 2000.0))
 
 
@@ -40,56 +46,56 @@ def test_changed_number_is_found(path):
     path.write_bytes(content)
     tensors = load_torch_file(path)
     with pytest.raises(ValueError, match="CRC-32"):
-        check_numbers(path)
-    checksums = check_places(path, tensors.values())
-    check_part(tensors["b"], checksums)
-    with pytest.raises(ValueError, match="CRC-32"):
-        check_part(tensors["a"], checksums)
+        verify_archive(path)
+    checksums = locate_storages(path, tensors.values())
+    verify_storage(tensors["b"], checksums)
+    with pytest.raises(ValueError, match="checksum mismatch: found"):
+        verify_storage(tensors["a"], checksums)
 
 
-def test_right_part_is_found_among_others_of_its_size(tmp_path):
+def test_member_of_a_tensor_is_found_among_others_of_its_size(tmp_path):
     path = tmp_path / "x.pt"
     torch.save({"others": [torch.full((4096,), float(each)) for each in range(9)], "a": torch.ones(4096)}, path)
     tensor = load_torch_file(path)["a"]
-    checksums = check_places(path, [tensor])
+    checksums = locate_storages(path, [tensor])
     assert checksums == {tensor.data_ptr(): {zlib.crc32(tensor.numpy().data)}}
-    check_part(tensor, checksums)
+    verify_storage(tensor, checksums)
 
 
-def test_part_that_is_cut_short_is_not_read_on_from_the_next(path):
+def test_shortened_member_is_not_continued_from_the_next(path):
     repacked(path, lambda parts: parts.update({"x/data/0": parts["x/data/0"][:-4]}))
     tensors = load_torch_file(path)
-    check_numbers(path)
-    assert tensors["a"][-1] != 999  # what torch makes of it
-    with pytest.raises(ValueError, match="sizes of its tensors are not those of its parts"):
-        check_places(path, tensors.values())
+    verify_archive(path)
+    assert tensors["a"][-1] != 999  # torch returns it nevertheless
+    with pytest.raises(ValueError, match="sizes of its tensors are not the sizes of its archive members"):
+        locate_storages(path, tensors.values())
 
 
-def test_tied_tensors_and_views_lie_in_one_part(tmp_path):
+def test_tied_tensors_and_views_share_one_member(tmp_path):
     whole = torch.arange(10.0)
     torch.save({"a": whole, "b": whole[2:4], "none": torch.empty(0)}, tmp_path / "x.pt")
-    check_places(tmp_path / "x.pt", load_torch_file(tmp_path / "x.pt").values())
+    locate_storages(tmp_path / "x.pt", load_torch_file(tmp_path / "x.pt").values())
 
 
-def test_file_with_any_name_is_taken(tmp_path):
+def test_file_with_any_name_is_accepted(tmp_path):
     path = tmp_path / "gewichte für später \u00b7 \u6a21.pt"
     torch.save({"a": torch.ones(4096)}, path)
     tensors = load_torch_file(path)
-    check_part(tensors["a"], check_places(path, tensors.values()))
+    verify_storage(tensors["a"], locate_storages(path, tensors.values()))
 
 
 @pytest.mark.parametrize("at", [0, 31])
-def test_part_that_does_not_begin_where_it_is_listed_is_found(path, at):
+def test_member_that_is_not_at_its_listed_position_is_found(path, at):
     tensors, content = load_torch_file(path), bytearray(path.read_bytes())
     content[content.index(b"x/data/1") - 30 + at] ^= 1  # its signature, or its name
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="x/data/1' does not lie where it says"):
-        check_places(path, tensors.values())
+    with pytest.raises(ValueError, match="x/data/1' is not at its listed position"):
+        locate_storages(path, tensors.values())
 
 
-def test_encrypted_part_is_no_part(path):
+def test_encrypted_member_is_refused(path):
     content = bytearray(path.read_bytes())
-    content[content.rindex(b"x/data/1") - 46 + 8] |= 1  # its flags in the list at the end
+    content[content.rindex(b"x/data/1") - 46 + 8] |= 1  # its flags in the directory at the end
     path.write_bytes(content)
     with pytest.raises(ValueError, match="x/data/1' is encrypted"):
         load_torch_file(path)

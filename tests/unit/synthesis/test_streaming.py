@@ -96,7 +96,7 @@ def test_no_bit_depends_on_threads_memory_or_open_files(tmp_path, monkeypatch, a
             sizes.add((chosen.threads, chosen.block_elements))
             with monkeypatch.context() as patch:
                 if memory_bytes > 40 * MIB:
-                    patch.setattr(sources, "_MAX_KEPT_OPEN", 3)  # as where there are more files than may be open
+                    patch.setattr(sources, "_MAX_OPEN_FILES", 3)  # as where there are more files than may be open
                 found = synthesize_plan(
                     plan, dtype=np.float64, accumulate=accumulate, threads=threads, memory_bytes=memory_bytes
                 )
@@ -256,15 +256,15 @@ def test_wrong_option_is_told(tmp_path, name, value):
 def test_checksum_is_put_together_in_any_order():
     from zlib import crc32
 
-    from nitrous_ema.snapshots.reading import _RunningSum, joined_crc32
+    from nitrous_ema.snapshots.reading import _ChunkChecksum, combine_crc32
 
     rng = np.random.default_rng(0)
     for _ in range(50):
         pieces = [rng.bytes(int(size)) for size in rng.integers(0, 3000, 5)]
-        assert joined_crc32(crc32(pieces[0]), crc32(pieces[1]), len(pieces[1])) == crc32(pieces[0] + pieces[1])
+        assert combine_crc32(crc32(pieces[0]), crc32(pieces[1]), len(pieces[1])) == crc32(pieces[0] + pieces[1])
         pieces = [piece for piece in pieces if piece]
         begins = np.cumsum([0, *map(len, pieces)])
-        running = _RunningSum()
+        running = _ChunkChecksum()
         for place in rng.permutation(len(pieces)):
             running.add(int(begins[place]), len(pieces[place]), crc32(pieces[place]))
         assert (running.crc, running.num_bytes, running.early) == (crc32(b"".join(pieces)), begins[-1], {})
