@@ -1,7 +1,7 @@
 """One checkpoint of two averages: how long the training thread is held by it, and how fast it gets to durable disk.
 
 Three tables:
-  held       from the call of checkpoint() until it returns, which is when the training thread goes on. What goes on
+  held       from the call of checkpoint() until it returns, which is when the training thread goes on. The work that goes on
              in the background then is waited for before the next sample, untimed
   training   by how much a checkpoint lengthens some training steps: as long as they go on, what is left to the
              background competes with them for cores and memory
@@ -149,7 +149,7 @@ def durable(report: Report, size: Size, model: nn.Module, rivals: dict[str, Save
 
 
 def memory_copy(model: nn.Module) -> Callable[[], None]:
-    """The least that whoever goes on training with a copy has to wait for."""
+    """The least wait of a training loop that goes on with a copy."""
     source = torch.rand(2 * models.averaged_elements(model), device=_device(model))
     target = torch.zeros(source.shape)
 
@@ -219,7 +219,7 @@ class HostMemory:
         self._root, self._run, self._steps = root, new_run_id(), count(1)
 
     def write_plainly(self) -> None:
-        """The least that whoever wants these bytes on disk has to do."""
+        """The least work that puts these bytes on disk."""
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
         descriptor = os.open(self._plain / f"{next(self._steps)}", flags, 0o666)
         try:

@@ -2,7 +2,7 @@
 
 Tables:
   bytes    what an update moves, how long that takes at the rate of a flat lerp_ here, and what part of a training step
-           that is: how well anybody can do, to judge the rest by
+           that is: the least possible cost, to compare the rest with
   update   one update alone, until the averages have moved and until the call returns
   step     a training step with update() after it, next to the same without, for several update_every; the column
            "+ baseline" is the time added per step
@@ -11,7 +11,7 @@ Tables:
            made small enough for the copy of the snapshot to take longer than three steps, if it is not already
 
 A contestant is set up when it is its turn and is gone before the next: in each round it meets only the floor or the
-training without EMA. One that fails, for instance for want of memory, is told below its table, and the rest goes on;
+training without EMA. One that fails, for instance for want of memory, is reported below its table, and the rest goes on;
 the command then ends with 1. With --json, everything so far is written after each table.
 """
 

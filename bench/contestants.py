@@ -1,6 +1,6 @@
 """Libraries that average weights, each set up to do the same: two averages of a model, updated at every call.
 
-No library takes snapshots here. Peers that are not installed are left out, and ``absent`` says so.
+No library takes snapshots here. Peers that are not installed are left out, and ``absent`` lists them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Averaging:
 
     update: Callable[[], Any]
     fence: Callable[[], Any] | None = None
-    """Orders the caller after an update that goes on in the background; None where there is none."""
+    """Orders the caller after an update that goes on in the background; None where nothing runs in the background."""
     before_step: Callable[[], Any] | None = None
     """What the library does at the start of an optimizer step, if it wraps the optimizer."""
 

@@ -8,7 +8,7 @@ summarized, so that what slows the machine down for a while slows both sides of 
 Medians, quartiles and the fastest round are reported; nothing is left out. Garbage is collected before a comparison
 and not during it. A bench that runs unattended gives ``compare`` somewhere to note failures, and a time to stop at.
 
-Longer than the house's 300 lines: whoever writes a bench reads this file, and nothing else.
+Longer than the house's 300 lines: the author of a bench reads this file, and nothing else.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ class Report:
     options: Mapping[str, Any]
     machine: Mapping[str, Any]
     path: Path | None = None
-    """Everything is written here after each table, so that a run that is cut short has told what it knew."""
+    """Everything is written here after each table, so that a run that is cut short has stored all results so far."""
     tables: list[dict[str, Any]] = field(default_factory=list)
 
     def begin(self) -> None:
@@ -373,7 +373,7 @@ class Report:
         content = {"bench": self.bench, "options": self.options, "machine": self.machine, "tables": self.tables}
         half = file.with_name(f".{file.name}.half")
         half.write_text(json.dumps(content, indent=1) + "\n")
-        half.replace(file)  # a reader, or whoever comes after a run that was killed, never finds half of it
+        half.replace(file)  # a reader never finds half a file, not even after a run that was killed
         return file
 
 
@@ -485,7 +485,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def start(bench: str, options: argparse.Namespace) -> Report:
-    """Apply the common options, and say what is measured where."""
+    """Apply the common options, and print what is measured on which machine."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}

@@ -1,7 +1,7 @@
 """Libraries that save averages, each set up to do the same: one checkpoint of two averages of a model.
 
-Peers that are not installed are left out, and ``absent`` says so. Only ours, ``torch.distributed.checkpoint`` and the
-``torch.save`` that is told to are durable when they are done; the other files are wherever the system has them.
+Peers that are not installed are left out, and ``absent`` lists them. Only ours, ``torch.distributed.checkpoint`` and the
+``torch.save`` with an fsync are durable when they are done; the other files are wherever the system has them.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def makers() -> tuple[list[Make], dict[str, str]]:
 
 
 def clear(folder: Path) -> None:
-    """Remove what is in a folder, with all of its pages that are not written yet: nobody pays for another's bytes."""
+    """Remove what is in a folder, with all of its pages that are not written yet: no contestant waits for the bytes of another."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

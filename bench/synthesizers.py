@@ -156,7 +156,7 @@ def _peer(peer: Any, snapshots: Path, out: Path, lengths: Sequence[float]) -> No
 
 
 def model_of(snapshots: Path) -> nn.Module:
-    """The model of a folder that the bench has filled; the folder above says which."""
+    """The model of a folder that the bench has filled; the folder above names the model."""
     return MODELS[(snapshots.parent / "model").read_text()]()
 
 

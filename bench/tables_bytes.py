@@ -44,7 +44,7 @@ VARIANTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What its maker says of it."""
+    """What its maker states of it."""
 
     name: str
     bytes_per_second: float
@@ -157,7 +157,7 @@ def main() -> None:
     print(f"Bytes of device memory moved per parameter and update of {PROFILES} float32 averages:\n")
     print("\n".join(bytes_table()))
     print(
-        f"\nThe least that they cost (one kernel; training in bfloat16 where nothing else is said, at "
+        f"\nThe least that they cost (one kernel; training in bfloat16 where nothing else is stated, at "
         f"{MODEL_FLOPS_SHARE:.0%} of the peak; snapshots in float32; where weights, gradients and averages fit):\n"
     )
     print("\n".join(steps_table()))

@@ -1,6 +1,6 @@
 """Memory of a synthesis beside its blocks: two tables of docs/synthesis.md (python -m bench.tables_memory).
 
-The first, for models of many tensors: what the worker says that it takes at most, and what it took. The second, for
+The first, for models of many tensors: the worker's own estimate of the most memory, and what it took. The second, for
 folders of many snapshots of a small model: what it took, most of it while it listed and chose among them. Each row is a
 worker of its own; counted is the most that it held beyond everything imported (VmHWM of Linux).
 """
@@ -38,13 +38,13 @@ def main() -> None:
 
 
 def table_of_tensors(cases: Sequence[tuple[int, int, int]]) -> list[str]:
-    """What many names take, and what is said of it."""
-    rows = ["| tensors | profiles | letters of a name | foretold | taken |", "|---|---|---|---|---|"]
+    """The memory that many names take, beside the estimate."""
+    rows = ["| tensors | profiles | letters of a name | estimated | taken |", "|---|---|---|---|---|"]
     for tensors, profiles, letters in cases:
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder), tensors, letters, profiles, snapshots=5)
-            foretold, taken = run(Path(folder), outputs=8)
-        rows.append(f"| {tensors} | {profiles} | {letters} | {foretold:.0f} MiB | {taken:.0f} MiB |")
+            estimated, taken = run(Path(folder), outputs=8)
+        rows.append(f"| {tensors} | {profiles} | {letters} | {estimated:.0f} MiB | {taken:.0f} MiB |")
     return rows
 
 
@@ -79,7 +79,7 @@ def write(folder: Path, tensors: int, letters: int, profiles: int, snapshots: in
 
 
 def run(folder: Path, outputs: int) -> tuple[float, float]:
-    """MiB that a worker says it takes at most, and that it took."""
+    """MiB that a worker estimates at most, and that it took."""
     lengths = ",".join(f"{0.05 + 0.2 * place / outputs:.4f}" for place in range(outputs))
     command = [sys.executable, "-m", "bench.tables_memory", "--measure", str(folder / "snapshots")]
     command += ["--sigma-rel", lengths, "--out", str(folder / "out")]
@@ -92,7 +92,7 @@ def run(folder: Path, outputs: int) -> tuple[float, float]:
 
 
 def measure(arguments: Sequence[str]) -> None:
-    """Run a worker in this process, and tell how many KiB it took beyond its imports."""
+    """Run a worker in this process, and print how many KiB it took beyond its imports."""
     import concurrent.futures  # noqa: F401
 
     import nitrous_ema.synthesis.worker.runner  # noqa: F401

@@ -142,7 +142,7 @@ def peak_bytes(device: torch.device) -> Iterator[Callable[[], int]]:
 
 
 def release(device: torch.device) -> None:
-    """Give back what nobody holds: the next contestant finds what the first one found."""
+    """Free unused memory, so that each contestant begins with the same amount."""
     gc.collect()
     empty_cache = getattr(torch.get_device_module(device), "empty_cache", None)
     if empty_cache is not None:

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACES = ("nitrous_ema", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs", "examples", "bench")
 _ROW = re.compile(r"^\| (?P<words>[^|]+) \| (?P<instead>[^|]+) \|$", re.MULTILINE)
 _CODE = re.compile(r"``[^`]*``|`[^`]*`")
+_BRACES = re.compile(r"\{[^{}]*\}")
 
 
 def banned_words() -> dict[str, str]:
@@ -31,7 +32,7 @@ def findings(path: Path, words: dict[str, str]) -> Iterator[tuple[int, str]]:
     """Lines of one file that hold a banned word, and the word."""
     pattern = re.compile(rf"\b({'|'.join(map(re.escape, sorted(words, key=len, reverse=True)))})\b", re.IGNORECASE)
     for first_line, text in _texts(path):
-        blank = _CODE.sub(lambda code: re.sub(r"[^\n]", " ", code[0]), text)
+        blank = _CODE.sub(_blank, text)
         for found in pattern.finditer(blank):
             yield first_line + blank.count("\n", 0, found.start()), found[1].lower()
 
@@ -40,7 +41,7 @@ def _texts(path: Path) -> Iterator[tuple[int, str]]:
     source = path.read_text()
     if path.suffix == ".md":
         # The table itself, and blocks of code, are not prose.
-        source = re.sub(r"^```.*?^```", lambda block: re.sub(r"[^\n]", " ", block[0]), source, flags=re.M | re.S)
+        source = re.sub(r"^```.*?^```", _blank, source, flags=re.M | re.S)
         if path.name == "CONTRIBUTING.md":
             source = _ROW.sub(" ", source)
         yield 1, source
@@ -48,7 +49,17 @@ def _texts(path: Path) -> Iterator[tuple[int, str]]:
     kinds = {tokenize.STRING, tokenize.COMMENT, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type in kinds:
-            yield token.start[0], token.string
+            # Before Python 3.12 an f-string is one token, with the code in its braces.
+            is_f_string = token.type == tokenize.STRING and "f" in token.string.split(token.string[-1], 1)[0].lower()
+            text = token.string
+            while is_f_string and (inner := _BRACES.sub(_blank, text)) != text:
+                text = inner
+            yield token.start[0], text
+
+
+def _blank(found: re.Match[str]) -> str:
+    """Spaces in the place of the text that was found; line numbers stay."""
+    return re.sub(r"[^\n]", " ", found[0])
 
 
 def files(places: list[Path]) -> list[Path]:

@@ -21,11 +21,11 @@ def test_quick_command_prints_both_tables():
     assert [line.count("|") for line in done.stdout.splitlines()] == [6, 6, 6, 0, 4, 4, 4]
 
 
-def test_thousands_of_long_names_take_no_more_than_is_said(tmp_path):
+def test_thousands_of_long_names_take_no_more_than_the_estimate(tmp_path):
     """As the system counts it, with eight outputs, each with a header of its own."""
     tables_memory.write(tmp_path, 10_000, 70, 2, snapshots=5)
-    foretold, taken = tables_memory.run(tmp_path, outputs=8)
-    assert foretold / 4 < taken < foretold
+    estimated, taken = tables_memory.run(tmp_path, outputs=8)
+    assert estimated / 4 < taken < estimated
 
 
 def test_page_names_the_command_and_the_cases():
