@@ -1,27 +1,30 @@
-"""Writing the snapshots of a training, and dropping those that a rule (``keep=``) no longer keeps.
+"""Writing the snapshots of a training run, and dropping the snapshots that a rule (``keep=``) no longer keeps.
 
-Under a rule that drops anything, snapshots are written one at a time, in the order in which they were taken, and each
-write is one turn:
+Several threads write snapshots, and each new snapshot may make the rule drop older ones. Which ones it drops depends on
+the snapshots that are there, so the rule must see them in the order in which they were taken. Therefore, under a rule
+that drops anything, snapshots are written one at a time, each in its turn. A dropped snapshot is hidden at once and
+unlinked in the next turn, so that a reader that has listed it can read it to its end in between. Without such a rule,
+writers do not wait for each other.
 
 in a turn                                           on disk, of this history
-hide what is too much (the first time only)         what the rule keeps, and what was hidden
-remove what was hidden before                       what the rule keeps
-write the snapshot                                  one more
-hide what the rule drops now, the new one in it     the same; no listing shows what was hidden
+hide excess snapshots (the first time only)         the snapshots that the rule keeps, and the hidden ones
+remove the hidden snapshots                         the snapshots that the rule keeps
+write the new snapshot                              one more
+hide the snapshots that the rule drops now          the same; no listing shows the hidden ones
 
-So a reader that has listed a snapshot has from one snapshot to the next to read it to its end, and a budget of bytes
-holds at every moment. What is kept is read from the folder when a history is first written to (a resumed run goes on
-with its ancestors' snapshots), and remembered from then on.
+The kept snapshots of a history are read from the folder when the history is first written to, since a resumed run
+continues with its ancestors' snapshots. They are remembered from then on.
 
-K1  A rule sees all older snapshots when it judges one, and its  test_snapshots_are_judged_in_the_order_they_were_taken
-    judgement does not depend on how writers are scheduled.
-K2  Nothing is unlinked before the next snapshot is written, or  test_what_was_dropped_stays_until_the_next_snapshot
-    training is closed.
-K3  A byte budget is never exceeded, at no moment.               test_budget_of_bytes_holds_at_every_moment
-K4  Whatever goes wrong in dropping costs no snapshot, and is    test_failure_to_drop_costs_no_snapshot_and_is_told_once
-    told once, on the caller's thread.
-K5  A pin that was set is seen: pinning and judging exclude      test_pin_waits_for_a_judgement
-    each other.
+RETAIN-1  A rule sees all older snapshots when it is applied to   test_rule_is_applied_in_the_order_snapshots_were_taken
+    a new one. Its result does not depend on how writer threads
+    are scheduled.
+RETAIN-2  No snapshot is unlinked before the next one is written, test_dropped_snapshot_stays_until_the_next_is_written
+    or training is closed.
+RETAIN-3  A byte budget is not exceeded at any moment.            test_budget_of_bytes_holds_at_every_moment
+RETAIN-4  A failure to drop snapshots costs no snapshot. It is    test_failure_to_drop_costs_no_snapshot_and_warns_once
+    reported once, as a warning on the caller's thread.
+RETAIN-5  The rule respects every pin that was set before it is   test_pin_waits_until_the_rule_was_applied
+    applied: pinning and applying the rule exclude each other.
 """
 
 from __future__ import annotations
@@ -53,84 +56,88 @@ _KEEP_ALL = KeepAll()
 
 
 class RetainingWriter:
-    """Writes snapshots to a store and drops what a rule does not keep.
+    """Writes snapshots to a store, and drops the snapshots that a rule does not keep.
 
     Args:
-        store: Where to.
-        rule: What to keep.
+        store: The store to write to.
+        rule: Decides which snapshots are kept.
     """
 
     def __init__(self, store: SnapshotStore, rule: KeepRule = _KEEP_ALL) -> None:
         self.store = store
         self.ledger = Ledger()
-        """Counts what is written and dropped; a sink adds the rest."""
+        """Counts written and dropped snapshots; a sink adds the other counts."""
         self._rule = rule
-        self._drops = not isinstance(rule, KeepAll)
+        self._may_drop = not isinstance(rule, KeepAll)
         self._failures: queue.SimpleQueue[str] = queue.SimpleQueue()
         # A lock of its own: a Condition's __enter__ is Python, and Ctrl-C inside it would leave it held for ever.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._coming: list[tuple[str, int]] = []  # run and step, in the order they were taken; guarded by _lock
-        self._judging = threading.Lock()  # from reading the pins to the end of hiding; never taken under _lock
-        # Whose snapshots _kept are, None if that must be looked up; both belong to the one whose turn it is.
+        self._in_flight: list[tuple[str, int]] = []  # run and step, in the order they were taken; guarded by _lock
+        self._rule_lock = threading.Lock()  # held from reading the pins to the end of hiding; never taken under _lock
+        # The history of _kept_snapshots; None if both must be read from the folder. Only the thread whose turn it is
+        # uses them.
         self._lineage: Lineage | None = None
-        self._kept: list[Snapshot] = []  # ascending by step
+        self._kept_snapshots: list[Snapshot] = []  # ascending by step
 
     def check(self, layout: Layout, stamp: Stamp) -> None:
-        """Raise ValueError if the rule makes no sense for snapshots of this size."""
+        """Raise ValueError if the rule is invalid for snapshots of this size."""
         self._rule.check(layout.gammas, header_bytes(layout, stamp) + layout.data_bytes)
 
     def check_disk_space(self, layout: Layout, stamp: Stamp) -> None:
-        """Say how many snapshots of this size fit on the disk; see ``room``, whose errors and warnings these are."""
+        """Check how many snapshots of this size fit on the disk; see ``check_disk_space``, which raises and warns."""
         snapshot_bytes = header_bytes(layout, stamp) + layout.data_bytes
         check_disk_space(self.store.root, self.store.files, snapshot_bytes, self._rule.most_snapshots(snapshot_bytes))
 
     def expect(self, stamp: Stamp) -> None:
-        """A snapshot was taken and will be written later, or forgotten."""
+        """Register a snapshot that was taken. A later call writes it, or forgets it."""
         with self._lock:
-            self._coming.append((stamp.run, stamp.step))
+            self._in_flight.append((stamp.run, stamp.step))
 
     def forget(self, stamp: Stamp) -> None:
-        """An expected snapshot will not be written."""
+        """Remove a registered snapshot that will not be written, so that later ones do not wait for it."""
         with self._lock:
-            if (stamp.run, stamp.step) in self._coming:
-                self._coming.remove((stamp.run, stamp.step))
+            if (stamp.run, stamp.step) in self._in_flight:
+                self._in_flight.remove((stamp.run, stamp.step))
                 self._changed.notify_all()
 
     def write(self, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]) -> Snapshot:
-        """Write a snapshot in its turn, then drop what the rule no longer keeps. Blocks; safe from any thread.
+        """Write a snapshot in its turn, then hide the snapshots that the rule drops. Blocks; safe from any thread.
 
-        Args and Raises as those of ``SnapshotStore.write``. That something could not be dropped raises nothing here.
+        For arguments and errors see ``SnapshotStore.write``. A failure to drop snapshots raises nothing here; see
+        ``warn_of_failures``.
         """
         with self._turn(stamp):
-            if self._drops:
-                if self._lineage != stamp.lineage:  # there may be more than there should be; a failure is told below
-                    self._thin(stamp, layout, header_bytes(layout, stamp) + layout.data_bytes)
+            if self._may_drop:
+                # A resumed run may find more snapshots than a byte budget allows: it drops them before it writes. If
+                # that fails, so does the call after the write, which reports the failure.
+                if self._lineage != stamp.lineage:
+                    self._apply_rule(stamp, layout, header_bytes(layout, stamp) + layout.data_bytes)
                 self._remove_hidden()
             started = time.monotonic()
             snapshot = self.store.write(layout, stamp, chunks)
             seconds = time.monotonic() - started
             self.ledger.add(snapshots=1, bytes_written=snapshot.bytes, seconds_writing=seconds)
-            if self._drops and (error := self._thin(stamp, layout, snapshot.bytes, snapshot)) is not None:
-                self._failed("What keep= drops could not be hidden", error)
+            if self._may_drop and (error := self._apply_rule(stamp, layout, snapshot.bytes, snapshot)) is not None:
+                self._report("snapshots that keep= drops could not be hidden", error)
             return snapshot
 
     def end(self) -> None:
-        """No more snapshots will be written: remove what was hidden last. A failure is told as a warning."""
-        if self._drops:
+        """Remove the snapshots that were hidden last: no more will be written. A failure is a warning."""
+        if self._may_drop:
             self._remove_hidden()
             self.warn_of_failures()
 
     @contextmanager
     def paused(self, run: str) -> Iterator[list[int]]:
-        """Nothing is dropped in this block. Gives the steps of a run that are on their way to disk, as taken."""
-        with self._judging:
+        """Drop nothing in this block. Yields the steps of a run that are not on disk yet, in the order taken."""
+        with self._rule_lock:
             with self._lock:
-                coming = [step for of, step in self._coming if of == run]
-            yield coming
+                in_flight = [step for owner, step in self._in_flight if owner == run]
+            yield in_flight
 
     def warn_of_failures(self) -> None:
-        """Tell what could not be dropped since the last call, as a ``NitrousWarning`` each."""
+        """Report each failure to drop snapshots since the last call, as a ``NitrousWarning``."""
         while not self._failures.empty():
             warn(self._failures.get())
 
@@ -138,91 +145,104 @@ class RetainingWriter:
     def _turn(self, stamp: Stamp) -> Iterator[None]:
         key = stamp.run, stamp.step
         with self._lock:
-            if key not in self._coming:
-                self._coming.append(key)
-            if self._drops:
-                self._changed.wait_for(lambda: self._coming[0] == key)
+            if key not in self._in_flight:
+                self._in_flight.append(key)
+            if self._may_drop:
+                # By the order in which snapshots were taken, not by that in which threads arrive here (RETAIN-1).
+                self._changed.wait_for(lambda: self._in_flight[0] == key)
         try:
             yield
         finally:
             self.forget(stamp)
 
-    def _thin(
-        self, stamp: Stamp, layout: Layout, snapshot_bytes: int, arrived: Snapshot | None = None
+    def _apply_rule(
+        self, stamp: Stamp, layout: Layout, snapshot_bytes: int, new: Snapshot | None = None
     ) -> Exception | None:
-        """Hide what the rule drops. Returns what stood in the way."""
-        with self._judging:
+        """Hide the snapshots that the rule drops. Returns the error if that failed, else None."""
+        with self._rule_lock:
             try:
-                self._look(stamp.lineage, arrived)
-                places = self._judge(layout, snapshot_bytes)
-                if places:
-                    self.store.hide([self._kept[place] for place in places])
-                    _log.info("dropped the snapshots of steps %s", [self._kept[place].step for place in places])
-                    self._kept = [each for place, each in enumerate(self._kept) if place not in places]
-                    self.ledger.add(dropped=len(places))
-            except Exception as error:  # a rule may be the user's own; whatever it raises, the snapshots are safe
-                self._lineage = None  # look at the folder again before the next judgement
+                self._refresh(stamp.lineage, new)
+                dropped = self._select_dropped(layout, snapshot_bytes)
+                if dropped:
+                    self.store.hide([self._kept_snapshots[index] for index in dropped])
+                    _log.info("dropped snapshots of steps %s", [self._kept_snapshots[index].step for index in dropped])
+                    self._kept_snapshots = [
+                        snapshot for index, snapshot in enumerate(self._kept_snapshots) if index not in dropped
+                    ]
+                    self.ledger.add(dropped=len(dropped))
+            # Any exception: the rule may be user code, and its mistake must not cost a snapshot (RETAIN-4).
+            except Exception as error:
+                self._lineage = None  # some may have been hidden: read the folder again before the rule is next applied
                 return error
         return None
 
-    def _look(self, lineage: Lineage, arrived: Snapshot | None) -> None:
-        """Bring ``_kept`` up to date: with the folder if this is another history, else without what is gone."""
+    def _refresh(self, lineage: Lineage, new: Snapshot | None) -> None:
+        """Update ``_kept_snapshots``: read a new history from the folder, else add ``new`` and remove missing ones."""
         if self._lineage != lineage:
-            self._kept = _of_history(self.store, lineage)
+            self._kept_snapshots = _droppable_history(self.store, lineage)
             self._lineage = lineage
             return
-        there = frozenset(self.store.files.list(self.store.root))
-        kept = [*self._kept, arrived] if arrived is not None else self._kept
-        self._kept = [snapshot for snapshot in kept if snapshot.paths[0].parent.name in there]
+        # Other processes may have dropped snapshots. One listing of names shows it; no header has to be read again.
+        existing = frozenset(self.store.files.list(self.store.root))
+        kept = [*self._kept_snapshots, new] if new is not None else self._kept_snapshots
+        self._kept_snapshots = [snapshot for snapshot in kept if snapshot.paths[0].parent.name in existing]
 
-    def _judge(self, layout: Layout, snapshot_bytes: int) -> frozenset[int]:
-        """Places in ``_kept`` of what goes; never the newest or a pinned one, whatever a rule says."""
-        kept = self._kept
+    def _select_dropped(self, layout: Layout, snapshot_bytes: int) -> frozenset[int]:
+        """Return the indices in ``_kept_snapshots`` that the rule drops; never the newest snapshot or a pinned one."""
+        kept = self._kept_snapshots
         if len(kept) < 2:
             return frozenset()
         pins = self.store.pins()
-        pinned = {place for place, snapshot in enumerate(kept) if (snapshot.step, snapshot.run) in pins}
-        places = self._rule.drop(
+        pinned = {index for index, snapshot in enumerate(kept) if (snapshot.step, snapshot.run) in pins}
+        dropped = self._rule.drop(
             [snapshot.t for snapshot in kept],
             gammas=layout.gammas,
+            # Ancestors of this run may have written larger snapshots, with another dtype, and they count at their size.
             snapshot_bytes=max(snapshot_bytes, *(snapshot.bytes for snapshot in kept)),
             pinned=pinned,
         )
-        return frozenset(places).intersection(range(len(kept) - 1)) - pinned
+        # A rule may be user code: indices of the newest snapshot, of pinned ones, or of none at all have no effect.
+        return frozenset(dropped).intersection(range(len(kept) - 1)) - pinned
 
     def _remove_hidden(self) -> None:
         try:
             self.ledger.add(bytes_freed=self.store.remove_hidden())
-        except Exception as error:  # as in _thin
-            self._failed("What keep= has dropped could not be removed", error)
+        except Exception as error:  # the new snapshot is written all the same (RETAIN-4)
+            self._report("snapshots that keep= has dropped could not be removed", error)
 
-    def _failed(self, what: str, error: Exception) -> None:
+    def _report(self, what: str, error: Exception) -> None:
         cause = str(error) if isinstance(error, (NitrousError, OSError)) else repr(error)
-        told = f"{self.store.root}: {what} ({cause}). Training goes on; the next snapshot, or prune, tries again."
-        self._failures.put(told)
+        # Queued and not raised: this thread may be a writer's, and warnings belong to the caller's (RETAIN-4).
+        self._failures.put(
+            f"{self.store.root}: {what} ({cause}). Training goes on; the next snapshot or prune command tries again."
+        )
 
 
-def _of_history(store: SnapshotStore, lineage: Lineage) -> list[Snapshot]:
-    """Whole snapshots of a history, ascending by step; its youngest run may own none yet. Damaged ones stay as is.
+def _droppable_history(store: SnapshotStore, lineage: Lineage) -> list[Snapshot]:
+    """Return the snapshots of a history that a rule may drop, ascending by step.
 
-    So does what it shares with a run that was closed after this history had left it: that one is finished, and somebody
-    may want averages of its end. (A run that was killed and resumed from an earlier step was not closed.)
+    Damaged snapshots are left out, so they stay on disk. Snapshots that the history shares with a finished run are left
+    out as well: with a run that was closed after this history had left it, since averages at the end of that run may
+    still be wanted. (A run that was killed and resumed from an earlier step was not closed.)
     """
     names = store.files.list(store.root)
+    # In ascending order, so that the last step of each run is the one that stays in the dictionary.
     last_step = {run: step for step, run in sorted(filter(None, map(parse_folder_name, names)))}
     finished = [
-        place
-        for place, (run, left) in enumerate(lineage)
-        if left is not None and f"closed-{run}" in names and last_step.get(run, 0) > left
+        position
+        for position, (run, left_at) in enumerate(lineage)
+        if left_at is not None and f"closed-{run}" in names and last_step.get(run, 0) > left_at
     ]
-    left_at = dict(lineage[max(finished, default=-1) + 1 :])
+    # Ancestors of a finished run are shared with it, too.
+    bounds = dict(lineage[max(finished, default=-1) + 1 :])
+    # The youngest run may own no snapshot yet; then the youngest one that does lists those of its ancestors.
     for run, _ in reversed(lineage):
         try:
             found = store.examine(run).snapshots
         except SnapshotNotFound:
             continue
-        own = [snapshot for snapshot in found if snapshot.run in left_at]
-        kept = [each for each in own if (left := left_at[each.run]) is None or each.step <= left]
-        if kept:
-            return kept
+        own = [snapshot for snapshot in found if snapshot.run in bounds]
+        droppable = [each for each in own if (left_at := bounds[each.run]) is None or each.step <= left_at]
+        if droppable:
+            return droppable
     return []

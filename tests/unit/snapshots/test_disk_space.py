@@ -1,4 +1,4 @@
-"""What is said about the disk before a training begins."""
+"""The check of the disk's free space before a training run begins."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MIB = 2**20
 REMEDIES = ("keep=", "checkpoint_dtype=", "checkpoint_folder")
 
 
-class Room(FileSystem):
-    """A disk with so much room, or one that does not tell."""
+class FreeSpace(FileSystem):
+    """A disk with a set free space; None for a disk that does not report it."""
 
     def __init__(self, free_bytes):
         self.free = free_bytes
@@ -39,23 +39,23 @@ def check(store, snapshot_bytes, most_snapshots):
 
 @pytest.fixture
 def store(tmp_path):
-    return lambda free_bytes: SnapshotStore(tmp_path, files=Room(free_bytes))
+    return lambda free_bytes: SnapshotStore(tmp_path, files=FreeSpace(free_bytes))
 
 
-def test_disk_without_room_for_one_snapshot_is_refused(store, tmp_path):
+def test_disk_without_space_for_one_snapshot_is_refused(store, tmp_path):
     with pytest.raises(SnapshotError, match=r"needs 3\.0 MiB, and 2\.0 MiB are free: not even one fits") as caught:
         check(store(2 * MIB), 3 * MIB, 5)
     assert caught.value.path == tmp_path
     assert all(remedy in str(caught.value) for remedy in REMEDIES)
 
 
-def test_room_for_exactly_one_snapshot_is_no_error(store):
+def test_space_for_exactly_one_snapshot_is_no_error(store):
     with pytest.warns(NitrousWarning):
         check(store(3 * MIB), 3 * MIB, None)
 
 
 @pytest.mark.parametrize(
-    ("fitting", "most", "there", "is_told"),
+    ("fitting", "most", "existing", "warns"),
     [
         (19, None, 0, True),
         (20, None, 0, False),
@@ -66,14 +66,14 @@ def test_room_for_exactly_one_snapshot_is_no_error(store):
         (2, 5, 3, False),
     ],
 )
-def test_fewer_than_will_be_kept_is_warned_of_with_remedies(store, tmp_path, fitting, most, there, is_told):
-    for step in range(there):
+def test_space_for_fewer_than_will_be_kept_is_warned_of_with_remedies(store, tmp_path, fitting, most, existing, warns):
+    for step in range(existing):
         (tmp_path / f"step-{step:012d}-{run_id()}").mkdir()
     (tmp_path / "notes.txt").touch()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         check(store(fitting * MIB + MIB // 2), MIB, most)
-    assert len(caught) == is_told
+    assert len(caught) == warns
     for warning in caught:
         assert warning.category is NitrousWarning
         assert f"needs 1.0 MiB, and {fitting}.5 MiB are free" in str(warning.message)
@@ -87,15 +87,15 @@ def test_size_and_number_are_logged_once(store, tmp_path, caplog):
     assert caplog.messages == [f"a snapshot has 4.0 MiB; there is space for 25 in {tmp_path}"]
 
 
-def test_disk_that_does_not_tell_is_not_judged(store, caplog):
+def test_disk_that_does_not_report_its_free_space_is_not_checked(store, caplog):
     caplog.set_level(logging.INFO, "nitrous_ema.snapshots.disk_space")
     check(store(None), 4 * MIB, 1000)
     assert "does not report its free space" in caplog.text
 
 
 @pytest.mark.parametrize("make", [PostHocEMA, AsyncPostHocEMA])
-def test_training_without_room_does_not_begin(make, tmp_path, monkeypatch):
-    use_files(monkeypatch, Room(1000))
+def test_training_without_space_does_not_begin(make, tmp_path, monkeypatch):
+    use_files(monkeypatch, FreeSpace(1000))
     before = background_threads()
     with nothing_left_behind():
         with pytest.raises(SnapshotError, match="not even one fits"):
@@ -105,21 +105,21 @@ def test_training_without_room_does_not_begin(make, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("make", [PostHocEMA, AsyncPostHocEMA])
-def test_size_of_a_file_is_what_is_judged_and_the_caller_is_named(make, tmp_path, monkeypatch):
+def test_size_of_the_whole_file_is_checked_and_the_caller_is_named(make, tmp_path, monkeypatch):
     ema = make(make_model(), checkpoint_every_num_steps="manual", checkpoint_folder=tmp_path)
     ema.update()
     ema.checkpoint()
     ema.close()
     size = ema.snapshots.get().bytes
-    use_files(monkeypatch, Room(20 * size))
+    use_files(monkeypatch, FreeSpace(20 * size))
     make(make_model(), checkpoint_folder=tmp_path / "enough").close()
-    use_files(monkeypatch, Room(20 * size - 1))
+    use_files(monkeypatch, FreeSpace(20 * size - 1))
     with pytest.warns(NitrousWarning, match="there is space for 19 ") as caught:
         make(make_model(), checkpoint_folder=tmp_path / "less").close()
     assert caught[0].filename == __file__
 
 
-def test_rule_is_asked_how_many_it_keeps(tmp_path, monkeypatch):
-    use_files(monkeypatch, Room(100_000))
+def test_rule_sets_the_number_of_snapshots_that_must_fit(tmp_path, monkeypatch):
+    use_files(monkeypatch, FreeSpace(100_000))
     with pytest.warns(NitrousWarning, match=r"keep= allows 33"):
         PostHocEMA(make_model(), checkpoint_folder=tmp_path, keep=32)

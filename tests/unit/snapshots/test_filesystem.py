@@ -1,4 +1,4 @@
-"""The file system as the package sees it, on the real one."""
+"""The file system calls of the store, on a real file system."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_rename_to_a_new_name_refuses_a_taken_one(files, tmp_path):
     assert sorted(files.list(tmp_path)) == ["b", "é"]
 
 
-def test_c_library_without_the_function_is_told_as_enosys():
+def test_missing_c_function_raises_enosys():
     with pytest.raises(OSError, match=os.strerror(errno.ENOSYS)) as caught:
         files_module._c_function("no_such_function_anywhere")()
     assert caught.value.errno == errno.ENOSYS
@@ -111,7 +111,7 @@ def test_opening_a_pipe_does_not_wait_for_its_writer(files, tmp_path):
     files.close(files.open_read(tmp_path / "pipe"))
 
 
-def test_link_to_nothing_has_taken_its_name(files, tmp_path):
+def test_dangling_link_takes_its_name(files, tmp_path):
     (tmp_path / "link").symlink_to("nothing")
     assert files.exists(tmp_path / "link")
     assert not files.exists(tmp_path / "other")
@@ -129,7 +129,7 @@ def test_folders_are_made_once_and_made_durable(files, tmp_path):
     assert files.list(tmp_path) == ["new"]
 
 
-def test_disk_begins_with_a_part_of_a_file_and_nothing_changes(files, tmp_path):
+def test_writeback_of_a_part_of_a_file_changes_no_byte(files, tmp_path):
     descriptor = files.open_exclusive(tmp_path / "new")
     try:
         write_fully(files, descriptor, b"x" * 10_000, 0)
@@ -143,20 +143,20 @@ def test_disk_begins_with_a_part_of_a_file_and_nothing_changes(files, tmp_path):
     assert (tmp_path / "new").read_bytes() == b"x" * 10_000
 
 
-def test_writeback_of_what_is_no_file_is_an_oserror(files):
+def test_writeback_of_an_invalid_descriptor_is_an_oserror(files):
     with pytest.raises(OSError, match="Bad file descriptor") as caught:
         files.start_writeback(-1, 0, 10)
     assert caught.value.errno in (errno.EBADF, errno.ENOSYS)
 
 
 def test_free_bytes_are_those_for_an_ordinary_user(files, tmp_path, monkeypatch):
-    told = os.statvfs(tmp_path)
-    numbers = [512, 4096, 1000, 300, 200, *tuple(told)[5:]]  # f_bsize, f_frsize, f_blocks, f_bfree, f_bavail
+    status = os.statvfs(tmp_path)
+    numbers = [512, 4096, 1000, 300, 200, *tuple(status)[5:]]  # f_bsize, f_frsize, f_blocks, f_bfree, f_bavail
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(numbers))
     assert files.free_bytes(tmp_path) == 200 * 4096
 
 
-def test_file_system_without_blocks_does_not_tell_what_is_free(files, tmp_path, monkeypatch):
+def test_file_system_without_blocks_reports_no_free_space(files, tmp_path, monkeypatch):
     numbers = [4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255]
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(numbers))
     with pytest.raises(OSError, match="not supported") as caught:
@@ -194,18 +194,18 @@ def test_folder_is_removed_only_if_it_is_empty(files, tmp_path):
     assert not files.exists(tmp_path / "folder")
 
 
-def test_link_is_looked_at_itself(files, tmp_path):
+def test_lstat_is_of_the_link_itself(files, tmp_path):
     (tmp_path / "link").symlink_to("nothing")
     assert files.lstat(tmp_path / "link").st_size == len("nothing")
 
 
-@pytest.mark.parametrize(("number", "is_told"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
-def test_folder_sync_fails_only_where_there_is_one(tmp_path, number, is_told):
+@pytest.mark.parametrize(("number", "raises"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_folder_sync_fails_only_where_it_is_supported(tmp_path, number, raises):
     class Failing(FileSystem):
         def fsync_folder(self, path):
             raise OSError(number, os.strerror(number))
 
-    if is_told:
+    if raises:
         with pytest.raises(OSError, match="Input"):
             sync_folder(Failing(), tmp_path)
     else:

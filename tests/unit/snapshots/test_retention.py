@@ -1,4 +1,4 @@
-"""What stays on disk as snapshots are written: which, until when, and whatever goes wrong."""
+"""Which snapshots are on disk as others are written, how long dropped ones stay there, and failures to drop."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def stamp_of(step, run=A, lineage=None):
 
 
 class Rig:
-    """A keeper and its folder."""
+    """A retaining writer and its folder."""
 
     def __init__(self, root, rule, files=None):
         root.mkdir(exist_ok=True)
         self.root, self.store = root, SnapshotStore(root, files=files or QuickFiles())
-        self.keeper = RetainingWriter(self.store, rule)
+        self.writer = RetainingWriter(self.store, rule)
 
     def write(self, step, run=A, lineage=None, layout=LAYOUT):
         chunks = [bytes(end - begin) for begin, end in layout.chunks]
-        return self.keeper.write(layout, stamp_of(step, run, lineage), lambda: chunks)
+        return self.writer.write(layout, stamp_of(step, run, lineage), lambda: chunks)
 
     def steps(self, run=A):
-        """Of all that has a final name, by the folders' names alone."""
+        """Steps of all folders with a final name, from these names alone."""
         return sorted(int(path.name[5:17]) for path in self.root.glob(f"step-*-{run}"))
 
     def hidden(self):
@@ -57,7 +57,7 @@ def rig(tmp_path):
 
 
 class EveryOther:
-    """Keeps even steps, as a rule of a user's own might; remembers what it was asked."""
+    """A rule of a user's own that keeps even steps; records its arguments."""
 
     def __init__(self, gate=None):
         self.asked, self.gate, self.error = [], gate, None
@@ -77,32 +77,32 @@ class EveryOther:
         return None
 
 
-# What stays
+# Kept and dropped snapshots
 
 
-def test_without_a_rule_everything_stays(rig):
+def test_without_a_rule_all_snapshots_are_kept(rig):
     rig = rig(KeepAll())
     for step in range(1, 6):
         rig.write(step)
     assert rig.steps() == [1, 2, 3, 4, 5]
     assert rig.hidden() == []
-    assert rig.keeper.ledger.read().dropped == 0
+    assert rig.writer.ledger.read().dropped == 0
 
 
 @pytest.mark.parametrize("rule", [KeepCount(4), KeepGeometric(1.5), KeepBytes(130_000), EveryOther()])
-def test_what_stays_is_what_the_rule_keeps_at_every_arrival(rule, rig):
+def test_snapshots_on_disk_are_those_the_rule_keeps_after_every_write(rule, rig):
     rig, expected = rig(rule), []
     for step in range(1, 26):
         size = rig.write(step).bytes
         expected.append(step)
-        places = rule.drop(np.array(expected, float), gammas=LAYOUT.gammas, snapshot_bytes=size)
-        expected = [kept for place, kept in enumerate(expected) if place not in places]
+        dropped = rule.drop(np.array(expected, float), gammas=LAYOUT.gammas, snapshot_bytes=size)
+        expected = [kept for place, kept in enumerate(expected) if place not in dropped]
         assert rig.steps() == expected
     assert len(expected) < 25
-    assert rig.keeper.ledger.read().dropped == 25 - len(expected)
+    assert rig.writer.ledger.read().dropped == 25 - len(expected)
 
 
-def test_what_was_dropped_stays_until_the_next_snapshot(rig):
+def test_dropped_snapshot_stays_until_the_next_is_written(rig):
     rig = rig(KeepCount(2))
     for step in (1, 2):
         rig.write(step)
@@ -112,19 +112,19 @@ def test_what_was_dropped_stays_until_the_next_snapshot(rig):
     assert rig.steps() == sorted({1, 2, 3} - {gone})
     (file,) = rig.root.glob(".trash-*/*.safetensors")
     assert file.read_bytes() == contents[gone]
-    assert rig.keeper.ledger.read().bytes_freed == 0
+    assert rig.writer.ledger.read().bytes_freed == 0
     rig.write(4)
     assert len(rig.hidden()) == 1
     assert rig.hidden() != [gone]
-    assert rig.keeper.ledger.read().bytes_freed == len(contents[gone])
+    assert rig.writer.ledger.read().bytes_freed == len(contents[gone])
 
 
-def test_newest_and_pinned_stay_whatever_a_rule_says(rig):
-    class Nothing(EveryOther):
+def test_newest_and_pinned_snapshots_are_kept_whatever_a_rule_returns(rig):
+    class DropsAll(EveryOther):
         def drop(self, t, **_):
             return tuple(range(-3, len(t) + 3))
 
-    rig = rig(Nothing())
+    rig = rig(DropsAll())
     rig.write(1)
     rig.store.pin(1, A)
     for step in (2, 3):
@@ -132,7 +132,7 @@ def test_newest_and_pinned_stay_whatever_a_rule_says(rig):
         assert rig.steps() == [1, step]
 
 
-def test_pinned_step_is_told_to_the_rule_until_it_is_unpinned(rig):
+def test_pinned_step_is_passed_to_the_rule_until_it_is_unpinned(rig):
     rule = EveryOther()
     rig = rig(rule)
     rig.write(3)
@@ -150,7 +150,7 @@ def test_pinned_step_is_told_to_the_rule_until_it_is_unpinned(rig):
 
 @pytest.fixture
 def resumed(rig):
-    """Six snapshots of one run, one of a stranger, and a keeper of two for a run that goes on from step 4."""
+    """Six snapshots of one run, one of an unrelated run, and a writer with keep=2 for a run resumed from step 4."""
     before = rig(KeepAll())
     for step in range(1, 7):
         before.write(step)
@@ -162,7 +162,7 @@ def test_resumed_run_goes_on_with_the_snapshots_of_its_ancestors(resumed):
     resumed.write(5, run=B, lineage=((A, 4), (B, None)))
     assert resumed.steps(B) == [5]
     assert len(resumed.steps(A)) == 3
-    assert set(resumed.steps(A)) > {5, 6}  # a future that was left
+    assert set(resumed.steps(A)) > {5, 6}  # of the abandoned future
     assert resumed.steps(OTHER) == [9]
 
 
@@ -171,7 +171,7 @@ def test_ancestor_without_snapshots_is_passed_over(resumed):
     assert len(resumed.steps(A)) == 3
 
 
-def test_state_that_is_loaded_in_mid_run_makes_it_look_again(rig):
+def test_history_is_read_again_after_a_state_is_loaded_in_mid_run(rig):
     rule = EveryOther()
     rig = rig(rule)
     for step in (2, 4, 6):
@@ -195,7 +195,7 @@ def test_damaged_snapshots_are_left_alone_and_do_not_count(rig):
 
 
 def test_budget_counts_ancestors_at_their_own_size(rig):
-    """A run that goes on in half the bytes must not take its ancestors' snapshots for as small as its own."""
+    """A run that resumes with half the bytes must not count its ancestors' snapshots at its own size."""
     before = rig(KeepAll())
     size = max(before.write(step).bytes for step in range(1, 9))
     half = layout_of(LAYOUT.records, checkpoint_dtype="F16")
@@ -205,7 +205,7 @@ def test_budget_counts_ancestors_at_their_own_size(rig):
         assert weight(rig.root) <= 5 * size
 
 
-def test_what_somebody_else_removed_is_forgotten(rig):
+def test_snapshot_that_another_process_removed_is_forgotten(rig):
     rule = EveryOther()
     rig = rig(rule)
     for step in (2, 4, 6):
@@ -218,11 +218,11 @@ def test_what_somebody_else_removed_is_forgotten(rig):
 # Several writers
 
 
-def test_snapshots_are_judged_in_the_order_they_were_taken(rig):
+def test_rule_is_applied_in_the_order_snapshots_were_taken(rig):
     rule = EveryOther()
     rig = rig(rule)
     for step in (10, 11, 12):
-        rig.keeper.expect(stamp_of(step))
+        rig.writer.expect(stamp_of(step))
     with ThreadPoolExecutor(3) as writers:
         late = [writers.submit(rig.write, step) for step in (12, 11)]
         assert not any(each.done() for each in late)
@@ -243,10 +243,10 @@ def test_without_a_rule_snapshots_are_written_side_by_side(rig, monkeypatch):
     assert rig.steps() == [1, 2]
 
 
-def test_snapshot_that_is_given_up_lets_the_next_one_go_on(rig, monkeypatch):
+def test_snapshot_that_fails_does_not_block_the_next_one(rig, monkeypatch):
     rig = rig(KeepCount(2))
     for step in (1, 2, 3):
-        rig.keeper.expect(stamp_of(step))
+        rig.writer.expect(stamp_of(step))
     with ThreadPoolExecutor(1) as writer:
         second = writer.submit(rig.write, 2)
         with monkeypatch.context() as patch:
@@ -254,14 +254,14 @@ def test_snapshot_that_is_given_up_lets_the_next_one_go_on(rig, monkeypatch):
             with pytest.raises(ZeroDivisionError):
                 rig.write(1)
             second.exception(TIMEOUT_SECONDS)
-    rig.keeper.expect(stamp_of(4))
-    rig.keeper.forget(stamp_of(3))
+    rig.writer.expect(stamp_of(4))
+    rig.writer.forget(stamp_of(3))
     rig.write(4)
     assert rig.steps()[-1] == 4
 
 
 class WeighingFiles(QuickFiles):
-    """Knows the most bytes that were ever in a folder, hidden and unfinished files among them."""
+    """Records the most bytes that were ever in a folder, hidden and unfinished files included."""
 
     def __init__(self, root):
         self.root, self.most = root, 0
@@ -297,7 +297,7 @@ def test_budget_of_bytes_holds_at_every_moment(budget, rig, tmp_path):
     files = WeighingFiles(tmp_path / "snapshots")
     rig = rig(KeepBytes(budget_bytes), files=files)
     for step in range(1, 31):
-        rig.keeper.expect(stamp_of(step))
+        rig.writer.expect(stamp_of(step))
     with ThreadPoolExecutor(3) as writers:
         for each in [writers.submit(rig.write, step) for step in range(1, 31)]:
             each.result(TIMEOUT_SECONDS)
@@ -314,11 +314,11 @@ def test_budget_holds_from_the_first_snapshot_of_a_resumed_run_on(rig, tmp_path)
     assert weight(before.root) == 4 * size
 
 
-# What goes wrong
+# Failures
 
 
 class StubbornFiles(QuickFiles):
-    """Neither renames folders nor removes files while it is told not to."""
+    """Refuses to rename folders or to remove files while these operations are listed in ``stubborn``."""
 
     stubborn: frozenset[str] = frozenset()
 
@@ -339,23 +339,23 @@ class StubbornFiles(QuickFiles):
 
 
 @pytest.mark.parametrize("operation", ["rename", "unlink"])
-def test_failure_to_drop_costs_no_snapshot_and_is_told_once(operation, rig):
+def test_failure_to_drop_costs_no_snapshot_and_warns_once(operation, rig):
     files = StubbornFiles()
     rig = rig(KeepCount(2), files=files)
     for step in range(1, 4):
         rig.write(step)
     files.stubborn = frozenset([operation])
     rig.write(4)
-    with pytest.warns(NitrousWarning, match=r"keep=.*Permission denied.*Training goes on") as told:
-        rig.keeper.warn_of_failures()
-    assert len(told) == 1
+    with pytest.warns(NitrousWarning, match=r"keep=.*Permission denied.*Training goes on") as caught:
+        rig.writer.warn_of_failures()
+    assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rig.keeper.warn_of_failures()
+        rig.writer.warn_of_failures()
     assert rig.steps()[-1] == 4
     files.stubborn = frozenset()
     rig.write(5)
-    rig.keeper.warn_of_failures()
+    rig.writer.warn_of_failures()
     assert len(rig.steps()) == 2
     assert len(rig.hidden()) == 1
     assert rig.store.verify() == []
@@ -368,7 +368,7 @@ def test_rule_that_raises_costs_no_snapshot(rig):
     rule.error = KeyError("a mistake in it")
     rig.write(2)
     with pytest.warns(NitrousWarning, match="a mistake in it"):
-        rig.keeper.warn_of_failures()
+        rig.writer.warn_of_failures()
     rule.error = None
     rig.write(4)
     assert rig.steps() == [2, 4]
@@ -391,8 +391,8 @@ def test_failed_write_drops_nothing(rig, monkeypatch):
     assert len(rig.steps()) == 2
 
 
-def test_pin_waits_for_a_judgement(rig):
-    """One that came in the middle of a judgement would be a note for a snapshot that is being dropped."""
+def test_pin_waits_until_the_rule_was_applied(rig):
+    """A pin that was set while the rule is applied would be a note for a snapshot that is being dropped."""
     gate = Gate(is_open=True)
     rule = EveryOther(gate)
     rig = rig(rule)
@@ -401,7 +401,7 @@ def test_pin_waits_for_a_judgement(rig):
     with ThreadPoolExecutor(2) as threads:
         written = threads.submit(rig.write, 2)
         gate.wait_entered()
-        paused = threads.submit(lambda: rig.keeper.paused(A).__enter__())
+        paused = threads.submit(lambda: rig.writer.paused(A).__enter__())
         with pytest.raises(FutureTimeoutError):
             paused.result(0.05)
         gate.open()

@@ -1,4 +1,4 @@
-"""The folder of snapshots: which are there, which belong together, and what is wrong with the others.
+"""The folder of snapshots: which it holds, which belong to one history, and which are damaged.
 
 Oracles: folders put together by hand.
 """
@@ -28,7 +28,7 @@ def store(tmp_path):
 # Listing
 
 
-def test_missing_folder_is_told(tmp_path):
+def test_missing_folder_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     for name in ("missing", "file"):
         store = SnapshotStore(tmp_path / name)
@@ -46,7 +46,7 @@ def test_empty_folder_has_no_snapshots(store):
         store.get(run=A)
 
 
-def test_files_of_older_libraries_are_told_where_there_is_nothing_else(store):
+def test_legacy_files_are_named_where_there_is_no_snapshot(store):
     (store.root / "0.100.pt").touch()
     with pytest.raises(SnapshotNotFound, match=r"ema-pytorch.*--sigma-rels.*LegacyFolder.*nitrous-ema import"):
         store.get()
@@ -55,7 +55,7 @@ def test_files_of_older_libraries_are_told_where_there_is_nothing_else(store):
         store.get(exclude=range(10**4))
 
 
-def test_unreadable_folder_is_told(store):
+def test_unreadable_folder_is_an_error(store):
     class Forbidden(FileSystem):
         def list(self, path):
             raise PermissionError(errno.EACCES, "Permission denied")
@@ -84,7 +84,7 @@ def test_snapshots_are_listed_by_step(store):
 
 
 @pytest.mark.parametrize(("asked", "nearest"), [(1, (10,)), (15, (10, 20)), (21, (20, 40)), (100, (40,))])
-def test_missing_step_is_told_with_its_neighbours(store, asked, nearest):
+def test_missing_step_is_reported_with_its_neighbours(store, asked, nearest):
     for step in (10, 20, 40):
         commit(store, step)
     (store.root / f"step-000000000030-{A}").mkdir()
@@ -100,7 +100,7 @@ def test_reading_changes_nothing_on_disk(store):
     (store.root / f"step-000000000003-{A}").mkdir()
 
     class ReadOnly(FileSystem):
-        """Any of the calls that change something is an error."""
+        """Every call that changes something is an error."""
 
         def open_exclusive(self, path):
             raise AssertionError(path)
@@ -177,7 +177,7 @@ def test_run_that_has_not_committed_anything_is_not_the_newest(store):
         store.snapshots(B)
 
 
-def test_snapshot_that_tells_another_history_is_refused(store):
+def test_snapshot_with_another_lineage_is_refused(store):
     commit(store, 10, A)
     commit(store, 20, B, ((A, 10), (B, None)))
     commit(store, 30, B)
@@ -291,7 +291,7 @@ def test_flipped_bit_anywhere_in_a_file_is_found(written, position, bit):
         else:
             begin, end = LAYOUT.chunks[problem.chunk]
             assert begin <= position - snapshot.data_begin < end
-            assert f"chunk {problem.chunk}: its checksum is" in problem.message
+            assert f"chunk {problem.chunk}: checksum mismatch: found" in problem.message
     finally:
         path.write_bytes(blob)
 
@@ -330,7 +330,7 @@ def test_file_under_another_snapshots_name_is_damage(store):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link to nothing", "link to itself"])
-def test_final_name_of_something_that_is_no_file_is_damage(store, kind):
+def test_final_name_of_anything_but_a_file_is_damage(store, kind):
     path = commit(store).paths[0]
     path.unlink()
     if kind == "pipe":
@@ -339,7 +339,7 @@ def test_final_name_of_something_that_is_no_file_is_damage(store, kind):
         path.mkdir()
     else:
         path.symlink_to("nothing" if kind == "link to nothing" else path.name)
-    with pytest.raises(SnapshotDamaged, match=r"regular file|link to nothing|symbolic links"):
+    with pytest.raises(SnapshotDamaged, match=r"regular file|broken symbolic link|symbolic links"):
         store.get(5)
     assert [problem.path for problem in store.verify()] == [path]
 
@@ -395,12 +395,12 @@ def test_new_run_ids_are_accepted_as_runs(store):
 # For tools
 
 
-def test_tools_are_told_of_good_and_damaged_snapshots_alike(store):
+def test_tools_see_valid_and_damaged_snapshots_alike(store):
     for step in (10, 20, 30, 40):
         commit(store, step, A)
     for step in (25, 35, 45):
         commit(store, step, B, ((A, 30), (B, None)))
-    commit(store, 27, B)  # tells another history
+    commit(store, 27, B)  # has another lineage
     os.truncate(store.get(20).paths[0], 100)
     os.truncate(store.get(45).paths[0], 0)
     found = store.examine()
@@ -415,7 +415,7 @@ def test_tools_are_told_of_good_and_damaged_snapshots_alike(store):
     assert list(found.snapshots) == store.snapshots(exclude=[20, 27, 45])
 
 
-def test_tools_are_told_of_a_run_with_damaged_snapshots_only(store):
+def test_tools_see_a_run_with_damaged_snapshots_only(store):
     commit(store, 10, A)
     path = commit(store, 20, B, ((A, 10), (B, None))).paths[0]
     os.truncate(path, 0)
@@ -424,7 +424,7 @@ def test_tools_are_told_of_a_run_with_damaged_snapshots_only(store):
         assert [each.path for each in found.damaged] == [path]
 
 
-def test_tools_are_told_of_an_empty_folder_and_of_a_run_that_is_not_there(store):
+def test_tools_see_an_empty_folder_and_no_missing_run(store):
     found = store.examine()
     assert (found.lineage, found.snapshots, found.damaged) == ((), (), ())
     with pytest.raises(SnapshotNotFound, match=f"no snapshot of run {A}"):
