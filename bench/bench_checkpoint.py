@@ -1,8 +1,8 @@
 """One checkpoint of two averages: how long the training thread is held by it, and how fast it gets to durable disk.
 
 Three tables:
-  held       from the call of checkpoint() until it returns, which is when the training thread goes on. The work that goes on
-             in the background then is waited for before the next sample, untimed
+  held       from the call of checkpoint() until it returns, which is when the training thread goes on. The rest of the
+             work, in the background, is waited for before the next sample, untimed
   training   by how much a checkpoint lengthens some training steps: as long as they go on, what is left to the
              background competes with them for cores and memory
   durable    until the bytes are durable, next to one plain write and fsync of as many bytes from host memory

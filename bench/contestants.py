@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModule, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nitrous_ema import AsyncPostHocEMA, PostHocEMA
 
@@ -188,7 +188,7 @@ def _ema_foreach(library: ModuleType, model: nn.Module, stack: ExitStack, update
 
 def _averaged_model(model: nn.Module, stack: ExitStack, update_every: int = 1) -> Averaging:
     averages = [
-        AveragedModule(model, multi_avg_fn=get_ema_multi_avg_fn(1 - weight), use_buffers=True) for weight in WEIGHTS
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - weight), use_buffers=True) for weight in WEIGHTS
     ]
     return Averaging(_every(update_every, lambda: [average.update_parameters(model) for average in averages]))
 

@@ -1,6 +1,6 @@
 """Libraries that save averages, each set up to do the same: one checkpoint of two averages of a model.
 
-Peers that are not installed are left out, and ``absent`` lists them. Only ours, ``torch.distributed.checkpoint`` and the
+Peers that are not installed are left out, and ``absent`` lists them. Ours, ``torch.distributed.checkpoint`` and
 ``torch.save`` with an fsync are durable when they are done; the other files are wherever the system has them.
 """
 
@@ -83,7 +83,7 @@ def makers() -> tuple[list[Make], dict[str, str]]:
 
 
 def clear(folder: Path) -> None:
-    """Remove what is in a folder, with all of its pages that are not written yet: no contestant waits for the bytes of another."""
+    """Remove what is in a folder, with all of its unwritten pages: no contestant waits for another's bytes."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -10,8 +10,8 @@ Everything is float32, as there. With update_every at its default, 100, one of t
 also measured with one after every step, and with --large the others are. AsyncPostHocEMA does so by default.
 
 Each sample sets its EMA up, warms up, runs the steps and removes the EMA; contestants take turns. One that fails is
-reported below the table, and the command then ends with 1. Without a torchvision that fits this torch the same network is
-taken from here, and the title names it.
+reported below the table, and the command then ends with 1. Without a torchvision that fits this torch the same network
+is taken from here, and the title names it.
 """
 
 from __future__ import annotations
