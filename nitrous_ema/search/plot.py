@@ -1,7 +1,7 @@
-"""Pictures, drawn with matplotlib (extra ``plot``) without touching its global state.
+"""Pictures of sweeps and profiles, drawn with matplotlib (extra ``plot``) without changing its global state.
 
-Each function draws on the axes that it is given, or on those of a new figure, and returns the figure: a notebook shows
-it, ``figure.savefig(path)`` writes it.
+Each function draws on the given axes or on a new figure, and returns the figure. A notebook shows the figure;
+``figure.savefig(path)`` writes it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _TIMES = 1000
 
 
 def plot_sweep(table: SweepTable, axes: Axes | None = None, *, baseline: tuple[str, float] | None = None) -> Figure:
-    """Draw a sweep's values against the EMA length, one line per step, the best result marked.
+    """Draw a sweep's values against the EMA length, one line per step, with a mark at the best result.
 
     Args:
-        table: What ``sweep`` returned, or ``read_table`` read.
-        axes: Where to draw; a new figure by default.
-        baseline: Name and value of something to compare with, such as the raw weights; a dashed line.
+        table: The table that ``sweep`` or ``read_table`` has returned.
+        axes: Axes to draw on; a new figure by default.
+        baseline: Name and value of a reference, such as the raw weights; drawn as a dashed line.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -57,8 +57,8 @@ def plot_sweep_steps(table: SweepTable, axes: Axes | None = None) -> Figure:
     """Draw a sweep's values against the step, one line per length that was evaluated at several steps.
 
     Args:
-        table: What ``sweep`` returned, or ``read_table`` read.
-        axes: Where to draw; a new figure by default.
+        table: The table that ``sweep`` or ``read_table`` has returned.
+        axes: Axes to draw on; a new figure by default.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -77,11 +77,11 @@ def plot_sweep_steps(table: SweepTable, axes: Axes | None = None) -> Figure:
 
 
 def plot_profiles(plan: Plan, axes: Sequence[Axes] | None = None) -> Figure:
-    """Draw the profiles that were asked for, those that the plan's snapshots give, and the difference.
+    """Draw the requested profiles, the profiles that the plan's snapshots give, and their difference.
 
     Args:
-        plan: What ``plan_from_store`` returned.
-        axes: Two, for the profiles and for the differences; a new figure by default.
+        plan: The plan that ``plan_from_store`` has returned.
+        axes: Two axes, for the profiles and for the differences; a new figure by default.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -90,24 +90,24 @@ def plot_profiles(plan: Plan, axes: Sequence[Axes] | None = None) -> Figure:
         Karras et al. 2023, arXiv:2312.02696, Eq. 121 (profiles).
     """
     above, below = _new_axes((6.4, 5.2), rows=2) if axes is None else axes
-    t, asked, obtained = profiles_of(plan)
+    t, requested, obtained = profiles_of(plan)
     for output, (length, color) in enumerate(zip(plan.sigma_rels, _colors(len(plan.sigma_rels)), strict=True)):
         error = f"{plan.report.profile_error[output]:.1e}"
-        above.plot(t, asked[:, output], color=_PALE, linewidth=2.5, alpha=0.5)
+        above.plot(t, requested[:, output], color=_PALE, linewidth=2.5, alpha=0.5)
         above.plot(t, obtained[:, output], color=color, linewidth=1.2, label=f"σ_rel = {length:g} (error {error})")
-        below.plot(t, obtained[:, output] - asked[:, output], color=color, linewidth=0.8)
-    for each, name in ((above, "weight, mean = 1"), (below, "obtained − asked")):
+        below.plot(t, obtained[:, output] - requested[:, output], color=color, linewidth=0.8)
+    for each, name in ((above, "weight, mean = 1"), (below, "obtained − requested")):
         each.set_xlabel("training time")
         _finish(each, name, named=len(plan.sigma_rels) if each is above else 0)
     return _figure_of(above)
 
 
 def plot_weights(plan: Plan, axes: Axes | None = None) -> Figure:
-    """Draw the weight that each snapshot has in each average; a marker for each tracked profile.
+    """Draw the weight of each snapshot in each average, with one marker per tracked profile.
 
     Args:
-        plan: What ``plan_from_store`` returned.
-        axes: Where to draw; a new figure by default.
+        plan: The plan that ``plan_from_store`` has returned.
+        axes: Axes to draw on; a new figure by default.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -133,32 +133,35 @@ def plot_weights(plan: Plan, axes: Axes | None = None) -> Figure:
 
 
 def profiles_of(plan: Plan) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Times [times], and the profiles asked for and obtained at them, [times, outputs] each, of mean 1.
+    """Return times and the profiles at these times, scaled to mean 1.
 
-    A profile obtained falls at the time of every snapshot: both sides of each are among the times.
+    An obtained profile drops at the time of every snapshot; the times contain both sides of each drop.
+
+    Returns:
+        Times, shape [times]; the requested and the obtained profiles, shape [times, outputs] each.
     """
     end = plan.target.t
     edges = np.unique([column.t for column in plan.columns])
-    # From above the next interval begins, in which a snapshot of this time has no part any more.
+    # nextafter(edges): just after its time a snapshot has no weight, so both sides of each drop are sampled.
     t = np.unique(np.concatenate([np.linspace(0, end, _TIMES)[1:], edges, np.nextafter(edges, np.inf)]))
     t = t[t <= end]
-    asked = np.stack([_profile(t, end, gamma) for gamma in plan.gammas], axis=1)
-    obtained = np.zeros_like(asked)
+    requested = np.stack([_profile(t, end, gamma) for gamma in plan.gammas], axis=1)
+    obtained = np.zeros_like(requested)
     for column, weights in zip(plan.columns, plan.weights, strict=True):
         obtained += _profile(t, column.t, column.gamma)[:, None] * weights
-    return t, end * asked, end * obtained
+    return t, end * requested, end * obtained
 
 
 def _profile(t: NDArray[np.float64], end: float, gamma: float) -> NDArray[np.float64]:
-    """A power-function profile (Eq. 121) at some times; 0 after its end."""
+    """Return a power-function profile (Eq. 121) at some times; 0 after its end."""
     return np.where(t <= end, (gamma + 1) / end * np.minimum(t / end, 1.0) ** gamma, 0.0)
 
 
 def plot_images(groups: Mapping[str, NDArray[Any]]) -> Figure:
-    """Draw grids of grey images side by side, each under its title.
+    """Draw grids of gray images side by side, each below its title.
 
     Args:
-        groups: By title, images with values in [-1, 1], shape [rows, columns, height, width].
+        groups: Images by title: values in [-1, 1], shape [rows, columns, height, width].
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -166,7 +169,7 @@ def plot_images(groups: Mapping[str, NDArray[Any]]) -> Figure:
     rows, columns = next(iter(groups.values())).shape[:2]
     figure = new_figure((0.42 * columns * len(groups), 0.42 * rows + 0.4))
     for axes, (title, images) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
-        framed = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=-1)  # a gap between neighbours
+        framed = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=-1)  # a gap between neighbors
         height, width = framed.shape[2:]
         axes.imshow(
             framed.transpose(0, 2, 1, 3).reshape(rows * height, columns * width),
@@ -185,7 +188,7 @@ def _line(axes: Axes, points: Sequence[tuple[float, float]], color: Any, label: 
 
 
 def _mark(axes: Axes, best: Row, x: float, text: str) -> None:
-    """A larger marker at the best result, and what it is."""
+    """Draw a larger marker at the best result, with a label."""
     axes.plot(x, best.value, color=_AVERAGE, marker="o", markersize=9)
     axes.annotate(text, (x, best.value), color=_AVERAGE, xytext=(0, 12), textcoords="offset points",
                   ha="center", va="bottom")  # fmt: skip
@@ -203,7 +206,7 @@ def _finish(axes: Axes, name: str, *, named: int) -> Figure:
 
 
 def _colors(count: int) -> Sequence[Any]:
-    """One color per line, from dark to light; the house's blue for a single one."""
+    """Return one color per line, from dark to light; blue for a single line."""
     if count == 1:
         return [_AVERAGE]
     from matplotlib import colormaps
@@ -213,7 +216,7 @@ def _colors(count: int) -> Sequence[Any]:
 
 
 def _figure_of(axes: Axes) -> Figure:
-    """The figure that the axes are in, or the subfigure."""
+    """Return the figure or subfigure that contains the axes."""
     return axes.figure  # type: ignore[return-value]
 
 
@@ -222,7 +225,7 @@ def _new_axes(size_inches: tuple[float, float], *, rows: int = 1) -> Sequence[Ax
 
 
 def new_figure(size_inches: tuple[float, float]) -> Figure:
-    """An empty figure that pyplot knows nothing of.
+    """Return an empty figure that pyplot does not manage.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

@@ -1,18 +1,23 @@
-"""The file of a sweep's results: one JSON object a line, each durable before the next evaluation begins.
+"""The file of a sweep's results: one JSON object per line, each durable before the next evaluation begins.
 
-R1  A line is on disk when add() returns.                            test_a_result_is_synced_before_it_counts
-R2  A last line that a crash has cut is removed, and no other; one   test_a_torn_last_line_is_repaired
-    that lacks only its end is kept.
-R3  Anything else that is no result is an error that names the       test_a_line_that_is_no_result_is_named
-    line: nobody's file is overwritten.
-R4  Who adds a line or mends the file holds its lock, so several     test_two_sweeps_take_turns_at_one_file
-    sweeps may share it.
+A crash or a power cut must not lose a finished result, and a later call must be able to continue from the file. Lines
+are only appended, so a crash can cut the last line only, and the next writer repairs just this line. Any other text
+means that the file is not a file of results; it is left unchanged.
+
+RESULTS-1  A line is on disk when add() returns.                   test_a_result_is_synced_before_it_counts
+RESULTS-2  A last line that a crash has cut is removed, and no     test_a_torn_last_line_is_repaired
+    other line. A whole result without its newline is not removed.
+RESULTS-3  Any other line that is not a result is an error that    test_a_line_that_is_no_result_is_named
+    names the line: no other file is overwritten.
+RESULTS-4  The process that adds a line or repairs the file holds  test_two_sweeps_take_turns_at_one_file
+    its lock, so several sweeps may share the file.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,16 +30,16 @@ from nitrous_ema.search.table import Row, SweepTable
 from nitrous_ema.snapshots.bounded_json import brief, parse_json
 from nitrous_ema.snapshots.filesystem import FileSystem, sync_folder, write_fully
 
-_MAX_VALUES = 10_000  # in a line; steps left out and runs are the only lists
+_MAX_VALUES = 10_000  # in one line; its only lists are the excluded steps and the lineage
 _KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
 
 
 class ResultsFile:
-    """Results by recipe, step and length.
+    """A file of sweep results.
 
     Args:
-        path: The file; made by the first add().
-        files: The file system; tests put a recording one here.
+        path: The file; the first add() creates it.
+        files: The file system; tests pass a recording one.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, files: FileSystem | None = None) -> None:
@@ -42,10 +47,10 @@ class ResultsFile:
         self._files = files or FileSystem()
 
     def read(self) -> list[Row]:
-        """All results, in the order in which they came; an empty list if there is no file. Changes nothing.
+        """Return all results in the order of the file; an empty list without a file. Changes nothing.
 
         Raises:
-            ResultsError: A line is no result; a cut last one is passed over.
+            ResultsError: A line is not a result. A cut last line is ignored.
             OSError: The file cannot be read.
         """
         try:
@@ -60,19 +65,19 @@ class ResultsFile:
             ) from error
 
     def add(self, row: Row) -> None:
-        """Add a line, durably; a cut last line goes first.
+        """Append a result durably. A cut last line is removed first.
 
         Raises:
-            ResultsError: As read().
+            ResultsError: As in read().
             OSError: The file cannot be written.
         """
         line = (json.dumps(_record(row), ensure_ascii=False, allow_nan=False) + "\n").encode()
         is_new = not self.path.exists()
         with self._locked() as descriptor:
-            end = self._mended(descriptor)
+            end = self._repair(descriptor)
             write_fully(self._files, descriptor, line, end)
             self._files.fsync(descriptor)
-        if is_new:
+        if is_new:  # fsync of a new file does not make its name durable
             sync_folder(self._files, self.path.parent)
 
     @contextmanager
@@ -80,24 +85,24 @@ class ResultsFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            with suppress(OSError):  # some network file systems have no locks
+            with suppress(OSError):  # some network file systems do not support locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield descriptor
         finally:
             self._files.close(descriptor)
 
-    def _mended(self, descriptor: int) -> int:
-        """Remove a cut last line, or end one that lacks only its end; returns where the next one begins."""
-        content = self.path.read_bytes()
-        whole, tail = self._parsed(content)[1:]
-        if not tail:
+    def _repair(self, descriptor: int) -> int:
+        """Remove a cut last line, or add a missing newline; return the offset of the next line."""
+        content = self.path.read_bytes()  # read under the lock: another sweep may have added lines
+        whole, has_tail = self._parsed(content)[1:]
+        if not has_tail:
             os.ftruncate(descriptor, whole)
             return whole
         write_fully(self._files, descriptor, b"\n", len(content))
         return len(content) + 1
 
     def _parsed(self, content: bytes) -> tuple[list[Row], int, bool]:
-        """The results, where the last line that has its end ends, and whether a whole result comes after it."""
+        """Return the results, the offset after the last newline, and whether a whole result follows it."""
         whole = content.rfind(b"\n") + 1
         rows = []
         for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
@@ -105,56 +110,59 @@ class ResultsFile:
                 rows.append(_row(line))
             except ValueError as error:
                 raise ResultsError(
-                    f"{self.path}, line {number}: no result of a sweep: {error}. Remove that line, or name another "
-                    "file for the results.",
+                    f"{self.path}, line {number}: not a sweep result: {error}. Remove this line, or pass another file "
+                    "for the results.",
                     path=self.path,
                     line=number,
                 ) from error
+        # A cut line is never a JSON object: the closing brace is its last byte.
         with suppress(ValueError):
             return [*rows, _row(content[whole:])], whole, True
         return rows, whole, False
 
 
 def read_table(path: str | os.PathLike[str]) -> SweepTable:
-    """All results in a file that are alike that of its last line.
+    """Return the results in a file that belong together with its last line, as a table.
 
-    They have its metric, tolerance, exclusions and type, and are of its run, of what that continues or of what
-    continues that. That line also says whether higher is better: results of a sweep that was told otherwise count in
-    the same way.
+    They have the metric, tolerance, exclusions and dtype of the last line. Their run is the run of that line, an ancestor
+    of it, or a run that continues it. The last line also decides for all of them whether higher values are better.
+
 
     Raises:
-        ResultsError: A line is no result, or there is none.
+        ResultsError: A line is not a result, or the file has no results.
         OSError: The file cannot be read.
     """
     found = ResultsFile(path).read()
     if not found:
-        raise ResultsError(f"{path} has no results of a sweep.", path=Path(path), line=0)
+        raise ResultsError(f"{path} contains no sweep results.", path=Path(path), line=0)
     last = found[-1]
     alike = [replace(row, maximize=last.maximize) for row in found if row.is_alike(last)]
+    # A later line replaces an earlier one of the same step and length.
     chosen = {(row.step, row.sigma_rel): row for row in alike}
     others = len(found) - len(alike)
     notes = (
-        (f"{others} results in {path} are of another metric, run, tolerance, exclusion or dtype.",) if others else ()
+        (f"{others} other results in {path} differ in metric, run, tolerance, exclusions or dtype.",) if others else ()
     )
     return SweepTable(tuple(chosen[key] for key in sorted(chosen)), notes)
 
 
 def _record(row: Row) -> dict[str, Any]:
-    """A row as JSON has it: numbers that are not finite as text."""
+    """Return a row in JSON's types; numbers that are not finite become text, because JSON has none."""
     found = {**asdict(row), "excluded": list(row.excluded), "path": str(row.path) if row.path else None}
     return {
-        name: repr(value) if isinstance(value, float) and value - value != 0 else value for name, value in found.items()
+        name: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in found.items()
     }
 
 
 def _row(line: bytes) -> Row:
     found = parse_json(line, max_values=_MAX_VALUES)
     if type(found) is not dict:
-        raise ValueError(f"{brief(repr(found))} is no object")
+        raise ValueError(f"{brief(repr(found))} is not an object")
     values: dict[str, Any] = {}
     for field in fields(Row):
         if field.name not in found:
-            raise ValueError(f"it has no {field.name!r}")
+            raise ValueError(f"field {field.name!r} is missing")
         values[field.name] = _value(field.name, str(field.type), found[field.name])
     return Row(**values)
 
@@ -172,6 +180,7 @@ def _value(name: str, kind: str, found: Any) -> Any:
         return found if found is None else Path(found)
     if kind == "float" and found in ("nan", "inf", "-inf"):
         return float(found)
+    # type(), not isinstance(): JSON's true would pass for an int.
     if type(found) not in _KINDS.get(kind, ()):
-        raise ValueError(f"its {name!r} is {brief(repr(found))}")
+        raise ValueError(f"field {name!r} is {brief(repr(found))}")
     return float(found) if kind == "float" else found

@@ -1,11 +1,13 @@
-"""Every length worth a look, synthesized and evaluated, and the best one found.
+"""Sweep: synthesize and evaluate averages of many lengths, and return the best one.
 
-Lengths of one step are synthesized into files, some at once, in one pass over the snapshots; then they are evaluated
-one after the other. So memory does not depend on their number, and what is synthesized is what the worker would write.
-A pass is always made for the same lengths together, also where some of them were evaluated before it was interrupted:
-the numbers are those of a sweep that nobody interrupted, to the bit.
+Averages are written to files, ``at_once`` lengths in one pass over the snapshots, and evaluated one after the other. So
+memory does not depend on the number of lengths, and the evaluated averages are those that the synthesis process writes.
 
-Longer than the house's 300 lines by the docstring of ``sweep``.
+An interrupted sweep continues with the same numbers, to the bit. Which snapshots a pass reads depends on all of its
+lengths, so an average depends on the lengths that share its pass. Therefore a pass always covers the same lengths, even
+if some of them were evaluated before the interruption.
+
+This file is longer than 300 lines because of the docstring of ``sweep``.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = ["sweep"]
 
-_OF_THE_MODEL = "model"  # as Row.dtype says
+_MODEL_DTYPES = "model"  # value of Row.dtype if no dtype is requested
 
 
 def sweep(
@@ -75,56 +77,58 @@ def sweep(
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     told: Callable[[Row], object] | None = None,
 ) -> SweepTable:
-    """Evaluate averages of many lengths, look closer around the best, and tell which one it is.
+    """Evaluate averages of many lengths and refine the search around the best one.
 
-    Every result goes to ``results``, durably, before the next evaluation. The same call goes on from there after an
-    interruption, and evaluates nothing twice. Results are told apart by metric, run, step, length, tolerance, exclusion
-    and dtype, not by what ``evaluate`` does: where that changes, give ``metric`` another name.
+    Every result is written to ``results``, durably, before the next evaluation begins. After an interruption the same
+    call continues from there and evaluates nothing twice. A result is identified by metric, run, step, length,
+    tolerance, exclusions and dtype, not by the code of ``evaluate``: if that changes, pass another ``metric``.
 
     Args:
-        snapshots: The snapshot folder, or a store opened on it, or a ``LegacyFolder``. Training may go on in it.
-        evaluate: Called with the model or, without ``model``, with a ``state_dict`` of tensors on the CPU; returns one
-            number.
+        snapshots: The snapshot folder, a store opened on it, or a ``LegacyFolder``. Training may continue meanwhile.
+        evaluate: Called with the model or, without ``model``, with a ``state_dict`` of CPU tensors; returns one number.
         sigma_rels: Lengths to evaluate, as fractions of the training time, in (0, 12 ** -0.5).
-        steps: Steps at which averages end, each with a committed snapshot; all lengths at each. By default the newest.
-        model: Every average is loaded into it, in place and strictly, as ``load_average`` does; it keeps the last one.
-        maximize: Whether higher is better.
-        refine: Evaluations at most, per step, of lengths between the best one and its neighbours; 0 for none.
+        steps: Target steps, each with a committed snapshot; all lengths are evaluated at each. Default: the newest.
+        model: Every average is loaded into it, in place and strictly, as ``load_average`` does. At the end it holds the
+            last one.
+        maximize: Whether higher values are better.
+        refine: Largest number of evaluations, per step, of lengths between the best one and its neighbors; 0 for none.
         metric: Name of the value, in the results and in pictures.
-        results: The file of results, one JSON object a line; made if it is not there. Sweeps may share one.
-        averages: Folder in which the averages stay. What other sweeps have kept there is not replaced: then a name gets
-            longer. By default they lie in a hidden folder beside ``results`` until they were evaluated.
+        results: The file of results, one JSON object per line; created if it does not exist. Sweeps may share a file.
+        averages: Folder in which the averages are stored. Averages of other sweeps are not replaced: a name that is
+            taken gets longer. By default averages are in a hidden folder beside ``results`` until they are evaluated.
         run: Run whose snapshots are read, with its ancestors; the newest by default.
-        exclude: Steps to leave out, damaged ones for example.
+        exclude: Steps to ignore, for example damaged ones.
         tolerance: Relative profile error that may be added to read fewer snapshots; 0 reads all.
-        dtype: Type that floating numbers are rounded to, by name ("float32", "bf16") or as torch's; by default each
-            tensor has the model's own.
-        at_once: Lengths per pass over the snapshots, each a file of the model's size on disk.
-        memory_bytes: Memory to stay within while reading.
-        told: Called with each new result.
+        dtype: Type to which floating-point numbers are rounded, by name ("float32", "bf16") or as a ``torch.dtype``. By
+            default each tensor has its type in the model.
+        at_once: Lengths per pass over the snapshots; each needs a file of the model's size on disk.
+        memory_bytes: Memory limit for reading snapshots.
+        ``told``: Called with each new result.
 
     Returns:
-        The results of these lengths and steps and of those that the refinement added.
+        The results of these lengths and steps, and of the lengths that the refinement added.
 
     Raises:
-        ValueError: A length outside its domain, no length or step at all, a number below its least, or an unknown type.
-        TypeError: A single length, or text, where a sequence belongs.
-        SnapshotError: No such snapshot, a damaged one, or one that does not fit the model.
-        EvaluationError: ``evaluate`` raised or returned no number; names the length, the cause is chained.
-        ResultsError: ``results`` is a file of something else.
+        ValueError: A length or number is outside its domain, a sequence is empty, or the type is unknown.
+        TypeError: An argument is a single number or text instead of a sequence.
+        SnapshotError: A snapshot does not exist, is damaged, or does not fit the model.
+        EvaluationError: ``evaluate`` raised, or did not return a number. The message names the length; the cause is
+            chained.
+        ResultsError: ``results`` is not a file of results.
     """
-    lengths = _lengths(sigma_rels)
-    wanted_steps, left_out = _steps("steps", steps), _steps("exclude", exclude)
+    # All checks come first: a mistake must not show only after averages were synthesized and evaluated.
+    lengths = _checked_lengths(sigma_rels)
+    target_steps, excluded_steps = _checked_steps("steps", steps), _checked_steps("exclude", exclude)
     _check_names(evaluate, metric)
     _check_counts(refine, at_once)
     store = SnapshotStore(snapshots) if isinstance(snapshots, (str, os.PathLike)) else snapshots
-    folder = _Folder(store, run, tuple(sorted(left_out or ())), float(tolerance))
+    folder = _Folder(store, run, tuple(sorted(excluded_steps or ())), float(tolerance))
     code = dtype_code(dtype)
-    targets, file = folder.targets(wanted_steps), ResultsFile(results)
+    targets, file = folder.targets(target_steps), ResultsFile(results)
     known = {_identity(row): replace(row, maximize=maximize) for row in file.read()}
     before = set(known)
     warnings: list[str] = []
-    with temporary_folder(file.path) if averages is None else _kept(averages) as out:
+    with temporary_folder(file.path) if averages is None else _created(averages) as out:
         search = partial(
             _SweepSearch,
             folder=folder,
@@ -137,33 +141,33 @@ def sweep(
             memory_bytes=memory_bytes,
             told=told,
             out=out,
-            keeps=averages is not None,
+            stores_averages=averages is not None,
             known=known,
             warnings=warnings,
         )
-        found = [search(step=step, run=of_run).all(lengths, refine, at_once) for step, of_run in targets]
+        found = [search(step=step, run=target_run).run_all(lengths, refine, at_once) for step, target_run in targets]
     rows = tuple(row for at_step in found for row in at_step)
-    _say_direction(file, rows[-1])
+    _record_direction(file, rows[-1])
     return SweepTable(rows, (*_notes(rows), *dict.fromkeys(warnings), *_reused(rows, before, file.path)))
 
 
 def _check_names(evaluate: object, metric: object) -> None:
-    """What would else be told when a length has been synthesized, or when its result is on disk."""
+    """Check what would otherwise fail only after a synthesis or an evaluation."""
     if not callable(evaluate):
         raise TypeError(f"evaluate is {evaluate!r}; expected a function of a model or a state_dict.")
     if not isinstance(metric, str):
         raise TypeError(f"metric is {metric!r}; expected a name, as text.")
 
 
-def _steps(name: str, given: Iterable[int] | None) -> list[int] | None:
-    if given is None:
+def _checked_steps(name: str, value: Iterable[int] | None) -> list[int] | None:
+    if value is None:
         return None
-    of = "steps, such as [10_000, 20_000]"
-    check_sequence(name, given, of)
-    found = list(given)
-    if not all(isinstance(step, Real) for step in found):
-        raise TypeError(f"{name} is {given!r}; expected a sequence of {of}.")
-    return found
+    items = "steps, such as [10_000, 20_000]"
+    check_sequence(name, value, items)
+    steps = list(value)
+    if not all(isinstance(step, Real) for step in steps):
+        raise TypeError(f"{name} is {value!r}; expected a sequence of {items}.")
+    return steps
 
 
 def _check_counts(refine: int, at_once: int) -> None:
@@ -172,8 +176,11 @@ def _check_counts(refine: int, at_once: int) -> None:
             raise ValueError(f"{name} is {number!r}; expected a whole number, {least} or more.")
 
 
-def _say_direction(file: ResultsFile, row: Row) -> None:
-    """Let the file end with a line that says whether higher is better, where no evaluation has added one."""
+def _record_direction(file: ResultsFile, row: Row) -> None:
+    """Add a row again if the last line of its kind has the other value of ``maximize``.
+
+    ``read_table`` takes the direction from the last line. A sweep that evaluates nothing new has not added one.
+    """
     last = [known for known in file.read() if known.is_alike(row)][-1]
     if last.maximize != row.maximize:
         file.add(row)
@@ -185,7 +192,7 @@ def _identity(row: Row) -> tuple[object, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """Snapshots, and how to read them."""
+    """The snapshots of a sweep, and how to read them."""
 
     snapshots: SnapshotStore | LegacyFolder
     run: str | None
@@ -193,10 +200,10 @@ class _Folder:
     tolerance: float
 
     def targets(self, steps: Sequence[int] | None) -> list[tuple[int, str]]:
-        """Step and run of the snapshots at which averages end; a wrong one is told before anything is evaluated."""
+        """Return step and run of each target snapshot. A missing one raises here, before anything is evaluated."""
         wanted = [None] if steps is None else sorted(set(steps))
         if not wanted:
-            raise ValueError("steps is empty; give steps with a snapshot, or None for the newest.")
+            raise ValueError("steps is empty; pass steps that have a snapshot, or None for the newest.")
         found = [self._get(step) for step in wanted]
         return [(each.step, each.run) for each in found]
 
@@ -204,10 +211,13 @@ class _Folder:
         if isinstance(self.snapshots, SnapshotStore):
             return self.snapshots.get(step, self.run, exclude=self.exclude)
         if self.run is not None:
-            raise ValueError(f"run is {self.run!r}, but files of old folders know no runs; leave it out.")
+            raise ValueError(
+                f"run is {self.run!r}, but a folder of {{i}}.{{step}}.pt files has no runs; leave run= out."
+            )
         return self.snapshots.get(step, exclude=self.exclude)
 
     def plan(self, step: int, run: str, sigma_rels: Sequence[float]) -> Plan:
+        """Return the plan of averages of some lengths at one target step."""
         if isinstance(self.snapshots, SnapshotStore):
             return plan_from_store(
                 self.snapshots,
@@ -217,9 +227,9 @@ class _Folder:
                 exclude=self.exclude,
                 tolerance=self.tolerance,
             )
-        moments: list[SnapshotView] = list(self.snapshots.snapshots(exclude=self.exclude))
+        snapshots: list[SnapshotView] = list(self.snapshots.snapshots(exclude=self.exclude))
         return plan_synthesis(
-            moments,
+            snapshots,
             target=self.snapshots.get(step),
             sigma_rels=sigma_rels,
             excluded=self.exclude,
@@ -227,17 +237,17 @@ class _Folder:
         )
 
     def name_of(self, run: str) -> str:
-        """What tells these snapshots from others: the run, or the folder where snapshots know no runs."""
+        """Return the name under which results store a run: its id, or the folder's path for an old folder."""
         return run if isinstance(self.snapshots, SnapshotStore) else str(self.snapshots.root.absolute())
 
     def lineage_of(self, plan: Plan) -> Lineage:
-        """The runs that led to a plan's target, by these names."""
+        """Return the lineage of a plan's target, by these names."""
         return tuple((self.name_of(run), left_at) for run, left_at in plan.target.lineage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _SweepSearch:
-    """The search among averages that end at one step."""
+    """The search for the best length at one target step."""
 
     folder: _Folder
     evaluate: Callable[[Any], Any]
@@ -251,18 +261,21 @@ class _SweepSearch:
     step: int
     run: str
     out: Path
-    keeps: bool
+    """Folder of the averages."""
+    stores_averages: bool
+    """Whether averages stay in ``out`` after their evaluation."""
     known: dict[tuple[object, ...], Row]
-    """Every result by what identifies it; grows."""
+    """Every result by its identity; grows."""
     warnings: list[str]
-    """Of the plans made; grows."""
+    """Warnings of the plans; grows."""
 
-    def all(self, lengths: Sequence[float], refine: int, at_once: int) -> list[Row]:
-        """The rows of all lengths, then those that the refinement adds; ascending by length."""
+    def run_all(self, lengths: Sequence[float], refine: int, at_once: int) -> list[Row]:
+        """Return the rows of all lengths and of those that the refinement adds, ascending by length."""
         rows: dict[float, Row] = {}
         for begin in range(0, len(lengths), at_once):
             rows.update(self._one_pass(lengths[begin : begin + at_once]))
         for _ in range(refine):
+            # The proposal depends on the losses alone, so a repeated call proposes the same lengths again.
             closer = next_length({length: row.loss for length, row in rows.items()})
             if closer is None:
                 break
@@ -270,75 +283,86 @@ class _SweepSearch:
         return [rows[length] for length in sorted(rows)]
 
     def _one_pass(self, lengths: Sequence[float]) -> dict[float, Row]:
-        """Results of some lengths: those that are not known are synthesized, together, and evaluated."""
+        """Return the results of some lengths; evaluate unknown ones, synthesized in one pass with all the others."""
         missing = [length for length in lengths if self._key(length) not in self.known]
-        if missing or self.keeps:
+        if missing or self.stores_averages:
+            # All lengths, not only the missing ones: the choice of snapshots, and so the bits, depend on all of them.
             plan = self.folder.plan(self.step, self.run, lengths)
             paths = self._paths(plan)
-            self._make(plan, paths, is_due=bool(missing))
+            self._write(plan, paths, is_due=bool(missing))
             for index, (length, path) in enumerate(zip(lengths, paths, strict=True)):
                 if length in missing:
-                    self._add(plan, index, path)
-                if self.keeps:  # also where the result is that of a sweep which kept no file
+                    self._evaluate_one(plan, index, path)
+                if self.stores_averages:
+                    # A known result may come from a sweep that stored no file.
                     self.known[self._key(length)] = replace(self.known[self._key(length)], path=path.absolute())
                 else:
                     path.unlink()
         return {length: self.known[self._key(length)] for length in lengths}
 
     def _paths(self, plan: Plan) -> list[Path]:
-        """Names for the averages of a plan.
+        """Return a path for each average of a plan.
 
-        An evaluated average keeps its own; another one gets a longer name where something else has the plain one.
+        An evaluated average keeps its path. Another one gets its plain name, or a longer name if the plain one is
+        taken. The longer name has a digest of everything that the average depends on, so it is the same in each call.
 
         Raises:
-            ValueError: Something else has the longer one too.
+            ValueError: The longer name is taken, too.
         """
         plain = [self.out / output_name(self.step, length) for length in plan.sigma_rels]
-        if not self.keeps:
-            return plain
+        if not self.stores_averages:
+            return plain  # the temporary folder is empty
         recipe = (self.run, self.folder.tolerance, self.folder.exclude, self.dtype, plan.steps)
         digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
         longer = [path.with_name(f"{path.stem}-{digest}{path.suffix}") for path in plain]
         names = (expected_outputs(plan, paths, dtype=self.dtype) for paths in (plain, longer))
         paths: list[Path] = []
         for length, *both in zip(plan.sigma_rels, *names, strict=True):
-            free = (each.path for each in both if each.is_there or not os.path.lexists(each.path))
+            free = (each.path for each in both if each.is_reusable or not os.path.lexists(each.path))
             path = self._evaluated(length) or next(free, None)
             if path is None:
-                taken = both[-1].path
-                raise ValueError(f"averages: {taken} is no average of this sweep; move it, or name another folder.")
+                raise ValueError(
+                    f"averages: {both[-1].path} exists and is not an average of this sweep; move it, or pass another "
+                    "folder."
+                )
             paths.append(path)
         return paths
 
     def _evaluated(self, length: float) -> Path | None:
-        """The kept file of a known result, if it is still there."""
+        """Return the stored average of a known result; None if the file does not exist any more."""
         row = self.known.get(self._key(length))
         path = row.path if row else None
         return path if path and path.parent == self.out.absolute() and path.exists() else None
 
-    def _make(self, plan: Plan, paths: Sequence[Path], *, is_due: bool) -> None:
-        """Write the averages of a plan if that is due, or if one that is to be kept lacks.
+    def _write(self, plan: Plan, paths: Sequence[Path], *, is_due: bool) -> None:
+        """Write the averages of a plan.
 
-        An evaluated one stays, also where other snapshots would be read now.
+        Args:
+            plan: The plan.
+            paths: The path of each average.
+            is_due: Whether to write them in any case. Otherwise they are written only if a stored one is missing.
         """
-        made: Sequence[int] = range(len(paths))
-        if self.keeps:
+        places: Sequence[int] = range(len(paths))
+        if self.stores_averages:
             expected = expected_outputs(plan, paths, dtype=self.dtype)
-            made = [place for place in made if expected[place].is_there or not paths[place].exists()]
-            is_due = is_due or not all(expected[place].is_there for place in made)
+            # A file that exists but is not the expected one is an evaluated average, from when the plan read other
+            # snapshots. It stays: its result belongs to it.
+            places = [place for place in places if expected[place].is_reusable or not paths[place].exists()]
+            is_due = is_due or not all(expected[place].is_reusable for place in places)
         if is_due:
             self.warnings.extend(plan.report.warnings)
             self.out.mkdir(exist_ok=True)
-            chosen = plan.only(made), [paths[place] for place in made]
-            write_outputs(*chosen, dtype=self.dtype, memory_bytes=self.memory_bytes)
+            write_outputs(
+                plan.only(places), [paths[place] for place in places], dtype=self.dtype, memory_bytes=self.memory_bytes
+            )
 
     def _key(self, length: float) -> tuple[object, ...]:
-        folder, dtype = self.folder, self.dtype or _OF_THE_MODEL
+        folder, dtype = self.folder, self.dtype or _MODEL_DTYPES
         run = folder.name_of(self.run)
         return (run, self.metric, folder.tolerance, folder.exclude, dtype, self.step, length)
 
-    def _add(self, plan: Plan, index: int, path: Path) -> None:
-        """Evaluate one average, and note the result."""
+    def _evaluate_one(self, plan: Plan, index: int, path: Path) -> None:
+        """Evaluate one average and record the result."""
         length = plan.sigma_rels[index]
         subject = self._load(path)
         began = time.monotonic()
@@ -356,13 +380,13 @@ class _SweepSearch:
             rounding=float(plan.report.rounding[index]),
             tolerance=self.folder.tolerance,
             excluded=self.folder.exclude,
-            dtype=self.dtype or _OF_THE_MODEL,
+            dtype=self.dtype or _MODEL_DTYPES,
             snapshots_read=len(plan.steps),
             bytes_read=plan.bytes_to_read,
             seconds=round(time.monotonic() - began, 6),
-            path=path.absolute() if self.keeps else None,
+            path=path.absolute() if self.stores_averages else None,
         )
-        self.file.add(row)
+        self.file.add(row)  # on disk before the caller sees the result or the next evaluation begins
         self.known[self._key(length)] = row
         if self.told is not None:
             self.told(row)
@@ -374,55 +398,56 @@ class _SweepSearch:
         return self.model
 
     def _value(self, subject: torch.nn.Module | dict[str, torch.Tensor], length: float) -> float:
-        what = "raised"
+        failure = "raised"
         try:
             returned = self.evaluate(subject)
-            what = f"returned {type(returned).__name__}, not one number:"
+            failure = f"returned {type(returned).__name__}, not one number:"
             if isinstance(returned, (str, bytes)):
-                raise TypeError("text is no number")
+                raise TypeError("text is not a number")  # float() would parse it
             return float(returned.detach() if hasattr(returned, "detach") else returned)  # torch warns of gradients
         except Exception as error:
             raise EvaluationError(
-                f"evaluate() {what} {type(error).__name__}: {error}. It had the average of sigma_rel {length:g} at "
-                f"step {self.step}. Results so far are in {self.file.path}; the same call "
-                "goes on from there.",
+                f"evaluate() {failure} {type(error).__name__}: {error}. Its argument was the average of sigma_rel "
+                f"{length:g} at step {self.step}. Earlier results are in {self.file.path}; the same call continues "
+                "from there.",
                 step=self.step,
                 sigma_rel=length,
             ) from error
 
 
-def _lengths(sigma_rels: Sequence[float]) -> list[float]:
-    """The lengths, ascending, each once."""
+def _checked_lengths(sigma_rels: Sequence[float]) -> list[float]:
+    """Return the lengths, ascending, without duplicates."""
     check_sequence("sigma_rels", sigma_rels)
     lengths = list(sigma_rels)
     if not lengths:
-        raise ValueError("sigma_rels is empty; give at least one length.")
-    sigma_rel_to_gamma(lengths)  # says what is no length
+        raise ValueError("sigma_rels is empty; pass at least one length.")
+    sigma_rel_to_gamma(lengths)  # raises for a number outside the domain
     return sorted({float(each) for each in lengths})
 
 
 def _reused(rows: Sequence[Row], before: Collection[tuple[object, ...]], path: Path) -> Iterator[str]:
     count = sum(_identity(row) in before for row in rows)
     if count:
-        yield f"{count} of {len(rows)} results were in {path} already."
+        yield f"{count} of {len(rows)} results were read from {path} instead of evaluated again."
 
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
-    """What a reader of the table should know."""
-    unfinished = [f"{row.sigma_rel:g} at step {row.step}" for row in rows if not math.isfinite(row.value)]
-    if unfinished:
-        yield f"Not finite, and so never the best: {', '.join(unfinished)}."
+    """Yield notes on results that a reader of the table should not overlook."""
+    not_finite = [f"{row.sigma_rel:g} at step {row.step}" for row in rows if not math.isfinite(row.value)]
+    if not_finite:
+        yield f"Results that are not finite are never the best: {', '.join(not_finite)}."
     for step in dict.fromkeys(row.step for row in rows):
         finite = [row for row in rows if row.step == step and math.isfinite(row.value)]
         best = min(finite, key=lambda row: row.loss, default=None)
         if best is None or len(finite) < 2:
             continue
         if best in (finite[0], finite[-1]):
-            word = "shortest" if best is finite[0] else "longest"
-            yield f"The best at step {step} is the {word} that was asked for; what lies beyond may be better."
+            end, beyond = ("shortest", "shorter") if best is finite[0] else ("longest", "longer")
+            yield f"The best length at step {step} is the {end} one evaluated; {beyond} lengths may be better."
 
 
 @contextmanager
-def _kept(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def _created(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """The folder of stored averages, in the form of ``temporary_folder``; nothing is removed at the end."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     yield Path(folder)

@@ -1,4 +1,4 @@
-"""What a sweep found: one row per length and step."""
+"""The results of a sweep: one row per length and step."""
 
 from __future__ import annotations
 
@@ -15,80 +15,81 @@ __all__ = ["Row", "SweepTable"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One average and what it is worth."""
+    """The result of one average."""
 
     metric: str
     """Name of the value."""
     run: str
-    """Run of the snapshot at which the average ends; the folder where snapshots know no runs."""
+    """Run of the target snapshot; for an old folder, which has no runs, the folder's path."""
     lineage: tuple[tuple[str, int | None], ...]
-    """That run's ancestors, each with the step at which it was left, oldest first; then the run itself with None."""
+    """Ancestors of the run, each with the step at which it was left, oldest first; then the run itself with None."""
     step: int
-    """Step at which the average ends."""
+    """Target step, at which the average ends."""
     t: float
-    """Training time at which it ends."""
+    """Training time at the target step."""
     sigma_rel: float
-    """Its length, as a fraction of the training time."""
+    """Length, as a fraction of the training time."""
     value: float
-    """What ``evaluate`` returned."""
+    """The number that ``evaluate`` returned."""
     maximize: bool
-    """Whether higher is better."""
+    """Whether higher values are better."""
     profile_error: float
-    """Distance of its profile from the one asked for, relative to the norm of the latter."""
+    """Distance of the obtained from the requested profile, relative to the norm of the latter."""
     rounding: float
-    """Expected rms rounding error of a weight, relative to its size, from how the snapshots are stored."""
+    """Expected rms rounding error of a weight, relative to its size, from the stored type of the snapshots."""
     tolerance: float
-    """Relative profile error that reading few snapshots was allowed to add."""
+    """Relative profile error that was allowed to be added to read fewer snapshots."""
     excluded: tuple[int, ...]
-    """Steps left out on request."""
+    """Steps that the caller has excluded."""
     dtype: str
-    """Type that the floating numbers of the average were rounded to; "model" if each tensor had the model's own."""
+    """Type of the average's floating-point numbers; "model" if each tensor has its type in the model."""
     snapshots_read: int
-    """Snapshots that were read, for all lengths of the pass together."""
+    """Snapshots read, for all lengths of the pass together."""
     bytes_read: int
-    """Bytes that were read for all lengths of the pass together."""
+    """Bytes read, for all lengths of the pass together."""
     seconds: float
-    """Seconds that ``evaluate`` took."""
+    """Duration of ``evaluate``."""
     path: Path | None = None
-    """The average's file, where it was kept."""
+    """File of the average; None if it was not stored."""
 
     @property
     def recipe(self) -> tuple[object, ...]:
-        """What must agree for two results to be the same one, apart from step and length."""
-        return (self.run, *self._way)
+        """Everything besides step and length that identifies a result."""
+        return (self.run, *self._recipe_without_run)
 
     @property
-    def _way(self) -> tuple[object, ...]:
-        """The same, whatever the run."""
+    def _recipe_without_run(self) -> tuple[object, ...]:
         return (self.metric, self.tolerance, self.excluded, self.dtype)
 
     def is_alike(self, other: Row) -> bool:
-        """Whether two results belong into one table: made in the same way, of one history of training."""
-        return self._way == other._way and (self._is_before(other) or other._is_before(self))
+        """Return whether two results belong in one table: same recipe except for the run, and one training history."""
+        return self._recipe_without_run == other._recipe_without_run and (
+            self._is_before(other) or other._is_before(self)
+        )
 
     def _is_before(self, other: Row) -> bool:
-        """Whether the other one's history has this result's snapshot."""
-        left_at = dict(other.lineage).get(self.run, -1)
+        """Return whether the snapshot of this result is part of the history of another result."""
+        left_at = dict(other.lineage).get(self.run, -1)  # None: the history ends with this run
         return left_at is None or self.step <= left_at
 
     @property
     def loss(self) -> float:
-        """The value with the sign that makes lower better."""
+        """The value, with the sign that makes lower values better."""
         return -self.value if self.maximize else self.value
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class SweepTable:
-    """The rows of a sweep, ascending by step and length. ``str()`` is a text table, and so is what a notebook shows."""
+    """The rows of a sweep, ascending by step and length. ``str()`` and notebooks show it as a text table."""
 
     rows: tuple[Row, ...]
-    """At least one."""
+    """At least one row."""
     notes: tuple[str, ...] = ()
-    """Sentences on what may surprise."""
+    """Sentences on unusual results, for the reader of the table."""
 
     @property
     def best(self) -> Row:
-        """The best row of all steps. Values that are not finite never are.
+        """The best row of all steps. A value that is not finite is never the best.
 
         Raises:
             ValueError: No value is finite.
@@ -96,28 +97,28 @@ class SweepTable:
         return _best(self.rows)
 
     def best_of(self, step: int) -> Row:
-        """The best row of one step.
+        """Return the best row of one step.
 
         Raises:
-            ValueError: It has none with a finite value.
+            ValueError: The step has no row with a finite value.
         """
         return _best([row for row in self.rows if row.step == step])
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Steps, ascending."""
+        """All steps, ascending."""
         return tuple(dict.fromkeys(row.step for row in self.rows))
 
     def of_step(self, step: int) -> tuple[Row, ...]:
-        """The rows of one step, ascending by length."""
+        """Return the rows of one step, ascending by length."""
         return tuple(row for row in self.rows if row.step == step)
 
     def records(self) -> list[dict[str, Any]]:
-        """One dict per row, as ``pandas.DataFrame`` takes them."""
+        """Return one dict per row, for ``pandas.DataFrame``."""
         return [asdict(row) for row in self.rows]
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the rows as comma-separated values, with a line of names; replaces a file of that name."""
+        """Write the rows as comma-separated values after a header line; an existing file is replaced."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [field.name for field in fields(Row)])
             writer.writeheader()
@@ -146,5 +147,5 @@ def _finite(rows: Sequence[Row]) -> list[Row]:
 def _best(rows: Sequence[Row]) -> Row:
     finite = _finite(rows)
     if not finite:
-        raise ValueError(f"none of {len(rows)} results has a finite value, so none is the best.")
+        raise ValueError(f"none of {len(rows)} results has a finite value, so there is no best result.")
     return min(finite, key=lambda row: row.loss)

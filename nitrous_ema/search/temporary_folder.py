@@ -1,6 +1,7 @@
-"""A folder for averages until they were evaluated, beside the results, where there is room for large files.
+"""A temporary folder for averages that wait for their evaluation.
 
-Its name tells whose it is, so that what a killed process left is removed by the next sweep with the same results.
+It is beside the file of results, because that disk was chosen for this sweep; ``/tmp`` may be too small for averages.
+Its name holds the signature of the process. If the process is killed, the next sweep with the same results removes it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from nitrous_ema._base.temporary_files import remove_stale, temporary_name, temp
 
 @contextmanager
 def temporary_folder(results: Path) -> Iterator[Path]:
-    """The name of a folder that nobody else uses; the folder is made by whoever needs it, and removed at the end.
+    """Yield the path of a folder that no other process uses, and remove the folder at the end.
+
+    The caller creates the folder if it needs one: a sweep that has all results needs none.
 
     Args:
-        results: The file beside which it lies; its folder is made.
+        results: The file of results, beside which the folder lies. Its parent folder is created.
     """
     parent = results.parent
     parent.mkdir(parents=True, exist_ok=True)
-    own = [each.name for each in parent.iterdir() if each.name.startswith(temporary_prefix(results.name))]
-    remove_stale(parent, own, untouched_seconds=lambda path: 0.0, remove=partial(shutil.rmtree, ignore_errors=True))
+    names = [each.name for each in parent.iterdir() if each.name.startswith(temporary_prefix(results.name))]
+    # The age of a folder decides only if its process ran before the last boot. With age 0 such a folder is not removed.
+    remove_stale(parent, names, untouched_seconds=lambda path: 0.0, remove=partial(shutil.rmtree, ignore_errors=True))
     folder = parent / temporary_name(results.name)
     try:
         yield folder

@@ -1,4 +1,4 @@
-"""Pictures are judged by what is drawn, not by pixels."""
+"""Pictures are checked by the objects drawn, not by pixels."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def test_sweep_without_a_finite_value_has_no_mark(draw):
 
 
 def profile(t, end, gamma):
-    """Eq. 121, times ``end``; 0 after its end."""
+    """Return Eq. 121, times ``end``; 0 after its end."""
     t = np.asarray(t)
     return np.where(t <= end, (gamma + 1) * (np.minimum(t, end) / end) ** gamma / end, 0)
 
 
 def integral(x, y):
-    """By trapezoids, over times of uneven distance."""
+    """Integrate by trapezoids over times of uneven distance."""
     return float(np.sum(np.diff(x) * (np.asarray(y)[1:] + np.asarray(y)[:-1]) / 2))
 
 

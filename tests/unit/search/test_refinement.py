@@ -32,7 +32,7 @@ def test_parabola_is_solved_in_one_evaluation(where):
 
 @pytest.mark.parametrize("where", [0.024, 0.0333, 0.071, 0.15])
 def test_lopsided_valley_is_found_within_five_percent(where):
-    """Where every proposal is a parabola's, 0.15 is missed by 7 %."""
+    """With parabolas alone, the minimum at 0.15 is missed by 7 %."""
 
     def loss(length):
         x = math.log(length / where)
@@ -42,7 +42,7 @@ def test_lopsided_valley_is_found_within_five_percent(where):
 
 
 @pytest.mark.parametrize("losses", [(1.0, 1.0, 1.0), (3.0, 1.0, 3.0), (1.0, 2.0, 4.0), (4.0, 2.0, 1.0)])
-def test_one_evaluation_looks_between_the_best_and_a_neighbour(losses):
+def test_one_proposal_is_between_the_best_length_and_a_neighbor(losses):
     lengths = (0.05, 0.07, 0.1)
     found = next_length(dict(zip(lengths, losses, strict=True)))
     best = losses.index(min(losses))
@@ -55,7 +55,7 @@ def test_nothing_is_proposed_without_two_finite_losses(known):
     assert next_length(known) is None
 
 
-def test_nothing_is_proposed_where_neighbours_are_as_good_as_equal():
+def test_nothing_is_proposed_where_neighbors_are_almost_equal():
     assert next_length({0.05: 1.0, 0.051: 0.9, 0.052: 1.0}) is None
 
 

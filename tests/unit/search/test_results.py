@@ -32,7 +32,7 @@ def path(tmp_path) -> Path:
 
 
 def same(found, expected) -> bool:
-    """Equality that takes NaN for equal to NaN."""
+    """Equality in which NaN equals NaN."""
     return repr(found) == repr(expected)
 
 
@@ -42,7 +42,7 @@ def test_results_come_back_to_the_bit(path):
 
 def test_every_line_is_json_for_any_reader(path):
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     found = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
     assert [each["value"] for each in found] == [3.0, "nan", "-inf", 0.1 + 0.2]
@@ -54,7 +54,7 @@ def test_no_file_has_no_results(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_is_no_file_of_results(tmp_path):
+def test_folder_is_not_a_file_of_results(tmp_path):
     with pytest.raises(ResultsError, match=r"is a folder; expected the file of the results"):
         ResultsFile(tmp_path).read()
 
@@ -67,7 +67,7 @@ def test_a_result_is_synced_before_it_counts(tmp_path):
 
 
 class Syncs(Recorded):
-    """Notes kinds of calls; the files were opened elsewhere."""
+    """Records kinds of calls; the files were opened elsewhere."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +88,7 @@ class Syncs(Recorded):
 
 
 def test_a_torn_last_line_is_repaired(path):
-    """At whatever byte it was cut: the results before it stay, and the next one has a line of its own."""
+    """Wherever it was cut, earlier results remain, and the next one has a line of its own."""
     whole = path.read_bytes()
     begin = whole[:-1].rfind(b"\n") + 1
     for cut in range(begin, len(whole)):
@@ -126,17 +126,17 @@ def test_blocks_that_a_power_cut_left_empty_are_a_torn_line(path):
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda line: "hello", "line 2: no result of a sweep"),
-        (lambda line: "[1]", "is no object"),
-        (lambda line: "", "no result"),
-        (lambda line: line.replace('"value"', '"other"'), "it has no 'value'"),
-        (lambda line: line.replace('"nan"', '"large"'), "its 'value' is 'large'"),
-        (lambda line: line.replace('"step": 100', '"step": 100.5'), "its 'step' is 100.5"),
-        (lambda line: line.replace('"step": 100', '"step": true'), "its 'step' is True"),
-        (lambda line: line.replace('"excluded": []', '"excluded": ["a"]'), "its 'excluded' is"),
-        (lambda line: line.replace('"path": null', '"path": 3'), "its 'path' is 3"),
-        (lambda line: line.replace('[["r", null]]', '[["r", "x"]]'), "its 'lineage' is"),
-        (lambda line: line.replace('[["r", null]]', '[["r"]]'), "its 'lineage' is"),
+        (lambda line: "hello", "line 2: not a sweep result"),
+        (lambda line: "[1]", "is not an object"),
+        (lambda line: "", "not a sweep result"),
+        (lambda line: line.replace('"value"', '"other"'), "field 'value' is missing"),
+        (lambda line: line.replace('"nan"', '"large"'), "field 'value' is 'large'"),
+        (lambda line: line.replace('"step": 100', '"step": 100.5'), "field 'step' is 100.5"),
+        (lambda line: line.replace('"step": 100', '"step": true'), "field 'step' is True"),
+        (lambda line: line.replace('"excluded": []', '"excluded": ["a"]'), "field 'excluded' is"),
+        (lambda line: line.replace('"path": null', '"path": 3'), "field 'path' is 3"),
+        (lambda line: line.replace('[["r", null]]', '[["r", "x"]]'), "field 'lineage' is"),
+        (lambda line: line.replace('[["r", null]]', '[["r"]]'), "field 'lineage' is"),
     ],
 )
 def test_a_line_that_is_no_result_is_named(path, change, found):
@@ -151,7 +151,7 @@ def test_a_line_that_is_no_result_is_named(path, change, found):
     assert path.read_bytes() == before
 
 
-def test_fields_that_a_later_version_adds_are_passed_over(path):
+def test_fields_of_a_later_version_are_ignored(path):
     path.write_text(path.read_text().replace('"metric"', '"later": [1], "metric"'))
     assert same(ResultsFile(path).read(), list(ROWS))
 
@@ -163,11 +163,11 @@ def test_table_of_a_file_has_the_recipe_of_its_last_line(tmp_path):
     table = read_table(file.path)
     assert [(each.step, each.sigma_rel) for each in table.rows] == [(50, 0.1), (100, 0.1), (100, 0.2)]
     assert table.best.value == 3.0
-    assert "1 results" in table.notes[0]
+    assert "1 other results" in table.notes[0]
 
 
 def test_table_of_a_file_has_the_results_of_one_history(tmp_path):
-    """Also those of an earlier run that another one continues, up to where it was left, whichever comes last."""
+    """Also results of a run that another run continues, up to the step at which it was left, in any order of lines."""
     first, later = (("a", None),), (("a", 200), ("b", None))
     of_history = [
         row(0.1, 1.0, step=100, run="a", lineage=first),
@@ -175,7 +175,7 @@ def test_table_of_a_file_has_the_results_of_one_history(tmp_path):
         row(0.1, 3.0, step=300, run="b", lineage=later),
     ]
     others = [
-        row(0.1, 4.0, step=300, run="a", lineage=first),  # an abandoned future
+        row(0.1, 4.0, step=300, run="a", lineage=first),  # an abandoned branch
         row(0.1, 5.0, step=300, run="c", lineage=(("a", 100), ("c", None))),
     ]
     file = ResultsFile(tmp_path / "results.jsonl")
@@ -183,13 +183,13 @@ def test_table_of_a_file_has_the_results_of_one_history(tmp_path):
         file.add(each)
     table = read_table(file.path)
     assert [each.value for each in table.rows] == [1.0, 2.0, 3.0]
-    assert "2 results" in table.notes[0]
+    assert "2 other results" in table.notes[0]
     file.add(replace(of_history[0], sigma_rel=0.2))
     assert {each.value for each in read_table(file.path).rows if each.step <= 200} == {1.0, 2.0}
 
 
 def test_direction_of_the_last_line_counts_for_all(tmp_path):
-    """Whoever called the first sweep without ``maximize`` says so in the second, which only adds to the file."""
+    """A sweep without ``maximize`` is repeated with it: the second call only adds to the file."""
     file = ResultsFile(tmp_path / "results.jsonl")
     for each in (row(0.1, 5.0), row(0.2, 3.0), row(0.15, 4.0, maximize=True)):
         file.add(each)
@@ -198,5 +198,5 @@ def test_direction_of_the_last_line_counts_for_all(tmp_path):
 
 def test_table_of_an_empty_file_is_refused(tmp_path):
     (tmp_path / "empty").touch()
-    with pytest.raises(ResultsError, match="has no results"):
+    with pytest.raises(ResultsError, match="contains no sweep results"):
         read_table(tmp_path / "empty")

@@ -61,7 +61,7 @@ def mean_time(sigma_rel: float) -> float:
 
 
 class Distance:
-    """How far an average is from that of one length; notes what it was given, and breaks down when it is told to."""
+    """Squared distance of an average from the average of one length; records its arguments and raises at one call."""
 
     def __init__(self, best=0.085, *, breaks_at=None, error=RuntimeError):
         self.wanted, self.breaks_at, self.error, self.seen = mean_time(best), breaks_at, error, []
@@ -149,7 +149,7 @@ def test_state_dict_is_what_other_readers_find_in_the_file(folder, tmp_path, suf
 @pytest.mark.parametrize(
     "returned", [2, 2.0, np.float32(2), torch.tensor(2.0), torch.tensor(2), torch.tensor(2.0, requires_grad=True)]
 )
-def test_a_value_is_whatever_is_one_number(folder, tmp_path, returned):
+def test_value_may_be_any_single_number(folder, tmp_path, returned):
     assert swept(folder, tmp_path, lambda _: returned, sigma_rels=[0.1]).best.value == 2.0
 
 
@@ -178,20 +178,23 @@ def test_higher_is_better_on_request(folder, tmp_path):
     assert again.best.value == min(row.value for row in again.rows) < max(row.value for row in again.rows)
 
 
-def test_no_number_is_never_the_best_and_told(folder, tmp_path):
+def test_results_that_are_not_finite_are_noted_and_never_the_best(folder, tmp_path):
     values = iter([math.nan, 3.0, 2.0, -math.inf, 4.0])
     table = swept(folder, tmp_path, lambda _: next(values))
     assert table.best.value == 2.0
-    assert "Not finite, and so never the best: 0.05 at step 400, 0.14 at step 400." in table.notes
+    assert "Results that are not finite are never the best: 0.05 at step 400, 0.14 at step 400." in table.notes
     assert swept(folder, tmp_path, Distance(breaks_at=0)).best.value == 2.0  # also when it comes from the file
 
 
-def test_best_at_an_end_of_the_range_is_told(folder, tmp_path):
-    assert any("is the longest that was asked for" in note for note in swept(folder, tmp_path, Distance(0.25)).notes)
-    assert not any("asked for" in note for note in swept(folder, tmp_path, metric="within").notes)
+def test_best_at_an_end_of_the_range_is_noted(folder, tmp_path):
+    assert any(
+        "is the longest one evaluated; longer lengths may" in note
+        for note in swept(folder, tmp_path, Distance(0.25)).notes
+    )
+    assert not any("one evaluated" in note for note in swept(folder, tmp_path, metric="within").notes)
 
 
-def test_lengths_that_the_snapshots_cannot_give_are_told(folder, tmp_path):
+def test_lengths_that_the_snapshots_do_not_support_are_noted(folder, tmp_path):
     assert any("0.004" in note for note in swept(folder, tmp_path, sigma_rels=[0.004, 0.1]).notes)
 
 
@@ -199,7 +202,7 @@ def test_lengths_that_the_snapshots_cannot_give_are_told(folder, tmp_path):
 
 
 @pytest.mark.parametrize("breaks_at", [0, 1, 4, 6])
-def test_interrupted_sweep_goes_on_and_gives_the_same_numbers(folder, tmp_path, breaks_at):
+def test_interrupted_sweep_continues_with_the_same_numbers(folder, tmp_path, breaks_at):
     whole = swept(folder, tmp_path, metric="whole", refine=3)
     broken = Distance(breaks_at=breaks_at)
     with pytest.raises(EvaluationError):
@@ -208,7 +211,7 @@ def test_interrupted_sweep_goes_on_and_gives_the_same_numbers(folder, tmp_path, 
     table = swept(folder, tmp_path, rest, refine=3)
     assert len(broken.seen) + len(rest.seen) == len(table.rows)
     assert [(row.sigma_rel, row.value) for row in table.rows] == [(row.sigma_rel, row.value) for row in whole.rows]
-    assert breaks_at == 0 or f"{breaks_at} of {len(table.rows)} results were in" in table.notes[-1]
+    assert breaks_at == 0 or f"{breaks_at} of {len(table.rows)} results were read from" in table.notes[-1]
 
 
 def test_finished_sweep_evaluates_nothing_again_and_reads_no_snapshot_data(folder, tmp_path):
@@ -233,7 +236,7 @@ sweep(sys.argv[1], evaluate, sigma_rels=[0.05, 0.07, 0.1, 0.14, 0.2], results=sy
 """
 
 
-def test_killed_sweep_goes_on_and_leaves_nothing_but_results(folder, tmp_path):
+def test_killed_sweep_continues_and_leaves_nothing_but_results(folder, tmp_path):
     command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "r.jsonl")]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -246,7 +249,9 @@ def test_killed_sweep_goes_on_and_leaves_nothing_but_results(folder, tmp_path):
 
 
 def test_error_of_the_evaluation_names_the_length(folder, tmp_path):
-    with pytest.raises(EvaluationError, match=r"out of cheese.*sigma_rel 0\.1 at step 400.*goes on from") as raised:
+    with pytest.raises(
+        EvaluationError, match=r"out of cheese.*sigma_rel 0\.1 at step 400.*continues from there"
+    ) as raised:
         swept(folder, tmp_path, Distance(breaks_at=2))
     assert (raised.value.sigma_rel, raised.value.step) == (0.1, 400)
     assert isinstance(raised.value.__cause__, RuntimeError)
@@ -262,7 +267,7 @@ def test_interrupt_passes_as_it_is_and_leaves_results_only(folder, tmp_path, kin
 
 
 @pytest.mark.parametrize("returned", [None, "2.0", [1.0, 2.0], torch.ones(2)])
-def test_what_is_no_number_is_refused_by_the_name_of_its_type(folder, tmp_path, returned):
+def test_returned_value_that_is_not_a_number_is_refused_by_the_name_of_its_type(folder, tmp_path, returned):
     with pytest.raises(EvaluationError, match=f"returned {type(returned).__name__}, not one number"):
         swept(folder, tmp_path, lambda _: returned)
 
@@ -272,7 +277,7 @@ def test_what_is_no_number_is_refused_by_the_name_of_its_type(folder, tmp_path, 
     [{"metric": "fid"}, {"tolerance": 0.0}, {"exclude": [200]}, {"steps": [380]}, {"dtype": "bf16"}],
     ids=lambda each: next(iter(each)),
 )
-def test_results_of_another_recipe_are_told_apart(folder, tmp_path, other):
+def test_results_of_another_recipe_are_distinguished(folder, tmp_path, other):
     first = swept(folder, tmp_path)
     evaluate = Distance()
     second = swept(folder, tmp_path, evaluate, **other)
@@ -281,7 +286,7 @@ def test_results_of_another_recipe_are_told_apart(folder, tmp_path, other):
     assert swept(folder, tmp_path, Distance(breaks_at=0), **other).rows == second.rows
 
 
-def test_results_of_another_run_are_told_apart(folder, tmp_path):
+def test_results_of_another_run_are_distinguished(folder, tmp_path):
     swept(folder, tmp_path)
     with PostHocEMA(net(), checkpoint_every_num_steps=10, checkpoint_folder=tmp_path / "s", update_every=1) as ema:
         for _ in range(STEPS):
@@ -307,7 +312,7 @@ def test_steps_of_a_run_and_of_one_that_continues_it_are_one_table(tmp_path):
     assert read_table(tmp_path / "r.jsonl").rows == table.rows
 
 
-def test_newest_step_is_meant_anew_at_every_call(tmp_path):
+def test_default_step_is_the_newest_at_every_call(tmp_path):
     model, root = net(), tmp_path / "snapshots"
     with PostHocEMA(model, checkpoint_every_num_steps=10, checkpoint_folder=root, update_every=1) as ema:
         for newest in (40, 80):
@@ -323,8 +328,8 @@ def test_averages_are_gone_when_they_were_evaluated(folder, tmp_path):
     counts = []
 
     def evaluate(state):
-        (scratch,) = [path for path in tmp_path.iterdir() if path.is_dir()]
-        counts.append(len(list(scratch.iterdir())))
+        (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+        counts.append(len(list(folder.iterdir())))
         return 0.0
 
     swept(folder, tmp_path, evaluate, at_once=3)
@@ -332,7 +337,7 @@ def test_averages_are_gone_when_they_were_evaluated(folder, tmp_path):
     assert names(tmp_path) == ["r.jsonl"]
 
 
-def test_averages_stay_where_the_caller_wants_them(folder, tmp_path):
+def test_averages_are_stored_in_the_given_folder(folder, tmp_path):
     table = swept(folder, tmp_path, averages=tmp_path / "averages")
     assert [row.path for row in table.rows] == [
         tmp_path / "averages" / f"step-400-sigma-{length!r}.safetensors" for length in LENGTHS
@@ -340,8 +345,8 @@ def test_averages_stay_where_the_caller_wants_them(folder, tmp_path):
     assert names(tmp_path / "averages") == sorted(row.path.name for row in table.rows)
 
 
-def test_averages_stay_also_of_lengths_that_were_evaluated_before(folder, tmp_path):
-    """By a sweep that kept none of them; what is there is not made again."""
+def test_averages_of_lengths_that_were_evaluated_before_are_stored_too(folder, tmp_path):
+    """A first sweep has stored none of them. Stored averages are not written again."""
     swept(folder, tmp_path)
     first, again = (swept(folder, tmp_path, Distance(breaks_at=0), averages=tmp_path / "kept") for _ in range(2))
     assert [row.path for row in first.rows] == [row.path for row in again.rows]
@@ -366,7 +371,7 @@ def test_averages_of_another_sweep_are_not_replaced(folder, tmp_path, other):
     assert [row.path.stat().st_ino for row in (*table.rows, *others.rows)] == made
     for row in (*table.rows, *others.rows):
         row.path.write_text("my thesis")
-    with pytest.raises(ValueError, match="no average of this sweep; move it"):
+    with pytest.raises(ValueError, match="is not an average of this sweep; move it"):
         swept(folder, tmp_path, averages=tmp_path / "kept", results=tmp_path / "new.jsonl", **other)
 
 
@@ -384,7 +389,7 @@ def test_evaluated_averages_stay_where_more_lengths_read_other_snapshots(folder,
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float64"])
-def test_averages_have_the_type_asked_for(folder, tmp_path, dtype):
+def test_averages_have_the_requested_type(folder, tmp_path, dtype):
     seen = []
 
     def evaluate(state):
@@ -397,7 +402,7 @@ def test_averages_have_the_type_asked_for(folder, tmp_path, dtype):
     assert [row.dtype for row in table.rows] == [{"bfloat16": "BF16", "float64": "F64"}[name]]
 
 
-def test_types_that_averages_cannot_have_are_swept_in_another(tmp_path):
+def test_types_that_averages_cannot_have_are_swept_in_another_type(tmp_path):
     write_run(tmp_path / "snapshots", layout_of([record("w", (30,), "F8_E4M3")]), range(10, 210, 10))
     seen = []
     with pytest.raises(NitrousError, match="F8_E4M3"):
@@ -406,7 +411,7 @@ def test_types_that_averages_cannot_have_are_swept_in_another(tmp_path):
     assert seen == [torch.bfloat16] * len(LENGTHS)
 
 
-def test_a_finished_sweep_that_is_told_the_other_direction_says_so_in_its_file(folder, tmp_path):
+def test_finished_sweep_with_the_other_direction_records_it_in_its_file(folder, tmp_path):
     evaluate = lambda state: float(state["0.weight"].mean())  # noqa: E731
     first = swept(folder, tmp_path, evaluate)
     assert read_table(tmp_path / "r.jsonl").best == first.best
@@ -417,11 +422,11 @@ def test_a_finished_sweep_that_is_told_the_other_direction_says_so_in_its_file(f
         assert len((tmp_path / "r.jsonl").read_text().splitlines()) == len(LENGTHS) + 1
 
 
-def test_each_new_result_is_told_at_once(folder, tmp_path):
-    told = []
+def test_each_new_result_is_passed_to_the_callback(folder, tmp_path):
+    passed = []
     swept(folder, tmp_path, sigma_rels=LENGTHS[:2])
-    table = swept(folder, tmp_path, told=told.append)
-    assert told == list(table.rows[2:])
+    table = swept(folder, tmp_path, told=passed.append)
+    assert passed == list(table.rows[2:])
 
 
 def test_old_folders_are_swept_too(tmp_path):
@@ -434,7 +439,7 @@ def test_old_folders_are_swept_too(tmp_path):
     table = sweep(old, lambda state: float(state["w"]), sigma_rels=[0.05, 0.08, 0.1], results=tmp_path / "r", refine=0)
     assert table.rows[0].value == table.rows[2].value == 200.0  # tracked lengths are the snapshots themselves
     assert {row.run for row in table.rows} == {str(root)}
-    with pytest.raises(ValueError, match="know no runs"):
+    with pytest.raises(ValueError, match="files has no runs; leave run= out"):
         sweep(old, lambda state: 0.0, sigma_rels=[0.05], results=tmp_path / "r", run="mine")
 
 
@@ -442,7 +447,7 @@ def test_old_folders_are_swept_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "error", "said"),
+    ("wrong", "error", "message"),
     [
         ({"sigma_rels": []}, ValueError, "sigma_rels is empty"),
         ({"sigma_rels": [0.1, 0.5]}, ValueError, "sigma_rel has 0.5"),
@@ -462,20 +467,20 @@ def test_old_folders_are_swept_too(tmp_path):
         ({"at_once": 0}, ValueError, "at_once is 0"),
         ({"dtype": "int8"}, ValueError, "dtype is 'int8'; expected one of float64"),
         ({"tolerance": -1.0}, ValueError, "tolerance"),
-        ({"run": "nobody"}, SnapshotNotFound, "nobody"),
+        ({"run": "unknown"}, SnapshotNotFound, "unknown"),
         ({"memory_bytes": 1000}, ValueError, "memory"),
     ],
     ids=lambda each: next(iter(each)) if isinstance(each, dict) else "",
 )
-def test_wrong_arguments_are_refused_before_anything_is_evaluated(folder, tmp_path, wrong, error, said):
-    with pytest.raises(error, match=said):
+def test_wrong_arguments_are_refused_before_anything_is_evaluated(folder, tmp_path, wrong, error, message):
+    with pytest.raises(error, match=message):
         swept(folder, tmp_path, **{"evaluate": Distance(breaks_at=0), **wrong})
     assert names(tmp_path) == []
 
 
 def test_file_of_something_else_is_left_alone(folder, tmp_path):
     (tmp_path / "r.jsonl").write_text("my thesis\n")
-    with pytest.raises(ResultsError, match="name another file"):
+    with pytest.raises(ResultsError, match="pass another file"):
         swept(folder, tmp_path, Distance(breaks_at=0))
     assert (tmp_path / "r.jsonl").read_text() == "my thesis\n"
 
@@ -489,7 +494,7 @@ def test_model_that_does_not_fit_is_refused_untouched(folder, tmp_path):
     assert names(tmp_path) == []
 
 
-def test_damaged_snapshot_is_told_and_left_out_on_request(folder, tmp_path):
+def test_damaged_snapshot_is_an_error_and_can_be_excluded(folder, tmp_path):
     root = shutil.copytree(folder, tmp_path / "copy")
     damage(snapshot_file(root, 200), at=0.99)
     with pytest.raises(SnapshotDamaged, match="200"):

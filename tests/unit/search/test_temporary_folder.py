@@ -10,7 +10,7 @@ from nitrous_ema._base.processes import signature
 from nitrous_ema.search.temporary_folder import temporary_folder
 
 
-def test_folder_is_gone_at_the_end_however_that_comes(tmp_path):
+def test_folder_is_removed_even_after_an_interrupt(tmp_path):
     def interrupted():
         with temporary_folder(tmp_path / "deep" / "r.jsonl") as folder:
             folder.mkdir()
@@ -22,13 +22,13 @@ def test_folder_is_gone_at_the_end_however_that_comes(tmp_path):
     assert list((tmp_path / "deep").iterdir()) == []
 
 
-def test_a_folder_that_nobody_made_is_no_matter(tmp_path):
+def test_folder_that_was_never_created_is_not_an_error(tmp_path):
     with temporary_folder(tmp_path / "r.jsonl") as folder:
         assert not folder.exists()
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/ns/pid"), reason="the system does not tell who a process is")
-def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+@pytest.mark.skipif(not os.path.exists("/proc/self/ns/pid"), reason="the system does not identify processes")
+def test_folder_of_a_killed_process_is_removed_and_nothing_else(tmp_path):
     program = (
         "import os, sys, pathlib; from nitrous_ema.search.temporary_folder import temporary_folder\n"
         "with temporary_folder(pathlib.Path(sys.argv[1])) as folder: folder.mkdir(); os._exit(0)"
