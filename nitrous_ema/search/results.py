@@ -124,9 +124,8 @@ class ResultsFile:
 def read_table(path: str | os.PathLike[str]) -> SweepTable:
     """Return the results in a file that belong together with its last line, as a table.
 
-    They have the metric, tolerance, exclusions and dtype of the last line. Their run is the run of that line, an ancestor
-    of it, or a run that continues it. The last line also decides for all of them whether higher values are better.
-
+    They have the metric, tolerance, exclusions and dtype of the last line. They are of its run, of an ancestor of its
+    run, or of a run that continues it. The last line also decides for all of them whether higher values are better.
 
     Raises:
         ResultsError: A line is not a result, or the file has no results.
