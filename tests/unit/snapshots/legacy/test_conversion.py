@@ -48,13 +48,13 @@ def run_cli(old, new, *more):
     return cli.main(["import", str(old), str(new), "--sigma-rels", "0.05,0.1", *more])
 
 
-# ---- what comes out
+# ---- the imported snapshots
 
 
 @pytest.mark.parametrize(("write", "dtype"), WRITERS)
 @pytest.mark.parametrize("step", [None, 3000])
 @pytest.mark.parametrize("tolerance", [0, 1e-3])
-def test_synthesis_from_the_import_has_the_bits_of_that_from_the_old_folder(tmp_path, write, dtype, step, tolerance):
+def test_synthesis_from_import_and_old_folder_have_the_same_bits(tmp_path, write, dtype, step, tolerance):
     write(tmp_path / "old", STEPS, dtype=dtype)
     assert planned(tmp_path / "old", tmp_path / "new").write_missing() == []
     folder = LegacyFolder(tmp_path / "old", sigma_rels=SIGMA_RELS)
@@ -73,7 +73,7 @@ def test_synthesis_from_the_import_has_the_bits_of_that_from_the_old_folder(tmp_
 
 @pytest.mark.parametrize(("write", "dtype", "bound"), [(*WRITERS[0], 2e-3), (*WRITERS[2], 2e-6)])
 def test_synthesis_from_the_import_is_the_peers_own_up_to_normalization(tmp_path, write, dtype, bound):
-    """Both peers solve without the condition that weights sum to 1; asked for a tracked length, nothing differs."""
+    """Both peers solve without the condition that weights sum to 1; a tracked length has the same weights in both."""
     ema = write(tmp_path / "old", STEPS, dtype=dtype)
     planned(tmp_path / "old", tmp_path / "new").write_missing()
     device = {"device": "cpu"} if write is write_nitrous_001 else {}
@@ -85,7 +85,7 @@ def test_synthesis_from_the_import_is_the_peers_own_up_to_normalization(tmp_path
 
 
 def test_weights_of_a_peer_give_its_average_from_the_imported_numbers(tmp_path):
-    """What is left between a length of ours and ema-pytorch's is the weights: the numbers are the same ones."""
+    """Averages of ema-pytorch differ by their weights only: its weights give its average from the imported numbers."""
     peer_module = pytest.importorskip("ema_pytorch.post_hoc_ema")
     ema = write_ema_pytorch(tmp_path / "old", STEPS, dtype=torch.float32)
     planned(tmp_path / "old", tmp_path / "new").write_missing()
@@ -102,7 +102,7 @@ def test_weights_of_a_peer_give_its_average_from_the_imported_numbers(tmp_path):
     torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_imported_snapshots_say_what_they_are(old, tmp_path):
+def test_imported_snapshots_record_their_origin(old, tmp_path):
     planned(old, tmp_path / "new").write_missing()
     store = SnapshotStore(tmp_path / "new")
     snapshots = store.snapshots()
@@ -114,7 +114,7 @@ def test_imported_snapshots_say_what_they_are(old, tmp_path):
     assert store.verify() == []
 
 
-def test_run_is_another_one_where_files_are_imported_otherwise(old, tmp_path):
+def test_run_id_depends_on_how_files_are_imported(old, tmp_path):
     new = tmp_path / "new"
     ways = [{}, {"exclude": [5000]}, {"dtype": "F32"}, {"sigma_rels": (0.05, 0.15)}]
     first, again, *others = [planned(old, new, **way).run for way in ways]
@@ -137,7 +137,7 @@ def test_numbers_beyond_the_type_asked_for_are_refused(tmp_path):
     model = Plain()
     nn.init.constant_(model.linear.bias, 1e6)
     write_nitrous_001(tmp_path / "old", STEPS[:2], model)
-    with pytest.raises(NitrousError, match=r"0\.1000\.pt holds numbers that are beyond F16"):
+    with pytest.raises(NitrousError, match=r"0\.1000\.pt holds numbers that overflow F16"):
         planned(tmp_path / "old", tmp_path / "new", dtype="F16").write_missing()
     assert SnapshotStore(tmp_path / "new").snapshots() == []
 
@@ -168,7 +168,7 @@ def test_import_holds_one_chunk_at_a_time(old, tmp_path, dtype):
     assert b"".join(pieces) == whole
 
 
-# ---- again and again
+# ---- repeated imports
 
 
 def test_old_folder_is_left_as_it_was(old, tmp_path):
@@ -178,7 +178,7 @@ def test_old_folder_is_left_as_it_was(old, tmp_path):
 
 
 class _Stopping(FileSystem):
-    """Is interrupted at the n-th file."""
+    """Raises KeyboardInterrupt at the file after the first ``files``."""
 
     def __init__(self, files):
         self.left = files
@@ -190,7 +190,7 @@ class _Stopping(FileSystem):
         super().rename_new(source, target)
 
 
-def test_interrupted_import_goes_on_where_it_stopped(old, tmp_path):
+def test_interrupted_import_continues_where_it_stopped(old, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         planned(old, tmp_path / "new", files=_Stopping(2)).write_missing()
     before = {each.step: each.paths[0].stat().st_mtime_ns for each in SnapshotStore(tmp_path / "new").snapshots()}
@@ -206,15 +206,15 @@ def test_interrupted_import_goes_on_where_it_stopped(old, tmp_path):
     assert planned(old, tmp_path / "new").steps == ()
 
 
-def test_leaving_out_a_step_that_is_not_there_leaves_nothing_out(old, tmp_path, capsys):
+def test_excluding_a_step_that_does_not_exist_is_logged_and_excludes_nothing(old, tmp_path, capsys):
     plan = planned(old, tmp_path / "new", exclude=[4001])
     assert plan.excluded == ()
     plan.write_missing()
     assert list((tmp_path / "new").glob("closed-*"))
     run_cli(old, tmp_path / "new", "--exclude=4001,5000,4002", "--dry-run")
-    told = capsys.readouterr()
-    assert "--exclude: there is no snapshot of step 4001, 4002" in told.err
-    assert "left out: 5000\n" in told.out
+    printed = capsys.readouterr()
+    assert "--exclude: there is no snapshot of step 4001, 4002" in printed.err
+    assert "excluded: 5000\n" in printed.out
 
 
 def test_steps_that_came_later_are_added(old, tmp_path):
@@ -225,7 +225,7 @@ def test_steps_that_came_later_are_added(old, tmp_path):
     assert list((tmp_path / "new").glob("closed-*"))
 
 
-def test_what_was_pruned_does_not_come_back(old, tmp_path):
+def test_pruned_snapshots_are_not_imported_again(old, tmp_path):
     planned(old, tmp_path / "new").write_missing()
     assert cli.main(["prune", str(tmp_path / "new"), "--keep", "3"]) == 0
     there = [each.step for each in SnapshotStore(tmp_path / "new").snapshots()]
@@ -234,10 +234,10 @@ def test_what_was_pruned_does_not_come_back(old, tmp_path):
     assert sorted((*again.removed, *there)) == list(STEPS)
 
 
-# ---- what is refused, and what is told
+# ---- damaged files and refused imports
 
 
-def test_damaged_files_are_named_and_the_rest_is_taken_over(old, tmp_path, capsys):
+def test_damaged_files_are_named_and_the_others_imported(old, tmp_path, capsys):
     (old / "1.2000.pt").write_bytes((old / "1.2000.pt").read_bytes()[:-700])
     whole = (old / "0.3000.pt").read_bytes()
     numbers = torch.load(old / "0.3000.pt", weights_only=True)["ema_model.linear.weight"].numpy().tobytes()
@@ -252,7 +252,7 @@ def test_damaged_files_are_named_and_the_rest_is_taken_over(old, tmp_path, capsy
     assert json.loads(capsys.readouterr().out)["written"] == [3000]
 
 
-def test_step_that_lacks_a_profile_is_taken_over_and_told(old, tmp_path, capsys):
+def test_step_that_lacks_a_profile_is_imported_and_reported(old, tmp_path, capsys):
     (old / "1.3000.pt").unlink()
     assert run_cli(old, tmp_path / "new") == 0
     assert "step 3000 has only the profile of sigma_rel 0.05" in capsys.readouterr().out
@@ -296,9 +296,9 @@ def _other_profiles(old, new):
     [
         (_other_model, SnapshotMismatch, "hold different tensors"),
         (_other_training, SnapshotMismatch, "was imported from other files"),
-        (_another_run, SnapshotMismatch, "no import of this folder"),
-        (_other_steps, SnapshotMismatch, "no import of this folder"),
-        (_other_type, SnapshotMismatch, "another type than is asked for .*: F32, expected F16"),
+        (_another_run, SnapshotMismatch, "was not imported from this folder"),
+        (_other_steps, SnapshotMismatch, "was not imported from this folder"),
+        (_other_type, SnapshotMismatch, "another type than requested for .*: F32, expected F16"),
         (_other_profiles, SnapshotMismatch, "with other profiles"),
     ],
 )
@@ -312,19 +312,19 @@ def test_refused_import_writes_nothing(old, tmp_path, prepare, error, message):
 
 @pytest.mark.parametrize("new", ["old", "old/new"])
 def test_old_folder_takes_no_snapshots(old, tmp_path, new):
-    with pytest.raises(ValueError, match="left as it is"):
+    with pytest.raises(ValueError, match="the imported folder is only read"):
         planned(old, tmp_path / new)
     assert run_cli(old, tmp_path / new) == 2
 
 
 def test_import_that_does_not_fit_is_refused_before_it_begins(old, tmp_path, monkeypatch):
     monkeypatch.setattr(FileSystem, "free_bytes", lambda self, path: 10_000)
-    with pytest.raises(SnapshotError, match=r"needs .* for 5 snapshots, and 9\.8 KiB are free"):
+    with pytest.raises(SnapshotError, match=r"not enough disk space\. 5 snapshots need .*, and 9\.8 KiB are free"):
         planned(old, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def test_folder_of_which_nothing_can_be_read_is_not_imported(old, tmp_path):
+def test_folder_without_any_readable_file_is_not_imported(old, tmp_path):
     for path in old.iterdir():
         path.write_bytes(b"no archive")
     with pytest.raises(SnapshotNotFound, match=r"nothing to import: .*1000\.pt"):
@@ -332,7 +332,7 @@ def test_folder_of_which_nothing_can_be_read_is_not_imported(old, tmp_path):
     assert run_cli(old, tmp_path / "new") == 3
 
 
-def test_full_disk_stops_the_import_and_keeps_what_is_there(old, tmp_path):
+def test_full_disk_stops_the_import_and_leaves_written_snapshots(old, tmp_path):
     class Full(FileSystem):
         files = 0
 
@@ -350,23 +350,23 @@ def test_full_disk_stops_the_import_and_keeps_what_is_there(old, tmp_path):
 # ---- the command
 
 
-def test_dry_run_tells_and_writes_nothing(old, tmp_path, capsys):
+def test_dry_run_prints_the_plan_and_writes_nothing(old, tmp_path, capsys):
     assert run_cli(old, tmp_path / "new", "--dry-run", "--exclude", "2000") == 0
     out = capsys.readouterr().out
     assert "4 snapshots" in out
     assert "averages as F16: 1000, 3000 to 5000 (3)" in out
-    assert "left out: 2000" in out
+    assert "excluded: 2000" in out
     assert not (tmp_path / "new").exists()
 
 
-def test_command_tells_what_it_did_and_what_it_skipped(old, tmp_path, capsys):
+def test_command_reports_written_and_skipped_snapshots(old, tmp_path, capsys):
     assert run_cli(old, tmp_path / "new", "--exclude", "5000") == 0
     first = capsys.readouterr()
-    assert "done: 4 snapshots written, 0 were there already." in first.out
+    assert "done: 4 snapshots written, 0 already imported." in first.out
     assert [line.split(":")[1].strip() for line in first.err.splitlines()] == [f"step {step}" for step in STEPS[:4]]
     assert run_cli(old, tmp_path / "new") == 0
-    assert "there already: 1000 to 4000 (4)" in (out := capsys.readouterr().out)
-    assert "done: 1 snapshot written, 4 were there already." in out
+    assert "already imported: 1000 to 4000 (4)" in (out := capsys.readouterr().out)
+    assert "done: 1 snapshot written, 4 already imported." in out
 
 
 @pytest.mark.parametrize(
