@@ -1,4 +1,4 @@
-"""``AsyncPostHocEMA``: post-hoc EMA that training does not wait for."""
+"""``AsyncPostHocEMA``: post-hoc EMA whose work runs in the background of training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch
 from torch.nn import Module
 
 from nitrous_ema._base import exit_status
-from nitrous_ema._base.arguments import parse_bytes
-from nitrous_ema.async_.background_writer import BackgroundSnapshotSink, WritePolicy
+from nitrous_ema.async_.background_writer import BackgroundSnapshotSink
 from nitrous_ema.async_.lanes import AcceleratorLane, ThreadLane
-from nitrous_ema.averaging.config import Background, EMAConfig
+from nitrous_ema.averaging.config import AsyncEMAConfig, Background
 from nitrous_ema.averaging.ema import PostHocEMA, Template
 from nitrous_ema.averaging.engine import AveragingEngine
 from nitrous_ema.averaging.execution.inline import InlineLane
@@ -30,42 +29,49 @@ from nitrous_ema.snapshots.retention import RetainingWriter
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.synthesis.worker.launch import launch
 
-_FEW_ELEMENTS = 1 << 16  # on the CPU, averaging so few takes less time than handing them to a thread
+_FEW_ELEMENTS = 1 << 16  # on the CPU, to average so few elements takes less time than to hand them to a thread
 
 
 class AsyncPostHocEMA(PostHocEMA):
     """Post-hoc EMA in the background: ``update()`` queues the averaging and returns.
 
-    On an accelerator the averaging runs on a side stream, ordered by events; on the CPU in a worker thread (of a few
-    thousand parameters inside update(), which is quicker). Snapshots go through host memory to disk by threads of their
-    own. For the same training run the averages have the same bits as
-    those of ``PostHocEMA`` with the same settings.
+    A drop-in replacement of ``PostHocEMA``: same arguments and methods, and for the same training run with the same
+    arguments the averages have the same bits. On an accelerator the averaging runs on a side stream, ordered by events.
+    On the CPU it runs in a worker thread; models of at most 65,536 parameters are averaged inside update(), which is
+    quicker. Snapshots are copied to host memory and written to disk by threads of their own.
+
+    Weights may be written by torch optimizers at any time. Call ``fence()`` before writing them in another way, or pass
+    ``read="copied"``. Call ``close()`` at the end of training, or use the EMA as a context manager: that waits for the
+    last snapshots.
 
     Args:
-        model, sigma_rels, gammas, ...: As in ``PostHocEMA``, but ``update_every`` is 1.
-        read: How parameters are read in the background. ``"guarded"``: live, and writing them without an optimizer step
-            or ``fence()`` in between is an error; ``"copied"``: copied at update(), for models that change their
-            weights elsewhere (one more copy of the parameters in their own type); ``"auto"``: guarded until that goes
-            wrong, then, with one warning, copied.
-        max_pending: Snapshots on their way to disk at once; each costs host memory of a snapshot's size.
-        on_full: What happens when that many are: ``"wait"``, ``"skip"`` the snapshot, or ``"raise"``.
-        wait_timeout: Seconds to wait at most, there and when the interpreter ends.
-        on_error: A failed write raises at the next call (``"raise"``), or warns (``"warn"``) and training goes on.
+        model, sigma_rels, gammas, ...: As in ``PostHocEMA``, except for the default of ``update_every``, which is 1.
+        read: How the background reads parameters. ``"guarded"`` reads them live; writing them without an optimizer step
+            or ``fence()`` in between is an error. ``"copied"`` copies them in update(), for training loops that write
+            weights in other ways; it needs memory for one extra copy of the parameters, in their own types. ``"auto"``
+            starts guarded and switches to copying, with one warning, after the first violation.
+        max_pending: Snapshots in flight at once, at most. Each costs host memory of a snapshot's size.
+        on_full: What to do when ``max_pending`` snapshots are in flight: ``"wait"``, ``"skip"`` this snapshot, or
+            ``"raise"``.
+        wait_timeout: Seconds that a wait for a free slot, a requested drain, and the drain at the end of the
+            interpreter take at most.
+        on_error: ``"raise"`` a failed write at the next call, or ``"warn"`` and continue.
         num_writers: Threads that write snapshots.
-        scratch: The most device memory, per device, in bytes or as in ``"4GiB"``, for parameters that the optimizer
-            writes while a snapshot copy still reads their averages. It is taken when first needed, which is where
-            copying a snapshot out takes longer than a training step, and held. By default as much as the parameters
-            take; where it does not suffice, the optimizer waits for the copy.
-        offload: ``"host"`` keeps the averages in host memory and averages there, by a thread: no device memory is used,
-            but 2 more copies of the parameters, in their own types, of pinned host memory. Each update copies the
-            parameters out, behind which the next optimizer step waits; take ``update_every`` so that the host keeps up
-            (``stats().held_up`` counts where it did not, and update() waited).
+        scratch: The most device memory, per device, in bytes or as in ``"4GiB"``, for stashed parameters: parameters
+            that the optimizer writes while a snapshot's copy to the host still reads their averages. The memory is
+            taken when first needed, if copying a snapshot takes longer than a training step, and then held. None: as
+            much as the parameters take. Where the memory does not suffice, the optimizer waits for the copy.
+        offload: ``"host"`` keeps the averages in host memory and averages there, in a thread. No device memory is used
+            for them, but pinned host memory for two more copies of the parameters, in their own types. Each update
+            copies the parameters to the host, and the next optimizer step waits for that copy. Choose ``update_every``
+            so that the host keeps up; ``stats().held_up`` counts how often update() had to wait.
 
     Raises:
-        ValueError: An argument is outside its range; a filter matches nothing; ``keep`` has no room for 3 snapshots.
-        UntrackableModelError: A tensor cannot be averaged, or there is none.
-        SnapshotError: Snapshots cannot be written to the folder, or not even one fits on its disk.
-        NitrousError: There is no host memory for the slots.
+        ValueError: An argument is outside its range, a filter matches no tensor, or ``keep`` has no space for 3
+            snapshots.
+        UntrackableModelError: A tensor cannot be averaged, or the model has no tensor to average.
+        SnapshotError: Snapshots cannot be written to the folder, or its disk has no space for a single snapshot.
+        NitrousError: There is not enough host memory for the slots.
     """
 
     def __init__(
@@ -96,7 +102,7 @@ class AsyncPostHocEMA(PostHocEMA):
         scratch: int | str | None = None,
         offload: Literal["host"] | None = None,
     ) -> None:
-        settings = EMAConfig(
+        config = AsyncEMAConfig(
             sigma_rels=sigma_rels,
             gammas=gammas,
             checkpoint_every_num_steps=checkpoint_every_num_steps,
@@ -111,34 +117,32 @@ class AsyncPostHocEMA(PostHocEMA):
             allow_different_devices=allow_different_devices,
             move_ema_to_online_device=move_ema_to_online_device,
             step_size_correction=step_size_correction,
-        )
-        writing = WritePolicy(
+            read=read,
             max_pending=max_pending,
             on_full=on_full,
             wait_timeout=wait_timeout,
             on_error=on_error,
             num_writers=num_writers,
+            scratch=scratch,
+            offload=offload,
         )
-        if offload not in (None, "host"):
-            raise ValueError(f"offload is {offload!r}; expected None or 'host'.")
         check_module(model)
-        at_once = offload is None and sum(parameter.numel() for parameter in model.parameters()) <= _FEW_ELEMENTS
+        offloads = config.offload == "host"
+        num_elements = sum(parameter.numel() for parameter in model.parameters())
+        is_small = not offloads and num_elements <= _FEW_ELEMENTS
+        on_accelerator = any(parameter.device.type != "cpu" for parameter in model.parameters())
         background = Background(
-            make_lane=lambda device: InlineLane() if at_once and device.type == "cpu" else make_lane(device),
-            read=read,
-            scratch_bytes=_scratch_bytes(scratch),
-            offloads=offload == "host",
+            config, lambda device: InlineLane() if is_small and device.type == "cpu" else make_lane(device)
         )
-        pin = not background.offloads and any(parameter.device.type != "cpu" for parameter in model.parameters())
 
         def make_sink(writer: RetainingWriter, layout: Layout) -> BackgroundSnapshotSink:
-            return BackgroundSnapshotSink(writer, layout, writing, pin)
+            return BackgroundSnapshotSink(writer, layout, config, pin=on_accelerator and not offloads)
 
-        self._start(model, settings, ema_model, make_sink, background=background)
-        self._engine.drain_timeout_seconds = wait_timeout
+        self._start(model, config, ema_model, make_sink, background=background)
+        self._engine.drain_timeout_seconds = config.wait_timeout
 
     def _synthesize(self, engine: AveragingEngine, gamma: float, target: Snapshot, tolerance: float) -> Sequence[str]:
-        """Have the worker do it, in a process of its own, and load what it wrote."""
+        """Synthesize in a worker process, and load the file that it writes. Return its warnings."""
         flat_buffers = engine.flat_buffers
         tensors = {
             key: value
@@ -167,19 +171,11 @@ class AsyncPostHocEMA(PostHocEMA):
         return job.warnings
 
 
-def _scratch_bytes(scratch: int | str | None) -> int | None:
-    if isinstance(scratch, str):
-        try:
-            return parse_bytes(scratch)
-        except ValueError as error:
-            raise ValueError(f"scratch: {error}.") from None
-    if scratch is not None and (not isinstance(scratch, int) or isinstance(scratch, bool) or scratch < 0):
-        raise ValueError(f"scratch is {scratch!r}; expected a number of bytes, an amount such as '4GiB', or None.")
-    return scratch
-
-
 def make_lane(device: torch.device) -> Lane:
-    """The lane for averages on a device: a side stream where there are streams, else a thread (CPU)."""
+    """Return a lane for averages on a device: a thread for the CPU, a side stream for an accelerator.
+
+    A device without streams and events gets a lane that runs everything inside update(), and a warning.
+    """
     if device.type == "cpu":
         return ThreadLane()
     try:

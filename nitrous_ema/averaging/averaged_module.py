@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from nitrous_ema.averaging.engine import AveragingEngine
-from nitrous_ema.averaging.execution.interfaces import neutral_modes
+from nitrous_ema.averaging.execution.torch_modes import neutral_modes
 from nitrous_ema.averaging.model.live_tensors import holding_averages
 from nitrous_ema.averaging.model.tracking import TrackedTensor, canonical_tensors, unwrap, writable_view, write
 from nitrous_ema.errors import NitrousError, UncopyableModelError
@@ -241,7 +241,7 @@ def swapped(engine: AveragingEngine, profile: int) -> Iterator[None]:
     The tensors and their storages stay the same objects. Costs one copy of the averaged tensors in their own types.
     """
     engine.order_readers("average_parameters()")
-    engine.fence_everybody()
+    engine.fence_all_readers()
     with neutral_modes():
         pairs = [writable_view(tracked.live(), average) for tracked, average in engine.flat_buffers.averages(profile)]
         weights = [live.detach().clone() for live, _ in pairs]

@@ -14,7 +14,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from nitrous_ema.averaging.averaged_module import swapped
 from nitrous_ema.averaging.engine import AveragingEngine
-from nitrous_ema.averaging.execution.interfaces import neutral_modes
+from nitrous_ema.averaging.execution.torch_modes import neutral_modes
 from nitrous_ema.averaging.schedule import Time
 from nitrous_ema.averaging.state_dict import LoadProblems, load, save
 from nitrous_ema.averaging.stats import Stats
@@ -101,7 +101,7 @@ class EMABase(Module):
 
         To evaluate with an average, use ``average_parameters``, which puts the weights back.
         """
-        self._engine.copy_to_model(len(self._engine.policy.gammas) - 1)
+        self._engine.copy_to_model(len(self._engine.config.profiles.gammas) - 1)
 
     @contextmanager
     def average_parameters(self, index: int = 0) -> Iterator[None]:
@@ -117,7 +117,7 @@ class EMABase(Module):
             yield
 
     def _index(self, index: int) -> int:
-        profiles = len(self._engine.policy.gammas)
+        profiles = len(self._engine.config.profiles.gammas)
         if not -profiles <= index < profiles:
             raise IndexError(f"profile {index} of {profiles}.")
         return index % profiles

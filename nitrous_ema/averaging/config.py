@@ -1,22 +1,27 @@
-"""The arguments of the EMA classes, checked once."""
+"""The arguments of the EMA classes: one configuration per class, checked once, documented field by field.
+
+``EMAConfig`` has the arguments of ``PostHocEMA``, ``AsyncEMAConfig`` adds the arguments of ``AsyncPostHocEMA``. The
+engine, the schedule, tracking and the snapshot sinks read the fields from the configuration itself. A new argument is
+therefore a field here, a parameter in the signature and in the docstring of its class, and a row in docs/arguments.md;
+``test_arguments_have_one_definition`` compares these places.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any, Literal, NamedTuple
 
 import torch
 
+from nitrous_ema._base.arguments import parse_bytes
 from nitrous_ema._base.torch_dtypes import CHECKPOINT_DTYPES
 from nitrous_ema.averaging.execution.interfaces import Lane
 from nitrous_ema.averaging.execution.write_guard import ReadMode
-from nitrous_ema.averaging.model.tracking import (
-    NameFilter,
-    TrackingPolicy,
-)
+from nitrous_ema.averaging.model.tracking import TrackingPolicy
 from nitrous_ema.averaging.schedule import StepSizeCorrection
 from nitrous_ema.posthoc.keep_rules import Keep, KeepRule, keep_rule
 from nitrous_ema.profile import gamma_to_sigma_rel, sigma_rel_to_gamma
@@ -24,158 +29,212 @@ from nitrous_ema.profile import gamma_to_sigma_rel, sigma_rel_to_gamma
 DEFAULT_SIGMA_RELS = (0.05, 0.10)
 
 
+class Profiles(NamedTuple):
+    """The tracked profiles, in the order in which the user listed them."""
+
+    gammas: tuple[float, ...]
+    """Exponents, each greater than 0."""
+    sigma_rels: tuple[float, ...]
+    """Lengths of the same profiles as fractions of the training time, each in (0, 12 ** -0.5)."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EMAConfig:
-    """The arguments that ``PostHocEMA`` and ``AsyncPostHocEMA`` have in common, checked."""
+class EMAConfig(TrackingPolicy):
+    """The arguments of ``PostHocEMA``, and with other names for the length those of ``KarrasEMA``.
+
+    The filters by name (``param_or_buffer_names_no_ema``, ``ignore_names``, ``ignore_startswith_names``) are inherited,
+    so that ``track`` accepts a configuration.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is outside its range, or both sigma_rels and gammas are given.
+    """
 
     sigma_rels: Sequence[float] | None = None
-    """Widths of the tracked profiles relative to the training time, each in (0, 12 ** -0.5)."""
+    """Lengths to track as fractions of the training time, each in (0, 12 ** -0.5); None tracks 0.05 and 0.10."""
     gammas: Sequence[float] | None = None
-    """Their exponents, instead."""
+    """The same lengths as exponents, each greater than 0; pass either ``sigma_rels`` or ``gammas``."""
     checkpoint_every_num_steps: float | Literal["manual"] = 1000
-    """Calls of update() between two snapshots; "manual" takes them only by checkpoint()."""
+    """Calls of update() between two snapshots, or "manual": snapshots are taken by checkpoint() only."""
     checkpoint_folder: str | os.PathLike[str] = "./ema-checkpoints"
-    """Where snapshots go; created if need be."""
+    """The folder that snapshots are written to; created if it does not exist."""
     checkpoint_dtype: torch.dtype = torch.float32
-    """Type of the averages in snapshots."""
+    """Type of the averages in snapshots: float64, float32, float16 or bfloat16."""
     keep: Keep = "all"
-    """Which snapshots stay as training goes on; see ``posthoc.keep_rules``."""
+    """Retention: "all", a number of snapshots, an amount of bytes such as "100GB", or a rule (``posthoc.KeepRule``)."""
     update_every: int = 100
-    """Calls of update() from one applied update to the next."""
-    step_size_correction: StepSizeCorrection = "exact"
-    """See ``schedule``."""
+    """Calls of update() from one applied update to the next, at least 1."""
     frozen: bool = False
     """Count steps, but leave the averages as they are after the first update."""
-    param_or_buffer_names_no_ema: NameFilter | None = ()
-    """Copied instead of averaged."""
-    ignore_names: NameFilter | None = ()
-    """Left out entirely."""
-    ignore_startswith_names: Collection[str] | None = ()
-    """Left out entirely if the name starts with one of these."""
     allow_different_devices: bool = False
-    """Averages may live on another device than their parameters, which are then copied over."""
+    """Averages may live on another device than the parameters, which each update then copies over."""
     move_ema_to_online_device: bool = False
     """Averages follow parameters that are found on another device."""
+    step_size_correction: StepSizeCorrection = "exact"
+    """How an applied update weights the parameters; see the table in ``averaging/schedule.py``."""
+    profiles: Profiles = field(init=False)
+    """The profiles that ``sigma_rels`` or ``gammas`` describe."""
 
     def __post_init__(self) -> None:
+        TrackingPolicy.__post_init__(self)  # super() does not work in dataclasses with slots before Python 3.14
+        for name in ("sigma_rels", "gammas"):
+            given = getattr(self, name)
+            if given is not None:  # stored, because dataclasses.replace() could not read an iterator a second time
+                object.__setattr__(self, name, _numbers(name, given))
+        object.__setattr__(self, "profiles", resolve_profiles(self.sigma_rels, self.gammas, default=DEFAULT_SIGMA_RELS))
         for name in ("frozen", "allow_different_devices", "move_ema_to_online_device"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False.")
-        folder = self.checkpoint_folder
-        if not isinstance(folder, (str, os.PathLike)):
-            raise TypeError(f"checkpoint_folder is {folder!r}; expected a folder for the snapshots, as a path.")
-        if not os.fspath(folder) or "\0" in str(folder):
-            raise ValueError(f"checkpoint_folder is {folder!r}; expected a folder for the snapshots.")
-        every = self.checkpoint_every_num_steps
-        is_number = isinstance(every, (int, float)) and not isinstance(every, bool)
-        if every != "manual" and not (is_number and every >= 1 and every == every // 1):
-            raise ValueError(
-                f"checkpoint_every_num_steps is {every!r}; expected a whole number of update() calls (1 or more, also "
-                "as a float such as 1e10) or 'manual'."
-            )
+        object.__setattr__(self, "update_every", _checked_update_every(self.update_every))
+        if self.step_size_correction != "exact" and not isinstance(self.step_size_correction, bool):
+            raise ValueError(f"step_size_correction is {self.step_size_correction!r}; expected 'exact', True or False.")
+        _check_folder(self.checkpoint_folder)
+        _check_interval(self.checkpoint_every_num_steps)
         if self.checkpoint_dtype not in CHECKPOINT_DTYPES:
             known = ", ".join(map(str, CHECKPOINT_DTYPES))
             raise ValueError(f"checkpoint_dtype is {self.checkpoint_dtype!r}; expected one of {known}.")
-        keep_rule(self.keep)  # says what is wrong with it
+        keep_rule(self.keep)
 
-    def averaging(self) -> AveragingPolicy:
-        """How averages are kept. Raises ValueError for profiles that make no sense."""
-        gammas, sigma_rels = profiles(self.sigma_rels, self.gammas, default=DEFAULT_SIGMA_RELS)
+    @property
+    def checkpoint_every_steps(self) -> float | None:
+        """Calls of update() between two snapshots; None if only checkpoint() takes snapshots."""
         every = self.checkpoint_every_num_steps
-        return AveragingPolicy(
-            gammas=gammas,
-            sigma_rels=sigma_rels,
-            update_every=self.update_every,
-            correction=self.step_size_correction,
-            frozen=self.frozen,
-            checkpoint_dtype=self.checkpoint_dtype,
-            checkpoint_every_steps=None if every == "manual" else every,
-            allow_different_devices=self.allow_different_devices,
-            move_to_online_device=self.move_ema_to_online_device,
-        )
+        return None if isinstance(every, str) else every
 
-    def keeping(self) -> KeepRule:
-        """Which snapshots stay."""
+    @property
+    def retention_rule(self) -> KeepRule:
+        """The rule that ``keep`` stands for."""
         return keep_rule(self.keep)
 
-    def tracking(self) -> TrackingPolicy:
-        """Which tensors leave the default role."""
-        return TrackingPolicy(
-            copied=self.param_or_buffer_names_no_ema,
-            skipped=self.ignore_names,
-            skipped_prefixes=self.ignore_startswith_names,
-        )
 
-
-def profiles(
-    sigma_rels: Sequence[float] | None, gammas: Sequence[float] | None, default: Sequence[float] | None = None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Exponents and relative widths of the profiles that were asked for.
-
-    Args:
-        sigma_rels: Widths relative to the training time, each in (0, 12 ** -0.5); or
-        gammas: exponents, each greater than 0.
-        default: Widths if neither is given.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AsyncEMAConfig(EMAConfig):
+    """The arguments of ``AsyncPostHocEMA``.
 
     Raises:
-        ValueError: Both are given, neither is where one is needed, one is outside its domain, or two are equal.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is outside its range.
+    """
+
+    update_every: int = 1
+    """Calls of update() from one applied update to the next, at least 1."""
+    read: ReadMode = "auto"
+    """How the background reads parameters: "guarded" reads them live and raises if they were written without a fence,
+    "copied" copies them in update(), "auto" starts guarded and switches to copying after the first violation."""
+    max_pending: int = 2
+    """Snapshots in flight at once, at most; each costs host memory of a snapshot's size."""
+    on_full: Literal["wait", "skip", "raise"] = "wait"
+    """What to do when ``max_pending`` snapshots are in flight: wait, skip this snapshot, or raise."""
+    wait_timeout: float = 600.0
+    """Seconds that a wait for a free slot, a requested drain, and the drain at the interpreter's exit take at most."""
+    on_error: Literal["raise", "warn"] = "raise"
+    """Raise a failed write at the next call, or only warn about it."""
+    num_writers: int = 2
+    """Threads that write snapshots."""
+    scratch: int | str | None = None
+    """The most device memory, per device, in bytes or as in "4GiB", for parameters that the optimizer writes while a
+    readback still reads their averages; None: as much as the parameters take."""
+    offload: Literal["host"] | None = None
+    """None, or "host": the averages are in host memory and are updated there."""
+
+    def __post_init__(self) -> None:
+        EMAConfig.__post_init__(self)
+        for name in ("max_pending", "num_writers"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected an integer of at least 1.")
+        if not isinstance(self.wait_timeout, (int, float)) or not self.wait_timeout > 0:
+            raise ValueError(f"wait_timeout is {self.wait_timeout!r}; expected a positive number of seconds.")
+        for name, expected in (("on_full", ("wait", "skip", "raise")), ("on_error", ("raise", "warn"))):
+            if getattr(self, name) not in expected:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, expected))}."
+                )
+        if self.read not in ("auto", "guarded", "copied"):
+            raise ValueError(f"read is {self.read!r}; expected 'auto', 'guarded' or 'copied'.")
+        if self.offload not in (None, "host"):
+            raise ValueError(f"offload is {self.offload!r}; expected None or 'host'.")
+        _scratch_bytes(self.scratch)
+
+    @property
+    def scratch_bytes(self) -> int | None:
+        """``scratch`` in bytes; None: as much as the parameters take."""
+        return _scratch_bytes(self.scratch)
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """How averaging runs while the trainer goes on: the options, and the lanes that do the work."""
+
+    config: AsyncEMAConfig
+    make_lane: Callable[[torch.device], Lane]
+    """Makes the lane of a device."""
+
+
+def resolve_profiles(
+    sigma_rels: Sequence[float] | None, gammas: Sequence[float] | None, default: Sequence[float] | None = None
+) -> Profiles:
+    """Return exponents and lengths of the requested profiles.
+
+    Args:
+        sigma_rels: Lengths as fractions of the training time, each in (0, 12 ** -0.5); or
+        gammas: exponents, each greater than 0.
+        default: Lengths if both are None.
+
+    Raises:
+        ValueError: Both are given, both are missing without a default, one is outside its domain, or two are equal.
     """
     if sigma_rels is not None and gammas is not None:
-        raise ValueError("Both sigma_rels and gammas are given; they are two names for the same profiles. Give one.")
+        raise ValueError(
+            "Both sigma_rels and gammas are given; they are two names for the same profiles. Pass only one of them."
+        )
     widths = _numbers("sigma_rels", default if sigma_rels is None else sigma_rels) if gammas is None else ()
     exponents = _numbers("gammas", gammas) if gammas is not None else tuple(map(sigma_rel_to_gamma, widths))
     if not exponents:
-        raise ValueError("Neither sigma_rels nor gammas is given. Give the profiles to track, e.g. (0.05, 0.10).")
+        raise ValueError("Neither sigma_rels nor gammas is given. Pass the profiles to track, e.g. (0.05, 0.10).")
     if not all(math.isfinite(gamma) and gamma > 0 for gamma in exponents):
         raise ValueError(f"gammas are {exponents}; expected exponents greater than 0 (sigma_rel below 12 ** -0.5).")
     if len(set(exponents)) != len(exponents):
-        raise ValueError(f"Two profiles are equal: gammas {exponents}. Each one must be a different length.")
-    return exponents, widths or tuple(map(gamma_to_sigma_rel, exponents))
+        raise ValueError(f"Two profiles are equal: gammas {exponents}. Each one must have a different length.")
+    return Profiles(exponents, widths or tuple(map(gamma_to_sigma_rel, exponents)))
 
 
-def _numbers(argument: str, given: Iterable[float] | None) -> tuple[float, ...]:
+def _numbers(argument: str, values: Iterable[float] | None) -> tuple[float, ...]:
     try:
-        return tuple(float(number) for number in (() if given is None else given))
+        return tuple(float(number) for number in (() if values is None else values))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{argument} is {given!r}; expected a sequence of numbers, e.g. (0.05, 0.10).") from error
+        raise TypeError(f"{argument} is {values!r}; expected a sequence of numbers, e.g. (0.05, 0.10).") from error
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AveragingPolicy:
-    """How averages are kept."""
-
-    gammas: tuple[float, ...]
-    """Exponents of the tracked profiles."""
-    sigma_rels: tuple[float, ...]
-    """Relative widths of the same profiles."""
-    update_every: int
-    """Calls of update() from one applied update to the next."""
-    correction: StepSizeCorrection
-    """See ``schedule``."""
-    frozen: bool = False
-    """Count steps, but leave the averages as they are after the first update."""
-    checkpoint_dtype: torch.dtype = torch.float32
-    """Type of the averages in snapshot files."""
-    checkpoint_every_steps: float | None = None
-    """Calls of update() between snapshots; None takes them only when asked to."""
-    device: torch.device | None = None
-    """Where the averages live; None: each with its parameter."""
-    allow_different_devices: bool = False
-    """Averages may live on another device than their parameters, which are then copied over at each update."""
-    move_to_online_device: bool = False
-    """Averages follow parameters that are found on another device."""
+def _checked_update_every(update_every: Any) -> int:
+    """Return the same number as a plain int; numpy's integers are accepted."""
+    if isinstance(update_every, bool) or not isinstance(update_every, Integral) or int(update_every) < 1:
+        raise ValueError(f"update_every is {update_every!r}; expected an integer of at least 1 (calls of update()).")
+    return int(update_every)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Background:
-    """How averaging runs while the trainer goes on."""
+def _check_folder(folder: Any) -> None:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"checkpoint_folder is {folder!r}; expected a folder for the snapshots, as a path.")
+    if not os.fspath(folder) or "\0" in str(folder):
+        raise ValueError(f"checkpoint_folder is {folder!r}; expected a folder for the snapshots.")
 
-    make_lane: Callable[[torch.device], Lane]
-    """Makes the lane of a device."""
-    read: ReadMode = "auto"
-    """How parameters are read."""
-    scratch_bytes: int | None = None
-    """The most scratch per device for parameters that are written while their averages are copied out; None: as much
-    as the parameters take."""
-    offloads: bool = False
-    """Averages live in host memory, wherever parameters do."""
+
+def _check_interval(every: Any) -> None:
+    is_number = isinstance(every, (int, float)) and not isinstance(every, bool)
+    if every != "manual" and not (is_number and every >= 1 and every == every // 1):
+        raise ValueError(
+            f"checkpoint_every_num_steps is {every!r}; expected a whole number of update() calls (1 or more, also "
+            "as a float such as 1e10) or 'manual'."
+        )
+
+
+def _scratch_bytes(scratch: Any) -> int | None:
+    if isinstance(scratch, str):
+        try:
+            return parse_bytes(scratch)
+        except ValueError as error:
+            raise ValueError(f"scratch: {error}.") from None
+    if scratch is not None and (not isinstance(scratch, int) or isinstance(scratch, bool) or scratch < 0):
+        raise ValueError(f"scratch is {scratch!r}; expected a number of bytes, an amount such as '4GiB', or None.")
+    return scratch

@@ -1,7 +1,7 @@
-"""The synchronous service: ``PostHocEMA``, and ``KarrasEMA`` for one average.
+"""``PostHocEMA``, whose work is done when ``update()`` returns, and ``KarrasEMA`` for one average.
 
-Drop-in for nitrous-ema 0.0.1, whose arguments and methods these are. Everything happens before ``update()`` returns;
-``AsyncPostHocEMA`` is the same machine with its work in the background.
+Drop-in for nitrous-ema 0.0.1, whose arguments and methods these are. ``AsyncPostHocEMA`` uses the same engine with its
+work in the background.
 
 Longer than the house's 300 lines: it is mostly what users read, arguments and docstrings of the public methods.
 """
@@ -19,11 +19,12 @@ from torch.nn import Module
 
 from nitrous_ema.averaging.averaged_module import AveragedModule
 from nitrous_ema.averaging.base import EMABase
-from nitrous_ema.averaging.config import AveragingPolicy, Background, EMAConfig, profiles
+from nitrous_ema.averaging.config import Background, EMAConfig
 from nitrous_ema.averaging.engine import AveragingEngine
 from nitrous_ema.averaging.execution.inline import InlineSnapshotSink
-from nitrous_ema.averaging.execution.interfaces import SnapshotSink, neutral_modes
-from nitrous_ema.averaging.model.tracking import NameFilter, TrackingPolicy
+from nitrous_ema.averaging.execution.interfaces import SnapshotSink
+from nitrous_ema.averaging.execution.torch_modes import neutral_modes
+from nitrous_ema.averaging.model.tracking import NameFilter
 from nitrous_ema.averaging.restore import restore, warn_about_other_runs
 from nitrous_ema.averaging.schedule import StepSizeCorrection
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, warn
@@ -38,26 +39,37 @@ Template = Module | Callable[[], Module]
 
 
 class KarrasEMA(EMABase):
-    """One average of a model's weights, with a power-function profile (Karras et al. 2023, section 3.1).
+    """One exponential moving average (EMA) of a model's weights, with a power-function profile.
+
+    It writes no snapshots, so its length is fixed at construction; with ``PostHocEMA`` the length can be chosen after
+    training. Call ``update()`` once per optimizer step, after the step. Evaluate with ``ema(x)``, with
+    ``ema.ema_model``, or inside ``with ema.average_parameters():``.
 
     Args:
-        model: The online model, wrapped or not.
-        sigma_rel: Width of the profile relative to the training time, in (0, 12 ** -0.5); or
-        gamma: its exponent, greater than 0.
-        ema_model: The module that shows the average, or a function that builds it; by default a copy of the model's
-            structure. For models that cannot be copied.
-        update_every: Calls of update() from one applied update to the next.
+        model: The online model, wrapped (``torch.compile``, DDP, ...) or not.
+        sigma_rel: Length of the average: the standard deviation of its profile as a fraction of the training time, in
+            (0, 12 ** -0.5); or
+        gamma: the same length as an exponent, greater than 0. Pass exactly one of the two.
+        ema_model: A module of the same architecture that shows the average, or a function that builds it, for models
+            that cannot be copied. None copies the structure of ``model``.
+        update_every: Calls of update() from one applied update to the next, at least 1.
         frozen: Count steps, but leave the average as it is after the first update.
-        param_or_buffer_names_no_ema: Names, or a function of a name: copied instead of averaged.
-        ignore_names: Names, or a function of a name: left out entirely.
-        ignore_startswith_names: Left out entirely if the name starts with one of these.
-        allow_different_devices: The average may live on another device; parameters are then copied over.
+        param_or_buffer_names_no_ema: Names, or a function of a name: tensors that are copied instead of averaged.
+        ignore_names: Names, or a function of a name: tensors that are left out entirely.
+        ignore_startswith_names: Prefixes of names: tensors that are left out entirely.
+        allow_different_devices: The average may live on another device than the parameters, which each update then
+            copies over.
         move_ema_to_online_device: The average follows parameters that are found on another device.
-        step_size_correction: ``"exact"``, or True or False for the numbers of nitrous-ema 0.0.1 (see ``schedule``).
+        step_size_correction: ``"exact"``: the profile is exact at any ``update_every``. True or False: the numbers of
+            nitrous-ema 0.0.1 (table in ``averaging/schedule.py``).
 
     Raises:
-        ValueError: Both or neither of sigma_rel and gamma, one outside its domain, a filter that matches nothing.
-        UntrackableModelError: A tensor cannot be averaged, or there is none.
+        ValueError: Both or neither of sigma_rel and gamma are given, an argument is outside its range, or a filter
+            matches no tensor.
+        UntrackableModelError: A tensor cannot be averaged, or the model has no tensor to average.
+
+    Source:
+        Karras et al. 2023, arXiv:2312.02696, section 3.1.
     """
 
     def __init__(
@@ -76,28 +88,26 @@ class KarrasEMA(EMABase):
         step_size_correction: StepSizeCorrection = "exact",
     ) -> None:
         if (sigma_rel is None) == (gamma is None):
-            raise ValueError("Give either sigma_rel or gamma: the width of the profile, or its exponent.")
-        gammas, sigma_rels = profiles(None if sigma_rel is None else (sigma_rel,), None if gamma is None else (gamma,))
-        engine = AveragingEngine(
-            model,
-            TrackingPolicy(
-                copied=param_or_buffer_names_no_ema, skipped=ignore_names, skipped_prefixes=ignore_startswith_names
-            ),
-            AveragingPolicy(
-                gammas=gammas,
-                sigma_rels=sigma_rels,
-                update_every=update_every,
-                correction=step_size_correction,
-                frozen=frozen,
-                allow_different_devices=allow_different_devices,
-                move_to_online_device=move_ema_to_online_device,
-            ),
+            raise ValueError("Give either sigma_rel or gamma: the length of the average, or its exponent.")
+        config = EMAConfig(
+            sigma_rels=None if sigma_rel is None else (sigma_rel,),
+            gammas=None if gamma is None else (gamma,),
+            checkpoint_every_num_steps="manual",
+            update_every=update_every,
+            frozen=frozen,
+            param_or_buffer_names_no_ema=param_or_buffer_names_no_ema,
+            ignore_names=ignore_names,
+            ignore_startswith_names=ignore_startswith_names,
+            allow_different_devices=allow_different_devices,
+            move_ema_to_online_device=move_ema_to_online_device,
+            step_size_correction=step_size_correction,
         )
+        engine = AveragingEngine(model, config)
         self._show(engine, 0, ema_model)
 
     @classmethod
     def _view(cls, engine: AveragingEngine, index: int, template: Template | None) -> KarrasEMA:
-        """One of several profiles that are averaged together."""
+        """Return the EMA object of one profile of an engine that averages several."""
         view = cls.__new__(cls)
         view._show(engine, index, template)
         return view
@@ -105,34 +115,37 @@ class KarrasEMA(EMABase):
     def _show(self, engine: AveragingEngine, index: int, template: Template | None) -> None:
         super().__init__(engine)
         self._profile = index
-        self._template = (template,)  # in a tuple, as a module must not become a submodule
-        self._shown = AveragedModule(engine, index, template)
+        self._template = (template,)  # in a tuple, because a module attribute would become a submodule
+        self._averaged_module = AveragedModule(engine, index, template)
 
     @property
     def gamma(self) -> float:
         """Exponent of the profile."""
-        return self._engine.policy.gammas[self._profile]
+        return self._engine.config.profiles.gammas[self._profile]
 
     @property
     def sigma_rel(self) -> float:
-        """Width of the profile relative to the training time."""
-        return self._engine.policy.sigma_rels[self._profile]
+        """Length of the average as a fraction of the training time."""
+        return self._engine.config.profiles.sigma_rels[self._profile]
 
     @property
     def ema_model(self) -> Module:
-        """A module with the average as its weights, in eval mode; built when first asked for.
+        """A module with the average as its weights, in eval mode, built at the first access.
+
+        Its weights are up to date at each access and before each forward. It is always the same object.
 
         Raises:
             UncopyableModelError: The model cannot be copied; pass ``ema_model`` at construction.
+            NitrousError: The averages are swapped into the model, or averaging failed.
         """
-        return self._shown.module()
+        return self._averaged_module.module()
 
     def eval(self) -> Any:
-        """The module with the average (as in nitrous-ema 0.0.1); it always is in eval mode."""
+        """Return ``ema_model``, which is always in eval mode (as in nitrous-ema 0.0.1)."""
         return self.ema_model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Output of the module with the average."""
+        """Return the output of ``ema_model``."""
         return self.ema_model(*args, **kwargs)
 
     def _prefixes(self) -> Mapping[int, str]:
@@ -140,34 +153,48 @@ class KarrasEMA(EMABase):
 
 
 class PostHocEMA(EMABase):
-    """Averages of a model with several profiles, and snapshots of them from which any EMA length can be synthesized.
+    """Averages of a model with several profiles, and snapshots from which an EMA of any length can be synthesized.
+
+    Call ``update()`` once per optimizer step, after the step. Every ``checkpoint_every_num_steps`` calls it writes a
+    snapshot of all averages to ``checkpoint_folder``. After training, ``synthesize_ema_model(sigma_rel=...)`` makes the
+    average of any other length from the snapshots, and ``nitrous_ema.sweep`` finds the best length.
+
+    Everything is done when ``update()`` returns. ``AsyncPostHocEMA`` does the same work in the background.
 
     Args:
-        model: The online model, wrapped or not.
-        sigma_rels: Widths of the tracked profiles relative to the training time, each in (0, 12 ** -0.5); default
-            (0.05, 0.10). Or
-        gammas: their exponents, each greater than 0.
-        checkpoint_every_num_steps: Calls of update() between snapshots (also a float such as 1e10), or "manual".
-        checkpoint_folder: Where snapshots go; created if need be.
+        model: The online model, wrapped (``torch.compile``, DDP, ...) or not.
+        sigma_rels: Lengths to track: the standard deviation of each profile as a fraction of the training time, in
+            (0, 12 ** -0.5). None tracks 0.05 and 0.10. Or
+        gammas: the same lengths as exponents, each greater than 0.
+        checkpoint_every_num_steps: Calls of update() between two snapshots, also as a float such as 1e10; or
+            ``"manual"``: snapshots are taken by checkpoint() only.
+        checkpoint_folder: The folder that snapshots are written to; created if it does not exist.
         checkpoint_dtype: Type of the averages in snapshots: float32, float64, float16 or bfloat16.
-        keep: Which snapshots stay as training goes on: ``"all"``; a number of them, >= 2; an amount of bytes such as
-            ``"100GB"``; or a rule (``KeepGeometric``, ``KeepCount``, ``KeepBytes``). Chosen among all of this run and
-            of those that it continues, but for what it shares with a run that was closed at a later step.
+        keep: Retention, the rule by which snapshots are dropped as training goes on: ``"all"`` drops none; a number of
+            snapshots, at least 2; an amount of bytes such as ``"100GB"``; or a rule (``KeepGeometric``, ``KeepCount``,
+            ``KeepBytes``). The rule covers the snapshots of this run and of the runs that it continues. Snapshots
+            shared with a run that was closed at a later step are never dropped.
         ema_model: A function that builds the module of an average, for models that cannot be copied; or one module,
-            which then shows the first profile.
-        update_every: Calls of update() from one applied update to the next.
+            which then shows the first profile. None copies the structure of ``model``.
+        update_every: Calls of update() from one applied update to the next, at least 1.
         frozen: Count steps, but leave the averages as they are after the first update.
-        param_or_buffer_names_no_ema: Names, or a function of a name: copied instead of averaged.
-        ignore_names: Names, or a function of a name: left out entirely.
-        ignore_startswith_names: Left out entirely if the name starts with one of these.
-        allow_different_devices: Averages may live on another device; parameters are then copied over.
+        param_or_buffer_names_no_ema: Names, or a function of a name: tensors that are copied instead of averaged.
+        ignore_names: Names, or a function of a name: tensors that are left out entirely.
+        ignore_startswith_names: Prefixes of names: tensors that are left out entirely.
+        allow_different_devices: Averages may live on another device than the parameters, which each update then copies
+            over.
         move_ema_to_online_device: Averages follow parameters that are found on another device.
-        step_size_correction: ``"exact"``, or True or False for the numbers of nitrous-ema 0.0.1 (see ``schedule``).
+        step_size_correction: ``"exact"``: the profile is exact at any ``update_every``. True or False: the numbers of
+            nitrous-ema 0.0.1 (table in ``averaging/schedule.py``).
 
     Raises:
-        ValueError: An argument is outside its range; a filter matches nothing; ``keep`` has no room for 3 snapshots.
-        UntrackableModelError: A tensor cannot be averaged, or there is none.
-        SnapshotError: Snapshots cannot be written to the folder, or not even one fits on its disk.
+        ValueError: An argument is outside its range, a filter matches no tensor, or ``keep`` has no space for 3
+            snapshots.
+        UntrackableModelError: A tensor cannot be averaged, or the model has no tensor to average.
+        SnapshotError: Snapshots cannot be written to the folder, or its disk has no space for a single snapshot.
+
+    Source:
+        Karras et al. 2023, arXiv:2312.02696, section 3.2.
     """
 
     def __init__(
@@ -190,7 +217,7 @@ class PostHocEMA(EMABase):
         move_ema_to_online_device: bool = False,
         step_size_correction: StepSizeCorrection = "exact",
     ) -> None:
-        settings = EMAConfig(
+        config = EMAConfig(
             sigma_rels=sigma_rels,
             gammas=gammas,
             checkpoint_every_num_steps=checkpoint_every_num_steps,
@@ -206,22 +233,21 @@ class PostHocEMA(EMABase):
             move_ema_to_online_device=move_ema_to_online_device,
             step_size_correction=step_size_correction,
         )
-        self._start(model, settings, ema_model, lambda writer, layout: InlineSnapshotSink(writer))
+        self._start(model, config, ema_model, lambda writer, layout: InlineSnapshotSink(writer))
 
     def _start(
         self,
         model: Module,
-        settings: EMAConfig,
+        config: EMAConfig,
         ema_model: Template | None,
         make_sink: Callable[[RetainingWriter, Layout], SnapshotSink],
         *,
         background: Background | None = None,
     ) -> None:
-        engine = AveragingEngine(model, settings.tracking(), settings.averaging(), background=background)
+        engine = AveragingEngine(model, config, background=background)
         super().__init__(engine)
-        self._settings = settings
-        self._store = SnapshotStore(settings.checkpoint_folder)
-        self._retaining_writer = RetainingWriter(self._store, settings.keeping())
+        self._store = SnapshotStore(config.checkpoint_folder)
+        self._retaining_writer = RetainingWriter(self._store, config.retention_rule)
         try:
             self._retaining_writer.check(engine.flat_buffers.layout, engine.run_lineage.first_stamp())
             self._store.prepare()
@@ -231,93 +257,108 @@ class PostHocEMA(EMABase):
                 find_resumable_run=partial(warn_about_other_runs, self._store),
             )
         except BaseException:
-            engine.close()  # whoever keeps the exception keeps the engine; its hooks and threads must go now
+            engine.close()  # the exception's traceback would keep the engine alive, with its hooks and threads
             raise
         views = []
-        for profile in range(len(engine.policy.gammas)):
+        for profile in range(len(engine.config.profiles.gammas)):
             one_module = isinstance(ema_model, Module) and profile > 0
             views.append(KarrasEMA._view(engine, profile, None if one_module else ema_model))
-        # A tuple is no ModuleList: the averages stay out of modules() and parameters().
+        # In a tuple, not a ModuleList: the averages stay out of modules() and parameters().
         self.ema_models: tuple[KarrasEMA, ...] = tuple(views)
 
     def checkpoint(self) -> bool:
         """Take a snapshot of the averages as they are now.
 
-        With the exact correction the averages are first brought up to the present step. A step that this run already
-        has a snapshot of is not written again.
+        With the exact correction the averages are first brought up to the current step. If this run already has a
+        snapshot of this step, no second one is written.
 
         Returns:
             False if the snapshot was skipped (``on_full="skip"``), else True.
 
         Raises:
-            NitrousError: Before the first update(), or after close().
-            SnapshotWriteError: It could not be written; the averages are untouched.
+            NitrousError: There was no update() yet, the EMA is closed, the averages are swapped into the model, or
+                averaging failed.
+            SnapshotWriteError: A snapshot could not be written; the averages are not affected. With writes in the
+                background, it is a snapshot of an earlier call.
+            TimeoutError: No slot for the snapshot became free within ``wait_timeout`` (``AsyncPostHocEMA``).
         """
         return self._engine.checkpoint()
 
     def pin(self, step: int | None = None) -> None:
-        """Have a snapshot stay whatever ``keep`` says, and with it the neighbours that averages ending there need.
+        """Protect a snapshot from retention, together with the snapshots needed to synthesize averages at its step.
 
-        A note in the snapshot folder, so that it holds for ``nitrous-ema prune`` and for runs that continue this one.
+        The pin is a note in the snapshot folder, so it also holds for ``nitrous-ema prune`` and for runs that continue
+        this one.
 
         Args:
-            step: Of a snapshot in this run's history; the newest by default. It may still be on its way to disk.
+            step: Step of a snapshot in this run's lineage; None pins the newest. It may still be on its way to disk.
 
         Raises:
-            SnapshotNotFound: No snapshot of that step; names the nearest ones.
+            TypeError: ``step`` is not an integer.
+            SnapshotNotFound: There is no snapshot of that step; the message names the nearest ones.
             SnapshotError: The note could not be written.
         """
-        if not self._engine.is_usable("pin()", reading=True):
+        if self._engine.is_inherited:
             return
+        self._engine.check_failures("pin()")
         step = _checked(step)
-        with self._retaining_writer.paused(self.run) as coming:
-            step = coming[-1] if step is None and coming else step
-            if step in coming:
+        with self._retaining_writer.paused(self.run) as pending:
+            step = pending[-1] if step is None and pending else step
+            if step in pending:
                 self._store.pin(step, self.run, must_exist=False)
             else:
                 found = self._target(step)
                 self._store.pin(found.step, found.run)
 
     def unpin(self, step: int) -> None:
-        """Have a pinned snapshot of this run's history stay only as long as ``keep`` says. Does nothing if it is none.
+        """Remove the pin of a snapshot in this run's lineage, so that ``keep`` decides about it again.
 
-        Raises:
-            SnapshotError: The note could not be removed.
-        """
-        given = _checked(step)
-        if given is None:
-            raise TypeError("step is None; expected the step of a pinned snapshot.")
-        if not self._engine.is_usable("unpin()", reading=True):
-            return
-        for run, left_at in self._engine.run_lineage.lineage:
-            if left_at is None or given <= left_at:
-                self._store.unpin(given, run)
-
-    def restore(self, step: int | None = None, run: str | None = None) -> int:
-        """Go back to a snapshot: averages, copied tensors, step, time and lineage are again those that it was taken of.
-
-        For whoever has no saved ``state_dict()`` of the EMA. As after ``load_state_dict``, this run continues the
-        snapshot's, and snapshots taken after it are a future that was left. The online model is not touched: give it
-        its own weights of that step. Waits until everything that was queued is done and on disk.
-
-        Averages come back to the bit from files of their own type (``checkpoint_dtype=torch.float32``, or float64 for
-        models of float64); rounded ones are warned of (NitrousWarning).
+        Does nothing if the snapshot is not pinned.
 
         Args:
-            step: Of a snapshot in the run's history; the newest by default.
-            run: The run to go on with. By default this one if it has snapshots, else the newest one in the folder.
-
-        Returns:
-            The step at which training goes on.
+            step: Step of the pinned snapshot.
 
         Raises:
-            SnapshotNotFound: No such snapshot or run; names the nearest ones.
-            SnapshotMismatch: It has other profiles or does not fit the model; names what differs.
-            SnapshotDamaged: It does not hold what was written.
-            NitrousError: The EMA is closed, or an average is in the model's place.
+            TypeError: ``step`` is not an integer.
+            SnapshotError: The note could not be removed.
+        """
+        pinned_step = _checked(step)
+        if pinned_step is None:
+            raise TypeError("step is None; expected the step of a pinned snapshot.")
+        if self._engine.is_inherited:
+            return
+        self._engine.check_failures("unpin()")
+        for run, left_at in self._engine.run_lineage.lineage:
+            if left_at is None or pinned_step <= left_at:
+                self._store.unpin(pinned_step, run)
 
-        Nothing has changed when one of these is raised, unless the file was damaged while it was being read: then the
-        averages are refused until something was loaded.
+    def restore(self, step: int | None = None, run: str | None = None) -> int:
+        """Restore averages, copied tensors, step, training time and lineage from a snapshot.
+
+        Use it to resume training without a saved ``state_dict()`` of the EMA. As after ``load_state_dict``, this run
+        then continues the run of the snapshot; later snapshots of that run belong to an abandoned future. The online
+        model is not changed: load its own weights of that step into it. Waits until all queued work is done and on
+        disk.
+
+        Averages are restored to the bit from files of their own type: ``checkpoint_dtype=torch.float32``, or float64
+        for models of float64. A warning (NitrousWarning) reports averages that were rounded when they were stored.
+
+        Args:
+            step: Step of a snapshot in the run's lineage; None restores the newest.
+            run: Id of the run to continue. None: this run if it has snapshots, else the newest run in the folder.
+
+        Returns:
+            The step at which training continues.
+
+        Raises:
+            TypeError: ``step`` is not an integer.
+            SnapshotNotFound: There is no such snapshot or run; the message names the nearest ones.
+            SnapshotMismatch: The snapshot has other profiles or does not fit the model; the message names what differs.
+            SnapshotDamaged: The snapshot does not contain what was written.
+            NitrousError: The EMA is closed, or the averages are swapped into the model.
+
+        Nothing has changed when one of these is raised, with one exception: if the file was damaged while it was being
+        read, the averages are refused until something is loaded.
         """
         step = _checked(step)
         engine = self._engine
@@ -328,73 +369,74 @@ class PostHocEMA(EMABase):
         try:
             snapshot = self._store.get(step, run)
             with neutral_modes():
-                told = restore(engine, snapshot)
+                warning = restore(engine, snapshot)
         except SnapshotDamaged as error:
-            error.args = (f"restore(): {error} Another snapshot is restored by restore(step=...).",)
+            error.args = (f"restore(): {error} Restore another snapshot with restore(step=...).",)
             raise
-        if told is not None:
-            warn(told)
+        if warning is not None:
+            warn(warning)
         return snapshot.step
 
     def request_drain(self) -> None:
-        """Have the next update() take a snapshot and wait until everything is on disk; then ``drained`` is True.
+        """Request that the next update() take a snapshot and wait until everything is on disk.
 
-        Only sets a flag, so that it may be called from a signal handler and from any thread. Meant for SIGTERM: the
-        training loop ends when it sees ``drained``. That update waits for at most ``wait_timeout`` seconds, then raises
-        TimeoutError; nothing is lost by then, and the end of the interpreter waits once more. May be used again.
+        Then ``drained`` is True, and the training loop can end. This method only sets a flag, so a signal handler
+        (SIGTERM) and any thread may call it. The update() waits for at most ``wait_timeout`` seconds, then raises
+        TimeoutError. Pending snapshots are not lost by that: the end of the interpreter waits once more. A drain may be
+        requested again after it was done.
         """
-        self._engine.drain_request.ask()
+        self._engine.drain_request.request()
 
     @property
     def drained(self) -> bool:
-        """Whether a drain that was requested has been done, and none was requested since."""
-        return self._engine.drain_request.is_answered
+        """Whether a requested drain is done and no other drain was requested since."""
+        return self._engine.drain_request.is_done
 
     @property
     def gammas(self) -> tuple[float, ...]:
         """Exponents of the tracked profiles."""
-        return self._engine.policy.gammas
+        return self._engine.config.profiles.gammas
 
     @property
     def sigma_rels(self) -> tuple[float, ...]:
-        """Widths of the tracked profiles relative to the training time."""
-        return self._engine.policy.sigma_rels
+        """Lengths of the tracked profiles as fractions of the training time."""
+        return self._engine.config.profiles.sigma_rels
 
     @property
     def run(self) -> str:
-        """Id of this run, as in the names of its snapshots."""
+        """Id of this run, as in the names of its snapshot files."""
         return self._engine.run_lineage.run
 
     @property
     def snapshots(self) -> SnapshotStore:
-        """The snapshot folder."""
+        """The snapshot folder: lists, verifies and reads snapshots."""
         return self._store
 
     def close(self, timeout: float | None = None) -> None:
-        """Flush, then end: threads stop, hooks are removed, further updates are refused. Closing again does nothing.
+        """Flush, then end the EMA: threads stop, hooks are removed, further updates are refused.
 
-        Notes in the folder that this run writes no more snapshots, so that whoever follows it can stop, and removes
-        what ``keep`` has dropped last.
+        A note in the folder records that this run writes no more snapshots, so that readers that follow the run can
+        stop. Snapshots that ``keep`` has dropped last are removed. Closing again does nothing.
 
         Args:
             timeout: Seconds to wait at most; None waits as long as it takes.
 
         Raises:
-            TimeoutError: Something is still pending. Nothing is lost; call it again.
+            TimeoutError: Updates or snapshots are still pending. Nothing is lost; call close() again.
             SnapshotWriteError: A snapshot could not be written.
         """
         was_open = self._engine.is_open
         try:
             self._engine.close(timeout)
-        finally:  # it is closed although it may have had a failure to tell
+        finally:  # the engine may be closed although it raised: a failed write is raised after the end
             if was_open and not self._engine.is_open and self._engine.run_lineage.written:
                 self._note_end()
 
     def _note_end(self) -> None:
         try:
             self._store.close_run(self.run)
-        except SnapshotError as error:  # a warning: every snapshot is safe, and another failure may be on its way up
-            warn(f"{error} Whoever follows this run will not see that it has ended.")
+        except SnapshotError as error:  # only warned about: no snapshot is lost, and close() may be raising already
+            warn(f"{error} Readers that follow this run will not see that it has ended.")
         self._retaining_writer.end()
 
     def synthesize_ema_model(
@@ -406,68 +448,73 @@ class PostHocEMA(EMABase):
         tolerance: float = DEFAULT_TOLERANCE,
         device: torch.device | str | None = None,
     ) -> KarrasEMA:
-        """An average of any length, from the snapshots of this run and of those it continued.
+        """Synthesize an average of any length from the snapshots of this run and of the runs that it continues.
 
         Args:
-            gamma: Exponent of the average wanted; or
-            sigma_rel: its width relative to the training time, in (0, 12 ** -0.5).
-            step: A step with a snapshot, at which the average ends; default the newest.
-            tolerance: Relative profile error that may be added to read only the few snapshots that matter; 0 reads all.
-            device: Where the average is to be; default where its parameters are.
+            gamma: Exponent of the requested average; or
+            sigma_rel: its length as a fraction of the training time, in (0, 12 ** -0.5). Pass exactly one of the two.
+            step: Step of a snapshot, at which the average ends; None ends it at the newest.
+            tolerance: Relative profile error that may be added by reading only a few of the snapshots; 0 reads all.
+            device: Where the average is to be; None: where its parameters are.
 
         Returns:
-            A frozen EMA: call it, or take its ``ema_model``. Tensors that are skipped are the online model's own.
+            A frozen EMA: call it, or use its ``ema_model``. Skipped tensors are those of the online model.
 
         Raises:
-            ValueError: Both or neither of gamma and sigma_rel, or one outside its domain; or a negative tolerance.
-            SnapshotNotFound: No snapshot of that step; names the nearest ones.
-            SnapshotDamaged: A file does not hold what was written.
+            ValueError: Both or neither of gamma and sigma_rel are given, one is outside its domain, or ``tolerance`` is
+                negative.
+            TypeError: ``step`` is not an integer.
+            SnapshotNotFound: There is no snapshot of that step; the message names the nearest ones.
+            SnapshotDamaged: A file does not contain what was written.
 
-        Warns (NitrousWarning) where the snapshots cannot give that length well, and says what would help.
+        A warning (NitrousWarning) reports a length that the snapshots cannot reconstruct accurately, and the remedy.
         """
         if (sigma_rel is None) == (gamma is None):
             raise ValueError("Give either sigma_rel or gamma: the length of the average, or its exponent.")
-        gammas, widths = profiles(None if sigma_rel is None else (sigma_rel,), None if gamma is None else (gamma,))
+        config = self._engine.frozen_config(
+            sigma_rels=None if sigma_rel is None else (sigma_rel,), gammas=None if gamma is None else (gamma,)
+        )
         self.flush()
-        engine = self._engine.frozen_copy(gammas, widths, None if device is None else torch.device(device))
+        engine = self._engine.frozen_copy(config, None if device is None else torch.device(device))
         with neutral_modes():
-            told = self._synthesize(engine, gammas[0], self._target(step), tolerance)
-        for sentence in told:
-            warn(sentence)
+            warnings = self._synthesize(engine, config.profiles.gammas[0], self._target(step), tolerance)
+        for warning in warnings:
+            warn(warning)
         (template,) = self.ema_models[0]._template
         return KarrasEMA._view(engine, 0, None if isinstance(template, Module) else template)
 
     def _target(self, step: int | None) -> Snapshot:
-        """The snapshot at which an average is to end, in this run's history."""
+        """Return the snapshot of a step in this run's lineage; None: the newest."""
         ancestors = self._engine.run_lineage.ancestors
         if not ancestors or self.run in self._store.runs():
             return self._store.get(step, self.run)
-        # A run that was continued and has no snapshot of its own yet is not in the folder: its last ancestor is.
+        # This run has no snapshot of its own yet, so the folder does not know it. Its last ancestor stands in for it,
+        # without the snapshots that the ancestor took after the step at which this run left it.
         run, left_at = ancestors[-1]
         abandoned = [snapshot.step for snapshot in self._store.snapshots(run) if snapshot.step > (left_at or 0)]
         return self._store.get(step, run, exclude=abandoned)
 
     def _synthesize(self, engine: AveragingEngine, gamma: float, target: Snapshot, tolerance: float) -> Sequence[str]:
-        """Fill the average of ``engine``, and its counters. Returns what there is to warn of."""
+        """Write an average into ``engine`` and set its counters. Return the warnings about its accuracy."""
         flat_buffers = engine.flat_buffers
         plan = plan_from_store(self._store, gammas=[gamma], step=target.step, run=target.run, tolerance=tolerance)
         stream(
             plan,
             lambda begin, block: flat_buffers.fill(0, begin, torch.from_numpy(block[0])),
-            on_calling_thread=True,  # streams and modes of torch are a thread's own
+            on_calling_thread=True,  # torch's current stream and its modes are thread-local
         )
-        # In files with another number of profiles another padding stands before the copied tensors.
+        # The padding before the copied tensors differs between files with different numbers of profiles.
         padding = min((begin for begin, _ in plan.target.copied_spans.values()), default=0)
 
-        def take(begin: int, piece: memoryview) -> None:
+        def fill_copied(begin: int, piece: memoryview) -> None:
             flat_buffers.fill_copied(begin - padding, torch.frombuffer(piece, dtype=torch.uint8))
 
-        stream_copied(plan, take)
+        stream_copied(plan, fill_copied)
         engine.schedule.load({"step": target.step, "now": target.t, "t": target.t, "updates": 1})
         return plan.report.warnings
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Output of every average's module, in the order of the profiles."""
+        """Return the outputs of all averages' modules, in the order of the profiles."""
         return tuple(view(*args, **kwargs) for view in self.ema_models)
 
     def _prefixes(self) -> Mapping[int, str]:
@@ -475,7 +522,7 @@ class PostHocEMA(EMABase):
 
 
 def _checked(step: Any) -> int | None:
-    """A step as a plain int (numpy's integers are fine), or None."""
+    """Return a step as a plain int, or None; numpy's integers are accepted."""
     if step is None:
         return None
     if isinstance(step, bool) or not isinstance(step, Integral):

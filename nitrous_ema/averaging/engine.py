@@ -1,22 +1,32 @@
-"""The machine behind every EMA class: when to average what on which lane, and when to take a snapshot.
+"""The engine behind every EMA class: when which parameters are averaged on which lane, and when a snapshot is taken.
 
-It owns no thread and no stream. The lanes (``pipeline.Lane``) decide where work runs, the sink where snapshots go,
-the guard whether parameters may be read live; ``PostHocEMA`` gives it lanes that run everything at once,
-``AsyncPostHocEMA`` lanes in the background. The sequence of work is the same, and so is every bit of the averages.
+Averaging should cost the training loop nothing, yet give the same bits whether it runs at once or in the background.
+The engine therefore decides the sequence of the work and owns neither a thread nor a stream. Lanes run the work, a sink
+takes the snapshots (``execution/interfaces.py``), and the write guard decides whether parameters may be read live.
+``PostHocEMA`` uses lanes that run everything at once, ``AsyncPostHocEMA`` uses lanes in the background.
 
-A1  Parameters are resolved and arguments checked before      test_failed_update_counts_nothing
-    anything counts: an update() that refuses has changed
-    nothing.
-A2  Buffers change in forward, so a background lane never     test_batch_norm_statistics_are_those_of_the_step
-    reads them live: they are copied where the caller is.
-A3  The caller's copies are written again only after the      test_copies_are_not_overwritten_while_they_are_read
-    lane has read them.
-A4  After a lane has failed the averages are refused until a  test_averages_are_refused_after_a_failure
-    state is loaded or a snapshot restored.                   test_restore_heals_a_failed_lane
-A5  Queued work holds no reference to this object, so that    test_dropped_ema_leaves_no_thread_or_hook_behind
+owner               state
+RunLineage          run id, ancestors, steps with a snapshot
+Schedule            step, training time, weights of an update
+FlatBuffers         averages and copied tensors
+UpdateDispatcher    lanes, caller-side copies, deferred updates, sink
+WriteGuard          whether parameters may be read live; only with lanes in the background
+AveragingEngine     refusal, failure, closed: whether the averages may be updated and read
+
+ENGINE-1  Parameters are resolved and arguments are checked   test_failed_update_counts_nothing
+    before anything counts: an update() that refuses has
+    changed nothing.
+ENGINE-2  Buffers change in forward, so a background lane      test_batch_norm_statistics_are_those_of_the_step
+    never reads them live: they are copied where the caller's
+    work runs.
+ENGINE-3  The caller's copies are written again only after     test_copies_are_not_overwritten_while_they_are_read
+    the lane has read them.
+ENGINE-4  After a lane has failed, the averages are refused    test_averages_are_refused_after_a_failure
+    until a state is loaded or a snapshot is restored.         test_restore_heals_a_failed_lane
+ENGINE-5  Queued work holds no reference to the engine, so     test_dropped_ema_leaves_no_thread_or_hook_behind
     dropping the EMA ends it, on the thread that dropped it.
 
-Longer than the house's 300 lines: what may happen to averages, and in which order, is one table.
+Longer than the house's 300 lines: the order of everything that may happen to averages stands on one page.
 """
 
 from __future__ import annotations
@@ -34,14 +44,15 @@ from torch import Tensor
 from torch.nn import Module
 
 from nitrous_ema._base.arguments import clamp_timeout
-from nitrous_ema.averaging.config import AveragingPolicy, Background
+from nitrous_ema.averaging.config import Background, EMAConfig
 from nitrous_ema.averaging.execution.dispatch import UpdateDispatcher
-from nitrous_ema.averaging.execution.interfaces import PendingSnapshot, SnapshotSink, neutral_modes
+from nitrous_ema.averaging.execution.interfaces import PendingSnapshot, SnapshotSink
+from nitrous_ema.averaging.execution.torch_modes import neutral_modes
 from nitrous_ema.averaging.execution.write_guard import WriteGuard, fence_all, install_hooks
 from nitrous_ema.averaging.kernels.flat_buffers import FlatBuffers, snapshot_layout
 from nitrous_ema.averaging.lineage import RunLineage
 from nitrous_ema.averaging.model.live_tensors import LiveTensors, hold_averages
-from nitrous_ema.averaging.model.tracking import TrackedTensor, TrackingPolicy, track, unwrap, writable_view, write
+from nitrous_ema.averaging.model.tracking import TrackedTensor, track, unwrap, writable_view, write
 from nitrous_ema.averaging.schedule import Schedule, Time
 from nitrous_ema.averaging.shutdown import DrainRequest, shut_down
 from nitrous_ema.averaging.stats import Stats
@@ -51,70 +62,73 @@ from nitrous_ema.snapshots.stats import WriteStats
 _HOST = torch.device("cpu")
 
 
-class Viewer(Protocol):
-    """Somebody who holds views of the averages."""
+class AverageViewer(Protocol):
+    """An object that holds views of the averages."""
 
     def rebind(self) -> None:
-        """The averages have moved to other buffers."""
+        """Replace the views, because the averages have moved to other buffers."""
 
 
 class AveragingEngine:
-    """Averages of one model; at first, and until the first update, they are the model's weights.
+    """Averages of one model. Until the first update they are equal to the model's weights.
 
     Args:
-        model: The online model, wrapped or not. Held for as long as this object lives.
-        tracking: Which tensors are averaged, copied or skipped.
-        policy: How.
-        background: None if everything runs at once.
-        tracked: The model's tensors, if they are known: a role may depend on the values that a buffer had.
+        model: The online model, wrapped or not. Referenced for as long as this object lives.
+        config: Profiles, filters and options.
+        background: Lanes and options of work in the background; None if everything runs at once.
+        device: Where the averages live; None: each with its parameter.
+        tracked: The model's tensors with their roles, if they are known. A role may depend on the values that a buffer
+            had when the roles were assigned.
     """
 
     def __init__(
         self,
         model: Module,
-        tracking: TrackingPolicy,
-        policy: AveragingPolicy,
+        config: EMAConfig,
         *,
         background: Background | None = None,
+        device: torch.device | None = None,
         tracked: Sequence[TrackedTensor] | None = None,
     ) -> None:
-        self.schedule = Schedule(policy.gammas, policy.update_every, policy.correction, policy.frozen)
-        self.model, self.tracking, self.policy, self.run_lineage = model, tracking, policy, RunLineage()
-        tracked = track(model, tracking) if tracked is None else tracked
-        layout = snapshot_layout(tracked, policy.gammas, policy.sigma_rels, policy.checkpoint_dtype)
-        self._offloads = background is not None and background.offloads
+        self.model, self.config, self.run_lineage = model, config, RunLineage()
+        gammas, sigma_rels = config.profiles
+        self.schedule = Schedule(gammas, config.update_every, config.step_size_correction, config.frozen)
+        tracked = track(model, config) if tracked is None else tracked
+        layout = snapshot_layout(tracked, gammas, sigma_rels, config.checkpoint_dtype)
+        self._offloads = background is not None and background.config.offload == "host"
         with neutral_modes():
-            self.flat_buffers = FlatBuffers(tracked, layout, _HOST if self._offloads else policy.device)
+            self.flat_buffers = FlatBuffers(tracked, layout, _HOST if self._offloads else device)
         if all(group.dtype == torch.float64 for group in self.flat_buffers.groups):
             self.schedule.least_weight = 0.0
         with neutral_modes():
-            self._dispatch = _dispatch(self.flat_buffers, background)
+            self._dispatch = _dispatcher(self.flat_buffers, background)
         self.guard: WriteGuard | None = None
         if background is not None:
-            self.guard = WriteGuard(background.read, self._dispatch.order_writers, self._dispatch.is_capturing)
+            self.guard = WriteGuard(background.config.read, self._dispatch.order_writers, self._dispatch.is_capturing)
         self._tensors = LiveTensors(model, tracked)
         self._parameters = [tensor.name for tensor in tracked if tensor.is_parameter and tensor.role != "skipped"]
-        self._refusal: NitrousError | None = None  # why nothing may be updated or read for now
+        self._refusal: NitrousError | None = None  # why the averages may be neither updated nor read for now
         self._closed = False
-        self._failure: BaseException | None = None  # what a lane or restore() failed with
-        self._failed = "averaging"  # which of the two
+        self._failure: BaseException | None = None  # what a lane or restore() raised
+        self._failed_operation = "averaging"  # or "restore()"
         self._find_resumable_run: Callable[[str], str | None] = lambda run: None
         self.drain_request = DrainRequest()
         self.drain_timeout_seconds: float | None = None
-        """How long a requested drain may take."""
+        """How long a requested drain may take; None waits as long as it takes."""
         self._process = os.getpid()
-        self.viewers: weakref.WeakSet[Viewer] = weakref.WeakSet()
-        self._checked: Mapping[str, Tensor] | None = None  # live tensors whose devices were found right
+        self.viewers: weakref.WeakSet[AverageViewer] = weakref.WeakSet()
+        self._checked: Mapping[str, Tensor] | None = None  # live tensors whose devices have been checked
         self.copy_from_model()
         remove_hooks = install_hooks(self.guard, unwrap(model)) if self.guard is not None else _nothing
         self._finalizer = weakref.finalize(self, shut_down, self._dispatch, self.guard, remove_hooks, self._process)
 
     def attach(self, sink: SnapshotSink, find_resumable_run: Callable[[str], str | None] = lambda run: None) -> None:
-        """Give it somewhere to put snapshots; without, none are taken.
+        """Set the sink of snapshots. An engine without a sink takes no snapshots.
 
         Args:
-            sink: Takes them.
-            find_resumable_run: Given the run, says what is to be warned of when that begins without a state.
+            sink: Takes the snapshots.
+            find_resumable_run: Called at the first update() of a run that continues no other, with the id of that run.
+                Returns a warning about a run that could have been resumed, or None.
         """
         self._dispatch.sinks.append(sink)
         self._find_resumable_run = find_resumable_run
@@ -123,27 +137,37 @@ class AveragingEngine:
     def _sink(self) -> SnapshotSink | None:
         return self._dispatch.sinks[0] if self._dispatch.sinks else None
 
-    def frozen_copy(
-        self, gammas: tuple[float, ...], sigma_rels: tuple[float, ...], device: torch.device | None
-    ) -> AveragingEngine:
-        """Room for other averages of the same tensors, that no update changes."""
-        policy = replace(
-            self.policy,
-            gammas=gammas,
+    def frozen_copy(self, config: EMAConfig, device: torch.device | None) -> AveragingEngine:
+        """Return an engine for other averages of the same tensors, which no update changes.
+
+        Args:
+            config: From ``frozen_config``.
+            device: Where its averages live; None: each with its parameter.
+        """
+        return AveragingEngine(self.model, config, device=device, tracked=self.flat_buffers.tracked)
+
+    def frozen_config(self, sigma_rels: Sequence[float] | None, gammas: Sequence[float] | None) -> EMAConfig:
+        """Return the configuration of a ``frozen_copy`` with other profiles. Raises ValueError for invalid profiles."""
+        return replace(
+            self.config,
             sigma_rels=sigma_rels,
+            gammas=gammas,
             update_every=1,
             frozen=True,
-            device=device,
             allow_different_devices=True,
         )
-        return AveragingEngine(self.model, self.tracking, policy, tracked=self.flat_buffers.tracked)
 
     # ---- during training
 
     def update(self, t_delta: Time = 1) -> None:
-        """Count one step; average if an update is due, take a snapshot if one is."""
-        if not self.is_usable("update()", failed_writes=False):
+        """Count one step; average if an update is due, and take a snapshot if one is due."""
+        if self.is_inherited:
             return
+        self.check_open("update()")
+        self.check_no_refusal("update()")
+        self.check_averages("update()")
+        if self.guard is not None:
+            self.guard.check()
         self._refuse_capture("update()")
         self.schedule.check(t_delta)
         live = None
@@ -156,23 +180,26 @@ class AveragingEngine:
         weights = self.schedule.advance(t_delta)
         if live is not None and weights is not None:
             self._average(live, weights)
-        every = self.policy.checkpoint_every_steps
+        every = self.config.checkpoint_every_steps
         if self.drain_request.take():
             self._drain()
         elif every is not None and self.schedule.step % every == 0:
             self._checkpoint()
         if weights is not None:
             self.schedule.warn_of_small(weights)
-        if self._sink is not None:
-            self._sink.raise_failures()  # last: whoever catches it and goes on has lost neither step nor snapshot
+        # Failures of earlier background writes are raised last: a caller that catches the error and goes on has lost
+        # neither the step nor the snapshot of this call.
+        self.raise_failed_writes()
 
     def checkpoint(self) -> bool:
         """Take a snapshot of the averages as they are now; False if the sink skipped it."""
-        if not self.is_usable("checkpoint()"):
+        if self.is_inherited:
             return False
+        self.check_open("checkpoint()")
+        self.check_failures("checkpoint()")
         self._refuse_capture("checkpoint()")
         if self._sink is None:
-            raise NitrousError("checkpoint(): this EMA keeps no snapshots. Use PostHocEMA or AsyncPostHocEMA.")
+            raise NitrousError("checkpoint(): this EMA writes no snapshots. Use PostHocEMA or AsyncPostHocEMA.")
         if not self.schedule.updates:
             raise NitrousError("checkpoint() before the first update(): there is no average yet. Call update() first.")
         return self._checkpoint()
@@ -198,18 +225,18 @@ class AveragingEngine:
         return taken
 
     def fence(self) -> None:
-        """What the caller does next with the weights comes after every read of them so far."""
-        if self.guard is not None and self._process == os.getpid():
+        """Order what the caller does next with the weights after every read of them so far."""
+        if self.guard is not None and not self.is_inherited:
             self.guard.fence()
 
-    def fence_everybody(self) -> None:
-        """The same for every EMA that reads these weights."""
-        if self._process == os.getpid():
+    def fence_all_readers(self) -> None:
+        """Order what the caller does next with the weights after every read of them by any EMA."""
+        if not self.is_inherited:
             fence_all([tracked.live() for tracked in self.flat_buffers.averaged])
 
     def stats(self) -> Stats:
-        """What was done so far."""
-        written = self._sink.stats() if self._sink is not None and self._process == os.getpid() else WriteStats()
+        """Return the counts of updates and of snapshots so far."""
+        written = self._sink.stats() if self._sink is not None and not self.is_inherited else WriteStats()
         dispatch = self._dispatch
         return Stats(
             **asdict(written),
@@ -218,85 +245,116 @@ class AveragingEngine:
             held_up=dispatch.num_held_up,
         )
 
+    # ---- whether the averages may be used
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this is a forked child of the process that made the engine; the engine does nothing there.
+
+        A child has the parent's memory but none of its threads, so queued work would never run.
+        """
+        return self._process != os.getpid()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the engine still has its threads and hooks: close() has not ended them yet."""
+        return self._finalizer.alive
+
+    def check_open(self, what: str) -> None:
+        """Raise ClosedError, which names ``what``, if close() was called."""
+        if self._closed:
+            raise ClosedError(f"{what}: the EMA was closed. Construct another one.")
+
+    def check_no_refusal(self, what: str) -> None:
+        """Raise the reason given to ``refuse``, if any; for example, that the averages are swapped into the model."""
+        if self._refusal is not None:
+            raise type(self._refusal)(f"{what}: {self._refusal}")
+
+    def check_averages(self, what: str) -> None:
+        """Raise NitrousError if averaging or restore() failed, so that the averages are invalid (ENGINE-4)."""
+        self._collect_lane_error()
+        if self._failure is not None:
+            snapshots = " or restore a snapshot (restore)" if self._sink is not None else ""
+            raise NitrousError(
+                f"{what}: {self._failed_operation} failed ({self._failure}), so the averages are no longer valid. "
+                f"Load a saved state (load_state_dict){snapshots}."
+            ) from self._failure
+
+    def raise_failed_writes(self) -> None:
+        """Raise SnapshotWriteError, once for each background write that failed; or warn, with ``on_error="warn"``."""
+        if self._sink is not None:
+            self._sink.raise_failures()
+
+    def check_failures(self, what: str) -> None:
+        """Raise what stands against reading the averages, or went wrong in the background since the last call.
+
+        Args:
+            what: The caller's operation, named in the error.
+
+        Raises:
+            NitrousError: The averages are swapped into the model; averaging or restore() failed.
+            SnapshotWriteError: A background write failed; raised once.
+            UnsafeReadError: Weights were written while they were read; raised once.
+        """
+        self.check_no_refusal(what)
+        self.check_averages(what)
+        self.raise_failed_writes()
+        if self.guard is not None:
+            self.guard.detect_writes()
+            self.guard.check()
+
+    def refuse(self, reason: NitrousError) -> None:
+        """Refuse every update and every read of the averages from now on, with this reason."""
+        self._refusal = reason
+
+    def end_refusal(self, reason: NitrousError) -> None:
+        """End the refusal with this reason. A later refusal with another reason stays."""
+        if self._refusal is reason:
+            self._refusal = None
+
     # ---- reading the averages, and ending
 
     def order_readers(self, what: str) -> None:
-        """The caller's reads of the averages come after all updates so far. Raises what ``is_usable`` raises."""
-        if self.is_usable(what, reading=True):
-            self._dispatch.order_readers()
-            self._raise_failures(what)  # also of the work that was waited for
+        """Order the caller's reads of the averages after all updates so far. Raises what ``check_failures`` raises."""
+        if self.is_inherited:
+            return
+        self.check_failures(what)
+        self._dispatch.order_readers()
+        self._check_outcome(what)
 
     def flush(self, timeout_seconds: float | None = None) -> None:
-        """Block until every update is done and every snapshot is on disk or told failed. Raises TimeoutError."""
-        if self.is_usable("flush()", reading=True):
-            self._dispatch.drain(clamp_timeout(timeout_seconds))
-            self._raise_failures("flush()")
+        """Block until every update is done and every snapshot is on disk or reported as failed. Raises TimeoutError."""
+        if self.is_inherited:
+            return
+        self.check_failures("flush()")
+        self._dispatch.drain(clamp_timeout(timeout_seconds))
+        self._check_outcome("flush()")
 
     def close(self, timeout_seconds: float | None = None) -> bool:
-        """Drain, write what is pending, end threads and remove hooks; updates are refused from then on.
+        """Drain, write pending snapshots, end threads and remove hooks; updates are refused from then on.
 
         Returns:
-            False if it was closed before.
+            False if the engine was closed before.
 
         Raises:
-            TimeoutError: Something is still pending; close() may be called again.
+            TimeoutError: Updates or snapshots are still pending; close() may be called again.
         """
-        if self._process != os.getpid() or not self._finalizer.alive:
+        if self.is_inherited or not self._finalizer.alive:
             return False
         self._closed = True
         self._dispatch.drain(clamp_timeout(timeout_seconds))
         if self.guard is not None:
-            self.guard.fence()  # nothing is read any more: whoever writes from now on is right
+            self.guard.fence()  # no lane reads the weights any more, so later writes are no violations
         try:
-            self._raise_failures("close()")
+            self._check_outcome("close()")
             if self.guard is not None:
                 self.guard.check()
         finally:
             self._finalizer()
         return True
 
-    @property
-    def is_open(self) -> bool:
-        """Whether close() has not ended it yet."""
-        return self._finalizer.alive
-
-    def refuse(self, reason: NitrousError) -> None:
-        """Refuse everything that changes or reads the averages from now on."""
-        self._refusal = reason
-
-    def end_refusal(self, reason: NitrousError) -> None:
-        """End what ``refuse`` began, unless something else (closing) has been refusing since."""
-        if self._refusal is reason:
-            self._refusal = None
-
-    def is_usable(self, what: str, *, reading: bool = False, failed_writes: bool = True) -> bool:
-        """Whether ``what`` may go on: False, always, in a forked child, where this object does nothing.
-
-        Args:
-            what: Named in the error.
-            reading: It changes nothing, so that it is allowed after close().
-            failed_writes: Tell those of the background now; otherwise the caller does it.
-
-        Raises:
-            NitrousError: The EMA is closed or its averages are swapped into the model; a lane failed.
-            SnapshotWriteError: A background write failed since the last call (told once).
-            UnsafeReadError: Weights were written while they were read (told once).
-        """
-        if self._process != os.getpid():
-            return False
-        if self._closed and not reading:
-            raise ClosedError(f"{what}: the EMA was closed. Construct another one.")
-        if self._refusal is not None:
-            raise type(self._refusal)(f"{what}: {self._refusal}")
-        self._raise_failures(what, failed_writes=failed_writes)
-        if self.guard is not None:
-            if failed_writes:
-                self.guard.detect_writes()  # update() does where it reads
-            self.guard.check()
-        return True
-
     def move(self, device: torch.device) -> None:
-        """Move every average and copy to a device, unless they are kept in host memory on purpose."""
+        """Move every average and copied tensor to a device; does nothing with ``offload="host"``."""
         if self._offloads:
             return
         self.order_readers("to()")
@@ -309,80 +367,84 @@ class AveragingEngine:
                 viewer.rebind()
 
     def copy_from_model(self) -> None:
-        """Set every average to the model's present weights."""
-        if self.is_usable("copy_params_from_model_to_ema()"):
-            self._run(self._live(), (1.0,) * len(self.policy.gammas))
-            self._dispatch.order_writers()  # whoever writes the weights next need not know that they were read
-            self._raise_failures("copy_params_from_model_to_ema()")
+        """Set every average to the model's current weights."""
+        if self.is_inherited:
+            return
+        what = "copy_params_from_model_to_ema()"
+        self.check_open(what)
+        self.check_failures(what)
+        self._run(self._live(), (1.0,) * len(self.config.profiles.gammas))
+        # The caller may write the weights next without a fence, because only update() announces a read of them.
+        self._dispatch.order_writers()
+        self._check_outcome(what)
 
     def copy_to_model(self, profile: int) -> None:
         """Set the model's weights to an average."""
         self.order_readers("copy_params_from_ema_to_model()")
-        self.fence_everybody()
+        self.fence_all_readers()
         with neutral_modes():
             for tracked, average in self.flat_buffers.averages(profile):
                 write(*writable_view(tracked.live(), average))
 
     def prepare_loading(self, what: str = "load_state_dict()", *, with_snapshots: bool = False) -> bool:
-        """The averages are about to be set from outside: whatever is queued or failed does not matter any more.
+        """Prepare for averages that are set from outside: wait for queued work, and discard its failures.
 
         Args:
-            what: Named in errors.
+            what: The caller's operation, named in errors.
             with_snapshots: Wait also until snapshots that were taken are on disk.
 
         Returns:
-            False in a forked child, where this object does nothing.
+            False in a forked child, where the engine does nothing.
         """
-        if self._process != os.getpid():
+        if self.is_inherited:
             return False
-        if self._closed:
-            raise ClosedError(f"{what}: the EMA was closed. Construct another one.")
-        if self._refusal is not None:
-            raise type(self._refusal)(f"{what}: {self._refusal}")
+        self.check_open(what)
+        self.check_no_refusal(what)
         self._dispatch.drain(with_snapshots=with_snapshots)
-        self._note_error()  # stands until something has been loaded
+        self._collect_lane_error()  # the averages stay invalid until something has been loaded
         return True
 
-    def loaded(self) -> None:
-        """They have been set."""
+    def mark_valid(self) -> None:
+        """End the state that ``mark_invalid`` began: the averages have been set completely."""
         self._failure = None
 
-    def fail(self, what: str, error: BaseException) -> None:
-        """They have been set in part only."""
-        self._failure, self._failed = error, what
+    def mark_invalid(self, operation: str, error: BaseException) -> None:
+        """Refuse the averages until something is loaded, because an operation has changed only a part of them."""
+        self._failure, self._failed_operation = error, operation
 
     # ---- inside
 
     def _begin(self) -> None:
         self.run_lineage.is_fresh = False
-        told = self._find_resumable_run(self.run_lineage.run)
-        if told is not None:  # before anything counts: where warnings are errors, this update is refused
-            warn(told)
+        warning = self._find_resumable_run(self.run_lineage.run)
+        if warning is not None:  # before anything counts: where warnings are errors, this update is refused
+            warn(warning)
 
     def _drain(self) -> None:
-        """What ``drain_request`` asks for, at the end of an update."""
+        """Carry out a requested drain, at the end of an update."""
         timeout = clamp_timeout(self.drain_timeout_seconds)
         deadline = None if timeout is None else time.monotonic() + timeout
-        self._dispatch.drain(timeout)  # first, so that there is room for one more snapshot whatever ``on_full`` says
+        # Before the checkpoint, too: then a slot is free for one more snapshot, whatever ``on_full`` is.
+        self._dispatch.drain(timeout)
         try:
             if self.schedule.updates:
                 self._checkpoint()
         except SnapshotWriteError:
-            self.drain_request.answer()  # there is nothing left to wait for, and whoever asked is told
+            self.drain_request.mark_done()  # nothing is left to wait for, and this error reports the failed write
             raise
         self._dispatch.drain(None if deadline is None else max(deadline - time.monotonic(), 0.0))
-        self.drain_request.answer()
-        self._raise_failures("update()", failed_writes=False)
+        self.drain_request.mark_done()
+        self.check_averages("update()")
 
     def _live(self) -> Mapping[str, Tensor]:
-        """Every tensor that is averaged or copied, as the model holds it now."""
+        """Return every averaged or copied tensor by name, as the model holds it now."""
         live = self._tensors.find()
-        if live is not self._checked and not self._offloads and not self.policy.allow_different_devices:
+        if live is not self._checked and not self._offloads and not self.config.allow_different_devices:
             self._check_devices(live)
         self._checked = live
         if hold_averages(live.values()):
             raise NitrousError(
-                "an average of another EMA is in the place of the model's weights. Leave its "
+                "the model currently holds another EMA's averaged weights. Leave that EMA's "
                 "`with ema.average_parameters()` block first."
             )
         return live
@@ -390,12 +452,12 @@ class AveragingEngine:
     def _check_devices(self, live: Mapping[str, Tensor]) -> None:
         for name, tensor in live.items():
             if tensor.device != self._dispatch.devices[name]:
-                if self.policy.move_to_online_device:
+                if self.config.move_ema_to_online_device:
                     self.move(tensor.device)
                     return
-                place = self._dispatch.devices[name]
+                device = self._dispatch.devices[name]
                 raise NitrousError(
-                    f"{name!r} is on {tensor.device} but its average is on {place}. Move the EMA as well "
+                    f"{name!r} is on {tensor.device} but its average is on {device}. Move the EMA as well "
                     f"(ema.to({str(tensor.device)!r})) or construct it with move_ema_to_online_device=True; "
                     "allow_different_devices=True copies the parameters over at each update."
                 )
@@ -414,10 +476,10 @@ class AveragingEngine:
             with neutral_modes():
                 queue_work()
         except BaseException as error:
-            self.fail("averaging", error)  # part may be queued: also Ctrl-C leaves averages that are not right
+            self.mark_invalid("averaging", error)  # a part may be queued, also after Ctrl-C
             if not isinstance(error, Exception):
                 raise
-            self._raise_failures(what, failed_writes=False)
+            self.check_averages(what)
 
     def _refuse_capture(self, what: str) -> None:
         if self._dispatch.is_capturing():
@@ -427,32 +489,26 @@ class AveragingEngine:
                 "and fence() before each replay, since no optimizer hook runs in one."
             )
 
-    def _note_error(self) -> None:
+    def _collect_lane_error(self) -> None:
         error = self._dispatch.take_error()
         if error is not None:
-            self.fail("averaging", error)
+            self.mark_invalid("averaging", error)
 
-    def _raise_failures(self, what: str, *, failed_writes: bool = True) -> None:
-        self._note_error()
-        if self._failure is not None:
-            snapshots = ", or go back to a snapshot (restore)" if self._sink is not None else ""
-            raise NitrousError(
-                f"{what}: {self._failed} failed ({self._failure}); the averages are not what the training made of "
-                f"them. Load a state that was saved before (load_state_dict){snapshots}."
-            ) from self._failure
-        if failed_writes and self._sink is not None:
-            self._sink.raise_failures()
+    def _check_outcome(self, what: str) -> None:
+        """Raise the failures of work that an operation has just waited for."""
+        self.check_averages(what)
+        self.raise_failed_writes()
 
 
-def _dispatch(flat_buffers: FlatBuffers, background: Background | None) -> UpdateDispatcher:
+def _dispatcher(flat_buffers: FlatBuffers, background: Background | None) -> UpdateDispatcher:
     if background is None:
         return UpdateDispatcher(flat_buffers)
     return UpdateDispatcher(
         flat_buffers,
         background.make_lane,
         reads_later=True,
-        scratch_bytes=background.scratch_bytes,
-        offloads=background.offloads,
+        scratch_bytes=background.config.scratch_bytes,
+        offloads=background.config.offload == "host",
     )
 
 

@@ -1,10 +1,11 @@
-"""Which run an EMA belongs to, and what came before it.
+"""The run that an EMA belongs to, and its lineage: the runs that it continues.
 
-A run is one uninterrupted line of averages. Loading a state that was saved at step s continues that state's run: its
-snapshots up to s are this run's ancestors, later ones are somebody's abandoned future. A run that has already written
-snapshots and then loads a state goes on under a new name, since what it wrote is itself a future that was left.
+A run is one uninterrupted sequence of averages. An EMA that loads a state saved at step s continues the run of that
+state. The snapshots of the earlier run up to s then belong to the lineage of this run; later ones are an abandoned
+future. A run that has already written snapshots and then loads a state continues under a new name, because its own
+snapshots have become an abandoned future as well.
 
-Readers take the run with the newest name, so a run that continues another one always has the newer name of the two.
+Readers select the run with the newest name, so a run always has a newer name than the run that it continues.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ from nitrous_ema.snapshots.names import new_run_id
 
 
 class RunLineage:
-    """Run id, ancestors, and the steps that were given to the sink."""
+    """Run id, ancestors, and the steps whose snapshots were passed to the sink."""
 
     def __init__(self) -> None:
         self.run = new_run_id()
         self.ancestors: Lineage = ()
         self.written: set[int] = set()
         self.is_fresh = True
-        """Neither was a state taken up, nor has it begun: at its first update one may be told of other runs."""
+        """True until the first update() or until a state is loaded: the first update of a fresh run may warn of a run
+        that could have been resumed."""
 
     @property
     def lineage(self) -> Lineage:
@@ -41,11 +43,11 @@ class RunLineage:
         return (*self.ancestors, (self.run, None))
 
     def stamp(self, schedule: Schedule) -> Stamp:
-        """What a snapshot taken now says of itself."""
+        """Return the stamp of a snapshot that is taken now."""
         return self._stamp(schedule.step, schedule.t, schedule.t_first)
 
     def first_stamp(self) -> Stamp:
-        """What one of the first step would say: headers of this run are all as large as with this one."""
+        """Return the stamp of a snapshot of step 1. Every header of this run is as large as with this stamp."""
         return self._stamp(1, 1, 1)
 
     def _stamp(self, step: int, t: Time, t_first: Time) -> Stamp:
@@ -60,25 +62,30 @@ class RunLineage:
         )
 
     def state(self) -> list[list[Any]]:
-        """The lineage in plain lists."""
+        """Return the lineage in plain lists, for a state_dict."""
         return [list(link) for link in self.lineage]
 
     def continue_from(self, lineage: Sequence[Sequence[Any]], step: int) -> None:
-        """Take up a state of another run (or an earlier one of this run) that was saved at ``step``."""
+        """Continue a state of another run, or an earlier state of this run.
+
+        Args:
+            lineage: The lineage of that state: run ids, each with the step at which it was left (None: not left).
+            step: The step at which the state was saved.
+        """
         self.is_fresh = False
         links = [(str(run), None if left is None else int(left)) for run, left in lineage if step > 0]
         newest = max((run for run, _ in links), default="")
         if self.written or newest > self.run:
             self.run = _run_after(newest)
             self.written = set()
-        # Ancestors that were left later than this step did not lead to it.
+        # An ancestor may have been left at a later step than this one; only its snapshots up to this step count.
         self.ancestors = tuple((run, min(step, left or step)) for run, left in links if run != self.run)
 
 
 def _run_after(ancestor: str) -> str:
-    """A new name that sorts after another one, also where the clock has gone back since, or is another machine's."""
+    """Return a new run id that sorts after another one, also if this clock is behind the clock that made the other."""
     run = new_run_id()
-    with suppress(ValueError, OverflowError):  # not a name of ours
+    with suppress(ValueError, OverflowError):  # not an id that this library made
         if run <= ancestor:
             started = datetime.strptime(ancestor.partition("-")[0], "%Y%m%dT%H%M%S.%f")
             run = new_run_id(started.replace(tzinfo=timezone.utc) + timedelta(microseconds=1))

@@ -1,50 +1,53 @@
-"""A synthesized average into a model.
+"""Put a synthesized average into a model.
 
-Longer than the house's 300 lines because three kinds of files and one check of all of them belong on one page.
+The whole file is checked against the whole model before the first tensor is written, so a file that does not fit leaves
+the model as it was. ``synthesis.outputs.reader`` reads the file.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nitrous_ema.errors import SnapshotMismatch
 from nitrous_ema.snapshots.bounded_json import brief
-from nitrous_ema.synthesis.outputs.reader import _opened, _Parts, _SafetensorsFile, _told, _TorchFile
+from nitrous_ema.synthesis.outputs.reader import open_average
 
 if TYPE_CHECKING:
     import torch
 
+    from nitrous_ema.synthesis.outputs.reader import SafetensorsFile, ShardedFile, TorchFile
+
 
 def load_average(model: torch.nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> dict[str, str]:
-    """Copy a synthesized average into a model, in place, cast to the types the model has.
+    """Copy a synthesized average into a model, in place, cast to the model's types.
 
     The model may be wrapped (``torch.compile``, DDP) and have tied tensors; names are those of the unwrapped model's
-    ``state_dict()``. Names that a wrapper has left in the file (old folders of a wrapped model) are understood where
-    they leave no doubt. Everything is checked before the first tensor is touched, and an EMA that reads this model in
-    the background is waited for. Tensors that were skipped while training are in no file; they keep what the model has.
+    ``state_dict()``. Wrappers' prefixes in the file (old folders of a wrapped model) are removed where that is
+    unambiguous. All tensors are checked before the first one is written, and an EMA that reads this model in the
+    background is waited for. The file does not contain tensors that were skipped while training; the model's stay.
 
-    ema-pytorch stores whole numbers as float16 like all else. They become what the model has if they are still whole,
-    and so small (below 2048 in float16, else 256) that no rounding can have changed them.
+    ema-pytorch stores whole numbers as float16 like all other tensors. They become the model's whole numbers if they
+    are still whole, and so small (below 2048 in float16, else 256) that no rounding can have changed them.
 
     Args:
         model: Any device, any floating types.
-        path: What the synthesis wrote: ``.safetensors``, ``.pt``, or the ``.safetensors.index.json`` of several parts.
-        strict: Demand that file and model have the same tensors; otherwise those that both have are loaded.
+        path: A file of a synthesis: ``.safetensors``, ``.pt``, or the ``.safetensors.index.json`` of several parts.
+        strict: Require that file and model have the same tensors; otherwise only tensors of both are loaded.
 
     Returns:
-        What the file says it is made of (``step``, ``sigma_rel``, ``profile_error``...); empty for ``.pt``.
+        The file's metadata (``step``, ``sigma_rel``, ``profile_error``...); empty for ``.pt``.
 
     Raises:
-        SnapshotNotFound: No such file.
-        SnapshotDamaged: The file is not what the synthesis writes.
-        SnapshotMismatch: Names or shapes differ from the model's, or whole, real and complex numbers meet, or a number
-            is too large for the model's type, or a tensor of the model has no values of its own to be written (meta,
-            sharded).
+        SnapshotNotFound: There is no such file.
+        SnapshotDamaged: The file is not one that synthesis writes, or is damaged.
+        SnapshotMismatch: Names or shapes differ from the model's; or whole, real and complex numbers meet; or a number
+            is too large for the model's type; or a tensor of the model has no values of its own that can be written
+            (meta, sharded).
         SnapshotError: The file cannot be read.
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
     """
     from nitrous_ema.averaging.model.tracking import canonical_tensors, check_module
 
@@ -55,125 +58,145 @@ def load_average(model: torch.nn.Module, path: str | os.PathLike[str], *, strict
 def load_tensors(
     tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], *, strict: bool = True
 ) -> dict[str, str]:
-    """``load_average`` into tensors by name, of whatever types they are."""
+    """Copy a synthesized average into tensors, in place: ``load_average`` for tensors by name, of any types."""
     from nitrous_ema.averaging.execution.write_guard import fence_all
     from nitrous_ema.averaging.model.tracking import writable_view, write
 
     path = Path(path)
-    with _told(path):
-        stored = _opened(path)
-    tensors = _under_names_of(stored, tensors)
-    _check(path, stored, tensors, strict=strict)
-    fence_all(list(tensors.values()))
+    average = open_average(path)
+    tensors = _named_as_in_file(average, tensors)
+    _check(path, average, tensors, strict=strict)
+    fence_all(list(tensors.values()))  # an EMA in the background may still read these tensors
     for key, tensor in tensors.items():
-        if key in stored.described:
-            write(*writable_view(tensor, stored.read(key)))
-    return stored.metadata
+        if key in average.described:
+            write(*writable_view(tensor, average.read(key)))
+    return average.metadata
 
 
-def _under_names_of(
-    stored: _TorchFile | _SafetensorsFile | _Parts, tensors: Mapping[str, torch.Tensor]
+def _named_as_in_file(
+    average: TorchFile | SafetensorsFile | ShardedFile, tensors: Mapping[str, torch.Tensor]
 ) -> Mapping[str, torch.Tensor]:
-    """The tensors under the file's names, if these differ by the names of wrappers only; else as they are."""
+    """Return the tensors under the file's names if the names differ by wrappers' prefixes alone; else unchanged."""
     from nitrous_ema.averaging.model.tracking import without_wrappers
 
-    wanted = {key: without_wrappers(key) for key in tensors if key not in stored.skipped}
-    there = {without_wrappers(key): key for key in stored.described}
-    one_to_one = len(there) == len(stored.described) and len(set(wanted.values())) == len(wanted)
-    if wanted.keys() == stored.described.keys() or not one_to_one or set(wanted.values()) != there.keys():
+    in_model = {key: without_wrappers(key) for key in tensors if key not in average.skipped}
+    in_file = {without_wrappers(key): key for key in average.described}
+    # Two names may become one without prefixes. A guess could then put a tensor into the wrong place.
+    one_to_one = len(in_file) == len(average.described) and len(set(in_model.values())) == len(in_model)
+    if in_model.keys() == average.described.keys() or not one_to_one or set(in_model.values()) != in_file.keys():
         return tensors
-    return {there[plain]: tensors[key] for key, plain in wanted.items()}
+    return {in_file[plain]: tensors[key] for key, plain in in_model.items()}
 
 
 def _check(
-    path: Path, stored: _TorchFile | _SafetensorsFile | _Parts, tensors: Mapping[str, torch.Tensor], *, strict: bool
+    path: Path,
+    average: TorchFile | SafetensorsFile | ShardedFile,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    strict: bool,
 ) -> None:
-    """Refuse a file that does not fit the model."""
-    from nitrous_ema._base.torch_dtypes import TORCH_DTYPES
-
-    if "layout_sha256" in stored.metadata:
+    """Raise SnapshotMismatch for a file that does not fit the tensors, with the first five reasons."""
+    if "layout_sha256" in average.metadata:
         raise SnapshotMismatch(
-            f"{path} is a snapshot, not an average made of snapshots. Synthesize one with "
+            f"{path} is a snapshot, not a synthesized average. Synthesize an average with "
             "`python -m nitrous_ema.async_.synthesize_worker` and load that.",
             path=path,
         )
-    skipped = set(stored.skipped)
-    missing = [key for key in tensors if key not in stored.described and key not in skipped]
-    unexpected = [key for key in stored.described if key not in tensors]
-    problems = []
-    if strict and missing:
-        problems.append(f"missing in the file: {_some(missing)}")
-    if strict and unexpected:
-        problems.append(f"missing in the model: {_some(unexpected)}")
-    if not strict and len(missing) + len(skipped) >= len(tensors) and not tensors.keys() & stored.described.keys():
-        problems.append("no tensor has the same name in both")
-    for key in (key for key in tensors if key in stored.described):
-        found, tensor = stored.described[key], tensors[key]
-        if (unwritable := _unwritable(tensor)) is not None:
-            problems.append(f"{key!r} of the model {unwritable}")
-        elif found.shape != tuple(tensor.shape):
-            problems.append(f"{key!r} is {found.shape} in the file and {tuple(tensor.shape)} in the model")
-        elif found.dtype in TORCH_DTYPES and _overflows(stored, key, tensor.dtype):
-            problems.append(f"{key!r} has numbers in the file that are too large for {tensor.dtype} in the model")
-        elif found.dtype not in TORCH_DTYPES or (
-            _kind(TORCH_DTYPES[found.dtype]) != _kind(tensor.dtype) and not _are_whole(stored.read(key), tensor.dtype)
-        ):
-            problems.append(f"{key!r} is {found.dtype} in the file and {tensor.dtype} in the model")
+    problems = [*_name_problems(average, tensors, strict=strict), *_tensor_problems(average, tensors)]
     if problems:
         raise SnapshotMismatch(
             f"{path} does not fit the model; {'; '.join(problems[:5])}. Nothing was loaded. Load it into the "
-            "architecture that was trained, or with strict=False to take what both have.",
+            "architecture that was trained, or with strict=False to load only the tensors of both.",
             path=path,
         )
 
 
-def _unwritable(tensor: torch.Tensor) -> str | None:
-    """Why a tensor cannot be given values, if so."""
+def _name_problems(
+    average: TorchFile | SafetensorsFile | ShardedFile, tensors: Mapping[str, torch.Tensor], *, strict: bool
+) -> Iterator[str]:
+    skipped = set(average.skipped)
+    missing = [key for key in tensors if key not in average.described and key not in skipped]
+    unexpected = [key for key in average.described if key not in tensors]
+    if strict and missing:
+        yield f"missing in the file: {_shorten(missing)}"
+    if strict and unexpected:
+        yield f"missing in the model: {_shorten(unexpected)}"
+    # Without this, strict=False would accept the file of another model and load nothing from it.
+    if not strict and len(missing) + len(skipped) >= len(tensors) and not tensors.keys() & average.described.keys():
+        yield "no tensor has the same name in both"
+
+
+def _tensor_problems(
+    average: TorchFile | SafetensorsFile | ShardedFile, tensors: Mapping[str, torch.Tensor]
+) -> Iterator[str]:
+    from nitrous_ema._base.torch_dtypes import TORCH_DTYPES
+
+    for key in (key for key in tensors if key in average.described):
+        found, tensor = average.described[key], tensors[key]
+        if (reason := _unwritable_reason(tensor)) is not None:
+            yield f"{key!r} of the model {reason}"
+        elif found.shape != tuple(tensor.shape):
+            yield f"{key!r} is {found.shape} in the file and {tuple(tensor.shape)} in the model"
+        elif found.dtype in TORCH_DTYPES and _overflows(average, key, tensor.dtype):
+            yield f"{key!r} has numbers in the file that are too large for {tensor.dtype} in the model"
+        elif found.dtype not in TORCH_DTYPES or (
+            _kind(TORCH_DTYPES[found.dtype]) != _kind(tensor.dtype) and not _are_whole(average.read(key), tensor.dtype)
+        ):
+            yield f"{key!r} is {found.dtype} in the file and {tensor.dtype} in the model"
+
+
+def _unwritable_reason(tensor: torch.Tensor) -> str | None:
+    """Return why no values can be written to a tensor; None if they can."""
     import torch
     from torch.nn.parameter import is_lazy
 
     if is_lazy(tensor):
         return "is uninitialized (run one forward pass first)"
     if tensor.is_meta:
-        return "is on the meta device and holds no values (give it memory first, with to_empty())"
+        return "is on the meta device and holds no values (allocate its memory first, with to_empty())"
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return f"is a {type(tensor).__name__}, not a plain tensor (load before the model is sharded or converted)"
     return None
 
 
 def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
-    """Real, complex or whole numbers: none is rounded to another silently."""
+    """Return whether a type is real and whether it is complex. No value changes its kind silently."""
     return dtype.is_floating_point, dtype.is_complex
 
 
 def _are_whole(values: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether floating numbers are whole ones of this type, which no rounding to a floating type can have changed."""
+    """Return whether floating values are whole numbers of this type that no rounding can have changed."""
     import torch
 
     if not values.is_floating_point() or dtype.is_floating_point or dtype.is_complex:
         return False
-    limit = 2048 if values.dtype == torch.float16 else 256  # which bfloat16 still holds
+    # From these limits on, a neighboring whole number may have been rounded to the value: 2049 becomes 2048 in float16,
+    # and 257 becomes 256 in bfloat16. The limit of bfloat16, the coarsest type, holds for all other types as well.
+    limit = 2048 if values.dtype == torch.float16 else 256
     values = values.double()
     if not bool(((values == values.round()) & (values.abs() < limit)).all()):
         return False
-    return torch.equal(values.to(dtype).double(), values)  # nothing negative, and only 0 and 1 where that is all
+    return torch.equal(values.to(dtype).double(), values)  # False for -1 as uint8, or 2 as bool
 
 
-def _overflows(stored: _TorchFile | _SafetensorsFile | _Parts, key: str, dtype: torch.dtype) -> bool:
-    """Whether numbers of a file would become infinite; it is read only where the model's type is far narrower."""
+def _overflows(average: TorchFile | SafetensorsFile | ShardedFile, key: str, dtype: torch.dtype) -> bool:
+    """Return whether finite values of a tensor would become infinite in this type.
+
+    The tensor is read only if the model's type has a far smaller range.
+    """
     import torch
 
     from nitrous_ema._base.torch_dtypes import TORCH_DTYPES
 
-    found = TORCH_DTYPES[stored.described[key].dtype]
+    found = TORCH_DTYPES[average.described[key].dtype]
     if not (found.is_floating_point and dtype.is_floating_point):
         return False
-    if torch.finfo(dtype).max * 2 > torch.finfo(found).max:  # bfloat16 ends a little before float32
+    if torch.finfo(dtype).max * 2 > torch.finfo(found).max:  # bfloat16 ends just below the end of float32
         return False
-    values = stored.read(key)
+    values = average.read(key)
     return bool((values.isfinite() & ~values.to(dtype).float().isfinite()).any())
 
 
-def _some(names: list[str]) -> str:
+def _shorten(names: list[str]) -> str:
     shown = brief(", ".join(map(repr, names[:5])))
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,12 +1,14 @@
-"""Averages back from a snapshot folder (``restore()``), and the word to whoever forgot to resume from it.
+"""Restore averages from a snapshot folder, and warn runs that forgot to resume from one.
 
-A file is read twice by the readers of synthesis: once to check every chunk, then to write what it holds.
+A restore must not leave averages of two steps behind, yet a snapshot may be larger than the memory that is free beside
+the averages. The file is therefore read twice, in pieces, by the same readers as in synthesis: first to check every
+chunk, then to write its contents into the averages.
 
-R1  Nothing is touched before the snapshot was found to     test_snapshot_that_does_not_fit_is_refused_untouched
-    fit, and all of it to be what was written.              test_damage_is_found_before_anything_is_touched
-R2  If the second read fails, some averages have been       test_damage_between_the_reads_refuses_the_averages
+RESTORE-1  Nothing is changed before the snapshot was found to   test_snapshot_that_does_not_fit_is_refused_untouched
+    fit the model and every checksum was right.                  test_damage_is_found_before_anything_is_touched
+RESTORE-2  If the second read fails, some averages have been     test_damage_between_the_reads_refuses_the_averages
     written: all are refused until something is loaded.
-R3  Looking for other runs fails for nobody, and changes    test_folder_that_cannot_be_read_is_logged_only
+RESTORE-3  The search for other runs never raises, and changes   test_folder_that_cannot_be_read_is_logged_only
     nothing.
 """
 
@@ -34,64 +36,69 @@ from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
 
 _BUFFER_BYTES = 16 << 20  # a multiple of every element's size
-_MOST_NAMED = 5
+_MAX_NAMED = 5
 
 _log = logging.getLogger(__name__)
 
 
 def restore(engine: AveragingEngine, snapshot: Snapshot) -> str | None:
-    """Set averages, copied tensors, clock and lineage to those of a snapshot.
+    """Set averages, copied tensors, counters and lineage to those of a snapshot.
 
     Args:
-        engine: Nothing may be queued or swapped (``prepare_loading``).
-        snapshot: A committed one.
+        engine: Its queued work is done and no averages are swapped into the model (``prepare_loading``).
+        snapshot: A committed snapshot.
 
     Returns:
-        What there is to warn of: that averages were rounded when they were stored.
+        A warning that the averages were rounded when they were stored; None if they were not.
 
     Raises:
         SnapshotMismatch: It has other profiles, or does not fit the model; names the first tensors that differ.
-        SnapshotDamaged: A chunk's checksum is wrong. If only the second read found that, averages are refused.
+        SnapshotDamaged: A chunk's checksum is wrong. If only the second read finds the damage, averages are refused.
     """
     view = stored_snapshot_view(snapshot)
     _check_profiles(engine, snapshot)
     _check_tensors(engine.flat_buffers.layout, snapshot)
-    parts = list(_parts(engine.flat_buffers, view))
-    with OpenFiles(part.source.path for part in parts) as files:
-        for part in parts:
-            part.check(files)
+    sections = list(_sections(engine.flat_buffers, view))
+    with OpenFiles(section.source.path for section in sections) as files:
+        for section in sections:
+            section.check(files)
         try:
-            for part in parts:
-                part.write(files)
-        except BaseException as error:  # also Ctrl-C: averages of two times are nobody's
-            engine.fail("restore()", error)
+            for section in sections:
+                section.write(files)
+        except BaseException as error:  # also Ctrl-C: some averages are restored and some are not
+            engine.mark_invalid("restore()", error)
             raise
-    engine.schedule.load(_clock(snapshot.stamp, engine.schedule))
+    engine.schedule.load(_counters(snapshot.stamp, engine.schedule))
     engine.run_lineage.continue_from(snapshot.stamp.lineage, snapshot.step)
-    engine.loaded()
+    engine.mark_valid()
     return _rounding_warning(snapshot)
 
 
 def warn_about_other_runs(store: SnapshotStore, run: str) -> str | None:
-    """What to tell whoever begins ``run`` in a folder where others have snapshots; None if there is nothing to tell."""
+    """Return a warning for a run that begins in a folder where another run has snapshots; None if there is none.
+
+    Args:
+        store: The snapshot folder.
+        run: Id of the run that begins.
+    """
     try:
         newest = store.get()
     except SnapshotNotFound:
         return None
-    except Exception:  # a damaged file or a failing disk: no reason to end a training that has just begun
-        _log.warning("%s cannot be searched for runs to resume", store.root, exc_info=True)
+    except Exception:  # a damaged file or a failing disk is no reason to end a training that has just begun
+        _log.warning("%s: the search for runs to resume failed", store.root, exc_info=True)
         return None
     if newest.run == run:
         return None
     return (
-        f"This run, {run}, begins anew in {store.root}, where run {newest.run} has snapshots up to step {newest.step}. "
-        "To continue that one instead, call ema.load_state_dict(...) with your saved state, or ema.restore(), before "
-        "the first update(). The two are kept apart: readers take the history of the newest run only (others with run=)"
-        ", which is this one as soon as it has a snapshot."
+        f"This run, {run}, begins anew in {store.root}, where run {newest.run} has snapshots up to step "
+        f"{newest.step}. To continue run {newest.run} instead, call ema.load_state_dict(...) with your saved state, or "
+        "ema.restore(), before the first update(). The two runs are never mixed: readers select the newest run, which "
+        "is this one as soon as it has a snapshot; pass run= to select the other."
     )
 
 
-# ---- does it fit
+# ---- whether the snapshot fits the model
 
 
 def _check_profiles(engine: AveragingEngine, snapshot: Snapshot) -> None:
@@ -103,13 +110,13 @@ def _check_profiles(engine: AveragingEngine, snapshot: Snapshot) -> None:
         raise SnapshotMismatch(
             f"{snapshot.paths[0]} holds the profiles sigma_rels={_listed(found.sigma_rels)} (gammas "
             f"{_listed(found.gammas)}) but this EMA tracks sigma_rels={_listed(expected.sigma_rels)} (gammas "
-            f"{_listed(expected.gammas)}); nothing was changed. Construct it with the profiles of the snapshot.",
+            f"{_listed(expected.gammas)}); nothing was changed. Construct the EMA with the profiles of the snapshot.",
             path=snapshot.paths[0],
         )
 
 
 def _check_tensors(layout: Layout, snapshot: Snapshot) -> None:
-    """Tensors are compared by canonical name; those that are skipped on both sides, or not there, do not count."""
+    """Compare all tensors by canonical name. A tensor that one side skips may be skipped or absent on the other."""
     found = {record.name: record for record in snapshot.layout.records}
     expected = {record.name: record for record in layout.records}
     differences = [
@@ -118,11 +125,11 @@ def _check_tensors(layout: Layout, snapshot: Snapshot) -> None:
         if (difference := _difference(found.get(name), expected.get(name))) is not None
     ]
     if differences:
-        more = len(differences) - _MOST_NAMED
+        more = len(differences) - _MAX_NAMED
         raise SnapshotMismatch(
-            f"{snapshot.paths[0]} does not fit the model; nothing was changed. {'; '.join(differences[:_MOST_NAMED])}"
-            f"{f'; and {more} more' if more > 0 else ''}. Restore with the architecture, and with the names to copy or "
-            "to ignore, that the snapshot was taken with.",
+            f"{snapshot.paths[0]} does not fit the model; nothing was changed. {'; '.join(differences[:_MAX_NAMED])}"
+            f"{f'; and {more} more' if more > 0 else ''}. Restore with the architecture and the filters (ignore_names, "
+            "...) that the snapshot was taken with.",
             path=snapshot.paths[0],
         )
 
@@ -146,7 +153,11 @@ def _difference(found: TensorRecord | None, expected: TensorRecord | None) -> st
 
 
 def _can_hold(found: str, expected: str, role: str) -> bool:
-    """Copied tensors are bytes of one type; an average may be widened, but never cast down or made complex."""
+    """Return whether values of a file's type can be restored.
+
+    A copied tensor is restored byte by byte, so its type must be the same. An average may be widened, but never cast
+    down, and neither made complex nor real.
+    """
     if role == "copied":
         return found == expected
     return (found == "C64") == (expected == "C64") and not (found == "F64" and expected != "F64")
@@ -161,7 +172,7 @@ def _listed(numbers: tuple[float, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """A range of one section that goes to one place; in the section's own elements."""
+    """A range of one section and its destination, counted in elements of the section's type."""
 
     begin: int
     end: int
@@ -170,7 +181,7 @@ class _Move:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Section:
-    """One section of the file, and where it goes."""
+    """One section of the file, and its destinations."""
 
     source: Source
     dtype: torch.dtype
@@ -178,18 +189,18 @@ class _Section:
     fill: Callable[[int, Tensor], None]
 
     def check(self, files: OpenFiles) -> None:
-        """Read all of it."""
+        """Read the whole section, which checks its chunks."""
         everything = _Move(0, self.source.num_bytes // self.dtype.itemsize, 0)
         for _ in self._pieces(files, [everything]):
             pass
 
     def write(self, files: OpenFiles) -> None:
-        """Read all of it again, and put it where it belongs."""
+        """Read the section again, and write it to its destinations."""
         for place, piece in self._pieces(files, self.moves):
             self.fill(place, piece)
 
     def _pieces(self, files: OpenFiles, moves: list[_Move]) -> Iterator[tuple[int, Tensor]]:
-        """(place, elements); the memory is used again for the next one."""
+        """Yield (place, elements) pairs. All elements share one buffer, so each pair is valid until the next."""
         item_bytes = self.dtype.itemsize
         buffer = memoryview(bytearray(min(_BUFFER_BYTES, max(self.source.num_bytes, item_bytes))))
         reader, position = self.source.reader(files), 0
@@ -203,7 +214,7 @@ class _Section:
             position = move.end
 
 
-def _parts(flat_buffers: FlatBuffers, view: StoredSnapshotView) -> Iterator[_Section]:
+def _sections(flat_buffers: FlatBuffers, view: StoredSnapshotView) -> Iterator[_Section]:
     averaged = [record.name for record in view.records if record.role == "averaged"]
     found = dict(zip(averaged, view.average_spans, strict=True))
     places = zip(flat_buffers.layout.averaged, flat_buffers.layout.average_spans, strict=True)
@@ -218,7 +229,7 @@ def _parts(flat_buffers: FlatBuffers, view: StoredSnapshotView) -> Iterator[_Sec
 
 
 def _moves(found: Mapping[str, tuple[int, int]], places: Mapping[str, int]) -> list[_Move]:
-    """In the file's order; neighbours there that are neighbours here make one."""
+    """Return the moves in the file's order; ranges that are adjacent in the file and here are merged into one."""
     moves: list[_Move] = []
     for name, (begin, end) in sorted(found.items(), key=lambda item: item[1]):
         place = places[name]
@@ -229,15 +240,16 @@ def _moves(found: Mapping[str, tuple[int, int]], places: Mapping[str, int]) -> l
     return moves
 
 
-# ---- what else a snapshot says
+# ---- counters and rounding
 
 
-def _clock(stamp: Stamp, schedule: Schedule) -> dict[str, Time]:
-    """What ``Schedule.load`` is given; how many updates were applied is not in the file, and matters to nothing.
+def _counters(stamp: Stamp, schedule: Schedule) -> dict[str, Time]:
+    """Return the argument of ``Schedule.load``.
 
-    The time of the snapshot itself is not in the file either, only that of the last applied update. The exact
-    correction brings averages up to now before a snapshot, so there they are one, unless averages are frozen; the
-    others count calls, and so does the exact one at least where time is kept in whole numbers.
+    The number of applied updates is not in the file, and nothing depends on it. The training time of the snapshot is
+    not in the file either, only the time of the last applied update. With the exact correction the two are equal,
+    because the averages are brought up to date before a snapshot, except for frozen averages. The other corrections
+    count calls. With the exact correction and whole numbers as times, each call counts at least 1.
     """
     counts_calls = schedule.correction != "exact" or isinstance(stamp.t, int)
     now = max(stamp.t, stamp.step) if counts_calls else stamp.t
@@ -246,12 +258,12 @@ def _clock(stamp: Stamp, schedule: Schedule) -> dict[str, Time]:
 
 def _rounding_warning(snapshot: Snapshot) -> str | None:
     stored = snapshot.layout.checkpoint_dtype
-    kept = "float64" if any(record.dtype == "F64" for record in snapshot.layout.averaged) else "float32"
-    if stored == "F64" or (stored == "F32" and kept == "float32"):
+    averaged_in = "float64" if any(record.dtype == "F64" for record in snapshot.layout.averaged) else "float32"
+    if stored == "F64" or (stored == "F32" and averaged_in == "float32"):
         return None
     dtype = AVERAGE_DTYPES[stored]
     return (
-        f"The averages of step {snapshot.step} were kept in {kept} but stored as {dtype.name} (checkpoint_dtype): they come "
-        f"back rounded, by up to {dtype.half_unit:.1e} of each value, and training goes on from there. A state_dict() has all of "
-        "their digits."
+        f"The averages of step {snapshot.step} were {averaged_in} but are stored as {dtype.name} (checkpoint_dtype). "
+        f"The restored averages are rounded by up to {dtype.half_unit:.1e} of each value, and training continues from "
+        "them. A state_dict() has the exact averages."
     )

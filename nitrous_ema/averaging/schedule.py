@@ -1,11 +1,11 @@
-"""When an update is applied, and how much the new weights count in it. Plain numbers, no tensors.
+"""When an update is applied, and which weight the new parameters get in it. Plain numbers, no tensors.
 
-``step`` counts the calls of ``update()``: it names snapshots. ``now`` is training time (steps, images or tokens), and
-``t`` is the time of the last update that was applied: only the mathematics uses it. With ``update_every = k`` an update
-is applied at calls 1, 1 + k, 1 + 2 k, ...
+``step`` counts the calls of ``update()``; snapshots are named by it. ``now`` is the training time (steps, images or
+tokens). ``t`` is the training time of the last applied update; only the mathematics uses it. With ``update_every = k``
+an update is applied at calls 1, 1 + k, 1 + 2 k, ...
 
 ===================  ==================================================================  ==========================
-step_size_correction old average kept by an applied update                               a checkpoint first
+step_size_correction fraction of the old average that an applied update retains          a checkpoint first
 ===================  ==================================================================  ==========================
 ``"exact"``          ``(1 - t_delta / t) ** (gamma + 1)``, t_delta = time since the one  brings the averages up to
                      before: the profile is exact at any stride or batch size            now
@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from nitrous_ema.errors import warn
 from nitrous_ema.profile import gamma_to_sigma_rel, update_weight
@@ -37,24 +37,14 @@ class Schedule:
         gammas: Exponents of the tracked profiles.
         update_every: Calls of ``update()`` from one applied update to the next, at least 1.
         correction: See the module's table.
-        frozen: The first update is applied, which copies the parameters, and none after it.
-
-    Raises:
-        ValueError: ``update_every`` is not a positive integer or ``correction`` is unknown.
+        frozen: Only the first update is applied, which copies the parameters.
     """
 
     def __init__(
         self, gammas: Sequence[float], update_every: int, correction: StepSizeCorrection, frozen: bool = False
     ) -> None:
-        every = cast(Any, update_every)  # numpy's integers are fine
-        if isinstance(every, bool) or not isinstance(every, Integral) or int(every) < 1:
-            raise ValueError(
-                f"update_every is {update_every!r}; expected an integer of at least 1 (calls of update())."
-            )
-        if correction != "exact" and not isinstance(correction, bool):
-            raise ValueError(f"step_size_correction is {correction!r}; expected 'exact', True or False.")
         self.gammas = tuple(gammas)
-        self.update_every = int(update_every)
+        self.update_every = update_every
         self.correction: StepSizeCorrection = correction
         self.frozen = frozen
         self.step = 0
@@ -63,9 +53,9 @@ class Schedule:
         self.t_first: Time = 0
         self.updates = 0  # applied ones
         self.least_weight = _LEAST_WEIGHT
-        """A smaller weight of the new parameters is warned of, once; 0 where averages are float64."""
-        self._applied_at: int | None = None  # step of the last applied update; None if it was not this object's
-        self._interval_was_whole = False  # no checkpoint or resume came between the last two applied updates
+        """``warn_of_small`` warns below this weight of the new parameters; 0 where averages are float64."""
+        self._applied_at: int | None = None  # step of the last applied update; None if another object applied it
+        self._interval_was_whole = False  # no checkpoint and no resume between the last two applied updates
         if correction is False and update_every > 1:
             self._warn_uncorrected()
 
@@ -76,7 +66,7 @@ class Schedule:
 
     @property
     def is_behind(self) -> bool:
-        """Whether ``catch_up`` has something to do."""
+        """Whether ``catch_up`` would return weights."""
         return self.correction == "exact" and self.t != self.now and not self.frozen
 
     def advance(self, t_delta: Time) -> tuple[float, ...] | None:
@@ -89,7 +79,7 @@ class Schedule:
             The weight of the new parameters for each profile (1.0: plain copy), or None if nothing is applied.
 
         Raises:
-            ValueError: ``t_delta`` is not positive and finite, or not 1 without the exact correction. Nothing counts.
+            ValueError: ``t_delta`` is not positive and finite, or not 1 without the exact correction. Nothing changed.
         """
         t_delta = self.check(t_delta)
         is_due = self.is_due
@@ -98,30 +88,35 @@ class Schedule:
         return self._apply() if is_due else None
 
     def catch_up(self) -> tuple[float, ...] | None:
-        """The weights that bring the averages up to ``now`` for a checkpoint; None if nothing is to be done.
+        """Return the weights that bring the averages up to ``now`` for a checkpoint; None if they are up to date.
 
-        Does not shift the calls at which updates are applied.
+        The calls at which updates are applied stay the same.
         """
         return self._apply() if self.is_behind else None
 
     def warn_of_small(self, weights: Sequence[float]) -> None:
-        """Say, once, that float32 averages no longer follow small changes, if ``advance`` returned such weights."""
+        """Warn, once, that float32 averages lose small changes of the weights.
+
+        Args:
+            weights: As returned by ``advance``.
+        """
         weight = min(weights)
-        # Of evenly spaced updates each would count this; a short interval by itself tells nothing.
+        # With evenly spaced updates each one would have this weight. A single short interval, after a checkpoint for
+        # example, has a small weight too, but does not mean that small changes are lost in general.
         usual_weight = (min(self.gammas) + 1) / max(self.updates, 1)
         if not self._interval_was_whole or max(weight, usual_weight) >= self.least_weight:
             return
         self.least_weight = 0.0
         sigma_rel = gamma_to_sigma_rel(self.gammas[weights.index(weight)])
         warn(
-            f"The newest weights now count only {weight:.1e} in the average with sigma_rel {sigma_rel:.3f}: in float32 "
-            f"it does not follow changes below {2**-24 / weight:.1e} of a weight. Average less often: with "
-            f"step_size_correction='exact', update_every={10 * self.update_every} gives the same profile, more "
+            f"Each update now contributes only {weight:.1e} to the sigma_rel={sigma_rel:.3f} average. In float32, "
+            f"relative weight changes smaller than {2**-24 / weight:.1e} are lost to rounding. Average less often: "
+            f"with step_size_correction='exact', update_every={10 * self.update_every} gives the same profile, more "
             "precisely and at a tenth of the cost."
         )
 
     def state(self) -> dict[str, Time]:
-        """All that is needed to go on, in plain numbers."""
+        """Return the counters as plain numbers, for a state_dict."""
         return {
             "step": self.step,
             "now": self.now,
@@ -131,7 +126,7 @@ class Schedule:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state()``, or from a state that knows its step only (then time is counted in steps)."""
+        """Continue from the counters of ``state()``, or from a step alone: then training time is counted in steps."""
         step, self._applied_at = int(state["step"]), None
         # 0.0.1 and ema-pytorch apply an update at calls 1, 1 + k, ...: the last applied one follows from the step.
         last = (step - 1) // self.update_every * self.update_every + 1 if step else 0
@@ -154,7 +149,7 @@ class Schedule:
         return tuple(1.0 - self._legacy_decay(gamma) for gamma in self.gammas)
 
     def _legacy_decay(self, gamma: float) -> float:
-        """nitrous-ema 0.0.1's ``KarrasEMA.beta``, in which ``step`` has already counted the call."""
+        """Return what ``KarrasEMA.beta`` of nitrous-ema 0.0.1 returns; its ``step`` has already counted the call."""
         decay = (1 - 1 / (self.step + 1)) ** (1 + gamma)
         if not self.correction:
             return float(decay)
@@ -162,7 +157,7 @@ class Schedule:
         return float((decay * ahead) ** (self.update_every / 2))
 
     def check(self, t_delta: Any) -> Time:
-        """The same time as a plain number (numpy's are fine), or the error that ``advance`` raises for it."""
+        """Return ``t_delta`` as a plain number, or raise what ``advance`` raises. Numbers of numpy are accepted."""
         if not _is_time(t_delta):
             raise ValueError(
                 f"t_delta is {t_delta!r}: training time must move forward. Pass the steps, images or tokens since the "
@@ -178,10 +173,10 @@ class Schedule:
     def _warn_uncorrected(self) -> None:
         # The product of (1 - 1/n)^(gamma+1) over n = 1, 1+k, ... falls as t^-((gamma+1)/k): another power function.
         real = [gamma_to_sigma_rel((gamma + 1) / self.update_every - 1) for gamma in self.gammas]
-        asked = [gamma_to_sigma_rel(gamma) for gamma in self.gammas]
+        requested = [gamma_to_sigma_rel(gamma) for gamma in self.gammas]
         warn(
-            f"step_size_correction=False with update_every={self.update_every} does not give the asked profiles: "
-            f"sigma_rel {_listed(asked)} becomes {_listed(real)}. Use step_size_correction='exact'."
+            f"step_size_correction=False with update_every={self.update_every} does not give the requested profiles: "
+            f"sigma_rel {_listed(requested)} becomes {_listed(real)}. Use step_size_correction='exact'."
         )
 
 
@@ -189,8 +184,8 @@ def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.3f}" for value in values)
 
 
-def _is_time(given: Any) -> bool:
+def _is_time(value: Any) -> bool:
     try:
-        return isinstance(given, Real) and 0 < float(given) < math.inf
+        return isinstance(value, Real) and 0 < float(value) < math.inf
     except OverflowError:  # an integer beyond all floats
         return False

@@ -1,4 +1,9 @@
-"""How everything that an EMA has started comes to its end: closed, dropped, or with the interpreter."""
+"""The end of an EMA: drained on request, closed, dropped, or ended with the interpreter.
+
+An EMA has threads, hooks on optimizers and queued work. They must end in one order whichever way the EMA ends, and
+queued work must be done first. ``shut_down`` is the finalizer of the engine, so it runs exactly once. It refers to the
+engine's parts and never to the engine, because that reference would keep the engine alive.
+"""
 
 from __future__ import annotations
 
@@ -8,73 +13,78 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from nitrous_ema.averaging.execution.background_thread import BackgroundThread
 from nitrous_ema.averaging.execution.dispatch import UpdateDispatcher
-from nitrous_ema.averaging.execution.interfaces import BackgroundThread, Lane
+from nitrous_ema.averaging.execution.interfaces import Lane
 from nitrous_ema.averaging.execution.write_guard import WriteGuard
 
 _log = logging.getLogger(__name__)
 
 
 class DrainRequest:
-    """Somebody wants everything on disk and training to end; answered by the training thread at its next update().
+    """A request that everything be written to disk, which the training thread carries out at its next update().
 
-    ``ask`` may come at any bytecode of any thread, from a signal handler too: it sets a flag and nothing else.
+    ``request`` may run at any bytecode of any thread, also in a signal handler. It therefore sets a flag, and takes no
+    lock: the interrupted code might hold that lock.
     """
 
     def __init__(self) -> None:
-        self._is_asked = False  # set by anybody, cleared by the training thread alone
-        self._is_answered = False  # the training thread's
+        self._is_requested = False  # set by any thread, cleared by the training thread alone
+        self._is_done = False  # written by the training thread alone
 
-    def ask(self) -> None:
-        """Ask for it."""
-        self._is_asked = True
+    def request(self) -> None:
+        """Request a drain."""
+        self._is_requested = True
 
     def take(self) -> bool:
-        """Whether it was asked for since the last time; the caller is going to do it."""
-        if not self._is_asked:
+        """Return whether a drain was requested since the last call. The caller carries it out."""
+        if not self._is_requested:
             return False
-        self._is_asked = False  # one that is asked for right here is answered too: nothing has been done yet
+        # A request that arrives between the two lines is covered by the same drain, which has not begun yet.
+        self._is_requested = False
         return True
 
-    def answer(self) -> None:
-        """It was done."""
-        self._is_answered = True
+    def mark_done(self) -> None:
+        """Record that the drain was carried out."""
+        self._is_done = True
 
     @property
-    def is_answered(self) -> bool:
-        """Whether it was done, and not asked for again since."""
-        return self._is_answered and not self._is_asked
+    def is_done(self) -> bool:
+        """Whether a drain was carried out and no other drain was requested since."""
+        return self._is_done and not self._is_requested
 
 
 def shut_down(
     dispatch: UpdateDispatcher, guard: WriteGuard | None, remove_hooks: Callable[[], None], process: int
 ) -> None:
-    """End everything that an engine had started; runs when it is closed, dropped, or the interpreter exits.
+    """End everything that an engine started; runs when it is closed or dropped, or when the interpreter exits.
 
     Args:
         dispatch: Its lanes are closed, then the sink.
-        guard: Kept alive, and with it the order of optimizers after the lanes, until they have ended.
-        remove_hooks: To be called in between.
-        process: Which one the engine was made in.
+        guard: Referenced only: while it lives, optimizers are ordered after the lanes.
+        remove_hooks: Called after the lanes have ended and before the sink is closed.
+        process: Id of the process in which the engine was made.
     """
     if process != os.getpid():
         return  # a forked child has none of the threads
     if isinstance(threading.current_thread(), BackgroundThread):
-        # The garbage collector runs on any thread, and one of ours cannot wait for itself; exit waits for this one.
+        # The garbage collector may drop the EMA on any thread. A thread of ours cannot join itself, so a new thread
+        # does the work; it is no daemon, so that the interpreter's exit waits for it.
         arguments = (dispatch, guard, remove_hooks, process)
-        threading.Thread(target=shut_down, args=arguments, name="nitrous-ema-ending", daemon=False).start()
+        threading.Thread(target=shut_down, args=arguments, name="nitrous-ema-shutdown", daemon=False).start()
         return
-    with ExitStack() as ending:  # last in, first out; each, whatever the others raise
+    # Callbacks run in reverse order, and each one runs whatever the others raise: deferred updates, lanes, hooks, sink.
+    with ExitStack() as stack:
         for sink in dispatch.sinks:
-            ending.callback(sink.close)
-        ending.callback(remove_hooks)
+            stack.callback(sink.close)
+        stack.callback(remove_hooks)
         for lane in dispatch.lanes():
-            ending.callback(_log_untold, lane)
-            ending.callback(lane.close)
-        ending.callback(dispatch.flush_deferred)
+            stack.callback(_log_unreported_error, lane)
+            stack.callback(lane.close)
+        stack.callback(dispatch.flush_deferred)
 
 
-def _log_untold(lane: Lane) -> None:
+def _log_unreported_error(lane: Lane) -> None:
     error = lane.take_error()
     if error is not None:
-        _log.error("averaging failed, and nobody asked for this failure any more", exc_info=error)
+        _log.error("averaging failed after the last chance to report it", exc_info=error)

@@ -40,7 +40,7 @@ def save(engine: AveragingEngine, profile: int, destination: dict[str, Any], pre
     destination[prefix + EXTRA] = {
         "initted": schedule.updates > 0,
         **schedule.state(),
-        "gamma": engine.policy.gammas[profile],
+        "gamma": engine.config.profiles.gammas[profile],
         "update_every": schedule.update_every,
         "step_size_correction": schedule.correction,
         "lineage": engine.run_lineage.state(),
@@ -132,10 +132,12 @@ def _check_extra(
         problems.missing.append(prefix + EXTRA)
     elif not isinstance(extra, Mapping) or not isinstance(extra.get("step"), int):
         problems.errors.append(f"{prefix + EXTRA!r} is {extra!r}; expected a dict with the number of steps.")
-    elif abs(extra.get("gamma", engine.policy.gammas[profile]) - engine.policy.gammas[profile]) > 1e-9:
+    elif (
+        abs(extra.get("gamma", engine.config.profiles.gammas[profile]) - engine.config.profiles.gammas[profile]) > 1e-9
+    ):
         problems.errors.append(
             f"{prefix + EXTRA!r}: the state was averaged with gamma {extra['gamma']!r} but this EMA has "
-            f"{engine.policy.gammas[profile]!r}. Construct it with the profiles that the state has."
+            f"{engine.config.profiles.gammas[profile]!r}. Construct it with the profiles that the state has."
         )
 
 
@@ -145,4 +147,4 @@ def _apply(engine: AveragingEngine, found: Sequence[tuple[Tensor, Tensor]], extr
     if extra is not None:
         engine.schedule.load(extra)
         engine.run_lineage.continue_from(extra.get("lineage", ()), engine.schedule.step)
-    engine.loaded()
+    engine.mark_valid()

@@ -152,14 +152,14 @@ def test_refused_update_leaves_the_request(make):
 
 def test_request_that_comes_during_a_drain_is_answered_by_the_next():
     request = DrainRequest()
-    request.ask()
+    request.request()
     assert request.take()
-    request.ask()  # a handler, while the first one is being answered
-    request.answer()
-    assert not request.is_answered
+    request.request()  # a handler, while the first one is being answered
+    request.mark_done()
+    assert not request.is_done
     assert request.take()
-    request.answer()
-    assert request.is_answered
+    request.mark_done()
+    assert request.is_done
     assert not request.take()
 
 

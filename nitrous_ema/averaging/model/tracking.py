@@ -1,19 +1,19 @@
-"""Which tensors of a model are averaged, copied or skipped, and what each is called.
+"""Which tensors of a model are averaged, copied or skipped, and the name of each.
 
 Names are *canonical*: the keys of the unwrapped model's ``state_dict()``. A wrapper module (``torch.compile``, DDP,
-``DataParallel``, activation checkpointing) is recognized by its type, at any depth, and leaves the name; a user's own
-submodule that happens to be called ``module`` keeps it.
+``DataParallel``, activation checkpointing) is recognized by its type, at any depth, and its attribute is left out of
+the names. A user's own submodule that happens to be called ``module`` stays in them.
 
 =========  =============================================================  ==============================================
 role       which tensors                                                  what happens at an applied update
 =========  =============================================================  ==============================================
 averaged   floating-point and complex64 parameters and persistent buffers one average per profile moves towards it
-copied     integers, ``param_or_buffer_names_no_ema``, non-persistent     the value of that moment is kept, once
+copied     integers, ``param_or_buffer_names_no_ema``, non-persistent     the present value is stored, once
            buffers, floating-point buffers that hold inf or nan
 skipped    ``ignore_names``, ``ignore_startswith_names``                  nothing; it is not in snapshots either
 =========  =============================================================  ==============================================
 
-A parameter that stands under several keys (tied weights, a module used twice) is one tensor that remembers all of them.
+A parameter under several keys (tied weights, a module used twice) is one tensor with all of these keys.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from nitrous_ema.snapshots.layout import TensorRecord
 
 Role = Literal["averaged", "copied", "skipped"]
 NameFilter = Collection[str] | Callable[[str], bool]
-"""Canonical names, or a function of one that returns whether it is meant."""
+"""Canonical names, or a function that returns whether a canonical name matches."""
 
 # Module that defines the wrapper, its class, and the attribute that holds what it wraps. A class whose module was
 # never imported has no instances, so nothing is imported to ask (torch._dynamo alone costs over a second).
@@ -55,14 +55,14 @@ _WRAPPER_ATTRIBUTES = frozenset(attribute for _, _, attribute in _WRAPPERS)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrackedTensor:
-    """One tensor of the model, found again at every use: its storage, even its object, may have been replaced."""
+    """A tensor of the model and its role. The live tensor is looked up at every use, since it may have been replaced."""
 
     name: str
     """Canonical name: the first of ``keys``."""
     keys: tuple[str, ...]
-    """Every key of the unwrapped model's state_dict under which it stands."""
+    """Every key of the tensor in the unwrapped model's state_dict."""
     wrapped_names: tuple[str, ...]
-    """The same with the attribute names of wrapper modules left in, as the given model's state_dict has them."""
+    """The same keys in the state_dict of the model as it was passed, with the attribute names of wrapper modules."""
     role: Role
     dtype: torch.dtype
     shape: torch.Size
@@ -72,29 +72,29 @@ class TrackedTensor:
     attribute: str
 
     def live(self) -> Tensor:
-        """The tensor that the model holds now.
+        """Return the tensor that the model holds now.
 
         Raises:
-            UntrackableModelError: It is gone, has another shape or type than when tracking began, or became something
-                that cannot be averaged.
+            UntrackableModelError: The tensor is gone, has another shape or type than when tracking began, or can no
+                longer be averaged.
         """
         held = (self.holder._parameters if self.is_parameter else self.holder._buffers).get(self.attribute)
-        problem = None if held is None else untrackable_reason(held)
-        if problem is not None:
-            raise UntrackableModelError(f"{self.name!r} {problem}.", name=self.name)
+        reason = None if held is None else untrackable_reason(held)
+        if reason is not None:
+            raise UntrackableModelError(f"{self.name!r} {reason}.", name=self.name)
         if held is None or held.shape != self.shape or held.dtype != self.dtype:
             found = "gone" if held is None else f"{held.dtype} of shape {tuple(held.shape)}"
             raise UntrackableModelError(
                 f"{self.name!r} is {found} now but was {self.dtype} of shape {tuple(self.shape)} when tracking began. "
-                "Make a new EMA after changing the model (and load its state where the shapes still agree). A trainer "
-                "that empties or swaps parameters between steps cannot be tracked.",
+                "Make a new EMA after changing the model, and load the old EMA's state into it where the shapes still "
+                "agree. A trainer that empties or swaps parameters between steps cannot be tracked.",
                 name=self.name,
             )
         return held
 
     @property
     def record(self) -> TensorRecord:
-        """What a snapshot file says of this tensor."""
+        """The record of this tensor in snapshot files."""
         return TensorRecord(
             name=self.name,
             keys=self.keys,
@@ -107,38 +107,34 @@ class TrackedTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingPolicy:
-    """Which tensors leave the default role, by canonical name; names as the wrapped model has them are understood."""
+    """Filters that give tensors another role than the default, by canonical name or by the name in a wrapped model."""
 
-    copied: NameFilter | None = ()
-    """Copied at each update instead of averaged (``param_or_buffer_names_no_ema``)."""
-    skipped: NameFilter | None = ()
-    """Left out entirely (``ignore_names``)."""
-    skipped_prefixes: Collection[str] | None = ()
-    """Left out entirely if the name starts with one of these (``ignore_startswith_names``)."""
+    param_or_buffer_names_no_ema: NameFilter | None = ()
+    """Names, or a function of a name that returns a bool: these tensors are copied at each update, not averaged."""
+    ignore_names: NameFilter | None = ()
+    """Names, or a function of a name that returns a bool: these tensors are neither averaged nor copied nor stored."""
+    ignore_startswith_names: Collection[str] | None = ()
+    """Prefixes: tensors whose name starts with one of them are neither averaged nor copied nor stored."""
 
     def __post_init__(self) -> None:
-        for argument, field_name in (
-            ("param_or_buffer_names_no_ema", "copied"),
-            ("ignore_names", "skipped"),
-            ("ignore_startswith_names", "skipped_prefixes"),
-        ):
-            given = getattr(self, field_name)
-            if isinstance(given, str):
-                raise TypeError(f"{argument} is the string {given!r}; expected a collection of names: [{given!r}].")
-            if given is None or callable(given):
+        for argument in ("param_or_buffer_names_no_ema", "ignore_names", "ignore_startswith_names"):
+            names = getattr(self, argument)
+            if isinstance(names, str):
+                raise TypeError(f"{argument} is the string {names!r}; expected a collection of names: [{names!r}].")
+            if names is None or callable(names):
                 continue
-            if not isinstance(given, Iterable):
-                raise TypeError(f"{argument} is {given!r}; expected names, or () for none.")
-            names = tuple(given)  # asked again and again, which an iterator does not survive
+            if not isinstance(names, Iterable):
+                raise TypeError(f"{argument} is {names!r}; expected a collection of names, or () for no name.")
+            names = tuple(names)  # an iterator could be read only once, and the names are read for every tensor
             wrong = next((name for name in names if not isinstance(name, str)), None)
             if wrong is not None:
                 raise TypeError(f"{argument} has {wrong!r:.80}; expected names of tensors, which are strings.")
-            object.__setattr__(self, field_name, names)
+            object.__setattr__(self, argument, names)
 
 
 @dataclass(slots=True, eq=False)
 class _Found:
-    """A tensor met while walking the model, and every name it was met under."""
+    """A tensor found while walking the model, with every name under which it was found."""
 
     tensor: Tensor
     holder: Module
@@ -153,7 +149,7 @@ class _Found:
 
 
 def unwrap(model: Module) -> Module:
-    """The model without the wrapper modules around it (those inside it stay)."""
+    """Return the model inside the outermost wrapper modules; wrappers of submodules stay."""
     inner = _wrapped(model)
     while inner is not None:
         model = inner[1]
@@ -162,9 +158,9 @@ def unwrap(model: Module) -> Module:
 
 
 def canonical_tensors(model: Module, *, persistent_only: bool = True) -> dict[str, Tensor]:
-    """The live tensors of a model under every key of its unwrapped ``state_dict()``.
+    """Return the live tensors of a model under every key of its unwrapped ``state_dict()``.
 
-    Tied tensors stand under each of their keys; non-persistent buffers are left out unless asked for.
+    Tied tensors are listed under each of their keys. ``persistent_only=False`` includes non-persistent buffers.
     """
     named: dict[str, Tensor] = {}
     for found in _walk(model):
@@ -174,14 +170,14 @@ def canonical_tensors(model: Module, *, persistent_only: bool = True) -> dict[st
 
 
 def without_wrappers(name: str) -> str:
-    """A name without every part that could come from a wrapper module: to compare names of different wrappings."""
+    """Return a name without the parts that a wrapper module may have added, to compare names of different wrappings."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_ATTRIBUTES)
 
 
 def writable_view(live: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The part of an expanded tensor that can be written (one of each repeated element), and its new value.
+    """Return the writable part of an expanded tensor (one of each repeated element) and the matching part of its value.
 
-    Any other tensor is given back as it is.
+    Any other tensor is returned as it is, with its value.
     """
     for dim, (size, stride) in enumerate(zip(live.shape, live.stride(), strict=True)):
         if size > 1 and stride == 0:
@@ -190,28 +186,29 @@ def writable_view(live: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def write(live: Tensor, value: Tensor) -> None:
-    """Give a tensor of the model other values; a frozen part may have been made in inference mode."""
+    """Copy values into a tensor of the model."""
+    # A frozen part of the model may have been made in inference mode, and is writable only there.
     with torch.inference_mode(live.is_inference()), torch.no_grad():
         live.copy_(value)
 
 
 def check_module(model: Module) -> None:
-    """Raises TypeError for what is no module: parameters, a state_dict, a function."""
+    """Raise TypeError for a model that is not a module, such as parameters, a state_dict or a function."""
     if not isinstance(model, Module):
         raise TypeError(f"model is {model!r:.80}; expected a torch.nn.Module.")
 
 
 def track(model: Module, policy: TrackingPolicy | None = None) -> tuple[TrackedTensor, ...]:
-    """Every tensor of a model with its role, in the order of its ``state_dict()``.
+    """Return every tensor of a model with its role, in the order of its ``state_dict()``.
 
     Args:
         model: The online model, wrapped or not.
-        policy: Which tensors leave the default role.
+        policy: Filters that give tensors another role than the default.
 
     Raises:
-        UntrackableModelError: A tensor cannot be averaged (see ``trackable``; such a tensor may still be skipped by
-            name), its values may be stale, or nothing is left to average.
-        ValueError: A filter names something that the model does not have.
+        UntrackableModelError: A tensor cannot be averaged (see ``trackability``; such a tensor may be skipped by
+            name), its values may be stale, or no tensor is left to average.
+        ValueError: A filter matches no tensor of the model.
     """
     check_module(model)
     policy = policy or TrackingPolicy()
@@ -222,15 +219,16 @@ def track(model: Module, policy: TrackingPolicy | None = None) -> tuple[TrackedT
     tracked = tuple(_tracked(each, _role(each, policy)) for each in found)
     if not any(tensor.role == "averaged" for tensor in tracked):
         raise UntrackableModelError(
-            f"{type(unwrap(model)).__name__} has nothing to average: none of its {len(tracked)} tensors is a "
-            "floating-point parameter or buffer that the filters leave in. Pass a model with weights, or filter less.",
+            f"{type(unwrap(model)).__name__} has no tensor to average: none of its {len(tracked)} tensors is a "
+            "floating-point parameter or buffer that the filters leave in. Pass a model with weights, or filter fewer "
+            "tensors (param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names).",
             name="",
         )
     return tracked
 
 
 def _wrapped(module: Module) -> tuple[str, Module] | None:
-    """The attribute and the module that a wrapper wraps; None for any other module."""
+    """Return the attribute that holds the wrapped module, and that module; None if ``module`` is not a wrapper."""
     for home, class_name, attribute in _WRAPPERS:
         wrapper = getattr(sys.modules.get(home), class_name, None)
         if wrapper is not None and isinstance(module, wrapper):
@@ -239,7 +237,7 @@ def _wrapped(module: Module) -> tuple[str, Module] | None:
 
 
 def _walk(model: Module) -> Iterator[_Found]:
-    """Every tensor once, in state_dict order, with all its names. Yields only when all names are known."""
+    """Yield every tensor once, in state_dict order, after all of its names are known."""
     by_identity: dict[int, _Found] = {}
 
     def visit(module: Module, prefix: str, wrapped_prefix: str) -> None:
@@ -249,7 +247,8 @@ def _walk(model: Module) -> Iterator[_Found]:
             return
         for attribute, tensor, is_parameter, persistent in _own_tensors(module):
             found = by_identity.setdefault(id(tensor), _Found(tensor, module, attribute, is_parameter, persistent))
-            if persistent and not found.persistent:  # names that are not saved are no keys of what is
+            # A buffer may be persistent in one module and not in another: only names that are saved are its keys.
+            if persistent and not found.persistent:
                 found.persistent, found.keys, found.wrapped_names = True, [], []
             if persistent == found.persistent:
                 found.keys.append(prefix + attribute)
@@ -263,7 +262,7 @@ def _walk(model: Module) -> Iterator[_Found]:
 
 
 def _own_tensors(module: Module) -> Iterator[tuple[str, Tensor, bool, bool]]:
-    """(attribute, tensor, is a parameter, is persistent) of what one module holds itself, in state_dict order."""
+    """Yield (attribute, tensor, is a parameter, is persistent) for a module's own tensors, in state_dict order."""
     for attribute, parameter in module._parameters.items():
         if parameter is not None:
             yield attribute, parameter, True, True
@@ -279,8 +278,8 @@ def _matches(names: NameFilter | None, found: _Found) -> bool:
 
 
 def _is_skipped(found: _Found, policy: TrackingPolicy) -> bool:
-    prefixes = tuple(policy.skipped_prefixes or ())
-    return _matches(policy.skipped, found) or any(name.startswith(prefixes) for name in found.names())
+    prefixes = tuple(policy.ignore_startswith_names or ())
+    return _matches(policy.ignore_names, found) or any(name.startswith(prefixes) for name in found.names())
 
 
 def _role(found: _Found, policy: TrackingPolicy) -> Role:
@@ -288,42 +287,45 @@ def _role(found: _Found, policy: TrackingPolicy) -> Role:
         return "skipped"
     _check_trackable(found)
     tensor = found.tensor
-    if _matches(policy.copied, found) or not (tensor.is_floating_point() or tensor.is_complex()):
+    if _matches(policy.param_or_buffer_names_no_ema, found) or not (tensor.is_floating_point() or tensor.is_complex()):
         return "copied"
     if not found.persistent:
-        return "copied"  # a cache that the model rebuilds, often a mask with -inf: averaging would give nan
+        return "copied"  # a cache that the model rebuilds, often a mask with -inf, whose average would be nan
     if not found.is_parameter and not torch.isfinite(tensor.detach().abs().float()).all():
         warn(
-            f"Buffer {found.keys[0]!r} holds inf or nan, of which no average exists; it is copied at each update "
-            "instead. Name it in param_or_buffer_names_no_ema to say that this is meant."
+            f"buffer {found.keys[0]!r} holds inf or nan, which cannot be averaged, so it is copied at each update. "
+            "List it in param_or_buffer_names_no_ema to silence this warning."
         )
         return "copied"
     return "averaged"
 
 
 def _check_trackable(found: _Found) -> None:
-    """Refuse, by name, what cannot be averaged or stored."""
-    problem = untrackable_reason(found.tensor)
-    if problem is None and found.tensor.dtype not in TORCH_CODES:
-        problem = (
+    """Raise UntrackableModelError, with its name, for a tensor that can be neither averaged nor copied."""
+    reason = untrackable_reason(found.tensor)
+    if reason is None and found.tensor.dtype not in TORCH_CODES:
+        reason = (
             f"is {found.tensor.dtype}, which cannot be averaged or stored. Convert it, or skip it with ignore_names"
         )
-    if problem is not None:
-        raise UntrackableModelError(f"{found.keys[0]!r} {problem}.", name=found.keys[0])
+    if reason is not None:
+        raise UntrackableModelError(f"{found.keys[0]!r} {reason}.", name=found.keys[0])
 
 
 def _check_filters(policy: TrackingPolicy, found: list[_Found]) -> None:
-    """A filter that matches nothing is a typing mistake, and would be silent for the whole run."""
+    """Raise ValueError for a filter that matches nothing: a typing mistake would have no effect for the whole run."""
     names = [name for each in found for name in each.names()]
-    for argument, given in (("param_or_buffer_names_no_ema", policy.copied), ("ignore_names", policy.skipped)):
-        if callable(given):
-            if not any(given(each.keys[0]) for each in found):
+    for argument, wanted in (
+        ("param_or_buffer_names_no_ema", policy.param_or_buffer_names_no_ema),
+        ("ignore_names", policy.ignore_names),
+    ):
+        if callable(wanted):
+            if not any(wanted(each.keys[0]) for each in found):
                 raise ValueError(f"{argument}: the function matches none of the model's {len(found)} tensors.")
         else:
-            for name in given or ():
+            for name in wanted or ():
                 if name not in names:
                     raise ValueError(_no_match(argument, name, names))
-    for prefix in policy.skipped_prefixes or ():
+    for prefix in policy.ignore_startswith_names or ():
         if not any(name.startswith(prefix) for name in names):
             raise ValueError(_no_match("ignore_startswith_names", prefix, names))
 

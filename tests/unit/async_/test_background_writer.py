@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nitrous_ema.async_ import staging
-from nitrous_ema.async_.background_writer import BackgroundSnapshotSink, WritePolicy
+from nitrous_ema.async_.background_writer import BackgroundSnapshotSink
+from nitrous_ema.averaging.config import AsyncEMAConfig
 from nitrous_ema.averaging.execution.device_to_host import ChunkCopier
 from nitrous_ema.averaging.execution.inline import InlineLane
 from nitrous_ema.averaging.execution.interfaces import PendingSnapshot
@@ -26,7 +27,7 @@ RUN = "20261122T101530.123456-1a2b3c4d"
 
 
 def pending_snapshot(model, layout):
-    """A function of a step that gives a snapshot to be taken, and its averages."""
+    """Return a function that makes a pending snapshot of a step, and the averages."""
     with torch.no_grad():
         flat_buffers = FlatBuffers(track(model), layout)
         for group in flat_buffers.groups:
@@ -40,7 +41,7 @@ def pending_snapshot(model, layout):
 
 
 class Rig:
-    """A sink with its store and something to write."""
+    """A sink, its store, and averages to write."""
 
     def __init__(self, folder, files=None, rule=None, **policy):
         model = make_model("batch norm")
@@ -51,7 +52,7 @@ class Rig:
         self.sink = BackgroundSnapshotSink(
             RetainingWriter(self.store, rule or KeepAll()),
             self.layout,
-            WritePolicy(**{"wait_timeout": TIMEOUT_SECONDS, **policy}),
+            AsyncEMAConfig(**{"wait_timeout": TIMEOUT_SECONDS, **policy}),
             pin=False,
         )
 
@@ -90,15 +91,15 @@ def test_failed_write_is_raised_once_at_the_next_call(rig):
     files.broken = True
     rig.take(3)
     rig.sink.flush(TIMEOUT_SECONDS)
-    with pytest.raises(SnapshotWriteError, match="step-000000000003") as told:
+    with pytest.raises(SnapshotWriteError, match="step-000000000003") as caught:
         rig.sink.raise_failures()
-    assert told.value.step == 3
-    assert isinstance(told.value.__cause__, OSError)
+    assert caught.value.step == 3
+    assert isinstance(caught.value.__cause__, OSError)
     rig.sink.raise_failures()  # once
     assert "No space left" in rig.sink.stats().last_error
 
 
-def test_several_failures_are_told_together(rig):
+def test_several_failures_are_raised_together(rig):
     files = FaultyFiles()
     rig = rig(files=files)
     files.broken = True
@@ -110,7 +111,7 @@ def test_several_failures_are_told_together(rig):
     rig.sink.raise_failures()
 
 
-def test_failed_write_warns_where_that_is_asked_for(rig):
+def test_failed_write_warns_with_on_error_warn(rig):
     files = FaultyFiles()
     rig = rig(files=files, on_error="warn")
     files.broken = True
@@ -139,18 +140,18 @@ def test_failed_write_gives_its_slot_back(rig):
     assert [snapshot.step for snapshot in rig.store.snapshots()] == [21]
 
 
-def test_an_error_of_ours_is_told_as_well_and_gives_its_slot_back(rig, monkeypatch):
+def test_an_unexpected_error_is_raised_as_well_and_frees_its_slot(rig, monkeypatch):
     rig = rig(max_pending=1)
     monkeypatch.setattr(rig.store, "write", lambda *_: 1 / 0)
     for step in range(1, 6):
         rig.take(step)
         rig.sink.flush(TIMEOUT_SECONDS)
-        with pytest.raises(SnapshotWriteError, match=f"step {step} was not written: ZeroDivisionError") as told:
+        with pytest.raises(SnapshotWriteError, match=f"step {step} was not written: ZeroDivisionError") as caught:
             rig.sink.raise_failures()
-        assert isinstance(told.value.__cause__, ZeroDivisionError)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-def test_a_lane_that_cannot_stage_gives_the_slot_back(rig):
+def test_a_lane_that_cannot_stage_frees_the_slot(rig):
     class BrokenLane(InlineLane):
         def mark(self):
             raise RuntimeError("no events left")
@@ -163,8 +164,8 @@ def test_a_lane_that_cannot_stage_gives_the_slot_back(rig):
     assert rig.take(1)
 
 
-def test_a_snapshot_that_cannot_be_staged_holds_no_later_one_up(rig):
-    """Under a rule each waits for those taken before it."""
+def test_a_snapshot_that_cannot_be_staged_holds_up_no_later_snapshot(rig):
+    """Under a retention rule each snapshot waits for the snapshots taken before it."""
 
     class BrokenLane(InlineLane):
         def enqueue_read(self, work, abandon):
@@ -178,7 +179,7 @@ def test_a_snapshot_that_cannot_be_staged_holds_no_later_one_up(rig):
     assert len(rig.store.snapshots()) == 2
 
 
-def test_what_could_not_be_dropped_is_told_and_no_failure(rig, monkeypatch):
+def test_files_that_could_not_be_dropped_cause_a_warning_and_no_failure(rig, monkeypatch):
     rig = rig(rule=KeepCount(2))
     monkeypatch.setattr(rig.store, "hide", lambda *_: 1 / 0)
     for step in (1, 2, 3):
@@ -217,7 +218,7 @@ def test_full_queue_waits_until_a_slot_is_free(rig):
     assert [snapshot.step for snapshot in rig.store.snapshots()] == [1, 2]
 
 
-def test_full_queue_skips_where_that_is_asked_for(rig):
+def test_full_queue_skips_with_on_full_skip(rig):
     files = StalledFiles()
     rig = rig(files=files, max_pending=1, on_full="skip")
     rig.take(1)
@@ -227,7 +228,7 @@ def test_full_queue_skips_where_that_is_asked_for(rig):
     files.gate.open()
 
 
-def test_full_queue_raises_where_that_is_asked_for(rig):
+def test_full_queue_raises_with_on_full_raise(rig):
     files = StalledFiles()
     rig = rig(files=files, max_pending=1, on_full="raise")
     rig.take(1)
@@ -237,7 +238,7 @@ def test_full_queue_raises_where_that_is_asked_for(rig):
     files.gate.open()
 
 
-def test_flush_gives_up_in_time_and_names_the_steps(rig):
+def test_flush_times_out_and_names_the_steps(rig):
     files = StalledFiles()
     rig = rig(files=files)
     rig.take(4)
@@ -249,19 +250,19 @@ def test_flush_gives_up_in_time_and_names_the_steps(rig):
     assert [snapshot.step for snapshot in rig.store.snapshots()] == [4]
 
 
-def test_closing_says_what_it_left_and_ends(rig, caplog):
+def test_closing_logs_unwritten_snapshots_and_ends(rig, caplog):
     files = StalledFiles()
     rig = rig(files=files)
     rig.take(4)
     files.gate.wait_entered()
     rig.sink.close(0.01)
-    assert "steps [4] are not on disk" in caplog.text
+    assert "timeout at close: snapshots of steps [4] are not on disk" in caplog.text
     files.gate.open()
     rig.sink.flush(TIMEOUT_SECONDS)
 
 
 class LateLane(InlineLane):
-    """Fills each page only when its mark is waited for: a device that is as late as it may be."""
+    """Fills each page only when its mark is waited for: a device that is as late as allowed."""
 
     def __init__(self):
         self.marks = []
@@ -272,7 +273,7 @@ class LateLane(InlineLane):
 
 
 class LateMark:
-    """Recording does nothing but say what was copied before, which ``wait`` does."""
+    """Recording does nothing; ``wait_on_host`` makes the copies that were queued before the mark."""
 
     def __init__(self):
         self.fill = lambda: None
@@ -283,7 +284,7 @@ class LateMark:
     def wait_on_device(self):
         pass
 
-    def wait(self):
+    def wait_on_host(self):
         self.fill()
 
     def is_reached(self):
@@ -291,7 +292,7 @@ class LateMark:
 
 
 def make_late(monkeypatch, lane):
-    """Pages are full of ones, as in a poisoned slot, until their marks are waited for. Returns the pages filled."""
+    """Fill pages with ones, as in a poisoned slot, until their marks are waited for. Returns a list of filled pages."""
     copy, filled, queued = ChunkCopier.copy, [], []
 
     def copy_late(self, flat_buffers, span, page, *, non_blocking):
@@ -318,7 +319,7 @@ def test_writer_waits_for_each_page_before_it_reads_it(rig, monkeypatch):
     rig, lane = rig(max_pending=1), LateLane()
     rig.take(5)
     rig.sink.flush(TIMEOUT_SECONDS)
-    rig.sink._pool._slots[0].marks.clear()  # another lane's are to be made
+    rig.sink._pool._slots[0].marks.clear()  # marks of another lane are to be made
     filled = make_late(monkeypatch, lane)
     assert rig.sink.take_snapshot(rig.pending(6), lambda device: lane)
     rig.sink.flush(TIMEOUT_SECONDS)
@@ -327,30 +328,30 @@ def test_writer_waits_for_each_page_before_it_reads_it(rig, monkeypatch):
     assert snapshot_data(rig.store.get(6)) == snapshot_data(rig.store.get(5))
 
 
-def test_page_that_is_read_too_early_is_noticed(rig, monkeypatch):
-    """What the test above would see without the wait: it is not blind."""
+def test_page_that_is_read_too_early_is_detected(rig, monkeypatch):
+    """Without the wait the data of the test above differs, so that test can fail."""
     rig, lane = rig(), LateLane()
     make_late(monkeypatch, lane)
-    monkeypatch.setattr(LateMark, "wait", lambda self: None)
+    monkeypatch.setattr(LateMark, "wait_on_host", lambda self: None)
     rig.sink.take_snapshot(rig.pending(5), lambda device: lane)
     rig.sink.flush(TIMEOUT_SECONDS)
     assert set(snapshot_data(rig.store.get(5))) == {0xFF}
 
 
-def test_others_get_their_turn_after_each_page_and_after_its_mark(rig, monkeypatch):
-    """A mark behind the kernel that lets them through would be late by whatever holds that up."""
+def test_copy_engine_is_yielded_after_each_page_and_after_its_mark(rig, monkeypatch):
+    """A mark behind the kernel that lets other copies through would be as late as that kernel."""
     calls = []
     monkeypatch.setattr(ChunkCopier, "copy", lambda *_, **__: calls.append("copy"))
-    monkeypatch.setattr(ChunkCopier, "yield_copy_engine", lambda _: calls.append("let others through"))
+    monkeypatch.setattr(ChunkCopier, "yield_copy_engine", lambda _: calls.append("yield"))
     monkeypatch.setattr(LateMark, "record", lambda _: calls.append("record"))
     rig, lane = rig(), LateLane()
     rig.sink.take_snapshot(rig.pending(1), lambda device: lane)
     rig.sink.flush(TIMEOUT_SECONDS)
-    assert calls == ["copy", "record", "let others through"] * len(rig.layout.chunks)
+    assert calls == ["copy", "record", "yield"] * len(rig.layout.chunks)
 
 
 def test_pinned_slots_make_the_same_file(tmp_path, monkeypatch):
-    """Their pages are not the layout's chunks; that they are pinned plays no part here, and needs a device."""
+    """Pages of pinned slots are not the layout's chunks. Pinning itself needs a device, and plays no part here."""
     monkeypatch.setattr(staging, "_page", lambda size_bytes, pin: torch.full((size_bytes,), 0xFF, dtype=torch.uint8))
     model = Vector(7000)
     with small_pieces(chunk_bytes=2**14):
@@ -360,7 +361,7 @@ def test_pinned_slots_make_the_same_file(tmp_path, monkeypatch):
     for pin in (False, True):
         (tmp_path / str(pin)).mkdir()
         store = SnapshotStore(tmp_path / str(pin))
-        sink = BackgroundSnapshotSink(RetainingWriter(store), layout, WritePolicy(), pin)
+        sink = BackgroundSnapshotSink(RetainingWriter(store), layout, AsyncEMAConfig(), pin)
         sink.take_snapshot(pending(1), lambda device: InlineLane())
         sink.close(TIMEOUT_SECONDS)
         assert store.verify() == []
@@ -369,20 +370,20 @@ def test_pinned_slots_make_the_same_file(tmp_path, monkeypatch):
     assert found[0][2] < found[1][2]
 
 
-def test_model_that_moves_to_an_accelerator_later_is_told_once_that_copies_block(rig):
+def test_model_that_moves_to_an_accelerator_later_causes_one_warning_that_copies_block(rig):
     class NoLane(InlineLane):
         def enqueue_read(self, work, abandon):
             abandon()
 
     rig = rig()
-    rig.flat_buffers.groups[0].device = torch.device("cuda:0")  # says so
+    rig.flat_buffers.groups[0].device = torch.device("cuda:0")  # pretended
     with pytest.warns(NitrousWarning, match=r"on cuda:0 now, but .*not pinned.*after moving the model"):
         rig.sink.take_snapshot(rig.pending(1), lambda device: NoLane())
     rig.sink.take_snapshot(rig.pending(2), lambda device: NoLane())
 
 
 def test_averages_on_the_cpu_have_no_copies_to_wait_for(rig):
-    """Its lane runs all in order, so none is in the way, not even one that was not begun."""
+    """The CPU's lane runs all work in order, so no readback is in the way, not even one that has not begun."""
 
     class LaterLane(InlineLane):
         def enqueue_read(self, work, abandon):
@@ -390,26 +391,9 @@ def test_averages_on_the_cpu_have_no_copies_to_wait_for(rig):
 
     rig, lane = rig(), LaterLane()
     rig.sink.take_snapshot(rig.pending(1), lambda device: lane)
-    assert rig.sink.copies_in_flight(torch.device("cpu")) is None
+    assert rig.sink.readbacks_in_flight(torch.device("cpu")) is None
     lane.work()
     rig.sink.flush(TIMEOUT_SECONDS)
-
-
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("max_pending", 0),
-        ("max_pending", 1.5),
-        ("num_writers", 0),
-        ("wait_timeout", 0),
-        ("wait_timeout", float("nan")),
-        ("on_full", "drop"),
-        ("on_error", "ignore"),
-    ],
-)
-def test_an_argument_outside_its_range_is_named(argument, value):
-    with pytest.raises(ValueError, match=f"{argument} is {value!r}"):
-        WritePolicy(**{argument: value})
 
 
 def test_a_lost_snapshot_may_be_taken_again(rig):

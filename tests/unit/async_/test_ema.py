@@ -516,7 +516,7 @@ def test_ema_that_is_collected_on_its_own_thread_is_ended_elsewhere(tmp_path):
             gc.enable()
         assert gone() is None
         for thread in threading.enumerate():
-            if thread.name == "nitrous-ema-ending":
+            if thread.name == "nitrous-ema-shutdown":
                 thread.join(TIMEOUT_SECONDS)
         assert training.on_disk() == [2]
         assert background_threads() == []
@@ -530,7 +530,7 @@ def test_averaging_that_failed_and_was_never_asked_about_is_logged(tmp_path, mon
     lane.fail_next = True
     training.ema.update()
     del training.ema
-    assert "averaging failed, and nobody asked" in caplog.text
+    assert "averaging failed after the last chance to report it" in caplog.text
 
 
 SCRIPT = """

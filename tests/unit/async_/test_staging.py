@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from nitrous_ema.async_ import staging
-from nitrous_ema.async_.background_writer import BackgroundSnapshotSink, WritePolicy
+from nitrous_ema.async_.background_writer import BackgroundSnapshotSink
 from nitrous_ema.async_.staging import SlotPool, SlotReadbacks, SlotState, StagingCopies, deadline_after, page_spans
+from nitrous_ema.averaging.config import AsyncEMAConfig
 from nitrous_ema.averaging.execution.inline import InlineLane
 from nitrous_ema.averaging.kernels.flat_buffers import snapshot_layout
 from nitrous_ema.averaging.model.tracking import track
@@ -34,7 +35,7 @@ def pool(layout):
 
 
 class LoggedMark:
-    """Reached once its gate was opened after it was recorded; remembers who asked."""
+    """A mark that is reached when its gate is opened after it was recorded; logs its calls."""
 
     def __init__(self, name="", log=None):
         self.name, self.log, self.gate = name, log if log is not None else [], Gate(is_open=True)
@@ -46,17 +47,17 @@ class LoggedMark:
     def wait_on_device(self):
         self.log.append(("order", self.name))
 
-    def wait(self):
+    def wait_on_host(self):
         self.log.append(("wait", self.name))
         self.gate.pass_through()
 
     def is_reached(self):
-        self.log.append(("ask", self.name))
+        self.log.append(("query", self.name))
         return self.gate.is_open()
 
 
 def logged_copies(num_pages, slot=0, log=None):
-    """Copies that are all queued, and their marks."""
+    """Return readbacks that are all queued, and their marks."""
     marks = [LoggedMark((slot, page), log) for page in range(num_pages)]
     copies = StagingCopies(marks)
     for _ in marks:
@@ -74,7 +75,7 @@ def test_a_slot_has_a_page_for_each_chunk(pool, layout):
 def test_pinned_slots_take_what_the_file_takes_to_a_page_per_section(monkeypatch, numbers):
     taken = []
 
-    def rounded_up(size_bytes, pin):  # as torch's allocator of pinned memory does
+    def rounded_up(size_bytes, pin):  # as torch's allocator of pinned memory rounds
         assert pin
         taken.append(1 << (size_bytes - 1).bit_length())
         return torch.empty(size_bytes, dtype=torch.uint8)
@@ -100,7 +101,7 @@ def test_pages_cover_the_data_in_order_and_none_lies_across_two_chunks(numbers):
     assert all(begin % 4 == 0 for begin, _ in spans)
 
 
-def test_a_claimed_slot_is_nobody_elses(pool):
+def test_a_claimed_slot_is_not_claimed_twice(pool):
     first, second = pool.claim(0), pool.claim(0)
     assert first is not second
     assert pool.claim(0) is None
@@ -111,7 +112,7 @@ def test_slot_in_the_wrong_state_is_named_as_a_bug(pool):
     slot = pool.claim(0)
     with pytest.raises(RuntimeError, match="filling, not sealed: this is a bug"):
         pool.release(slot)
-    pool.expect(slot, None, {CPU: LoggedMark})
+    pool.assign(slot, None, {CPU: LoggedMark})
     assert pool.filled(slot, None)
     with pytest.raises(RuntimeError, match="sealed, not filling: this is a bug"):
         pool.filled(slot, None)
@@ -122,35 +123,35 @@ def test_slot_in_the_wrong_state_is_named_as_a_bug(pool):
 
 def test_slot_is_sealed_when_every_device_has_queued_its_copies(pool):
     slot = pool.claim(0)
-    pool.expect(slot, None, {CPU: LoggedMark, CUDA: LoggedMark})
+    pool.assign(slot, None, {CPU: LoggedMark, CUDA: LoggedMark})
     assert not pool.filled(slot, None)
     assert slot.state is SlotState.FILLING
     assert pool.filled(slot, None)
     assert slot.state is SlotState.SEALED
 
 
-def test_a_snapshot_that_cannot_be_staged_gives_its_slot_back_once(pool):
+def test_a_snapshot_that_cannot_be_staged_frees_its_slot_once(pool):
     slot = pool.claim(0)
     assert pool.abandon(slot)
     assert not pool.abandon(slot)
     assert pool.num_busy() == 0
     again = pool.claim(0)
-    pool.expect(again, None, {CPU: LoggedMark})
+    pool.assign(again, None, {CPU: LoggedMark})
     pool.filled(again, None)
-    assert not pool.abandon(again)  # sealed: the writer's now
+    assert not pool.abandon(again)  # sealed, so the writer owns it
     assert again.state is SlotState.SEALED
 
 
-def test_copies_of_a_snapshot_that_was_given_up_seal_no_other(pool, layout):
+def test_copies_of_an_abandoned_snapshot_seal_no_other(pool, layout):
     pending, _ = pending_snapshot(make_model("batch norm"), layout)
-    given_up, other = pending(1), pending(2)
+    abandoned, other = pending(1), pending(2)
     slot = pool.claim(0)
-    pool.expect(slot, given_up, {CPU: LoggedMark, CUDA: LoggedMark})
-    assert not pool.filled(slot, given_up)
+    pool.assign(slot, abandoned, {CPU: LoggedMark, CUDA: LoggedMark})
+    assert not pool.filled(slot, abandoned)
     pool.abandon(slot)
     assert pool.claim(0) is slot
-    pool.expect(slot, other, {CPU: LoggedMark})
-    assert not pool.filled(slot, given_up)  # the other device comes late
+    pool.assign(slot, other, {CPU: LoggedMark})
+    assert not pool.filled(slot, abandoned)  # the other device's readbacks are queued late
     assert slot.state is SlotState.FILLING
     assert pool.filled(slot, other)
 
@@ -158,7 +159,7 @@ def test_copies_of_a_snapshot_that_was_given_up_seal_no_other(pool, layout):
 def test_slot_stays_taken_until_its_file_is_committed(layout, tmp_path):
     files = StalledFiles()
     sink = BackgroundSnapshotSink(
-        RetainingWriter(SnapshotStore(tmp_path, files=files)), layout, WritePolicy(max_pending=1), pin=False
+        RetainingWriter(SnapshotStore(tmp_path, files=files)), layout, AsyncEMAConfig(max_pending=1), pin=False
     )
     pool = sink._pool
     pending, _ = pending_snapshot(make_model("batch norm"), layout)
@@ -175,8 +176,8 @@ def test_slot_stays_taken_until_its_file_is_committed(layout, tmp_path):
     sink.close(TIMEOUT_SECONDS)
 
 
-def test_slot_is_not_free_before_its_copies_are_over(layout, tmp_path):
-    """Also where its file was given up at the first page."""
+def test_slot_is_not_free_before_its_copies_have_finished(layout, tmp_path):
+    """Also where its file has failed at the first page."""
 
     class DeviceLane(InlineLane):
         def __init__(self):
@@ -188,7 +189,7 @@ def test_slot_is_not_free_before_its_copies_are_over(layout, tmp_path):
 
     files, lane = FaultyFiles(), DeviceLane()
     sink = BackgroundSnapshotSink(
-        RetainingWriter(SnapshotStore(tmp_path, files=files)), layout, WritePolicy(max_pending=1), pin=False
+        RetainingWriter(SnapshotStore(tmp_path, files=files)), layout, AsyncEMAConfig(max_pending=1), pin=False
     )
     files.broken = True
     pending, _ = pending_snapshot(make_model("batch norm"), layout)
@@ -202,11 +203,11 @@ def test_slot_is_not_free_before_its_copies_are_over(layout, tmp_path):
     sink.close(TIMEOUT_SECONDS)
 
 
-def test_waiting_for_idle_names_the_steps_that_are_on_their_way(pool, layout):
+def test_waiting_for_idle_returns_the_steps_in_flight(pool, layout):
     pending, _ = pending_snapshot(make_model("batch norm"), layout)
     slots = [pool.claim(0), pool.claim(0)]
     for slot, step in zip(slots, (7, 9), strict=True):
-        pool.expect(slot, pending(step), {CPU: LoggedMark})
+        pool.assign(slot, pending(step), {CPU: LoggedMark})
     assert pool.wait_idle(0.01) == [7, 9]
     for slot in slots:
         pool.abandon(slot)
@@ -224,9 +225,9 @@ def test_waiting_ends_as_soon_as_the_last_slot_is_free(pool):
 
 
 def claimed(pool, log, devices=(CUDA,)):
-    """A slot whose copies are all queued, and their marks."""
+    """Return a slot whose readbacks are all queued, and its marks."""
     slot = pool.claim(0)
-    pool.expect(slot, None, {device: partial(LoggedMark, "", log) for device in devices})
+    pool.assign(slot, None, {device: partial(LoggedMark, "", log) for device in devices})
     for copies in slot.copies.values():
         for _ in slot.pages:
             copies.record()
@@ -235,13 +236,13 @@ def claimed(pool, log, devices=(CUDA,)):
 
 def test_copies_are_in_flight_until_the_last_one_has_finished(pool):
     slot, marks = claimed(pool, [])
-    assert pool.copies_in_flight(CPU) is None
+    assert pool.readbacks_in_flight(CPU) is None
     for mark in marks[CUDA][:-1]:
-        assert pool.copies_in_flight(CUDA) is not None
+        assert pool.readbacks_in_flight(CUDA) is not None
         mark.gate.open()
-    assert pool.copies_in_flight(CUDA) is not None
+    assert pool.readbacks_in_flight(CUDA) is not None
     marks[CUDA][-1].gate.open()
-    assert pool.copies_in_flight(CUDA) is None  # nobody has told the pool, and the file is not written
+    assert pool.readbacks_in_flight(CUDA) is None  # found by a query alone, and the file is not written
     assert slot.state is SlotState.FILLING
 
 
@@ -249,8 +250,8 @@ def test_copies_from_one_device_do_not_wait_for_those_from_another(pool):
     _, marks = claimed(pool, [], devices=(CUDA, torch.device("cuda:1")))
     for mark in marks[CUDA]:
         mark.gate.open()
-    assert pool.copies_in_flight(CUDA) is None
-    assert pool.copies_in_flight(torch.device("cuda:1")) is not None
+    assert pool.readbacks_in_flight(CUDA) is None
+    assert pool.readbacks_in_flight(torch.device("cuda:1")) is not None
 
 
 def test_marks_are_made_once_and_recorded_again(pool):
@@ -265,26 +266,26 @@ def test_marks_are_made_once_and_recorded_again(pool):
 
 
 def test_copies_are_not_over_before_they_are_queued():
-    """A mark that is not recorded yet, or was so for the snapshot before, says that it is reached."""
+    """A mark that is not recorded yet, or was recorded for the snapshot before, reports that it is reached."""
     copies = StagingCopies([LoggedMark(), LoggedMark()])
-    assert not copies.are_over(1)
+    assert not copies.have_finished(1)
     copies.record()
-    assert not copies.are_over(2)
-    assert not copies.is_all_over()
+    assert not copies.have_finished(2)
+    assert not copies.all_have_finished()
 
 
 def test_copies_of_a_slot_that_was_left_stay_over(pool):
     log = []
     slot, _ = claimed(pool, log)
-    before = pool.copies_in_flight(CUDA)
+    before = pool.readbacks_in_flight(CUDA)
     pool.abandon(slot)
     claimed(pool, log)  # the same marks, none of them reached
     log.clear()
     end = pool.spans[-1].end
-    assert before.are_over(0, end)
+    assert before.have_finished(0, end)
     before.wait_on_device(0, end)
     assert log == []
-    assert not pool.copies_in_flight(CUDA).are_over(0, end)
+    assert not pool.readbacks_in_flight(CUDA).have_finished(0, end)
 
 
 def test_write_waits_for_the_copies_of_its_range_only(layout):
@@ -308,48 +309,48 @@ def test_a_range_is_free_when_all_slots_have_copied_it(layout):
     flight = SlotReadbacks([begin for begin, _ in chunks], [copies for copies, _ in both])
     for chunk, (begin, end) in enumerate(chunks):
         for _, marks in both:
-            assert not flight.are_over(begin, end)
-            assert not flight.are_over(end - 1, end)
+            assert not flight.have_finished(begin, end)
+            assert not flight.have_finished(end - 1, end)
             marks[chunk].gate.open()
-        assert flight.are_over(begin, end)
-        assert flight.are_over(0, end)
+        assert flight.have_finished(begin, end)
+        assert flight.have_finished(0, end)
 
 
-def test_what_is_known_to_be_over_is_not_asked_again():
+def test_finished_copies_are_not_queried_again():
     copies, marks = logged_copies(100, log=(log := []))
     for mark in marks[:50]:
         mark.gate.open()
     log.clear()
-    assert copies.are_over(50)
-    assert log == [("ask", (0, 49))]  # they finish in order
+    assert copies.have_finished(50)
+    assert log == [("query", (0, 49))]  # readbacks finish in order
     for last in range(51):
-        assert copies.are_over(last)
+        assert copies.have_finished(last)
     copies.wait_on_device(0, 50)
-    assert log == [("ask", (0, 49))]
+    assert log == [("query", (0, 49))]
     copies.wait_on_device(40, 52)
     assert log[1:] == [("order", (0, 50)), ("order", (0, 51))]
 
 
-def test_threads_that_ask_at_once_get_right_answers():
+def test_threads_that_query_at_once_get_right_answers():
     copies, marks = logged_copies(200)
 
-    def ask(_):
+    def query_all(_):
         answers = []
         for last in range(1, 201):
             reached = marks[last - 1].gate.is_open()
-            answers.append((reached, copies.are_over(last)))
+            answers.append((reached, copies.have_finished(last)))
         return answers
 
     with ThreadPoolExecutor(4) as pool:
-        asked = pool.map(ask, range(8), timeout=TIMEOUT_SECONDS)
+        queried = pool.map(query_all, range(8), timeout=TIMEOUT_SECONDS)
         for mark in marks:
             mark.gate.open()
-        answers = [answer for of_thread in asked for answer in of_thread]
-    assert (True, False) not in answers  # what was reached before the question
-    assert copies.is_all_over()
+        answers = [answer for of_thread in queried for answer in of_thread]
+    assert (True, False) not in answers  # a mark that was reached before the query
+    assert copies.all_have_finished()
 
 
-def test_a_deadline_is_what_is_left_of_a_timeout():
+def test_a_deadline_is_the_remainder_of_a_timeout():
     assert deadline_after(None)() is None
     assert 0 < deadline_after(100)() <= 100
     assert deadline_after(0)() == 0

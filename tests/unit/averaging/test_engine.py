@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from nitrous_ema.averaging.config import AveragingPolicy, Background
+from nitrous_ema.averaging.config import AsyncEMAConfig, Background
 from nitrous_ema.averaging.engine import AveragingEngine
 from nitrous_ema.averaging.execution.inline import InlineLane
 from nitrous_ema.averaging.execution.interfaces import PendingSnapshot
-from nitrous_ema.averaging.model.tracking import TrackingPolicy
 from nitrous_ema.averaging.stats import Stats
 from nitrous_ema.errors import ClosedError, NitrousError, UntrackableModelError
 from nitrous_ema.snapshots.stats import WriteStats
@@ -38,7 +37,7 @@ class RecordingSink:
             )
         return self.answer
 
-    def copies_in_flight(self, device: torch.device) -> None:
+    def readbacks_in_flight(self, device: torch.device) -> None:
         return None
 
     def stats(self) -> WriteStats:
@@ -68,10 +67,10 @@ class BreakingLane(InlineLane):
         super().enqueue_write(work, **options)
 
 
-def engine_of(model: nn.Module, sink: RecordingSink | None = None, *, make_lane=None, **policy) -> AveragingEngine:
-    defaults = {"gammas": (6.94,), "sigma_rels": (0.1,), "update_every": 1, "correction": "exact"}
-    background = None if make_lane is None else Background(make_lane=make_lane, read="copied")
-    engine = AveragingEngine(model, TrackingPolicy(), AveragingPolicy(**{**defaults, **policy}), background=background)
+def engine_of(model: nn.Module, sink: RecordingSink | None = None, *, make_lane=None, **options) -> AveragingEngine:
+    config = AsyncEMAConfig(read="copied", **{"gammas": (6.94,), "checkpoint_every_num_steps": "manual", **options})
+    background = None if make_lane is None else Background(config, make_lane)
+    engine = AveragingEngine(model, config, background=background)
     if sink is not None:
         engine.attach(sink)
     return engine
@@ -106,16 +105,16 @@ def test_failed_lane_is_told_and_the_averages_refused_until_a_state_is_loaded():
     assert isinstance(error.value.__cause__, MemoryError)
     lane.breaks = False
     for call in (engine.update, engine.checkpoint, engine.flush, lambda: engine.order_readers("state_dict()")):
-        with pytest.raises(NitrousError, match="Load a state"):
+        with pytest.raises(NitrousError, match="Load a saved state"):
             call()
     engine.prepare_loading()
-    engine.loaded()
+    engine.mark_valid()
     engine.update()
 
 
 def test_snapshot_is_of_the_averages_at_its_step():
     model, sink = Net(), RecordingSink()
-    engine = engine_of(model, sink, update_every=3, checkpoint_every_steps=2)
+    engine = engine_of(model, sink, update_every=3, checkpoint_every_num_steps=2)
     seen = {}
     for step in range(1, 7):
         set_weights(model, step)
@@ -130,7 +129,7 @@ def test_snapshot_is_of_the_averages_at_its_step():
 @pytest.mark.filterwarnings("ignore:step_size_correction=False")
 def test_corrections_of_nitrous_001_leave_the_averages_at_a_checkpoint(correction):
     model, sink = Net(), RecordingSink()
-    engine = engine_of(model, sink, update_every=5, correction=correction)
+    engine = engine_of(model, sink, update_every=5, step_size_correction=correction)
     for step in range(1, 4):
         set_weights(model, step)
         engine.update()
@@ -154,7 +153,7 @@ def test_skipped_snapshot_is_taken_when_it_is_asked_for_again():
 def test_checkpoint_without_a_sink_is_refused():
     engine = engine_of(Net())
     engine.update()
-    with pytest.raises(NitrousError, match="keeps no snapshots"):
+    with pytest.raises(NitrousError, match="writes no snapshots"):
         engine.checkpoint()
 
 
@@ -197,7 +196,7 @@ def test_frozen_copy_has_the_roles_of_the_tensors_and_its_own_averages():
     engine = engine_of(model)
     engine.update()
     model.scale.fill_(torch.inf)  # would be copied if it were tracked anew
-    other = engine.frozen_copy((3.0,), (0.2,), None)
+    other = engine.frozen_copy(engine.frozen_config(None, (3.0,)), None)
     assert [tensor.role for tensor in other.flat_buffers.tracked] == [
         tensor.role for tensor in engine.flat_buffers.tracked
     ]

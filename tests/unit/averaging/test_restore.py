@@ -357,7 +357,7 @@ def test_restore_heals_a_failed_lane(make, monkeypatch):
     lane.enqueue_write(lambda: 1 / 0)
     ema.update()
     lane.drain(TIMEOUT_SECONDS)
-    with pytest.raises(NitrousError, match=r"averaging failed \(division by zero\).*go back to a snapshot \(restore\)"):
+    with pytest.raises(NitrousError, match=r"averaging failed \(division by zero\).*or restore a snapshot \(restore\)"):
         ema.update()
     assert ema.restore() == 2
     assert_same_bits(everything(ema), expected)
@@ -383,9 +383,9 @@ def test_restore_is_refused_when_closed_or_swapped(make):
 @pytest.mark.parametrize(
     ("model", "stored", "words"),
     [
-        (torch.float32, torch.float16, "kept in float32 but stored as float16.*up to 4.9e-04"),
-        (torch.bfloat16, torch.bfloat16, "kept in float32 but stored as bfloat16.*up to 3.9e-03"),
-        (torch.float64, torch.float32, "kept in float64 but stored as float32.*up to 6.0e-08"),
+        (torch.float32, torch.float16, "were float32 but are stored as float16.*up to 4.9e-04"),
+        (torch.bfloat16, torch.bfloat16, "were float32 but are stored as bfloat16.*up to 3.9e-03"),
+        (torch.float64, torch.float32, "were float64 but are stored as float32.*up to 6.0e-08"),
     ],
 )
 def test_rounded_averages_come_back_with_one_warning(model, stored, words, make):
@@ -476,6 +476,6 @@ def test_folder_that_cannot_be_read_is_logged_only(trouble, make, caplog, monkey
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         second.update()
-    assert "cannot be searched for runs to resume" in caplog.text
+    assert "the search for runs to resume failed" in caplog.text
     assert second.step == 1
     monkeypatch.undo()

@@ -122,18 +122,6 @@ def test_other_times_than_calls_need_the_exact_correction(correction):
     assert schedule.step == 0
 
 
-@pytest.mark.parametrize("update_every", [0, -1, 1.5, "10"])
-def test_update_every_is_a_positive_integer(update_every):
-    with pytest.raises(ValueError, match="update_every is"):
-        Schedule([GAMMA], update_every, "exact")
-
-
-@pytest.mark.parametrize("correction", ["geometric", None, 1.0])
-def test_unknown_correction_is_refused(correction):
-    with pytest.raises(ValueError, match="step_size_correction is"):
-        Schedule([GAMMA], 1, correction)
-
-
 @pytest.mark.parametrize("calls", range(25))
 def test_saved_schedule_goes_on_where_it_was(calls):
     first, second = Schedule([GAMMA], 7, "exact"), Schedule([GAMMA], 7, "exact")

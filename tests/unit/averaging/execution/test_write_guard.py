@@ -1,4 +1,4 @@
-"""Whoever writes weights is ordered after the lane that reads them, or is told that he is not."""
+"""Writers of weights are ordered after the lane that reads them, and writes without that order are detected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from nitrous_ema import AsyncPostHocEMA, NitrousWarning, PostHocEMA
-from nitrous_ema.averaging.execution.write_guard import WriteGuard
 from nitrous_ema.errors import UnsafeReadError
 from tests.support.fakes import (
     TIMEOUT_SECONDS,
@@ -35,7 +34,7 @@ def rig():
         yield make
 
 
-# Who waits, and when
+# Which writer waits, and when
 
 
 def test_optimizer_waits_until_the_weights_were_read(rig):
@@ -56,7 +55,7 @@ def test_fence_is_the_same_wait(rig):
     assert torch.equal(rig.waits[0], before)
     with torch.no_grad():
         rig.model.weight.zero_()
-    rig.update()  # no complaint
+    rig.update()  # raises nothing
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["itself", "as a part of another"])
@@ -72,7 +71,7 @@ def test_loading_a_state_into_the_model_waits(rig, wrapped):
     (at_the_wait,) = rig.waits
     assert torch.equal(at_the_wait, before)
     assert rig.weights().abs().sum() == 0
-    rig.update()  # no complaint
+    rig.update()  # raises nothing
 
 
 def test_first_updates_are_safe_without_any_optimizer(rig):
@@ -81,11 +80,11 @@ def test_first_updates_are_safe_without_any_optimizer(rig):
     assert len(rig.waits) == 1
     rig.guard.fence()
     rig.forget()
-    rig.update()  # by now it is known that somebody fences
+    rig.update()  # a fence was observed
     assert rig.waits == []
 
 
-def test_copied_makes_nobody_wait(rig):
+def test_no_writer_waits_with_read_copied(rig):
     rig = rig("copied")
     optimizer = sgd(rig.model)
     for _ in range(3):
@@ -96,7 +95,7 @@ def test_copied_makes_nobody_wait(rig):
     assert rig.waits == []
 
 
-# What is noticed
+# What is detected
 
 
 def test_guarded_names_the_weight_that_was_written(rig):
@@ -104,16 +103,16 @@ def test_guarded_names_the_weight_that_was_written(rig):
     optimizer = rig.train()
     with torch.no_grad():
         rig.model.bias.add_(1)
-    optimizer.step()  # never here
+    optimizer.step()  # the fence comes too late
     with pytest.raises(
         UnsafeReadError, match=r"'bias' was written between update\(\).*fence\(\).*read='copied'"
-    ) as told:
+    ) as caught:
         rig.update()
-    assert told.value.name == "bias"
+    assert caught.value.name == "bias"
     rig.update()  # once
 
 
-def test_write_without_any_optimizer_step_is_noticed_too(rig):
+def test_write_without_any_optimizer_step_is_detected_too(rig):
     rig = rig()
     rig.train()
     with torch.no_grad():
@@ -137,9 +136,11 @@ def test_auto_warns_once_and_copies_from_then_on(rig):
     with torch.no_grad():
         rig.model.bias.add_(1)
     optimizer.step()
-    with pytest.warns(NitrousWarning, match="'bias' was written.*Parameters are copied at each update") as told:
+    with pytest.warns(
+        NitrousWarning, match="'bias' was written.*the EMA copies the parameters in every update"
+    ) as caught:
         rig.update()
-    assert len(told) == 1
+    assert len(caught) == 1
     assert rig.guard.copies
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -157,12 +158,12 @@ def test_last_live_read_is_still_waited_for_after_the_switch(rig):
         rig.model.bias.add_(1)
     with pytest.warns(NitrousWarning):
         rig.update()
-    optimizer.step()  # what was read live before may still be read
+    optimizer.step()  # the last live read may still be pending
     assert len(rig.waits) == 1
 
 
-@pytest.mark.parametrize("first", [False, True], ids=["later ones", "the very first ones"])
-def test_step_skipped_by_a_gradient_scaler_is_no_mistake(rig, first):
+@pytest.mark.parametrize("first", [False, True], ids=["later steps", "the very first steps"])
+def test_step_skipped_by_a_gradient_scaler_is_no_violation(rig, first):
     rig = rig()
     optimizer = sgd(rig.model)
     if not first:
@@ -178,7 +179,7 @@ def test_step_skipped_by_a_gradient_scaler_is_no_mistake(rig, first):
 
 
 def test_refused_update_leaves_the_weights_guarded(rig):
-    """What was read before is still being read."""
+    """The reads of the update before are still pending."""
     rig = rig()
     optimizer = rig.train()
     rig.guard.before_update()  # and then the model turned out to lack a tensor
@@ -187,7 +188,7 @@ def test_refused_update_leaves_the_weights_guarded(rig):
 
 
 def test_frozen_inference_tensor_counts_no_writes(rig):
-    """It has no counter."""
+    """It has no version counter."""
     model = nn.Linear(3, 2)
     with torch.inference_mode():
         model.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
@@ -199,12 +200,7 @@ def test_frozen_inference_tensor_counts_no_writes(rig):
         rig.update()
 
 
-def test_an_unknown_read_mode_is_named():
-    with pytest.raises(ValueError, match="read is 'live'; expected 'auto', 'guarded' or 'copied'"):
-        WriteGuard("live", lambda: None)
-
-
-# Graphs: what is captured is replayed later, without any Python
+# Graphs: a captured step is replayed later, without any Python
 
 
 def test_nothing_waits_while_a_graph_is_captured(rig):
@@ -232,10 +228,10 @@ def test_fence_before_a_replay_waits(rig):
         assert len(rig.waits) == 1
         assert torch.equal(rig.waits[0], before)
         rig.model.weight.data.add_(1)  # the replay
-        rig.update()  # no complaint
+        rig.update()  # raises nothing
 
 
-def test_replay_without_fence_is_noticed(rig):
+def test_replay_without_fence_is_detected(rig):
     rig = rig()
     optimizer = rig.train()
     rig.is_capturing = True
@@ -260,7 +256,7 @@ def test_capture_before_the_first_update_is_known_after_it(rig):
         rig.update()
 
 
-def test_captured_optimizer_of_another_model_is_no_mistake(rig):
+def test_captured_optimizer_of_another_model_is_no_violation(rig):
     rig = rig()
     rig.train()
     other = sgd(nn.Linear(3, 2))
@@ -270,7 +266,7 @@ def test_captured_optimizer_of_another_model_is_no_mistake(rig):
     rig.update()  # as after a skipped step
 
 
-def test_captured_optimizer_that_is_gone_is_no_mistake(rig):
+def test_captured_optimizer_that_was_freed_is_no_violation(rig):
     rig = rig()
     other = sgd(rig.model)
     optimizer = rig.train()
@@ -312,7 +308,7 @@ def test_removed_hooks_do_nothing(rig):
     assert rig.waits == []
 
 
-# The same with a real EMA, whose lane does nothing until it is waited for
+# The same with a real EMA, whose lane does nothing until a caller waits for it
 
 
 def by_sgd(model, ema):
@@ -358,15 +354,15 @@ def test_copied_is_right_for_a_careless_writer(tmp_path, monkeypatch, careless):
 def test_auto_is_right_for_a_careless_writer_and_warns_once(tmp_path, monkeypatch, careless):
     expected = averages_after(PostHocEMA, tmp_path, *careless)
     use_lane(monkeypatch, LateLane())
-    with pytest.warns(NitrousWarning, match=r"Parameters are copied at each update\(\)") as told:
+    with pytest.warns(NitrousWarning, match=r"the EMA copies the parameters in every update\(\)") as caught:
         obtained = averages_after(AsyncPostHocEMA, tmp_path, *careless)
-    assert len(told) == 1
-    assert told[0].filename in (__file__, averages_after.__code__.co_filename)  # the user's own line
+    assert len(caught) == 1
+    assert caught[0].filename in (__file__, averages_after.__code__.co_filename)  # the user's own line
     assert_same_bits(obtained, expected)
 
 
 @pytest.mark.parametrize("call", ["checkpoint", "flush", "state_dict", "close"])
-def test_mistake_is_told_by_whatever_is_called_next(tmp_path, call):
+def test_violation_is_raised_by_the_next_call_on_the_ema(tmp_path, call):
     model = make_model()
     ema = AsyncPostHocEMA(model, checkpoint_folder=tmp_path, read="guarded")
     optimizer = sgd(model)
@@ -407,7 +403,7 @@ def test_weights_may_be_initialized_after_construction(tmp_path):
 
 
 def test_update_that_finds_a_tensor_missing_leaves_the_weights_guarded(tmp_path, monkeypatch):
-    """Hazard: the update is refused, and the optimizer then writes what the one before still reads."""
+    """Hazard: the update is refused, and the optimizer then writes weights that the update before still reads."""
     model, lane = make_model(), LateLane()
     use_lane(monkeypatch, lane)
     ema = AsyncPostHocEMA(model, checkpoint_folder=tmp_path, read="guarded")

@@ -141,7 +141,7 @@ def test_average_of_a_channels_last_parameter_has_its_memory_order(orders):
 
 
 def test_copied_tensors_keep_their_types_and_values(orders):
-    flat_buffers = flat_buffers_of(orders, copied=["narrow"])
+    flat_buffers = flat_buffers_of(orders, param_or_buffer_names_no_ema=["narrow"])
     for tracked, value in flat_buffers.copies():
         value.copy_(tracked.live())
     kept = {tracked.name: value for tracked, value in flat_buffers.copies()}
@@ -153,7 +153,10 @@ def test_copied_tensors_keep_their_types_and_values(orders):
 
 @pytest.mark.parametrize("pieces", [1, 3, 1000])
 def test_copied_bytes_go_out_and_come_back(orders, pieces):
-    first, second = flat_buffers_of(orders, copied=["narrow"]), flat_buffers_of(orders, copied=["narrow"])
+    first, second = (
+        flat_buffers_of(orders, param_or_buffer_names_no_ema=["narrow"]),
+        flat_buffers_of(orders, param_or_buffer_names_no_ema=["narrow"]),
+    )
     for tracked, value in first.copies():
         value.copy_(tracked.live())
     section = first.layout.sections[-1]
@@ -169,7 +172,7 @@ def test_copied_bytes_go_out_and_come_back(orders, pieces):
 
 def test_order_of_copied_tensors_is_the_layouts():
     model = Net()
-    flat_buffers = flat_buffers_of(model, copied=["head.bias"])
+    flat_buffers = flat_buffers_of(model, param_or_buffer_names_no_ema=["head.bias"])
     assert [tensor.name for tensor in flat_buffers.copied] == [record.name for record in flat_buffers.layout.copied]
     assert flat_buffers.copied[0].name == "norm.num_batches_tracked"  # the widest type first: all offsets are aligned
 

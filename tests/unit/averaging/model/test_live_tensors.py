@@ -35,7 +35,7 @@ def test_the_same_mapping_is_returned_as_long_as_nothing_moved():
 
 def test_skipped_tensors_are_not_looked_for():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    tensors = live_tensors(model, skipped_prefixes=["1."])
+    tensors = live_tensors(model, ignore_startswith_names=["1."])
     model[1] = nn.Identity()
     assert list(tensors.find()) == ["0.weight", "0.bias"]
 

@@ -156,7 +156,7 @@ def test_converted_tensor_may_be_skipped(convert):
     """As with frozen quantized weights under trained adapters."""
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     convert(model[0])
-    roles = {tensor.name: tensor.role for tensor in track(model, TrackingPolicy(skipped_prefixes=["0."]))}
+    roles = {tensor.name: tensor.role for tensor in track(model, TrackingPolicy(ignore_startswith_names=["0."]))}
     assert roles == {"0.weight": "skipped", "0.bias": "skipped", "1.weight": "averaged", "1.bias": "averaged"}
 
 

@@ -21,6 +21,8 @@ from nitrous_ema.averaging.model.tracking import (
 from nitrous_ema.errors import NitrousWarning, UntrackableModelError
 from tests.support.models import Net, Tied
 
+FILTERS = ("param_or_buffer_names_no_ema", "ignore_names", "ignore_startswith_names")
+
 
 def roles(model: nn.Module, **policy) -> dict[str, str]:
     return {tensor.name: tensor.role for tensor in track(model, TrackingPolicy(**policy))}
@@ -78,29 +80,32 @@ def test_buffer_with_infinities_is_copied_and_told():
         assert roles(model)["mask"] == "copied"
 
 
-@pytest.mark.parametrize("argument", ["copied", "skipped"])
+@pytest.mark.parametrize(
+    ("argument", "role"), [("param_or_buffer_names_no_ema", "copied"), ("ignore_names", "skipped")]
+)
 @pytest.mark.parametrize("given", [["head.bias"], {"head.bias"}, ("head.bias",), lambda name: name == "head.bias"])
-def test_filter_takes_names_or_a_function_of_a_name(argument, given):
+def test_filter_takes_names_or_a_function_of_a_name(argument, role, given):
     found = roles(Net(), **{argument: given})
-    assert found.pop("head.bias") == argument
+    assert found.pop("head.bias") == role
     assert "averaged" in found.values()
-    assert argument != "skipped" or "skipped" not in found.values()
+    assert role != "skipped" or "skipped" not in found.values()
 
 
 def test_prefix_skips_all_that_begins_with_it():
-    assert {name for name, role in roles(Net(), skipped_prefixes=["norm."]).items() if role == "skipped"} == {
+    assert {name for name, role in roles(Net(), ignore_startswith_names=["norm."]).items() if role == "skipped"} == {
         name for name in Net().state_dict() if name.startswith("norm.")
     }
 
 
 def test_skipping_wins_over_copying():
-    assert roles(Net(), copied=["head.bias"], skipped=["head.bias"])["head.bias"] == "skipped"
+    found = roles(Net(), param_or_buffer_names_no_ema=["head.bias"], ignore_names=["head.bias"])
+    assert found["head.bias"] == "skipped"
 
 
-@pytest.mark.parametrize("argument", ["copied", "skipped", "skipped_prefixes"])
+@pytest.mark.parametrize("argument", FILTERS)
 @pytest.mark.parametrize("given", [["hed.bias"], lambda name: False])
 def test_filter_that_matches_nothing_is_an_error(argument, given):
-    if argument == "skipped_prefixes" and callable(given):
+    if argument == "ignore_startswith_names" and callable(given):
         return
     with pytest.raises(ValueError, match=r"matches no"):
         roles(Net(), **{argument: given})
@@ -108,10 +113,10 @@ def test_filter_that_matches_nothing_is_an_error(argument, given):
 
 def test_filter_that_matches_nothing_names_the_nearest_names():
     with pytest.raises(ValueError, match=r"ignore_names: 'hed.bias' matches no tensor .* 'head.bias'"):
-        roles(Net(), skipped=["hed.bias"])
+        roles(Net(), ignore_names=["hed.bias"])
 
 
-@pytest.mark.parametrize("argument", ["copied", "skipped", "skipped_prefixes"])
+@pytest.mark.parametrize("argument", FILTERS)
 def test_filter_that_is_one_string_is_an_error(argument):
     with pytest.raises(TypeError, match=r"expected a collection of names: \['head.bias'\]"):
         TrackingPolicy(**{argument: "head.bias"})
@@ -174,7 +179,7 @@ def test_submodule_of_the_user_called_module_keeps_its_name():
 
 
 def test_filters_understand_names_as_the_wrapped_model_has_them():
-    found = roles(nn.DataParallel(Net()), skipped=["module.head.bias"], skipped_prefixes=["module.norm."])
+    found = roles(nn.DataParallel(Net()), ignore_names=["module.head.bias"], ignore_startswith_names=["module.norm."])
     assert {name for name, role in found.items() if role == "skipped"} >= {"head.bias", "norm.weight"}
 
 
@@ -230,7 +235,7 @@ def test_tensor_that_cannot_be_averaged_is_refused_by_name(kind):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["meta", "quantized", "complex128"])
 def test_tensor_that_cannot_be_averaged_may_be_skipped(kind):
-    assert roles(OfOneTensor(ODD[kind][0]()), skipped=["odd"])["odd"] == "skipped"
+    assert roles(OfOneTensor(ODD[kind][0]()), ignore_names=["odd"])["odd"] == "skipped"
 
 
 def test_uninitialized_lazy_parameter_is_refused_by_name():
@@ -246,7 +251,7 @@ def test_model_without_weights_is_refused(model):
 
 def test_model_that_is_filtered_empty_is_refused():
     with pytest.raises(UntrackableModelError, match="nothing to average"):
-        track(nn.Linear(2, 2), TrackingPolicy(skipped=["weight", "bias"]))
+        track(nn.Linear(2, 2), TrackingPolicy(ignore_names=["weight", "bias"]))
 
 
 # ---- while training
