@@ -1,1 +1,1 @@
-"""What a crash may leave on a disk, and what readers and restarted writers make of it. See docs/crash-safety.md."""
+"""Disks as a crash may leave them, and readers and restarted writers on them. See docs/crash-safety.md."""

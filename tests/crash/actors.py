@@ -1,7 +1,7 @@
-"""Who takes part in a soak (``tests.crash.soak``), each a process of its own: writer, pruner, reader, synthesizer.
+"""The processes that take part in a soak (``tests.crash.soak``): writer, pruner, reader, synthesizer.
 
-All of them tell what they do, or are about to do, in one journal. The weights of a step are known beforehand: whatever
-is read is compared with an evaluation of the definition that shares no code with the package.
+All of them record in one journal what they do, or are about to do. The weights of each step are known beforehand, so
+everything that is read is compared with an evaluation of the definition that shares no code with the package.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KEEPS = (
     lambda: KeepBytes(40_000),  # of snapshots of 5 776 bytes: 6 at once
 )
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 # The numbers
@@ -50,10 +50,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Truth:
-    """What averages are, by definition, in float64."""
+    """The right averages, by definition, in float64."""
 
     expected: dict[int, bytes]
-    """Data of the snapshot of each step, of a run that nobody disturbed."""
+    """Data of the snapshot of each step, of an undisturbed run."""
     weights: np.ndarray = field(
         default_factory=lambda: np.stack([weights_of_step(step).double().numpy() for step in range(1, MOST_STEPS + 1)])
     )
@@ -63,7 +63,7 @@ class Truth:
         return shares @ self.weights[:step]
 
     def check_snapshots(self) -> None:
-        """The undisturbed run itself is right."""
+        """Check the averages of the undisturbed run itself."""
         for step, data in self.expected.items():
             numbers = np.frombuffer(data, np.float32).reshape(2, -1)
             for found, sigma_rel in zip(numbers, (0.05, 0.10), strict=True):
@@ -71,10 +71,10 @@ class Truth:
                 expect(np.abs(found - wanted).max() < 1e-5, f"an undisturbed run has other averages at step {step}")
 
     def check(self, found: np.ndarray, step: int, sigma_rel: float, profile_error: float, weight_l1: float) -> None:
-        """A synthesized average is what it says it is.
+        """Check that a synthesized average is as accurate as its plan predicts.
 
-        The weights of each step are independent normal numbers, so the error's length is, but for a few percent, the
-        profile's error times the length of the profile; float32 rounding adds to it.
+        The weights of each step are independent normal numbers. So the error's length is the profile's error times the
+        length of the profile, up to a few percent; float32 rounding adds to it.
         """
         gamma = float(sigma_rel_to_gamma(sigma_rel))
         profile = (gamma + 1) / np.sqrt((2 * gamma + 1) * step)
@@ -86,8 +86,8 @@ class Truth:
 # Writing
 
 
-def write_some(root: Path, journal: Journal, chance: random.Random, stopped: object, say: Say) -> None:
-    """A run that nothing happens to, so that there is something to read."""
+def write_some(root: Path, journal: Journal, chance: random.Random, stopped: object, report: Report) -> None:
+    """A short run that is not disturbed, so that readers have snapshots to read."""
     model = torch.nn.Linear(20, 10)
     with AsyncPostHocEMA(model, checkpoint_every_num_steps=1, checkpoint_folder=root) as ema:
         for step in range(1, 6):
@@ -96,8 +96,8 @@ def write_some(root: Path, journal: Journal, chance: random.Random, stopped: obj
     journal.note(f"durable {ema.run} 5")
 
 
-def write(root: Path, journal: Journal, chance: random.Random, stopped: object, say: Say) -> None:
-    """One life of a training run: begins somehow, goes on for a while, ends somehow."""
+def write(root: Path, journal: Journal, chance: random.Random, stopped: object, report: Report) -> None:
+    """One life of a training run: it resumes or not, goes on for a while, and is closed, left or killed."""
     warnings.filterwarnings("ignore", message="This run.* begins anew")
     if chance.random() < 0.3:
         files = Deadly(chance.randrange(30, 900), before=chance.random() < 0.5)
@@ -113,7 +113,7 @@ def write(root: Path, journal: Journal, chance: random.Random, stopped: object, 
     begun_at, last = ema.step, chance.choice((MOST_STEPS, chance.randrange(20, MOST_STEPS)))
     for step in range(ema.step + 1, last + 1):
         one_step(ema, model, step)
-        say("step")
+        report("step")
         if chance.random() < 0.1:
             _acknowledge(ema, journal, pin=chance.random() < 0.2 and step - begun_at > every)
         if chance.random() < 0.05:
@@ -133,7 +133,7 @@ def _resume(ema: AsyncPostHocEMA, journal: Journal, chance: random.Random, state
     elif how == "restore":
         runs = ema.snapshots.runs()
         run = chance.choice([None, *runs[-3:]])
-        with removed_ones_are_no_failure(ema.snapshots.root, journal, run):
+        with allow_missing_snapshots(ema.snapshots.root, journal, run):
             # With no run named, the newest may be another one by the time it is restored.
             steps = [snapshot.step for snapshot in ema.snapshots.snapshots(run)] if run else []
             ema.restore(chance.choice([None, *steps]), run)
@@ -152,15 +152,15 @@ def _acknowledge(ema: AsyncPostHocEMA, journal: Journal, *, pin: bool) -> None:
 # Pruning
 
 
-def prune(root: Path, journal: Journal, chance: random.Random, stopped: Callable[[], bool], say: Say) -> None:
-    """Thin histories by library and by command, pin and unpin, until told to stop."""
+def prune(root: Path, journal: Journal, chance: random.Random, stopped: Callable[[], bool], report: Report) -> None:
+    """Thin histories by library and by command, pin and unpin, until ``stopped()``."""
     store = SnapshotStore(root)
     while not stopped():
         run = chance.choice([None, None, *store.runs()])
         action = chance.choice((_thin, _thin, _pin, _unpin, _command))
-        with removed_ones_are_no_failure(root, journal, run):
+        with allow_missing_snapshots(root, journal, run):
             action(store, journal, chance, run)
-        say("round")
+        report("round")
 
 
 def _thin(store: SnapshotStore, journal: Journal, chance: random.Random, run: str | None) -> None:
@@ -172,8 +172,8 @@ def _thin(store: SnapshotStore, journal: Journal, chance: random.Random, run: st
     )
     try:
         store.hide([snapshots[place] for place in retention.dropped])
-    except SnapshotError as error:  # somebody pinned one since
-        expect("pin" in str(error) and store.pins() > pins, f"hide() says {error!r}")
+    except SnapshotError as error:  # another process has pinned one since
+        expect("pin" in str(error) and store.pins() > pins, f"hide() raises {error!r}")
     if chance.random() < 0.7:
         store.remove_hidden(older_than_seconds=chance.choice((0.0, 0.05)))
 
@@ -185,8 +185,8 @@ def _pin(store: SnapshotStore, journal: Journal, chance: random.Random, run: str
 
 
 def _unpin(store: SnapshotStore, journal: Journal, chance: random.Random, run: str | None) -> None:
-    told = journal.read().pinned  # a pin of which its owner has said nothing yet is still being set
-    pins = sorted(pin for pin in store.pins() if folder(*pin) in told)
+    noted = journal.read().pinned  # a pin that its owner has not noted yet is still being set
+    pins = sorted(pin for pin in store.pins() if folder(*pin) in noted)
     for step, owner in chance.sample(pins, k=len(pins) // 2):
         journal.note(f"unpinning {folder(step, owner)}")
         store.unpin(step, owner)
@@ -208,14 +208,14 @@ def _command(store: SnapshotStore, journal: Journal, chance: random.Random, run:
 
 
 @contextlib.contextmanager
-def removed_ones_are_no_failure(root: Path, journal: Journal, run: str | None) -> Iterator[None]:
-    """An error is fine if it names a snapshot that is gone because somebody hid it, or a run that lost some."""
+def allow_missing_snapshots(root: Path, journal: Journal, run: str | None) -> Iterator[None]:
+    """Accept an error that names a snapshot which a process has hidden and which is gone, or a run that lost some."""
     try:
         yield
     except (SnapshotNotFound, WorkerError, FileNotFoundError) as error:
         hidden = journal.read().hidden
         named = set(re.findall(r"step-\d{12}-[\w.-]+[\w]", str(error)))
-        # Who reads a file by its path is refused once that is hidden; the package is not before it is removed.
+        # A read of a file by its path fails once the file is hidden; the package's fail only once it is removed.
         is_gone = _is_hidden if isinstance(error, FileNotFoundError) else _is_removed
         if named and named <= hidden and all(is_gone(root, name) for name in named):
             return
@@ -233,9 +233,9 @@ def _is_removed(root: Path, name: str) -> bool:
 
 
 def read(
-    root: Path, journal: Journal, chance: random.Random, stopped: Callable[[], bool], say: Say, truth: Truth
+    root: Path, journal: Journal, chance: random.Random, stopped: Callable[[], bool], report: Report, truth: Truth
 ) -> None:
-    """List and read in every way there is, until told to stop."""
+    """List and read in every way there is, until ``stopped()``."""
     store, newest = SnapshotStore(root), ("", 0)
     while not stopped():
         pinned = set(journal.read().pinned)
@@ -243,21 +243,21 @@ def read(
         expect((snapshot.run, snapshot.step) >= newest, f"newest was {newest}, is {(snapshot.run, snapshot.step)}")
         newest = snapshot.run, snapshot.step
         run = chance.choice([None, *store.runs()])
-        with removed_ones_are_no_failure(root, journal, run):
+        with allow_missing_snapshots(root, journal, run):
             _check_listing(store, journal, truth, run)
-        with removed_ones_are_no_failure(root, journal, run):
+        with allow_missing_snapshots(root, journal, run):
             examined = store.examine(run)
             expect(not examined.damaged, f"damaged: {examined.damaged}")
         problems = store.verify()
-        expect(problems == [], f"verify() says {problems}")
+        expect(problems == [], f"verify() returns {problems}")
         store.incomplete()
-        # One that was pinned while it was being hidden comes back when somebody removes what is hidden.
-        # It may be renamed between two looks at the folder, but not each time.
+        # A snapshot that was pinned while it was being hidden comes back when hidden snapshots are removed. It may be
+        # renamed between two looks at the folder, but not each time.
         gone = {name for name in pinned if not any(list(root.glob(f"*{name}*/rank-*")) for look in range(5))}
         expect(not gone & journal.read().pinned, f"pinned and gone: {gone}")
-        with removed_ones_are_no_failure(root, journal, run):
+        with allow_missing_snapshots(root, journal, run):
             _check_average(store, chance, run, truth)
-        say("round")
+        report("round")
 
 
 def _check_listing(store: SnapshotStore, journal: Journal, truth: Truth, run: str | None) -> None:
@@ -265,7 +265,7 @@ def _check_listing(store: SnapshotStore, journal: Journal, truth: Truth, run: st
     steps = [snapshot.step for snapshot in snapshots]
     expect(bool(steps) and steps == sorted(set(steps)), f"steps of {run}: {steps}")
     for snapshot in snapshots:
-        with removed_ones_are_no_failure(store.root, journal, run):
+        with allow_missing_snapshots(store.root, journal, run):
             expect(data_of(snapshot) == truth.expected[snapshot.step], f"{snapshot.paths[0]} has other bits")
 
 
@@ -279,15 +279,15 @@ def _check_average(store: SnapshotStore, chance: random.Random, run: str | None,
 
 
 def synthesize_by_worker(
-    root: Path, journal: Journal, chance: random.Random, stopped: Callable[[], bool], say: Say, truth: Truth
+    root: Path, journal: Journal, chance: random.Random, stopped: Callable[[], bool], report: Report, truth: Truth
 ) -> None:
-    """Start one worker after the other, until told to stop."""
+    """Start one worker after the other, until ``stopped()``."""
     while not stopped():
         run = chance.choice([None, *SnapshotStore(root).runs()])
-        with tempfile.TemporaryDirectory() as out, removed_ones_are_no_failure(root, journal, run):
+        with tempfile.TemporaryDirectory() as out, allow_missing_snapshots(root, journal, run):
             job = synthesize_worker.launch(root, out=out, sigma_rels=LENGTHS, run=run, dtype="float32")
             for output in job.result(TIMEOUT_SECONDS):
                 found = safetensors.numpy.load_file(output.path)
                 numbers = np.concatenate([found["weight"].ravel(), found["bias"]])
                 truth.check(numbers, output.step, output.sigma_rel, output.profile_error, output.weight_l1)
-        say("round")
+        report("round")

@@ -1,4 +1,4 @@
-"""Every crash state of every run, deeper and in more orders than the test suite: ``python -m tests.crash.campaign``."""
+"""Check every crash state of every run, deeper than the test suite does: ``python -m tests.crash.campaign``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tests.crash.subject import load_subject
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.crash.campaign", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=4, help="orders of calls where several write at once")
-    parser.add_argument("--subsets", type=int, default=1024, help="subsets of uncertain names, for each moment")
-    parser.add_argument("--samples", type=int, default=4, help="contents of uncertain files, for each subset")
+    parser.add_argument("--seeds", type=int, default=4, help="orders of calls in runs where several write at once")
+    parser.add_argument("--subsets", type=int, default=1024, help="subsets of uncertain names for each moment")
+    parser.add_argument("--samples", type=int, default=4, help="contents of uncertain files for each subset")
     options = parser.parse_args(argv)
     logging.disable(logging.ERROR)
     depth = Depth(subsets=options.subsets, samples=options.samples, second_crash_of=10)

@@ -1,7 +1,7 @@
 """What must hold on every disk that a crash may leave, and the campaigns that look at all of them.
 
-The oracle reads names and bytes off the disk by itself: it knows what each file was meant to hold, and which runs
-continued which. The store must say exactly what the oracle says.
+The oracle reads names and bytes from the disk by itself. It knows what each file was meant to hold, and which run
+continued which. The store must return exactly what the oracle finds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _IN_TRASH = re.compile(r"/\.trash-(step-[0-9]+-[0-9T]+\.[0-9]+-[0-9a-f]+)(\.[0-9
 
 @dataclass
 class Tally:
-    """How much was looked at."""
+    """Counts of what a campaign has checked."""
 
     crash_points: int = 0
     built: int = 0
@@ -60,27 +60,27 @@ class Depth:
     subsets: int = 1024
     samples: int = 4
     second_crash_of: int = 40
-    """Every so many-th restarted writer crashes as well."""
+    """One restarted writer in so many crashes as well."""
 
 
 @dataclass
 class _Truth:
-    """What the oracle finds on a disk."""
+    """The findings of the oracle on one disk."""
 
     files: dict[str, bytes] = field(default_factory=dict)
-    """Those with final names, by path."""
+    """Files with final names, by path."""
     folders: list[Path] = field(default_factory=list)
     committed: set[tuple[int, str]] = field(default_factory=set)
     hidden: dict[str, bytes] = field(default_factory=dict)
     """Files of hidden snapshots, by the paths that they had."""
     unlinking: dict[str, bytes] = field(default_factory=dict)
-    """The same of those that are being removed."""
+    """Files of snapshots that are being removed, by the paths that they had."""
     trash: list[Path] = field(default_factory=list)
     pins: set[tuple[int, str]] = field(default_factory=set)
 
 
 def check_crashes(recording: Recording, subject: Subject, depth: Depth | None = None) -> Tally:
-    """Look at every disk that a crash of this run may leave. Raises ``Violation``."""
+    """Check every disk that a crash of this run may leave. Raises ``Violation``."""
     depth = depth or Depth()
     tally, seen, restarted = Tally(), set(), set()
     for point in crash_points(recording.disk.log, recording.start):
@@ -103,21 +103,21 @@ def check_crashes(recording: Recording, subject: Subject, depth: Depth | None = 
                 raise _described(violation, recording, point, listing) from violation
     tally.distinct, tally.restarts = len(seen), len(restarted)
     check_trace(recording)
-    check_told(recording)
+    check_failures(recording)
     return tally
 
 
 def check_end(recording: Recording, subject: Subject) -> None:
-    """Look at the disk as it is when the run has ended; no crash. Raises ``Violation``."""
+    """Check the disk as it is when the run has ended, without a crash. Raises ``Violation``."""
     promises = [entry for entry in recording.disk.log if isinstance(entry, (Promised, Withdrawn, PromisedGone))]
     state = recording.disk.now()
     check_state(state, state.walk(), promises, recording, subject)
     check_trace(recording)
-    check_told(recording)
+    check_failures(recording)
 
 
 def _as_a_writer_sees(entry: tuple[str, bytes | None]) -> tuple[str, bytes | None]:
-    """Nobody opens a temporary file that is there (see ``check_state``); its name may matter."""
+    """Blank the content of temporary files: no process opens one (see ``check_state``), but its name may matter."""
     return (entry[0], b"") if "/." in entry[0] else entry
 
 
@@ -128,7 +128,7 @@ def check_state(
     recording: Recording,
     subject: Subject,
 ) -> list[tuple[int, str]]:
-    """Promises are kept, and readers say what is there. Returns what the default listing holds."""
+    """Check that promises are kept and that readers find what is there. Returns the default listing."""
     truth = _look(listing, recording)
     _expect_promises_kept(dict(listing), truth, promises)
     for path, content in truth.files.items():
@@ -140,7 +140,7 @@ def check_state(
     disk = Disk(state, most_bytes=recording.disk.most_bytes)
     store = subject.store.SnapshotStore(ROOT, files=disk)
     try:
-        return _expect_readers_tell(store, truth, recording)
+        return _expect_right_readers(store, truth, recording)
     except SnapshotNotFound:
         if str(ROOT) in dict(listing):
             raise
@@ -183,7 +183,7 @@ def _step_and_run(folder: str) -> tuple[int, str]:
 
 @dataclass
 class _Standing:
-    """What is promised after all that was said."""
+    """The promises that hold after all promises and withdrawals so far."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
@@ -233,7 +233,7 @@ def _expect_promises_kept(
             raise Violation(f"remains of {folder} are there")
 
 
-def _expect_readers_tell(store: object, truth: _Truth, recording: Recording) -> list[tuple[int, str]]:
+def _expect_right_readers(store: object, truth: _Truth, recording: Recording) -> list[tuple[int, str]]:
     owners = sorted({run for _, run in truth.committed})
     _expect("runs()", store.runs(), owners)
     newest = _history(truth, recording, owners[-1]) if owners else []
@@ -264,7 +264,7 @@ def _expect_readers_tell(store: object, truth: _Truth, recording: Recording) -> 
 
 
 def _history(truth: _Truth, recording: Recording, run: str) -> list[tuple[int, str]]:
-    """The committed snapshots of a run and, up to where it left each, of those it continued."""
+    """Return the committed snapshots of a run and, up to where it left each, of the runs that it continued."""
     found: dict[int, str] = {}
     for ancestor, left_at in recording.lineages[run]:
         found |= {s: r for s, r in truth.committed if r == ancestor and (left_at is None or s <= left_at)}
@@ -279,7 +279,7 @@ def _expect(what: str, found: object, expected: object) -> None:
 def _check_restart(
     state: Crashed, promises: Sequence[Promised], recording: Recording, subject: Subject, crash_again: bool
 ) -> int:
-    """A new process writes to the same folder; returns the number of disks after its own crash, if it has one."""
+    """Let a new process write to the same folder. Returns the number of disks after its own crash, if it has one."""
     disk = Disk(state)
     disk.finished = {path: set(contents) for path, contents in recording.disk.finished.items()}
     found = _look(state.walk(), recording)
@@ -303,7 +303,7 @@ def _check_restart(
     after = disk.now()
     listing = after.walk()
     new = [promise for promise in disk.log if isinstance(promise, Promised)]
-    # What was there stays, also what somebody had asked to be hidden.
+    # Snapshots that were there stay, also those that an earlier process had begun to hide.
     untouched = [Promised(path, content) for path, content in truth.files.items()]
     listed = check_state(after, listing, [*promises, *untouched, *new], restarted, subject)
     _expect("what is listed after a restart", listed, [*newest, (step + 5, D)])
@@ -320,15 +320,15 @@ def _check_restart(
 
 
 def _expect_clean(before: _Truth, after: _Truth, disk: Disk) -> None:
-    """A run that starts touches no snapshot, brings back what is pinned, and removes what is of no use."""
+    """Check that a starting run changes no snapshot, unhides pinned ones, and removes hidden and temporary files."""
     pinned = {
         path: held
         for path, held in before.hidden.items()
         if _step_and_run(path.rpartition("/")[0]) in before.pins and Path(path).parent not in before.folders
     }
-    _expect("what a run finds when it has started", sorted(after.files), sorted(before.files | pinned))
+    _expect("the files after the start of a run", sorted(after.files), sorted(before.files | pinned))
     if after.files != before.files | pinned:
-        raise Violation("a run that starts changes what it finds")
+        raise Violation("a run that starts changes existing files")
     left = [
         path for path, _ in disk.now().walk() if path.rpartition("/")[2].startswith((".rank-", ".probe", ".trash-"))
     ]
@@ -337,7 +337,7 @@ def _expect_clean(before: _Truth, after: _Truth, disk: Disk) -> None:
 
 
 def check_trace(recording: Recording) -> None:
-    """What the order of calls alone must keep to."""
+    """Check the rules that hold for the order of calls alone."""
     synced: Counter[int] = Counter()
     failed: set[int] = set()
     for entry in recording.disk.log:
@@ -353,7 +353,7 @@ def check_trace(recording: Recording) -> None:
     if recording.disk.open:
         raise Violation(f"{recording.name}: descriptors were left open: {recording.disk.open}")
     if recording.disk.hurt:
-        raise Violation(f"{recording.name}: somebody's open file was removed: {recording.disk.hurt}")
+        raise Violation(f"{recording.name}: an open file was removed: {recording.disk.hurt}")
     before = {path for path, _ in recording.start.walk()}
     left = [
         path
@@ -364,26 +364,26 @@ def check_trace(recording: Recording) -> None:
         raise Violation(f"{recording.name}: temporary files were left: {left}")
 
 
-def check_told(recording: Recording) -> None:
-    """Every snapshot was acknowledged or told failed, and a failure that one new file heals is not told."""
-    _expect(f"{recording.name}: the number of failures told", len(recording.failures), recording.num_told)
+def check_failures(recording: Recording) -> None:
+    """Check that every snapshot was acknowledged or reported as failed, unless one new file healed the failure."""
+    _expect(f"{recording.name}: the number of reported failures", len(recording.failures), recording.num_failures)
     for failure in recording.failures:
         if failure.path is None or (isinstance(failure, SnapshotWriteError) and failure.step is None):
-            raise Violation(f"{recording.name}: {failure!r} does not say what failed") from failure
+            raise Violation(f"{recording.name}: {failure!r} does not name the failed file or step") from failure
 
 
-# Disks that do not keep their word
+# Disks that lose durable bytes
 
 
 def check_forgetful_disk(recording: Recording, subject: Subject, *, orderly: bool, every: int = 1) -> int:
-    """A disk that forgets bytes it called durable may cost snapshots; it must not make readers tell lies.
+    """Check that a disk that loses durable bytes costs snapshots at most, and makes no reader return wrong ones.
 
     Args:
         recording: A run of one rank.
         subject: The store to use.
-        orderly: Its bytes reach the disk in the order in which they were written. Then a listing, which reads headers
-            only, lists nothing that is not whole, since headers are written last.
-        every: Look at one of so many disks.
+        orderly: Bytes reach the disk in the order in which they were written. Then a listing, which reads headers
+            only, lists whole snapshots only, since headers are written last.
+        every: Check one of so many disks.
     """
     seen = set()
     number = 0
@@ -410,7 +410,7 @@ def check_detection(
     *,
     listed_are_whole: bool = False,
 ) -> None:
-    """``verify()`` names each file that is not what was written; one with a wrong header or size is never listed."""
+    """Check that ``verify()`` names each wrong file, and that a file with a wrong header or size is never listed."""
     truth = _look(listing, recording)
     if str(ROOT) not in dict(listing):
         return
@@ -434,7 +434,7 @@ def check_detection(
 
 
 def check_rot(subject: Subject, *, every: int = 1) -> int:
-    """A bit flips in a file, or its end is lost, or it is found under another snapshot's name."""
+    """Check files in which a bit is flipped, whose end is lost, or which have another snapshot's name."""
     recording = runs.record("one rank", subject)
     final = recording.disk.now()
     parent, inode = next(
@@ -463,7 +463,7 @@ def _rotten(whole: bytes, chance: random.Random, every: int) -> Iterator[bytes]:
 
 
 def check_disagreement(subject: Subject) -> None:
-    """Files of two ranks that tell different times are no snapshot together."""
+    """Check that the files of two ranks with different times do not make a snapshot."""
     disk = Disk()
     player = Player(subject, disk, 2)
     player.prepare()
@@ -477,7 +477,7 @@ def check_disagreement(subject: Subject) -> None:
 
 
 def check_taken_name(subject: Subject, folder: Path) -> None:
-    """On a real disk: a temporary name that is taken belongs to somebody else, and stays as it is."""
+    """Check, on a real disk, that another writer's file is not changed when its temporary name is drawn again."""
     folder.mkdir()
     player = Player(subject, Disk())
     player.store = subject.store.SnapshotStore(folder, files=subject.filesystem.FileSystem())
@@ -493,7 +493,7 @@ def check_taken_name(subject: Subject, folder: Path) -> None:
     stamp = subject.header.Stamp(step=10, t=10, t_first=1, run=runs.A, lineage=runs.LINEAGES[runs.A])
     player.store.write(player.layout, stamp, lambda: [bytes_[b:e] for b, e in player.layout.chunks])
     if not foreign.exists() or foreign.read_bytes() != b"x" * 9000:
-        raise Violation("a file of somebody else, under a temporary name that was taken, was written to")
+        raise Violation("another writer's file, under a temporary name that was taken, was written to")
     _expect("verify()", player.store.verify(), [])
 
 

@@ -1,4 +1,4 @@
-"""A disk in memory that the store writes to: it logs what a later crash may lose, and fails calls when told to."""
+"""A disk in memory that the store writes to. It logs what a later crash may lose, and fails calls on request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nitrous_ema.snapshots.filesystem import FileSystem
 
 TOP = 0  # inode of the folder "/"
 LONG_AGO, NOW = 0.0, 1e6
-"""In seconds: when what a disk started with was changed, and when the rest was."""
+"""Times of change, in seconds: of the files that a disk starts with, and of all others."""
 
 
 class Violation(AssertionError):
@@ -34,7 +34,7 @@ class Linked(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """A folder has another name in its parent. One change: no file system leaves a folder with two names, or none."""
+    """A folder has a new name in its parent. One change: no file system leaves a folder with two names, or without."""
 
     folder: int
     name: str
@@ -57,33 +57,33 @@ class Synced(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A call on a file returned an error; nothing that was written to the file before is safe, ever."""
+    """A call on a file returned an error; bytes that were written to the file before are never durable."""
 
     inode: int
     call: str
 
 
 class Promised(NamedTuple):
-    """The caller was told that a file is durable; or, with ``content=b""``, that its name is."""
+    """A call returned that promises that a file is durable; or, with ``content=b""``, that its name is."""
 
     path: str
     content: bytes
 
 
 class Withdrawn(NamedTuple):
-    """The caller asks for this to be gone: what was promised of it, and of what is in it, is promised no more."""
+    """The caller asks for the removal of a path: promises about it, and about files in it, hold no more."""
 
     path: str
 
 
 class PromisedGone(NamedTuple):
-    """The caller was told that this is there no more."""
+    """A call returned that promises that a path is gone."""
 
     path: str
 
 
 class Killed(BaseException):
-    """The process is no more, as after SIGKILL: none of its calls does anything. The machine goes on."""
+    """The process has ended, as after SIGKILL: none of its calls has an effect. The machine goes on."""
 
 
 class Crashed(NamedTuple):
@@ -93,7 +93,7 @@ class Crashed(NamedTuple):
     contents: Mapping[int, bytes]
 
     def walk(self, inode: int = TOP, path: str = "") -> list[tuple[str, bytes | None]]:
-        """Path and content of everything there is, by name; content is None for a folder."""
+        """Return path and content of every file and folder, by name; a folder has ``None`` as its content."""
         found: list[tuple[str, bytes | None]] = []
         for name, child in sorted(self.folders[inode].items()):
             if child in self.folders:
@@ -111,12 +111,12 @@ class Disk(FileSystem):
     """A file system in memory.
 
     Args:
-        start: What is on it.
-        faults: Calls that fail: (method, how many calls of it went before) -> errno. A failed write has written half.
+        start: The initial content.
+        faults: Calls that fail: (method, number of earlier calls of it) -> errno. A failed write has written half.
         turns: Serializes the calls of several threads.
-        turns_to_look: A call that only looks waits for its turn as well: others may act between a look and what
-            follows from it.
-        replaces_only: There is no ``renameat2``.
+        turns_to_look: A call that changes nothing waits for its turn as well, so that other threads may act between a
+            look and the call that follows from it.
+        replaces_only: ``renameat2`` is not supported.
         most_bytes: The longest write or read that succeeds in one call.
     """
 
@@ -135,16 +135,16 @@ class Disk(FileSystem):
         self.log: list[NamedTuple] = []
         self.open: dict[int, tuple[int, str]] = {}  # descriptor: inode, path
         self.was_read: set[str] = set()
-        self.finished: dict[str, set[bytes]] = {}  # final path: what writers meant it to hold
-        self.meanwhile: dict[str, Callable[[], None]] = {}  # what others do just before the next call of a kind
-        self.hurt: list[str] = []  # what was unlinked while somebody had it open
-        self._changed_at: dict[int, float] = {}  # of what is not LONG_AGO
+        self.finished: dict[str, set[bytes]] = {}  # final path: contents that writers meant it to have
+        self.meanwhile: dict[str, Callable[[], None]] = {}  # done by others just before the next call of a kind
+        self.hurt: list[str] = []  # files that were unlinked while they were open
+        self._changed_at: dict[int, float] = {}  # of inodes that are not LONG_AGO
         self._faults = dict(faults or {})
         self._counts: dict[str, int] = {}
         self.turns = turns
         self._replaces_only = replaces_only
         self._turns_to_look = turns_to_look
-        self._left: int | None = None  # calls until the process is killed
+        self._calls_left: int | None = None  # until the process is killed
         self.most_bytes = most_bytes
         self.bytes_free = 1 << 50
         self._next = max((*self.folders, *self.contents)) + 1
@@ -154,27 +154,27 @@ class Disk(FileSystem):
         return Crashed(self.folders, {inode: bytes(content) for inode, content in self.contents.items()})
 
     def promise(self, path: str, content: bytes) -> None:
-        """The writer was told that this is durable."""
+        """Record the promise that a path is durable."""
         self._enter("promise")
         self.log.append(Promised(path, content))
 
     def withdraw(self, path: str) -> None:
-        """The writer asks for this to be gone."""
+        """Record that the writer asks for the removal of a path."""
         self._enter("withdraw")
         self.log.append(Withdrawn(path))
 
     def promise_gone(self, path: str) -> None:
-        """The writer was told that this is gone."""
+        """Record the promise that a path is gone."""
         self._enter("promise_gone")
         self.log.append(PromisedGone(path))
 
     def kill_at(self, count: int) -> None:
-        """The process is killed when it has made so many more calls that change something."""
-        self._left = count
+        """Kill the process when it has made so many more calls that change something."""
+        self._calls_left = count
 
     def start_process(self) -> None:
-        """Another process takes over the disk of one that was killed; nothing was lost yet."""
-        self._left, self.open = None, {}
+        """Let another process go on with the disk of a killed one; no byte was lost."""
+        self._calls_left, self.open = None, {}
 
     # Calls that change something
 
@@ -212,7 +212,7 @@ class Disk(FileSystem):
         self.log.append(Synced(inode))
 
     def close(self, descriptor: int) -> None:
-        if self._left is not None and self._left <= 0:
+        if self._calls_left is not None and self._calls_left <= 0:
             raise Killed
         inode, path = self.open.pop(descriptor)
         if is_final(path) and self.contents[inode]:
@@ -337,14 +337,14 @@ class Disk(FileSystem):
             self.turns.wait()
 
     def _enter(self, call: str, inode: int | None = None) -> None:
-        """A call begins: wait for its turn, and fail if it is to fail."""
+        """Begin a call: wait for its turn, and fail if a fault is set for it."""
         if others := self.meanwhile.pop(call, None):
             others()
         if self.turns is not None:
             self.turns.wait()
-        if self._left is not None:
-            self._left -= 1
-            if self._left < 0:
+        if self._calls_left is not None:
+            self._calls_left -= 1
+            if self._calls_left < 0:
                 raise Killed
         self._fail(call, inode)
 
@@ -404,7 +404,7 @@ class Disk(FileSystem):
 class Turns:
     """Lets several threads make one file system call at a time, in an order drawn from a seed.
 
-    Between two of its calls a thread runs alone, so a seed always gives the same log.
+    A thread runs alone between two of its calls, so a seed always results in the same log.
     """
 
     TIMEOUT_SECONDS = 30
@@ -419,7 +419,7 @@ class Turns:
         self._chosen: int | None = None
 
     def run(self, *works: Callable[[], object]) -> None:
-        """Do all of this at once; returns when all is done."""
+        """Run all of these at once; return when all have ended."""
         failures: list[BaseException] = []
 
         def run_one(number: int, work: Callable[[], object]) -> None:
@@ -470,13 +470,13 @@ class Turns:
 
 
 def put(content: bytearray, offset: int, piece: bytes) -> None:
-    """Write a piece into a file, which grows by zeros if need be."""
+    """Write a piece into a file, which grows by zeros where needed."""
     content.extend(bytes(max(0, offset + len(piece) - len(content))))
     content[offset : offset + len(piece)] = piece
 
 
 def is_final(path: str) -> bool:
-    """Whether this is the final name of a rank's file."""
+    """Return whether this is the final name of a rank's file."""
     return path.rpartition("/")[2].startswith("rank-")
 
 

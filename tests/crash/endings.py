@@ -1,8 +1,8 @@
 """Processes that end, or fork, in every way there is: ``python -m tests.crash.endings FOLDER``.
 
-One process imports torch and forks the others, each of which comes to a real end of its interpreter. A disk that
-hangs is one whose writes wait for the end of stdin: who started the process decides when, or never. Prints one JSON
-object: for each way to end, the exit status and what it said.
+One process imports torch and forks the others, each of which comes to a real end of its interpreter. On a disk that
+hangs, writes wait for the end of stdin: the process that started this one decides when stdin ends, or never. Prints one
+JSON object: for each way to end, the exit status and the text on stderr.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TIMEOUT_SECONDS = 60
 
 
 class HangingFiles(FileSystem):
-    """Background writes go on when stdin has ended."""
+    """Background writes wait until stdin has ended."""
 
     def __init__(self) -> None:
         self.entered = threading.Event()
@@ -64,7 +64,7 @@ class Training:
             self.ema.update()
 
 
-def say(word: str) -> None:
+def report(word: str) -> None:
     os.write(1, f"{word}\n".encode())
 
 
@@ -104,7 +104,7 @@ def training_in_a_thread_that_outlives_main(root: Path) -> None:
         threading.main_thread().join(TIMEOUT_SECONDS)
         training.steps(3)
         main_has_ended.set()
-        sys.exit(9)  # ends this thread, and is nobody's exit status
+        sys.exit(9)  # ends this thread; the process has another exit status
 
     threading.Thread(target=train).start()
 
@@ -113,13 +113,13 @@ def exit_while_a_write_hangs(root: Path) -> None:
     training = Training(root, hangs=True, num_writers=1)
     training.steps(6)
     assert training.files.entered.wait(TIMEOUT_SECONDS)
-    say("go on")  # stdin ends some time after this; the end of the interpreter waits for it
+    report("go on")  # stdin ends some time after this; the interpreter waits for the write before it ends
 
 
 def exit_while_the_disk_hangs_for_good(root: Path) -> None:
     training = Training(root, hangs=True, wait_timeout=0.5)
     training.steps(6)
-    training.ema.cycle = training.ema  # so that it lives until the interpreter ends
+    training.ema.cycle = training.ema  # a cycle keeps the EMA alive until the interpreter ends
 
 
 def exception_while_the_disk_hangs_for_good(root: Path) -> None:
@@ -129,7 +129,7 @@ def exception_while_the_disk_hangs_for_good(root: Path) -> None:
 
 
 class Interrupted(ThreadLane):
-    """Ctrl-C comes at a call of the training thread, before the lane has done anything about it, or after."""
+    """Raises SIGINT at a call of the training thread, before the lane has handled the call, or after."""
 
     def __init__(self, call: str, number: int, *, after: bool) -> None:
         super().__init__()
@@ -149,11 +149,11 @@ class Interrupted(ThreadLane):
 def interrupted(call: str, number: int, after: bool, root: Path) -> None:
     lane = Interrupted(call, number, after=after)
     nitrous_ema.async_.ema.make_lane = lambda device: lane
-    training = Training(root, hangs=True)  # so that each snapshot has a slot of its own, whose marks are made for it
+    training = Training(root, hangs=True)  # each snapshot has a slot of its own, with its own marks
     try:
         training.steps(6)
     except KeyboardInterrupt:
-        say("go on")
+        report("go on")
         raise
 
 
@@ -168,7 +168,7 @@ def interrupt_while_waiting_for_a_slot(root: Path) -> None:
     try:
         training.steps(6)
     except KeyboardInterrupt:
-        say("go on")
+        report("go on")
         raise
 
 
@@ -189,13 +189,13 @@ def forks_while_a_write_hangs(root: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     loader = DataLoader(Batches(training), num_workers=2, multiprocessing_context="fork", timeout=TIMEOUT_SECONDS)
     assert [int(step) for step in loader] == [3] * 4
-    say("go on")
+    report("go on")
     training.steps(3)
     training.ema.close(TIMEOUT_SECONDS)
 
 
 class Batches(Dataset):
-    """Its workers have the EMA, and use it by mistake."""
+    """A data set whose workers have the EMA, and use it by mistake."""
 
     def __init__(self, training: Training) -> None:
         self._training = training
@@ -219,7 +219,7 @@ def spawns_while_a_write_hangs(root: Path) -> None:
     child.start()
     child.join(TIMEOUT_SECONDS)
     assert child.exitcode == 0, child.exitcode
-    say("go on")
+    report("go on")
     training.steps(3)
 
 
@@ -251,7 +251,7 @@ ENDINGS |= {
 
 
 def end(work: Callable[[Path], None], folder: Path) -> tuple[int, str] | None:
-    """Exit status and stderr of a process that does the work; None in that process, which is to return from main()."""
+    """Return exit status and stderr of a process that does the work; None in that process, which leaves main() next."""
     errors = folder.with_suffix(".stderr")
     (stdin_read, stdin), (stdout, stdout_write) = os.pipe(), os.pipe()
     child = os.fork()
@@ -268,12 +268,12 @@ def end(work: Callable[[Path], None], folder: Path) -> tuple[int, str] | None:
         return None
     os.close(stdin_read)
     os.close(stdout_write)
-    said = b""
+    output = b""
     while piece := os.read(stdout, 100):
-        said += piece
-        if b"go on\n" in said:
+        output += piece
+        if b"go on\n" in output:
             os.close(stdin)
-            stdin, said = -1, b""
+            stdin, output = -1, b""
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     for descriptor in {stdout, stdin} - {-1}:
         os.close(descriptor)

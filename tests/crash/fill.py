@@ -1,6 +1,6 @@
-"""Writes snapshots until the disk refuses, then looks at what is there: ``python -m tests.crash.fill FOLDER``.
+"""Writes snapshots until the disk refuses, then checks the folder: ``python -m tests.crash.fill FOLDER``.
 
-A process of its own, for faults that must hit all of it. Needs no torch. Prints one JSON object.
+It runs as a process of its own, for faults that must hit all of a process. Needs no torch. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ NOTICED = {"before": FileSystem, "preallocating": Blind, "writing": WithoutPreal
 
 
 def fill(root: Path, files: FileSystem, most: int, limit_after: int | None) -> dict[str, object]:
-    """Write up to ``most`` snapshots; tells which were acknowledged, and what is in the folder afterwards."""
+    """Write up to ``most`` snapshots. Returns which were acknowledged, the errors, and the content of the folder."""
     store = SnapshotStore(root, files=files)
-    acknowledged, told = [], []
+    acknowledged, errors = [], []
     for step in range(1, most + 1):
         if step - 1 == limit_after:
             resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
@@ -59,10 +59,10 @@ def fill(root: Path, files: FileSystem, most: int, limit_after: int | None) -> d
             store.write(LAYOUT, stamp, lambda data=data: [data[begin:end] for begin, end in LAYOUT.chunks])
             acknowledged.append(step)
         except SnapshotError as error:
-            told.append(str(error))
+            errors.append(str(error))
     return {
         "acknowledged": acknowledged,
-        "told": told,
+        "errors": errors,
         "listed": [s.step for s in store.snapshots() if _data(s) == content(LAYOUT.data_bytes, s.step, A, 0)],
         "problems": [problem.message for problem in store.verify()],
         "left": [path.name for path in root.rglob(".*")],
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--most", type=int, default=10, help="snapshots to write")
     parser.add_argument("--noticed", choices=NOTICED, default="before", help="when a full disk is noticed")
-    parser.add_argument("--limit-after", type=int, help="from then on no file may have more than 6000 bytes")
+    parser.add_argument("--limit-after", type=int, help="after so many snapshots, limit files to 6000 bytes")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     print(json.dumps(fill(options.folder, NOTICED[options.noticed](), options.most, options.limit_after)))

@@ -1,6 +1,6 @@
-"""What the processes of a soak or of a campaign say of snapshots that leave a folder.
+"""The journal in which the processes of a soak or a campaign record which snapshots they write, pin and hide.
 
-As a command, ``python -m tests.crash.journal JOURNAL prune ...``, it is ``nitrous-ema`` telling what it hides.
+As a command, ``python -m tests.crash.journal JOURNAL prune ...``, it is ``nitrous-ema`` with a record of what it hides.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from nitrous_ema.snapshots.filesystem import FileSystem
 
 
 class Journal:
-    """One file that all processes append to; each reads on from where it was. A killed one loses nothing it said."""
+    """One file that all processes append to, and read on from where they were. A killed process loses no line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._writes = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         self._read, self._rest = 0, b""
         self.hidden: set[str] = set()
-        """Folders that were hidden, or were going to be when somebody was killed."""
+        """Folders that were hidden, or were about to be when a process was killed."""
         self.pinned: set[str] = set()
-        """Folders that are pinned for certain, since they were told to be."""
+        """Folders that are certainly pinned, since pin() has returned."""
         self.durable: set[str] = set()
         """Folders that were acknowledged."""
         self._runs: dict[str, tuple[int, int]] = {}
@@ -38,7 +38,7 @@ class Journal:
         os.close(self._writes)
 
     def read(self) -> Journal:
-        """Take in what is new."""
+        """Read the new lines, and return this journal."""
         with self.path.open("rb") as journal:
             journal.seek(self._read)
             piece = journal.read()
@@ -59,23 +59,23 @@ class Journal:
         self.pinned.discard(folder)
 
     def _began(self, run: str, step: str, every: str) -> None:
-        """A run goes on from this step and takes a snapshot every so many."""
+        """A run goes on from this step and takes a snapshot every ``every`` steps."""
         self._runs[run] = int(step), int(every)
 
     def _durable(self, run: str, last: str) -> None:
-        """All that the run took up to this step is on disk."""
+        """All snapshots that the run took up to this step are on disk."""
         step, every = self._runs[run]
         self.durable |= {folder(own, run) for own in range((step // every + 1) * every, int(last) + 1, every)}
 
 
 def folder(step: int, run: str) -> str:
-    """The name of a snapshot's folder, as the design has it."""
+    """Return the name of a snapshot's folder, as the design defines it."""
     return f"step-{step:012d}-{run}"
 
 
 @contextmanager
-def told_hiding(note: Callable[[str], None]) -> Iterator[None]:
-    """In here this process and its forks say which folder they are going to hide."""
+def record_hiding(note: Callable[[str], None]) -> Iterator[None]:
+    """In this block, this process and its forks record each folder that they are about to hide."""
     with ExitStack() as patches:
         for name in ("rename", "rename_new"):
             call = partialmethod(_noted, note, getattr(FileSystem, name))
@@ -94,5 +94,5 @@ def _noted(
 if __name__ == "__main__":
     from nitrous_ema.cli.program import main
 
-    with told_hiding(Journal(Path(sys.argv[1])).note):
+    with record_hiding(Journal(Path(sys.argv[1])).note):
         sys.exit(main(sys.argv[2:]))

@@ -1,9 +1,9 @@
-"""Training runs that are killed at any moment, and what is in their folder then: ``python -m tests.crash.kills``.
+"""Training runs that are killed at any moment, and checks of their folder then: ``python -m tests.crash.kills``.
 
-One process imports torch and forks a run at a time; half of them are killed at a random moment, half at a random file
-system call of their own. Each goes on where an earlier one saved its state, or from the folder, or forgets to. The
-weights of a step are known beforehand, so each snapshot must have the bits of one run that nobody killed. What was
-acknowledged must be there, unless ``keep=`` has dropped it; what was pinned must be there in any case.
+One process imports torch and forks a run at a time. Half of the runs are killed at a random moment, half at a random
+file system call of their own. Each goes on from a state that an earlier run saved, or from the folder, or forgets to
+resume. The weights of a step are known beforehand, so each snapshot must have the bits of a run that was not killed.
+Acknowledged snapshots must be there unless ``keep=`` has dropped them; pinned ones must be there in any case.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import nitrous_ema.async_.ema
 import nitrous_ema.averaging.ema
 from nitrous_ema import AsyncPostHocEMA, KeepGeometric, PostHocEMA, SnapshotStore
 from nitrous_ema.snapshots.filesystem import FileSystem
-from tests.crash.journal import folder, told_hiding
+from tests.crash.journal import folder, record_hiding
 
 nitrous_ema.async_.ema._FEW_ELEMENTS = -1  # toys are averaged by the thread, too
 TIMEOUT_SECONDS = 120
@@ -58,7 +58,7 @@ class Deadly(FileSystem):
 
 @dataclass
 class Campaign:
-    """What is known about one folder."""
+    """The facts about one folder, as its runs reported them."""
 
     root: Path
     expected: dict[int, bytes]
@@ -68,16 +68,16 @@ class Campaign:
     """Folders that ``keep=`` has dropped, or was about to."""
     pinned: set[str] = field(default_factory=set)
     history: dict[str, dict[str, int | None]] = field(default_factory=dict)
-    """Of each run: those it continues and itself, with the step at which each was left."""
+    """For each run: the runs that it continues and itself, with the step at which each was left."""
 
     def began(self, run: str, ancestor: str, step: int) -> None:
-        """A run goes on from a state of ``ancestor`` at this step, or from none."""
+        """Record that a run goes on from a state of ``ancestor`` at this step, or starts without a state."""
         past = self.history.get(ancestor, {})
         self.history[run] = {name: min(left or step, step) for name, left in past.items()} | {run: None}
 
 
-def train(root: Path, say: Callable[[str], None], chance: random.Random, resume: Path) -> None:
-    """Train until somebody ends it; ``log`` what is durable."""
+def train(root: Path, report: Callable[[str], None], chance: random.Random, resume: Path) -> None:
+    """Train until the process is killed or all steps are done; ``report`` what is durable."""
     model = torch.nn.Linear(20, 10)
     keep = chance.choice(("all", "all", 4, KeepGeometric(1.3)))
     ema = AsyncPostHocEMA(model, checkpoint_every_num_steps=EVERY_STEPS, checkpoint_folder=root, keep=keep)
@@ -91,20 +91,20 @@ def train(root: Path, say: Callable[[str], None], chance: random.Random, resume:
         ancestor = ema.snapshots.get(ema.step).run
     else:
         warnings.filterwarnings("ignore", "This run.* begins anew")  # it forgets to resume on purpose
-    say(f"began {ema.run},{ancestor},{ema.step}")
+    report(f"began {ema.run},{ancestor},{ema.step}")
     for step in range(ema.step + 1, MOST_STEPS + 1):
         one_step(ema, model, step)
         if chance.random() < 0.2:
             ema.flush(TIMEOUT_SECONDS)
-            say(f"durable {step // EVERY_STEPS * EVERY_STEPS}")
+            report(f"durable {step // EVERY_STEPS * EVERY_STEPS}")
             if step % EVERY_STEPS == 0 and chance.random() < 0.2:
                 ema.pin()
-                say(f"pinned {folder(step, ema.run)}")
+                report(f"pinned {folder(step, ema.run)}")
         if chance.random() < 0.05:
             torch.save({"ema": ema.state_dict(), "run": ema.run}, resume.with_suffix(".new"))
             os.replace(resume.with_suffix(".new"), resume)
     ema.close(TIMEOUT_SECONDS)
-    say(f"durable {MOST_STEPS}")
+    report(f"durable {MOST_STEPS}")
 
 
 def one_step(ema: PostHocEMA, model: torch.nn.Module, step: int) -> None:
@@ -118,12 +118,12 @@ def one_step(ema: PostHocEMA, model: torch.nn.Module, step: int) -> None:
 
 
 def weights_of_step(step: int) -> torch.Tensor:
-    """The model's weights after a step, as one vector."""
+    """Return the model's weights after a step, as one vector."""
     return torch.randn(20 * 10 + 10, generator=torch.Generator().manual_seed(step))
 
 
 def run_undisturbed(root: Path, most_steps: int = MOST_STEPS, every_steps: int = EVERY_STEPS) -> dict[int, bytes]:
-    """What the snapshot of each step holds when nobody kills anybody, by the synchronous class."""
+    """Return the data of the snapshot of each step of a run that is not killed, by the synchronous class."""
 
     def reference() -> None:
         model = torch.nn.Linear(20, 10)
@@ -138,7 +138,7 @@ def run_undisturbed(root: Path, most_steps: int = MOST_STEPS, every_steps: int =
 
 
 def kill_one(campaign: Campaign, chance: random.Random) -> bool:
-    """Start a run, kill it, look at what it left. False if it had come to its end before."""
+    """Start a run, kill it, check what it left. False if the run had come to its end before."""
     seed, own_call = chance.random(), chance.randrange(1, 60) if chance.random() < 0.5 else None
     lines, write_end = os.pipe()
     resume = campaign.root.with_suffix(".state")
@@ -147,9 +147,9 @@ def kill_one(campaign: Campaign, chance: random.Random) -> bool:
         if own_call is not None:
             files = Deadly(own_call + 12, before=seed < 0.5)
             nitrous_ema.averaging.ema.SnapshotStore = functools.partial(SnapshotStore, files=files)
-        say = lambda line: os.write(write_end, f"{line}\n".encode())  # noqa: E731
-        with told_hiding(say):
-            train(campaign.root, say, random.Random(seed), resume)
+        report = lambda line: os.write(write_end, f"{line}\n".encode())  # noqa: E731
+        with record_hiding(report):
+            train(campaign.root, report, random.Random(seed), resume)
 
     child = fork(run)
     os.close(write_end)
@@ -167,7 +167,7 @@ def kill_one(campaign: Campaign, chance: random.Random) -> bool:
             else:
                 campaign.promised |= {(run_id, step) for step in _steps_since(campaign, run_id, int(value))}
             if own_call is None and number >= patience:
-                select.select([lines], [], [], chance.random() * 0.004)  # a moment later, or when it speaks again
+                select.select([lines], [], [], chance.random() * 0.004)  # a moment later, or at its next line
                 os.kill(child, signal.SIGKILL)
                 own_call = 0
     except BaseException:
@@ -183,13 +183,13 @@ def kill_one(campaign: Campaign, chance: random.Random) -> bool:
 
 
 def _steps_since(campaign: Campaign, run: str, last: int) -> range:
-    """The steps that a run itself must have snapshots of when it is at ``last``."""
+    """Return the steps of which a run itself must have snapshots when it is at ``last``."""
     begun_at = max((left for left in campaign.history[run].values() if left is not None), default=0)
     return range((begun_at // EVERY_STEPS + 1) * EVERY_STEPS, last + 1, EVERY_STEPS)
 
 
 def check_folder(campaign: Campaign, runs: Sequence[str]) -> None:
-    """Everything that was promised is there, and all that is there is right."""
+    """Check that everything that was promised is there, and that all that is there is right."""
     if not campaign.root.exists():
         return
     store = SnapshotStore(campaign.root)
@@ -217,11 +217,11 @@ def expect(holds: bool, otherwise: str) -> None:
 
 
 def lines_of(descriptor: int) -> Iterator[str]:
-    """Whole lines that come through a pipe, until all its writers are gone."""
+    """Yield whole lines that come through a pipe, until all its writers are gone."""
     rest = b""
     while True:
         if not select.select([descriptor], [], [], TIMEOUT_SECONDS)[0]:
-            raise TimeoutError("a run says nothing and does not end")
+            raise TimeoutError("a run writes nothing and does not end")
         piece = os.read(descriptor, 4096)
         if not piece:
             return
@@ -243,7 +243,7 @@ def fork(work: Callable[[], None]) -> int:
 
 
 def wait(child: int) -> int:
-    """Exit status of a child that has ended or is about to: its last words have been read."""
+    """Return the exit status of a child that has ended or is about to: its last line has been read."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 started += 1
             store = SnapshotStore(campaign.root)
             check_folder(campaign, store.runs())
-            expect(store.verify() == [], f"verify() says {store.verify()}")
+            expect(store.verify() == [], f"verify() returns {store.verify()}")
             orphans += sum(path.name.startswith(".rank-") for path in campaign.root.glob("step-*/.*"))
             incomplete += len(store.incomplete())
             promised += len(campaign.promised)

@@ -1,6 +1,7 @@
-"""Each line of the protocol is taken away in turn, and some check must notice: ``python -m tests.crash.mutations``.
+"""Remove each line of the protocol in turn; a check must notice it: ``python -m tests.crash.mutations``.
 
-Prints the table of docs/crash-safety.md. Exit status 1 if a check is blind, or if the code as it is fails one.
+Prints the table of docs/crash-safety.md. Exit status 1 if a removal is not noticed, or if the unchanged code fails a
+check.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ _SEEDS = {
     runs.KILLED_THINNING: (9, 13),
 }
 _ENDS = {name: range(100) for name in runs.RACES}
-"""Seeds of those whose faults are rare, and are seen without a crash."""
+"""Seeds of runs whose faults are rare, and are seen without a crash."""
 _SHALLOW = Depth(subsets=128, samples=2, second_crash_of=1000)
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """One line of the protocol, and the check that sees it missing."""
+    """One line of the protocol, and the check that notices its removal."""
 
-    missing: str
-    seen_by: str
+    removed: str
+    noticed_by: str
     edits: Edits
 
 
@@ -68,7 +69,7 @@ def _forgetful(edits: Edits, folder: Path, *, orderly: bool) -> None:
 
 
 def _streamed(edits: Edits, folder: Path) -> None:
-    """A chunk that changed on disk must not reach a sum."""
+    """Check that a chunk that changed on disk does not reach a sum."""
     sources = load_modules(READING, edits)[READING]
     from zlib import crc32
 
@@ -83,11 +84,11 @@ def _streamed(edits: Edits, folder: Path) -> None:
             source.reader(files).read_into(memoryview(bytearray(100)))
         except SnapshotDamaged:
             return
-    raise Violation("a chunk with a wrong checksum is summed")
+    raise Violation("a chunk with a wrong checksum was summed")
 
 
 def _slots(edits: Edits, folder: Path) -> None:
-    """A failed write must give its slot back."""
+    """Check that a failed write releases its slot."""
     from unittest import mock
 
     import torch
@@ -102,7 +103,7 @@ def _slots(edits: Edits, folder: Path) -> None:
             model, checkpoint_every_num_steps="manual", checkpoint_folder=root, wait_timeout=0.1
         )
     root.rmdir()
-    root.write_bytes(b"")  # no folder any more: nothing can be written
+    root.write_bytes(b"")  # a file in place of the folder, so that every write fails
     ema.update()
     ema.checkpoint()
     try:
@@ -114,7 +115,7 @@ def _slots(edits: Edits, folder: Path) -> None:
         return
     except TimeoutError as error:
         raise Violation("a failed write keeps its slot") from error
-    raise Violation("nobody is told of a failed write")
+    raise Violation("a failed write is not reported")
 
 
 CHECKS: dict[str, Callable[[Edits, Path], None]] = {
@@ -127,7 +128,7 @@ CHECKS: dict[str, Callable[[Edits, Path], None]] = {
     "streaming a changed chunk": _streamed,
     "slot of a failed write": _slots,
 }
-"""Every check by its name. Takes the changes to make and an empty folder; raises ``Violation`` or an error of ours."""
+"""Every check by its name. It takes the edits and an empty folder; it raises ``Violation`` or a ``NitrousError``."""
 
 _FSYNC = "            self.files.fsync(descriptor)\n"
 _FILL_AND_FSYNC = "            filled = fill()\n" + _FSYNC
@@ -181,20 +182,20 @@ _PINNED = "        if self.files.exists(self._note(snapshot.step, snapshot.run))
 _WRITE = "            header = self._write_file(final"
 
 
-def _in_commit(missing: str, seen_by: str, *changes: tuple[str, str]) -> Mutation:
-    return Mutation(missing, seen_by, {COMMIT: changes})
+def _in_commit(removed: str, noticed_by: str, *changes: tuple[str, str]) -> Mutation:
+    return Mutation(removed, noticed_by, {COMMIT: changes})
 
 
-def _in_retire(missing: str, seen_by: str, *changes: tuple[str, str]) -> Mutation:
-    return Mutation(missing, seen_by, {REMOVAL: changes})
+def _in_removal(removed: str, noticed_by: str, *changes: tuple[str, str]) -> Mutation:
+    return Mutation(removed, noticed_by, {REMOVAL: changes})
 
 
-def _in_examine(missing: str, seen_by: str, *changes: tuple[str, str]) -> Mutation:
-    return Mutation(missing, seen_by, {VALIDATION: changes})
+def _in_validation(removed: str, noticed_by: str, *changes: tuple[str, str]) -> Mutation:
+    return Mutation(removed, noticed_by, {VALIDATION: changes})
 
 
-def _in_store(missing: str, seen_by: str, *changes: tuple[str, str]) -> Mutation:
-    return Mutation(missing, seen_by, {STORE: changes})
+def _in_store(removed: str, noticed_by: str, *changes: tuple[str, str]) -> Mutation:
+    return Mutation(removed, noticed_by, {STORE: changes})
 
 
 # fmt: off
@@ -203,7 +204,7 @@ MUTATIONS: Sequence[Mutation] = (
     _in_commit("fsync of the snapshot's folder", "one rank", (_BOTH_FOLDERS, _BOTH_FOLDERS.splitlines(True)[1])),
     _in_commit("fsync of ROOT", "one rank", (_BOTH_FOLDERS, _BOTH_FOLDERS.splitlines(True)[0])),
     _in_commit("fsync of ROOT's parents", "one rank", ("            sync_folder(self.files, folder.parent)\n", "")),
-    _in_commit("fsync of those parents that are there already", runs.KILLED,
+    _in_commit("fsync of parents that exist already", runs.KILLED,
         ("                self.files.fsync_folder(folder.parent)\n", "                pass\n")),
     _in_commit(
         "fsync of ROOT after a note (a run is closed, a snapshot is pinned)",
@@ -211,7 +212,7 @@ MUTATIONS: Sequence[Mutation] = (
         ("                self._finish(descriptor, lambda: None)\n            sync_folder(self.files, self.root)\n",
          "                self._finish(descriptor, lambda: None)\n"),
     ),
-    Mutation("a failed fsync of a folder is told", "fsync of ROOT fails", {
+    Mutation("a failed fsync of a folder is raised", "fsync of ROOT fails", {
         FILESYSTEM: [("        if error.errno not in UNSUPPORTED:\n            raise\n\n\ndef write",
                  "        pass\n\n\ndef write")]}),
     _in_commit("a temporary name, and the rename", "one rank", (_TEMPORARY, "temporary = final"), (
@@ -238,7 +239,7 @@ MUTATIONS: Sequence[Mutation] = (
                 self.files.fsync(descriptor)
 """)),
     _in_commit("one fsync, not two", "one rank", (_FSYNC, 2 * _FSYNC)),
-    _in_commit("a failed close counts", "close fails once", (
+    _in_commit("a failed close is a failed write", "close fails once", (
         "        self.files.close(descriptor)\n        return filled",
         "        with contextlib.suppress(OSError):\n            self.files.close(descriptor)\n        return filled")),
     _in_commit("a second attempt", "fsync fails once", ("            first = error\n", "            raise\n")),
@@ -246,7 +247,8 @@ MUTATIONS: Sequence[Mutation] = (
     _in_commit("unlink after a failure", "fsync fails once", (
         "                self.files.unlink(temporary)\n", "                pass\n")),
     Mutation("O_EXCL", "taken temporary name", {FILESYSTEM: [("os.O_CREAT | os.O_EXCL | ", "os.O_CREAT | ")]}),
-    Mutation("a rename that does not replace", "twins", {FILESYSTEM: [("files.rename_new(source", "files.rename(source")]}),
+    Mutation("a rename that does not replace", "twins", {
+        FILESYSTEM: [("files.rename_new(source", "files.rename(source")]}),
     Mutation("the lookup where renames always replace", "twins without renameat2", {FILESYSTEM: [(_LOOKUP, "")]}),
     Mutation("all of a write, in as many calls as it takes", "short writes and reads", {
         FILESYSTEM: [("        view, offset = view[written:], offset + written\n", "        return\n")]}),
@@ -254,7 +256,7 @@ MUTATIONS: Sequence[Mutation] = (
         FILESYSTEM: [("        filled += count\n    return", "        filled += count\n        break\n    return")]}),
     _in_commit("header after the data", "disk that forgets, in order", (_HEADER_LAST, ""), (_WRITES, _HEADER_FIRST)),
     _in_commit("checksums of the chunks, written", "one rank", ("zlib.crc32(view, crc32[chunk])", "0")),
-    _in_examine("checksums of the chunks, compared by verify()", "flipped bits, cut and moved files", (
+    _in_validation("checksums of the chunks, compared by verify()", "flipped bits, cut and moved files", (
         "                    if found != expected:\n                        message",
         "                    if False:\n                        message")),
     Mutation("checksums of the chunks, compared in synthesis", "streaming a changed chunk", {
@@ -263,44 +265,45 @@ MUTATIONS: Sequence[Mutation] = (
         HEADER: [('    if blob[_CRC_BEGIN:crc_end] != b"%08x" % crc32:\n', "    if False:\n")]}),
     Mutation("size of the file, compared", "flipped bits, cut and moved files", {
         HEADER: [("    if file_bytes != end + layout.data_bytes:\n", "    if False:\n")]}),
-    _in_examine("name of the file, compared", "flipped bits, cut and moved files", (
+    _in_validation("name of the file, compared", "flipped bits, cut and moved files", (
         "        if own != (path.parent.name, path.name):\n", "        if False:\n")),
-    _in_examine("all ranks", "two ranks",
+    _in_validation("all ranks", "two ranks",
         ("if len(ranks[world_size]) == world_size]", "if ranks[world_size]]"),
         ("for rank in range(complete[0]))", "for rank in sorted(ranks[complete[0]]))")),
-    _in_examine("ranks that agree", "ranks that disagree", (
+    _in_validation("ranks that agree", "ranks that disagree", (
         "            return Incomplete(folder, disagreement) if disagreement else Snapshot(",
         "            return Snapshot(")),
     _in_store("no snapshots of an abandoned future", "resumed, later forgotten", (
-        "        if left_at is None or step <= left_at\n", "")),
-    _in_retire("fsync of ROOT before snapshots are called hidden", "thinned", (
+        " or step <= left_at\n", " or True\n")),
+    _in_removal("fsync of ROOT before snapshots are called hidden", "thinned", (
         '                self._sync_root("hidden', '                0 and self._sync_root("hidden')),
-    _in_retire("fsync of ROOT between hiding and unlinking", "killed while thinning", (
+    _in_removal("fsync of ROOT between hiding and unlinking", "killed while thinning", (
         '        self._sync_root("nothing was removed")\n', "")),
-    _in_retire("a snapshot's folder is renamed before its files are unlinked", "killed while thinning", (
+    _in_removal("a snapshot's folder is renamed before its files are unlinked", "killed while thinning", (
         "            rename_to_new(self.files, folder, hidden)\n", "            self._remove(folder)\n")),
-    _in_retire("only what is called .trash-* is removed", "thinned",
+    _in_removal("only folders called .trash-* are removed", "thinned",
         ("if parse_hidden_name(name)]", 'if parse_hidden_name(name) or name.startswith("step-")]'),
         ("    known = parse_hidden_name(hidden.name)\n",
          "    known = parse_hidden_name(hidden.name) or parse_folder_name(hidden.name)\n")),
-    _in_retire("the newest snapshot is not hidden", "thinned", (
+    _in_removal("the newest snapshot is not hidden", "thinned", (
         "        if newest is not None and (", "        if False and (")),
-    _in_retire("a pinned snapshot is not hidden", "thinned", (_PINNED, "        if False:\n")),
-    _in_retire("pins are looked at before something is removed", "pinned too late", (
+    _in_removal("a pinned snapshot is not hidden", "thinned", (_PINNED, "        if False:\n")),
+    _in_removal("pins are checked before a snapshot is removed", "pinned too late", (
         "            elif self._is_pinned(folder):\n", "            elif False:\n")),
-    _in_retire("a pin is noted before the snapshot is looked for", "pinned meanwhile", (
+    _in_removal("a pin is noted before the snapshot is looked for", "pinned meanwhile", (
         _NOTE_FIRST, ""), (_LOOK, _LOOK_THEN_NOTE)),
-    _in_retire("one rename decides whether a snapshot is removed or comes back", "pinned meanwhile", (
+    _in_removal("one rename decides whether a snapshot is removed or comes back", "pinned meanwhile", (
         "(own := self._claim(folder))", "(own := folder)")),
-    _in_retire("fsync of ROOT after a pin is taken away", "thinned", (
+    _in_removal("fsync of ROOT after a pin is removed", "thinned", (
         "                self.files.unlink(note)\n            sync_folder(self.files, self.root)\n",
         "                self.files.unlink(note)\n")),
-    _in_retire("ten minutes for the readers of what others have hidden", "thinned", (
+    _in_removal("ten minutes for readers of snapshots that others have hidden", "thinned", (
         "self.remove_hidden(_GRACE_SECONDS)", "self.remove_hidden()")),
-    _in_retire("what was hidden long ago is removed", "thinned", (
+    _in_removal("snapshots hidden long ago are removed", "thinned", (
         "            self.remove_hidden(_GRACE_SECONDS)\n", "            pass\n")),
-    _in_retire("temporary files of the dead are removed", runs.KILLED, ('temporary.writer == "gone"', "False")),
-    _in_retire("those of the living are not", "ranks that start together", ('temporary.writer == "gone"', "True")),
+    _in_removal("temporary files of dead processes are removed", runs.KILLED, ('temporary.writer == "gone"', "False")),
+    _in_removal("temporary files of living processes are not removed", "ranks that start together", (
+        'temporary.writer == "gone"', "True")),
     _in_commit("a folder that was removed while it was empty is made again", "swept while writing",
         (_MAKE_FOLDER, ""), (_WRITE, f"            self._make_folder(final.parent)\n{_WRITE}")),
     Mutation("the slot of a failed write is released", "slot of a failed write", {
@@ -310,11 +313,11 @@ MUTATIONS: Sequence[Mutation] = (
 
 
 def notices(check: str, edits: Edits) -> str | None:
-    """What a check says to these changes; None if it does not notice them."""
+    """Return the message of a check that notices these edits, or ``None``."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             CHECKS[check](edits, Path(folder))
-        except (Violation, NitrousError) as error:  # anything else is a mutation that breaks more than it says
+        except (Violation, NitrousError) as error:  # any other error: the mutation breaks more than one line
             return str(error).splitlines()[0] if isinstance(error, Violation) else repr(error)
     return None
 
@@ -322,23 +325,23 @@ def notices(check: str, edits: Edits) -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.crash.mutations", description=__doc__)
     parser.add_argument("--all", action="store_true", help="run every check on every mutation: the whole matrix")
-    parser.add_argument("--only", default="", help="mutations whose name contains this")
+    parser.add_argument("--only", default="", help="run only mutations whose name contains this text")
     options = parser.parse_args(argv)
     logging.disable(logging.ERROR)
     started, blind = time.monotonic(), 0
     for check in CHECKS:
         if found := notices(check, {}):
-            print(f"The code as it is fails {check!r}: {found}", file=sys.stderr)
+            print(f"The unchanged code fails {check!r}: {found}", file=sys.stderr)
             return 1
-    print("| taken away | seen by | what it says |\n|---|---|---|")
+    print("| removed | noticed by | message |\n|---|---|---|")
     for mutation in MUTATIONS:
-        if options.only not in mutation.missing:
+        if options.only not in mutation.removed:
             continue
-        checks = [mutation.seen_by, *(check for check in CHECKS if options.all and check != mutation.seen_by)]
+        checks = [mutation.noticed_by, *(check for check in CHECKS if options.all and check != mutation.noticed_by)]
         seen = {check: found for check in checks if (found := notices(check, mutation.edits))}
-        blind += mutation.seen_by not in seen
-        found = seen.get(mutation.seen_by, "**nothing**")
-        print(f"| {mutation.missing} | {', '.join(seen) or '**no check**'} | {_brief(found)} |", flush=True)
+        blind += mutation.noticed_by not in seen
+        found = seen.get(mutation.noticed_by, "**nothing**")
+        print(f"| {mutation.removed} | {', '.join(seen) or '**no check**'} | {_brief(found)} |", flush=True)
     print(f"\n{len(MUTATIONS)} mutations, {blind} unnoticed, {time.monotonic() - started:.0f} s", file=sys.stderr)
     return 1 if blind else 0
 

@@ -1,4 +1,4 @@
-"""Writing runs, recorded: what the store did to a disk, and what its callers were told."""
+"""Recorded writing runs: what the store did to a disk, and the errors that its callers received."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LINEAGES = {A: ((A, None),), B: ((A, 20), (B, None)), C: ((C, None),)}
 
 @dataclass(frozen=True)
 class Recording:
-    """What is known about a run."""
+    """The facts about a run."""
 
     name: str
     start: Crashed
@@ -32,17 +32,17 @@ class Recording:
     lineages: Mapping[str, tuple[tuple[str, int | None], ...]]
     world_size: int
     failures: Sequence[SnapshotError]
-    """What callers were told."""
-    num_told: int = 0
-    """How many failures there were to tell."""
+    """Errors that callers received."""
+    num_failures: int = 0
+    """Number of errors that callers must receive."""
 
 
 class Player:
-    """Writes to a disk and notes what it is told.
+    """Writes to a disk, and records promises and errors.
 
     Args:
         subject: The store to use.
-        disk: What it writes to.
+        disk: The disk to write to.
         world_size: Files of a snapshot.
         lineages: The history of each run.
     """
@@ -65,7 +65,7 @@ class Player:
         self.disk.promise(str(ROOT), b"")
 
     def write(self, step: int, run: str = A, rank: int = 0, variant: int = 0) -> None:
-        """One snapshot, or the error that tells that there is none."""
+        """Write one snapshot, or record the error."""
         bytes_ = content(self.layout.data_bytes, step, run, rank, variant)
         stamp = self.subject.header.Stamp(
             step=step,
@@ -88,20 +88,20 @@ class Player:
         self.disk.promise(path, meant[-1] if meant else b"never written")
 
     def hide(self, *steps: int) -> None:
-        """Have snapshots of A listed no more; what is not there any more is not asked for."""
-        there = [each for each in self.store.examine(A).snapshots if each.step in steps]
-        for each in there:
+        """Hide snapshots of A that are still there."""
+        existing = [each for each in self.store.examine(A).snapshots if each.step in steps]
+        for each in existing:
             self.disk.withdraw(str(each.paths[0].parent))
         try:
-            self.store.hide(there)
+            self.store.hide(existing)
         except SnapshotError as error:
             self.failures.append(error)
             return
-        for each in there:
+        for each in existing:
             self.disk.promise_gone(str(each.paths[0].parent))
 
     def pin(self, step: int) -> None:
-        """Have a snapshot of A stay, if it is there."""
+        """Pin a snapshot of A, if it is there."""
         with contextlib.suppress(SnapshotNotFound):
             self.store.pin(step, A)
             self.disk.promise(note_of(step), b"")
@@ -112,7 +112,7 @@ class Player:
         self.disk.promise_gone(note_of(step))
 
     def expect_hidden(self, count: int) -> None:
-        """There are so many hidden snapshots."""
+        """Check the number of hidden snapshots."""
         found = self.store.hidden()
         if len(found) != count:
             raise Violation(f"hidden are {[path.name for path in found]}, expected {count} of them")
@@ -124,17 +124,17 @@ class Player:
 
 
 def note_of(step: int) -> str:
-    """The note that a snapshot of A is pinned."""
+    """Return the path of the note that pins a snapshot of A."""
     return f"{ROOT}/pin-{step:012d}-{A}"
 
 
 def content(size_bytes: int, step: int, run: str, rank: int, variant: int = 0) -> bytes:
-    """What a rank's file holds: like nothing else's."""
+    """Return the data of a rank's file, which differs from that of every other file."""
     return hashlib.shake_128(f"{step} {run} {rank} {variant}".encode()).digest(size_bytes)
 
 
 def layout(subject: Subject) -> object:
-    """Two profiles of 100 numbers and a counter: 824 bytes in three chunks, 4920 with the header."""
+    """Return a layout of two profiles of 100 numbers and a counter: 824 bytes in three chunks, 4920 with the header."""
     record = subject.header.TensorRecord
     return subject.header.Layout(
         records=(
@@ -155,7 +155,7 @@ def _one_rank(player: Player, seed: int) -> None:
 
 
 def _resumed(player: Player, seed: int) -> None:
-    """B continues A at step 20, so A's snapshot of step 30 is an abandoned future; then somebody forgets to resume."""
+    """B continues A at step 20, so A's snapshot of step 30 is an abandoned future; then C forgets to resume."""
     player.prepare()
     for step in (10, 20, 30):
         player.write(step, A)
@@ -195,7 +195,7 @@ def _killed(player: Player, seed: int) -> None:
 
 
 def _thinned(player: Player, seed: int) -> None:
-    """As ``keep=`` does it: what a snapshot makes superfluous is hidden with it, and removed before the next one."""
+    """As ``keep=`` does it: superfluous snapshots are hidden after a new one, and removed before the next one."""
     player.prepare()
     for step in (10, 20, 30, 40):
         player.store.remove_hidden()
@@ -209,7 +209,7 @@ def _thinned(player: Player, seed: int) -> None:
             player.unpin(20)
     player.hide(20, 30)
     player.hide(40)  # refused: the newest
-    player.prepare()  # somebody else starts
+    player.prepare()  # another process starts
     player.expect_hidden(2)
     player.close()
 
@@ -220,7 +220,7 @@ def _thinned_by_two(player: Player, seed: int) -> None:
 
 
 def _pinned_meanwhile(player: Player, seed: int) -> None:
-    """A pin that comes too late for hide() may fail, or have the snapshot come back."""
+    """A pin that comes too late for hide() may fail, or bring the snapshot back."""
     _write_all(player, 10, 20)
     remove, look = player.store.remove_hidden, player.store.get
     works = (lambda: [look(), look(), player.pin(10)], lambda: [player.hide(10), remove()], lambda: [look(), remove()])
@@ -230,7 +230,7 @@ def _pinned_meanwhile(player: Player, seed: int) -> None:
 
 
 def _pinned_too_late(player: Player, seed: int) -> None:
-    """After hide() has looked for a pin, before it renames."""
+    """A pin is set after hide() has looked for it, before hide() renames."""
     _write_all(player, 10, 20)
     player.disk.meanwhile["rename_new"] = lambda: player.pin(10)
     player.hide(10)
@@ -238,7 +238,7 @@ def _pinned_too_late(player: Player, seed: int) -> None:
 
 
 def _killed_while_thinning(player: Player, seed: int) -> None:
-    """At its call number ``seed`` since it began to hide; the next one does the same again, and the machine stops."""
+    """The process is killed at its call ``seed`` since it began to hide; another process does the same again."""
     _write_all(player, 10, 20)
     player.disk.kill_at(seed)
     with contextlib.suppress(Killed):
@@ -251,7 +251,7 @@ def _killed_while_thinning(player: Player, seed: int) -> None:
 
 
 def _swept_while_writing(player: Player, seed: int) -> None:
-    """What a dead process left is removed, and its folder, while another one of the same run begins to write there."""
+    """Files of a dead process and their folder are removed while another process of the run begins to write there."""
     player.prepare()
     player.disk.kill_at(4)
     with contextlib.suppress(Killed):
@@ -273,7 +273,7 @@ def _threads(player: Player, seed: int) -> None:
 
 
 def _twins(player: Player, seed: int) -> None:
-    """Two copies of one process write under one name, not the same bytes."""
+    """Two copies of one process write different bytes under one name."""
     player.prepare()
     _together(player, seed, *(lambda variant=variant: player.write(10, variant=variant) for variant in (0, 1)))
 
@@ -287,10 +287,11 @@ def _together(player: Player, seed: int, *works: Callable[[], object]) -> None:
 class _Plan(NamedTuple):
     play: Callable[[Player, int], None]
     options: Mapping[str, Any] = {}
-    """Of the disk. For its faults: prepare() makes one write, fsync and close; a snapshot 4 writes, and one of each."""
+    """Options of the disk. To count its faults: prepare() makes one write, fsync and close; a snapshot makes 4 writes,
+    one fsync and one close."""
     world_size: int = 1
-    num_told: int = 0
-    """Failures that callers must be told."""
+    num_failures: int = 0
+    """Number of errors that callers must receive."""
 
 
 _EIO, _ENOSPC = errno.EIO, errno.ENOSPC
@@ -302,24 +303,26 @@ _PLANS = {
     "three writer threads": _Plan(_threads),
     "ranks that start together": _Plan(_ranks_that_start_together, world_size=2),
     "killed and started again": _Plan(_killed),
-    "thinned": _Plan(_thinned, num_told=2),
+    "thinned": _Plan(_thinned, num_failures=2),
     "thinned by two at once": _Plan(_thinned_by_two, {"turns_to_look": True}, world_size=2),
     "pinned meanwhile": _Plan(_pinned_meanwhile, {"turns_to_look": True}, world_size=2),
     "pinned too late": _Plan(_pinned_too_late, world_size=2),
     "killed while thinning": _Plan(_killed_while_thinning, world_size=2),
     "swept while writing": _Plan(_swept_while_writing, {"turns_to_look": True}),
     "fsync fails once": _Plan(_one_rank, {"faults": {("fsync", 2): _EIO}}),
-    "fsync fails twice": _Plan(_one_rank, {"faults": {("fsync", 2): _EIO, ("fsync", 3): _EIO}}, num_told=1),
+    "fsync fails twice": _Plan(_one_rank, {"faults": {("fsync", 2): _EIO, ("fsync", 3): _EIO}}, num_failures=1),
     "close fails once": _Plan(_one_rank, {"faults": {("close", 2): _EIO}}),
     "disk full for one write": _Plan(_one_rank, {"faults": {("write_at", 7): _ENOSPC}}),
-    "disk full for two": _Plan(_one_rank, {"faults": {("write_at", 7): _ENOSPC, ("write_at", 9): _ENOSPC}}, num_told=1),
+    "disk full for two": _Plan(
+        _one_rank, {"faults": {("write_at", 7): _ENOSPC, ("write_at", 9): _ENOSPC}}, num_failures=1
+    ),
     "no preallocation": _Plan(_one_rank, {"faults": {("preallocate", n): errno.ENOTSUP for n in range(9)}}),
     "rename fails once": _Plan(_one_rank, {"faults": {("rename_new", 1): _EIO}}),
-    "fsync of a snapshot's folder fails": _Plan(_one_rank, {"faults": {("fsync_folder", 4): _EIO}}, num_told=1),
-    "fsync of ROOT fails": _Plan(_one_rank, {"faults": {("fsync_folder", 5): _EIO}}, num_told=1),
+    "fsync of a snapshot's folder fails": _Plan(_one_rank, {"faults": {("fsync_folder", 4): _EIO}}, num_failures=1),
+    "fsync of ROOT fails": _Plan(_one_rank, {"faults": {("fsync_folder", 5): _EIO}}, num_failures=1),
     "short writes and reads": _Plan(_one_rank, {"most_bytes": 1500}),
-    "twins": _Plan(_twins, num_told=1),
-    "twins without renameat2": _Plan(_twins, {"replaces_only": True}, num_told=1),
+    "twins": _Plan(_twins, num_failures=1),
+    "twins without renameat2": _Plan(_twins, {"replaces_only": True}, num_failures=1),
 }
 
 NAMES = tuple(_PLANS)
@@ -336,21 +339,21 @@ _AT_ONCE = (
     _swept_while_writing,
 )
 RACES = ("thinned by two at once", "pinned meanwhile", "swept while writing")
-"""Those in which much depends on whose turn it is, and little on when the machine stops."""
+"""Runs that depend much on whose turn it is, and little on when the machine stops."""
 SEEDED = tuple(n for n in NAMES if _PLANS[n].play in _AT_ONCE)
-"""Those in which several write at once: a seed decides whose turn it is."""
+"""Runs in which several write at once: a seed decides whose turn it is."""
 
 
 def record(name: str, subject: Subject, seed: int = 0) -> Recording:
-    """Have a run write to a disk in memory.
+    """Record a run that writes to a disk in memory.
 
     Args:
         name: One of ``NAMES``.
         subject: The store to use.
-        seed: Decides whose turn it is where several write at once.
+        seed: Decides whose turn it is in runs where several write at once.
     """
     plan = _PLANS[name]
     disk = Disk(**plan.options)
     player = Player(subject, disk, plan.world_size)
     plan.play(player, seed)
-    return Recording(name, EMPTY, disk, LINEAGES, plan.world_size, player.failures, plan.num_told)
+    return Recording(name, EMPTY, disk, LINEAGES, plan.world_size, player.failures, plan.num_failures)

@@ -2,17 +2,17 @@
 
 Training runs come and go in one folder: with ``keep=`` and without, resumed by a state, by restore() or not at all,
 closed, left or killed; two at once at times. Meanwhile a process prunes, pins and unpins, by library and by command,
-and is killed and started again; others list, verify and synthesize in every way there is. What must hold:
+and is killed and started again. Other processes list, verify and synthesize in every way there is. What must hold:
 
-no reader meets an error, but for one that names a snapshot which somebody has hidden, and which is gone
-nothing that is read is wrong: each snapshot has the bits of a run that nobody disturbed, each synthesized average is
-    that of the definition
-there is a newest snapshot at any time, and it never goes back; what is pinned stays
-at the end everything acknowledged is there, or was hidden; everything there is whole; and after one more prepare()
-    nothing is left of those that died
+no reader receives an error, except one that names a snapshot which a process has hidden, and which is gone
+every read is right: each snapshot has the bits of an undisturbed run, each synthesized average is that of the
+    definition
+there is a newest snapshot at any time, and its step never decreases; pinned snapshots are there
+at the end every acknowledged snapshot is there, or was hidden; every file is whole; and after one more prepare()
+    there is no file of a process that died
 
-A round is one folder; it ends when every process has done its share, so how much was tried does not depend on the
-machine.
+A round is one folder. It ends when every process has done its share, so the amount of work does not depend on the speed
+of the machine.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ import torch
 from nitrous_ema import SnapshotStore
 from nitrous_ema.snapshots.names import parse_folder_name
 from tests.crash import actors
-from tests.crash.journal import Journal, told_hiding
+from tests.crash.journal import Journal, record_hiding
 from tests.crash.kills import data_of, expect, fork, run_undisturbed, wait
 
 TIMEOUT_SECONDS = 120
-"""For so long at most nobody says anything, or a process that was told to stop goes on."""
+"""The longest time without a report from any process, and until a process stops on request."""
 KILLED = -signal.SIGKILL
 
 
 @dataclass(frozen=True)
 class Share:
-    """What is to be done in a round, at least."""
+    """The least work of a round."""
 
     lives: int = 25
     rounds: int = 40
@@ -59,19 +59,19 @@ class Actor:
     name: str
     pid: int
     kill_after: int | None
-    """Words after which it is killed."""
-    words: int = 0
+    """Reports after which it is killed."""
+    reports: int = 0
 
 
 @dataclass
 class Round:
-    """One folder and those at work in it."""
+    """One folder and the processes at work in it."""
 
     root: Path
     truth: actors.Truth
     chance: random.Random
     done: Counter[str] = field(default_factory=Counter)
-    """Words of each kind of process, lives that ended, and kills."""
+    """Reports of each kind of process, lives that ended, and kills."""
 
     def __post_init__(self) -> None:
         self.journal = Journal(self.root.with_suffix(".journal"))
@@ -81,7 +81,7 @@ class Round:
         self._stop.register(self._stop_read, selectors.EVENT_READ)
 
     def run(self, share: Share) -> None:
-        """Everybody does his share at least, then all stop and the folder is looked at."""
+        """Run until every process has done its share; then stop all and check the folder."""
         try:
             self._begin("first", actors.write_some, kill=False)
             self._until(lambda: not self._alive("first"), begin=False)  # readers begin where there is something to read
@@ -92,12 +92,12 @@ class Round:
             os.close(self._stop_write)
             self._until(lambda: not self._actors.get_map(), begin=False)
         finally:
-            left = list(self._actors.get_map().values())  # after a failure
-            for key in left:
+            remaining = list(self._actors.get_map().values())  # after a failure
+            for key in remaining:
                 os.kill(key.data.pid, signal.SIGKILL)
-            for key in left:
+            for key in remaining:
                 wait(key.data.pid)
-        self._check_what_is_left()
+        self._check_folder()
 
     def _share_is_done(self, share: Share) -> bool:
         return (
@@ -111,41 +111,41 @@ class Round:
         return sum(key.data.name == name for key in self._actors.get_map().values())
 
     def _begin(self, name: str, work: Callable[..., None], *, kill: bool) -> None:
-        words_read, words_write = os.pipe()
+        reports_read, reports_write = os.pipe()
         chance = random.Random(self.chance.random())
 
         def process() -> None:
             os.close(self._stop_write)
             self._actors.close()
             stopped = lambda: bool(self._stop.select(0))  # noqa: E731
-            work(self.root, self.journal, chance, stopped, lambda word: os.write(words_write, b"."))
+            work(self.root, self.journal, chance, stopped, lambda word: os.write(reports_write, b"."))
 
         patience = self.chance.randrange(1, 60) if kill else None
         actor = Actor(name, fork(process), patience)
-        os.close(words_write)
-        self._actors.register(words_read, selectors.EVENT_READ, actor)
+        os.close(reports_write)
+        self._actors.register(reports_read, selectors.EVENT_READ, actor)
 
     def _until(self, done: Callable[[], bool], *, begin: bool = True) -> None:
-        """Listen to everybody; who ends is followed by another one, and some are killed."""
+        """Wait for reports of all processes; start another process for each that ends, and kill some."""
         while not done():
             if begin:
                 while self._alive("writer") < 1 or (self._alive("writer") < 2 and self.chance.random() < 0.1):
                     self._begin("writer", actors.write, kill=self.chance.random() < 0.5)
                 if not self._alive("pruner"):
                     self._begin("pruner", actors.prune, kill=self.chance.random() < 0.7)
-            said = self._actors.select(TIMEOUT_SECONDS)
-            expect(bool(said), f"nobody says anything any more: {self.done}")
-            for key, _ in said:
-                self._hear(key)
+            ready = self._actors.select(TIMEOUT_SECONDS)
+            expect(bool(ready), f"no process reports any more: {self.done}")
+            for key, _ in ready:
+                self._take_reports(key)
 
-    def _hear(self, key: selectors.SelectorKey) -> None:
-        actor, words = key.data, os.read(key.fd, 4096)
-        if not words:
+    def _take_reports(self, key: selectors.SelectorKey) -> None:
+        actor, reports = key.data, os.read(key.fd, 4096)
+        if not reports:
             self._end(key)
             return
-        actor.words += len(words)
-        self.done[actor.name] += len(words)
-        if actor.kill_after is not None and actor.words >= actor.kill_after:
+        actor.reports += len(reports)
+        self.done[actor.name] += len(reports)
+        if actor.kill_after is not None and actor.reports >= actor.kill_after:
             self._stop.select(self.chance.random() * 0.004)  # a moment later
             os.kill(actor.pid, signal.SIGKILL)
             actor.kill_after = None
@@ -158,24 +158,24 @@ class Round:
         self.done["killed"] += status == KILLED
         expect(status in (0, KILLED), f"{key.data.name} ended with status {status}")
 
-    def _check_what_is_left(self) -> None:
+    def _check_folder(self) -> None:
         root, store = self.root, SnapshotStore(self.root)
-        store.prepare()  # what a next run would do: it clears away what the dead have left
-        store.remove_hidden()  # and what was hidden just now; one that was pinned too late for that comes back
+        store.prepare()  # as the next run would: it removes temporary files of dead processes
+        store.remove_hidden()  # also those hidden just now; a snapshot that was pinned too late comes back
         journal = self.journal.read()
-        there = {path.name for path in root.iterdir()}
+        existing = {path.name for path in root.iterdir()}
         whole = {path.parent.name for path in root.glob("step-*/rank-00000-of-00001.safetensors")}
         expect(journal.durable <= whole | journal.hidden, f"lost: {journal.durable - whole - journal.hidden}")
         expect(journal.pinned <= whole, f"pinned and lost: {journal.pinned - whole}")
-        strange = {name for name in there if not name.startswith(("step-", "closed-", "pin-"))}
+        strange = {name for name in existing if not name.startswith(("step-", "closed-", "pin-"))}
         strange |= {str(path.relative_to(root)) for path in root.glob("*/*") if path.name[:5] != "rank-"}
         expect(not strange, f"left behind: {strange}")
-        expect(store.verify() == [], f"verify() says {store.verify()}")
+        expect(store.verify() == [], f"verify() returns {store.verify()}")
         for run in store.runs():
             for snapshot in store.snapshots(run):
                 expect(data_of(snapshot) == self.truth.expected[snapshot.step], f"{snapshot.paths[0]} has other bits")
         self.done["hidden"], self.done["kept"] = len(journal.hidden), len(whole)
-        self.done["owners"] = len({parsed[1] for name in there if (parsed := parse_folder_name(name))})
+        self.done["owners"] = len({parsed[1] for name in existing if (parsed := parse_folder_name(name))})
         journal.close()
 
 
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         while not folders or time.monotonic() - began < options.seconds:
             one = Round(Path(parent) / f"folder-{folders}", truth, random.Random(chance.random()))
             try:
-                with told_hiding(one.journal.note):
+                with record_hiding(one.journal.note):
                     one.run(Share(options.lives, options.rounds, options.syntheses))
             except BaseException as error:
                 error.args = (f"{error}\n[seed {seed}, folder {folders}, {dict(one.done)}]",)

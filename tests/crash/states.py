@@ -1,15 +1,15 @@
 """Every disk that a crash may leave behind, made from the log of what was written before it.
 
-What is certain after a crash: a file's bytes and size as of its last fsync that succeeded, and a folder's names as of
-the folder's last fsync. All else may be there or not, independently of each other:
+Two things are certain after a crash: a file's bytes and size as of its last fsync that succeeded, and a folder's names
+as of the folder's last fsync. All other changes may be there or not, independently of each other:
 
 names    each link and unlink of a name since the folder's fsync, in order (as journals do it) or any subset of them
-         (as POSIX allows it); a rename may leave both names or neither, or come before the data of its file; that of a
-         folder may be lost, but leaves it one name
+         (as POSIX allows it); a rename may leave both names or neither, or come before the data of its file; the rename
+         of a folder may be lost, but leaves it one name
 bytes    of a file since its fsync: nothing, all, any prefix, any sectors of 512 or 4096 bytes, any of the write calls,
-         the new size with zeros, garbage wherever something was being written
+         the new size with zeros, garbage wherever bytes were being written
 
-After a failed fsync nothing that was written before it is certain any more, whatever succeeds later.
+After a failed fsync no byte that was written before it is certain any more, whatever succeeds later.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.crash.disk import (
 
 @dataclass
 class Fate:
-    """What a crash can do to one file."""
+    """The bytes of one file: durable ones, and those that a crash may lose."""
 
     durable: bytes = b""
     pending: list[Written] = field(default_factory=list)
@@ -58,12 +58,12 @@ class CrashPoint:
 
 
 def crash_points(log: Sequence[NamedTuple], start: Crashed, *, honest: bool = True) -> Iterator[CrashPoint]:
-    """All moments of a log; each is valid until the next is asked for.
+    """Yield all moments of a log; each is valid until the next is requested.
 
     Args:
-        log: Of a ``Disk``.
-        start: What was on the disk before.
-        honest: False for a disk that says that a file's bytes are durable and forgets them.
+        log: The log of a ``Disk``.
+        start: The content of the disk before.
+        honest: False for a disk that loses bytes after it has reported them durable.
     """
     point = CrashPoint(
         index=0,
@@ -99,12 +99,12 @@ def _advance(point: CrashPoint, entry: NamedTuple, honest: bool) -> None:
 
 
 def states(point: CrashPoint, *, subsets: int, samples: int, orderly: bool = False) -> Iterator[Crashed]:
-    """Disks that a crash at this moment may leave.
+    """Yield disks that a crash at this moment may leave.
 
     Args:
         point: The moment.
-        subsets: If there are more subsets of the uncertain names than this, that many of them.
-        samples: For names lost out of order: how many of the contents of uncertain files; in order, all.
+        subsets: The most subsets of the uncertain names to yield.
+        samples: For names lost out of order: how many of the contents of uncertain files. For names in order: all.
         orderly: Bytes reach this disk in the order in which they were written.
     """
     chance = random.Random(point.index)
@@ -131,7 +131,7 @@ def states(point: CrashPoint, *, subsets: int, samples: int, orderly: bool = Fal
 
 
 def _masks(count: int, most: int, chance: random.Random) -> Iterator[int]:
-    """Subsets as bits; the first ``n`` of them for every n come first."""
+    """Yield subsets as bits; those of the first n names, for each n, come first."""
     everything = (1 << count) - 1
     if everything < most:
         yield from range(everything + 1)
@@ -147,7 +147,7 @@ def _apply(names: dict[int, dict[str, int]], changes: Sequence[Linked | Moved]) 
         entries = names.setdefault(change.folder, {})
         if isinstance(change, Moved):
             for name in [name for name, inode in entries.items() if inode == change.inode]:
-                del entries[name]  # its last one, whatever became of earlier renames
+                del entries[name]  # the last name, whichever of the earlier renames were lost
             entries[change.new_name] = change.inode
             names.setdefault(change.inode, {})
             continue
@@ -161,7 +161,7 @@ def _apply(names: dict[int, dict[str, int]], changes: Sequence[Linked | Moved]) 
 
 
 def _reached(names: dict[int, dict[str, int]]) -> set[int]:
-    """Inodes that some path leads to."""
+    """Return the inodes that have a path."""
     reached, ahead = set(), [TOP]
     while ahead:
         inode = ahead.pop()
@@ -220,7 +220,7 @@ def _some_calls(pieces: Sequence[Written], chance: random.Random) -> Iterator[li
 
 
 def _patterns(count: int, chance: random.Random) -> Iterator[list[bool]]:
-    """Which sectors reached the disk: none, one, all but one, every other, the last ones, some."""
+    """Yield which sectors reached the disk: none, one, all but one, every other, the last ones, some."""
     yield [False] * count
     for one in range(count):
         yield [number == one for number in range(count)]
@@ -233,12 +233,12 @@ def _patterns(count: int, chance: random.Random) -> Iterator[list[bool]]:
 
 def _mixed(old: bytes, new: bytes, sector: int, is_new: Sequence[bool]) -> bytes:
     return b"".join(
-        (new if there else old)[number * sector : (number + 1) * sector] for number, there in enumerate(is_new)
+        (new if chosen else old)[number * sector : (number + 1) * sector] for number, chosen in enumerate(is_new)
     )
 
 
 def _noise(old: bytes, new: bytes, pieces: Sequence[Written], chance: random.Random) -> bytes:
-    """Garbage wherever something was being written."""
+    """Return a file with garbage wherever bytes were being written."""
     result = bytearray(old)
     for piece in pieces:
         put(result, piece.offset, chance.randbytes(len(piece.content)))

@@ -1,4 +1,4 @@
-"""Fresh copies of the modules that are checked, as they are or with one line of the protocol changed."""
+"""Fresh copies of the modules that are checked, unchanged or with one line of the protocol changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Edits = Mapping[str, Sequence[tuple[str, str]]]
 
 
 class NoSuchLine(Exception):
-    """The source is not what a mutation expects."""
+    """The source has no line that a mutation expects, or has it several times."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,21 @@ class Subject:
 
 @dataclass
 class Processes:
-    """Who writes: by what it calls itself, all but the last one are dead."""
+    """The processes that write. Each has a signature of its own; all but the last are dead."""
 
     random: Callable[[int], str]
-    """Random digits for names: so many bytes of them, in hexadecimal."""
+    """Return random digits for names: so many bytes, in hexadecimal."""
     number: int = 0
 
     def start(self) -> None:
-        """The process is another from now on; the one before has died."""
+        """Let another process write from now on; the one before has died."""
         self.number += 1
 
     def signature(self) -> str:
         return f"{self.number:x}"
 
     def temporary_name(self, name: str) -> str:
-        """As ``temporary_files`` makes it, of this signature and random digits."""
+        """Return a temporary name as ``temporary_files`` draws it, from this signature and random digits."""
         return f".{name}.{self.signature()}-{self.random(8)}"
 
     def writer_state(self, name: str, *, untouched_seconds: float) -> str:
@@ -61,14 +61,13 @@ class Processes:
 
 
 def load_subject(edits: Edits | None = None) -> Subject:
-    """Copies of the modules, with these replacements made in their source.
+    """Return copies of the modules, with these replacements made in their source.
 
-    Random names are drawn from a counter and processes are numbered, so that every run has the same log. What a
-    header's bytes mean is looked up where it was computed before: a state of the disk costs a fraction of a millisecond
-    instead of many.
+    Random names are drawn from a counter and processes are numbered, so that every run has the same log. Decoded
+    headers are cached: a state of the disk costs a fraction of a millisecond instead of many.
 
     Args:
-        edits: For a module such as ``"snapshots.store"``: pairs of what stands there, once, and what replaces it.
+        edits: For a module such as ``"snapshots.store"``: pairs of a text that its source has once, and a replacement.
     """
     modules = load_modules("snapshots.store", edits or {})
     store, commit, removal = (modules[f"snapshots.{name}"] for name in ("store", "commit", "removal"))
@@ -78,12 +77,12 @@ def load_subject(edits: Edits | None = None) -> Subject:
     commit.temporary_name, removal.writer_state = processes.temporary_name, processes.writer_state
     removal.time = SimpleNamespace(time=lambda: NOW)
     validation = modules["snapshots.validation"]
-    validation.decode_header = _remembered(validation.decode_header)
+    validation.decode_header = _cached(validation.decode_header)
     return Subject(store, commit, removal, modules["snapshots.header"], modules["snapshots.filesystem"], processes)
 
 
 def load_modules(name: str, edits: Edits) -> dict[str, ModuleType]:
-    """A copy of a module, and of those in the package's folders that it imports, by name."""
+    """Return copies of a module, and of the modules of the package that it imports, by name."""
     prefix, modules = f"subject_{next(_number)}", {}
     _load(name, edits, prefix, modules)
     return modules
@@ -105,8 +104,8 @@ def _load(name: str, edits: Edits, prefix: str, modules: dict[str, ModuleType]) 
     exec(compile(source, str(path), "exec"), module.__dict__)
 
 
-def _remembered(decode: Callable[..., object]) -> Callable[..., object]:
-    """``decode_header`` is a function of its arguments and nothing else."""
+def _cached(decode: Callable[..., object]) -> Callable[..., object]:
+    """Return ``decode_header`` with a cache: its result depends on its arguments alone."""
 
     @functools.lru_cache(maxsize=1 << 14)
     def outcome(blob: bytes, path: Path, file_bytes: int) -> tuple[object, Exception | None]:

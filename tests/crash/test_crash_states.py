@@ -1,6 +1,6 @@
-"""Every disk that a crash may leave: nothing acknowledged is lost, nothing torn is seen, and writers can go on.
+"""Every disk that a crash may leave: no acknowledged file is lost, no torn file is listed, and writers can go on.
 
-The campaigns of tests/crash/checks.py, as far as a minute goes; ``python -m tests.crash.campaign`` goes further.
+The checks of tests/crash/checks.py, as many as fit into a minute; ``python -m tests.crash.campaign`` does more.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from tests.crash.states import crash_points, states
 from tests.crash.subject import load_subject
 
 DEPTH = Depth(subsets=96, samples=1, second_crash_of=50)
-# Start-up is where one writer may rely on what another has not made durable: in the order of seed 13, and wherever the
+# At start-up one writer may rely on names that another has not made durable: in the order of seed 13, and wherever the
 # first is killed.
 MORE = [
     ("ranks that start together", 13),
     *((runs.KILLED, seed) for seed in (1, 3, 6, 10, 18, 20)),
-    *((runs.KILLED_THINNING, seed) for seed in (9, 13, 15)),  # each time something else is not durable
+    *((runs.KILLED_THINNING, seed) for seed in (9, 13, 15)),  # each time another name is not durable
 ]
 RUNS = [*((name, 0) for name in runs.NAMES), *MORE]
 
@@ -55,12 +55,12 @@ def subject():
 
 @pytest.fixture(scope="module")
 def tallies():
-    """What the tests of this file looked at, by run and seed."""
+    """The counts of the tests in this file, by run and seed."""
     return {}
 
 
 @pytest.mark.parametrize(("name", "seed"), RUNS)
-def test_no_crash_loses_what_was_acknowledged_or_shows_what_is_torn(subject, tallies, name, seed):
+def test_no_crash_loses_an_acknowledged_snapshot_or_shows_a_torn_one(subject, tallies, name, seed):
     tally = tallies[name, seed] = check_crashes(record(name, subject, seed), subject, DEPTH)
     assert tally.distinct > 100
     assert tally.restarts >= 10
@@ -72,7 +72,7 @@ def test_in_no_order_of_calls_is_a_pinned_or_a_new_snapshot_lost(subject, name):
         check_end(record(name, subject, seed), subject)
 
 
-def test_tens_of_thousands_of_disks_were_looked_at(tallies):
+def test_tens_of_thousands_of_disks_were_checked(tallies):
     if tallies.keys() != set(RUNS):
         pytest.skip("only after all the tests above")
     total = Tally()
@@ -84,7 +84,7 @@ def test_tens_of_thousands_of_disks_were_looked_at(tallies):
 
 
 @pytest.mark.parametrize("orderly", [False, True], ids=["in any order", "in order"])
-def test_disk_that_forgets_what_it_called_durable_makes_no_reader_lie(subject, orderly):
+def test_disk_that_loses_durable_bytes_makes_no_reader_return_wrong_ones(subject, orderly):
     assert check_forgetful_disk(record("one rank", subject), subject, orderly=orderly, every=4) > 5
 
 
@@ -92,13 +92,13 @@ def test_flipped_bit_lost_end_and_wrong_name_are_never_taken_for_a_snapshot(subj
     assert check_rot(subject, every=7) > 700
 
 
-# The enumerator itself: what it takes for legal is by hand, on a log short enough to see all of it.
+# The enumerator itself: the legal disks are written by hand, for logs short enough to list all of them.
 
 FOLDER, FILE = 2, 3
 
 
 def disks(*log):
-    """Everything that may be on the disk after the last entry of a log: sets of (path, content)."""
+    """Return all disks that are possible after the last entry of a log, as sets of (path, content)."""
     last = None
     for last in crash_points(log, Crashed({TOP: {}}, {})):
         if last.index == len(log):
@@ -184,16 +184,16 @@ def test_a_lost_promise_and_a_torn_file_are_violations(subject):
 
 def test_a_seed_decides_whose_turn_it_is():
     def order(seed):
-        said, turns = [], Turns(seed)
-        turns.run(*(lambda who=who: [(said.append(who), turns.wait()) for _ in range(8)] for who in "abc"))
-        return "".join(said)
+        turn_order, turns = [], Turns(seed)
+        turns.run(*(lambda name=name: [(turn_order.append(name), turns.wait()) for _ in range(8)] for name in "abc"))
+        return "".join(turn_order)
 
     assert order(1) == order(1)
     assert len({order(seed) for seed in range(5)}) > 1
 
 
 def test_disk_in_memory_is_a_file_system(subject, tmp_path):
-    """The same calls on it and on a real disk leave the same."""
+    """The same calls leave the same files on it and on a real disk."""
     here, real = Disk(), subject.filesystem.FileSystem()
     for files, root in ((here, runs.ROOT), (real, tmp_path / "snapshots")):
         player = runs.Player(subject, Disk())

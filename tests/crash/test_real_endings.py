@@ -1,4 +1,4 @@
-"""However a process ends, what it leaves is whole, it ends in time, and it says what it left."""
+"""However a process ends: its snapshots are whole, it ends in time, and it logs the snapshots that are not on disk."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from nitrous_ema import SnapshotStore
 from tests.crash.endings import ENDINGS
 
 ALL = [1, 2, 3, 4, 5, 6]
-LEFT = "gave up waiting: snapshots of steps [1, 2, 3, 4, 5, 6] are not on disk"
-# Exit status, steps that are on disk, steps that may be as well, and what is said.
+LEFT = "timeout at close: snapshots of steps [1, 2, 3, 4, 5, 6] are not on disk"
+# Exit status, steps that are on disk, steps that may be as well, and text on stderr.
 EXPECTED = {
     "training raises": (1, ALL, [], "KeyError: 'training failed'"),
     "training raises while the ema is in the traceback": (1, ALL, [], "ValueError: t_delta is 'text'"),
@@ -54,14 +54,14 @@ def ended(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ENDINGS)
-def test_process_that_ends_leaves_whole_snapshots_and_says_what_it_left(ended, name):
+def test_process_that_ends_leaves_whole_snapshots_and_logs_missing_ones(ended, name):
     root, ends = ended
-    end, (status, there, maybe, said) = ends[name], EXPECTED[name]
+    end, (status, written, possible, message) = ends[name], EXPECTED[name]
     assert end["status"] == status, end["stderr"]
-    assert said in end["stderr"]
-    assert said or not end["stderr"], end["stderr"]
+    assert message in end["stderr"]
+    assert message or not end["stderr"], end["stderr"]
     store = SnapshotStore(root / end["folder"])
     found = [snapshot.step for snapshot in store.snapshots()]
-    assert found[: len(there)] == there
-    assert set(found) <= {*there, *maybe}
+    assert found[: len(written)] == written
+    assert set(found) <= {*written, *possible}
     assert store.verify() == []

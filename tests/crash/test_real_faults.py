@@ -28,7 +28,7 @@ def run(*command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]
 
 
 def filled(*options: object, before: tuple[str, ...] = ()) -> dict[str, object]:
-    """What a process that fills a folder tells."""
+    """Return the report of a process that fills a folder."""
     done = run(*before, sys.executable, "-m", "tests.crash.fill", *map(str, options))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -36,7 +36,7 @@ def filled(*options: object, before: tuple[str, ...] = ()) -> dict[str, object]:
 
 @functools.cache
 def may_mount() -> bool:
-    """Whether a process may have mounts of its own, as root of a user namespace."""
+    """Return whether a process may have mounts of its own, as root of a user namespace."""
     if shutil.which("unshare") is None or shutil.which("mount") is None:
         return False
     return run("unshare", "-Urm", "mount", "-t", "tmpfs", "-o", "size=64k", "none", "/tmp").returncode == 0
@@ -44,7 +44,7 @@ def may_mount() -> bool:
 
 @functools.cache
 def may_inject() -> bool:
-    """Whether system calls can be made to fail."""
+    """Return whether system calls can be made to fail."""
     return shutil.which("strace") is not None and run("strace", "-o", "/dev/null", "true").returncode == 0
 
 
@@ -52,9 +52,9 @@ needs_mounts = pytest.mark.skipif("not may_mount()", reason="needs unshare(1) wi
 needs_injection = pytest.mark.skipif("not may_inject()", reason="needs strace(1), and leave to trace")
 
 
-def assert_only_the_acknowledged_is_there(told: dict[str, object]) -> None:
-    assert told["listed"] == told["acknowledged"]
-    assert (told["problems"], told["left"], told["open"]) == ([], [], [])
+def assert_only_the_acknowledged_is_there(report: dict[str, object]) -> None:
+    assert report["listed"] == report["acknowledged"]
+    assert (report["problems"], report["left"], report["open"]) == ([], [], [])
 
 
 def test_killed_runs_leave_every_acknowledged_snapshot_and_no_part_of_another():
@@ -71,20 +71,20 @@ def test_killed_runs_leave_every_acknowledged_snapshot_and_no_part_of_another():
 @pytest.mark.parametrize("noticed", fill.NOTICED)
 def test_full_disk_costs_the_snapshots_that_do_not_fit(tmp_path, noticed):
     mount = ("unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=64k none "$0" && exec "$@"', str(tmp_path))
-    told = filled(tmp_path / "snapshots", "--noticed", noticed, before=mount)
-    assert_only_the_acknowledged_is_there(told)
-    assert 1 <= len(told["acknowledged"]) < 10
-    assert all("No space left on device" in message and "Free space on" in message for message in told["told"])
-    assert len(told["told"]) + len(told["acknowledged"]) == 10
-    assert all((" needed, " in message) == (noticed == "before") for message in told["told"])
+    report = filled(tmp_path / "snapshots", "--noticed", noticed, before=mount)
+    assert_only_the_acknowledged_is_there(report)
+    assert 1 <= len(report["acknowledged"]) < 10
+    assert all("No space left on device" in message and "Free space on" in message for message in report["errors"])
+    assert len(report["errors"]) + len(report["acknowledged"]) == 10
+    assert all((" needed, " in message) == (noticed == "before") for message in report["errors"])
 
 
 @pytest.mark.parametrize("noticed", ["preallocating", "writing"])
-def test_file_that_may_not_grow_costs_its_snapshot(tmp_path, noticed):
-    told = filled(tmp_path / "snapshots", "--limit-after", 4, "--noticed", noticed)
-    assert_only_the_acknowledged_is_there(told)
-    assert told["acknowledged"] == [1, 2, 3, 4]
-    assert all("File too large" in message for message in told["told"])
+def test_limit_of_file_sizes_costs_the_snapshots_that_exceed_it(tmp_path, noticed):
+    report = filled(tmp_path / "snapshots", "--limit-after", 4, "--noticed", noticed)
+    assert_only_the_acknowledged_is_there(report)
+    assert report["acknowledged"] == [1, 2, 3, 4]
+    assert all("File too large" in message for message in report["errors"])
 
 
 @needs_injection
@@ -93,24 +93,24 @@ def test_file_that_may_not_grow_costs_its_snapshot(tmp_path, noticed):
     [("1", [1, 2, 3]), ("1+", []), ("4..5", [1, 3]), ("2", [2, 3]), ("3", [2, 3])],
     ids=["of a file, once", "always", "of a file, twice", "of a folder", "of ROOT"],
 )
-def test_failed_fsync_is_healed_by_a_new_file_or_told(tmp_path, failing, acknowledged):
-    in_prepare = 1 + len(tmp_path.parents) + 1  # of ROOT's parent, of what lies above, of the probe
+def test_failed_fsync_is_healed_by_a_new_file_or_raised(tmp_path, failing, acknowledged):
+    in_prepare = 1 + len(tmp_path.parents) + 1  # of ROOT's parent, of the folders above, of the probe
     when = re.sub(r"\d+", lambda count: str(in_prepare + int(count[0])), failing)
     inject = ("strace", "-f", "-o", "/dev/null", "-e", "trace=fsync", "-e", f"inject=fsync:error=EIO:when={when}")
-    told = filled(tmp_path / "snapshots", "--most", 3, before=inject)
-    assert told["acknowledged"] == acknowledged
-    assert set(acknowledged) <= set(told["listed"])  # a failed fsync of a folder leaves a whole file
-    assert (told["problems"], told["left"], told["open"]) == ([], [], [])
-    assert all("Input/output error" in message for message in told["told"])
-    assert len(told["told"]) == 3 - len(acknowledged)
+    report = filled(tmp_path / "snapshots", "--most", 3, before=inject)
+    assert report["acknowledged"] == acknowledged
+    assert set(acknowledged) <= set(report["listed"])  # a failed fsync of a folder leaves a whole file
+    assert (report["problems"], report["left"], report["open"]) == ([], [], [])
+    assert all("Input/output error" in message for message in report["errors"])
+    assert len(report["errors"]) == 3 - len(acknowledged)
 
 
 @needs_injection
 def test_failed_write_is_healed_by_a_new_file(tmp_path):
     inject = ("strace", "-f", "-o", "/dev/null", "-e", "trace=pwrite64", "-e", "inject=pwrite64:error=EIO:when=4")
-    told = filled(tmp_path / "snapshots", "--most", 3, before=inject)
-    assert_only_the_acknowledged_is_there(told)
-    assert told["acknowledged"] == [1, 2, 3]
+    report = filled(tmp_path / "snapshots", "--most", 3, before=inject)
+    assert_only_the_acknowledged_is_there(report)
+    assert report["acknowledged"] == [1, 2, 3]
 
 
 @needs_mounts
@@ -118,11 +118,11 @@ def test_read_only_folder_is_read_and_refused_for_writing(tmp_path):
     root = tmp_path / "snapshots"
     assert filled(root, "--most", 1)["acknowledged"] == [1]
     script = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
-    told = filled(root, "--most", 3, before=("unshare", "-Urm", "sh", "-c", script, str(root)))
-    assert (told["acknowledged"], told["listed"]) == ([], [1])
-    assert len(told["told"]) == 3
-    assert "Read-only file system" in told["told"][0]
-    assert "Allow this user to write there, or choose another folder." in told["told"][0]
+    report = filled(root, "--most", 3, before=("unshare", "-Urm", "sh", "-c", script, str(root)))
+    assert (report["acknowledged"], report["listed"]) == ([], [1])
+    assert len(report["errors"]) == 3
+    assert "Read-only file system" in report["errors"][0]
+    assert "Allow this user to write there, or choose another folder." in report["errors"][0]
 
 
 def test_device_that_is_always_full_gets_no_final_name(tmp_path):
@@ -165,7 +165,7 @@ def take_one(ema: AsyncPostHocEMA) -> None:
 
 
 @pytest.mark.parametrize("instead", ["nothing", "a file"])
-def test_training_survives_a_vanished_folder_and_is_told_once(training, instead):
+def test_training_survives_a_vanished_folder_and_raises_once(training, instead):
     root = training.snapshots.root
     take_one(training)
     shutil.rmtree(root)
@@ -177,7 +177,7 @@ def test_training_survives_a_vanished_folder_and_is_told_once(training, instead)
     if instead == "a file":
         root.unlink()
     root.mkdir()
-    take_one(training)  # the failure is not told again, and its slot is free
+    take_one(training)  # the failure is not raised again, and its slot is free
     assert [snapshot.step for snapshot in training.snapshots.snapshots()] == [3]
 
 
