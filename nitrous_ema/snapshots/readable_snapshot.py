@@ -65,7 +65,7 @@ class SnapshotView(Protocol):
 
     @property
     def copied(self) -> Source | None:
-        """The copied tensors back to back, as bytes; None if there are none."""
+        """The copied tensors back to back, as bytes; None if the model has no copied tensors."""
 
     @property
     def copied_spans(self) -> Mapping[str, tuple[int, int]]:

@@ -1,1 +1,1 @@
-"""Hostile files: what the readers say to bytes that nobody vouches for."""
+"""Hostile files: tests of all readers with untrusted bytes; start at ``targets.py``."""

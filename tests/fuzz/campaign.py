@@ -1,4 +1,4 @@
-"""Fuzz the readers: ``python -m tests.fuzz.campaign --seconds 60 --seed 0``. Exit status 1 if one was wrong."""
+"""Fuzz the readers: ``python -m tests.fuzz.campaign --seconds 60 --seed 0``. Exit status 1 after a wrong answer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.fuzz.targets import TARGETS
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each reader")
-    parser.add_argument("--executions", type=int, default=sys.maxsize, help="at most, for each reader")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time for each reader")
+    parser.add_argument("--executions", type=int, default=sys.maxsize, help="upper limit of files for each reader")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", choices=[*TARGETS, "all"], default="all")
-    parser.add_argument("--out", type=Path, help="folder for files that a reader was wrong about")
+    parser.add_argument("--out", type=Path, help="folder for files with a wrong answer")
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     wrong = 0
@@ -27,8 +27,8 @@ def main() -> int:
             target = TARGETS[name](Path(folder))
             report = fuzz(target, seed=options.seed, seconds=options.seconds, executions=options.executions)
         print(
-            f"{name}: {report.executions} files, {report.taken} taken as right, {report.edges} edges, "
-            f"{len(report.corpus)} kept, {len(report.findings)} wrong answers",
+            f"{name}: {report.executions} files, {report.taken} accepted, {report.edges} edges, "
+            f"{len(report.corpus)} in the corpus, {len(report.findings)} wrong answers",
             flush=True,
         )
         for number, found in enumerate(report.findings.values()):

@@ -1,7 +1,7 @@
-"""A coverage-guided fuzzer: inputs that reach new steps between two lines of the readers are kept and changed further.
+"""A coverage-guided fuzzer: inputs that reach new steps between two lines of the readers are collected and mutated.
 
-Small on purpose. atheris does it faster, but takes the process over, has wheels for one platform, and no one release
-for all the Pythons that are supported.
+It is small on purpose. atheris is faster, but it takes over the process, has wheels for one platform only, and no
+single release supports all Python versions of this package.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MOST_FINDINGS = 10
 
 
 class TooMuchWork(BaseException):
-    """A reader does not come to an end; no ``except Exception`` holds it."""
+    """A reader runs without end. A BaseException, so that no ``except Exception`` catches it."""
 
 
 class Coverage:
@@ -61,7 +61,7 @@ class Coverage:
 
 @dataclass
 class Found:
-    """An input and what it does."""
+    """An input, and the wrong answer that a reader gave."""
 
     content: bytes
     message: str
@@ -70,7 +70,7 @@ class Found:
 
 @dataclass
 class Report:
-    """What a campaign has done."""
+    """The result of a campaign."""
 
     executions: int = 0
     taken: int = 0
@@ -88,14 +88,14 @@ def fuzz(
     seconds: float = float("inf"),
     stop_at_first: bool = False,
 ) -> Report:
-    """Change files until the budget is spent.
+    """Mutate files until the budget is spent, and return the wrong answers.
 
     Args:
         target: The reader.
-        seed: Same seed, same executions.
-        executions: Most files to try.
+        seed: Seed of the mutations; the same seed gives the same executions.
+        executions: Upper limit of files to try.
         seconds: Time after which no further file is tried.
-        stop_at_first: Whether a finding ends it, as it was found.
+        stop_at_first: Whether the first finding ends the campaign, without minimizing its input.
     """
     rng, report, ends = random.Random(seed), Report(), time.monotonic() + seconds
     seen: set[tuple[str, int, int]] = set()
@@ -109,7 +109,7 @@ def fuzz(
         report.executions += 1
         message, edges = run(target, content)
         report.taken += message == "taken"
-        if message == "taken" and len(right) < 100:  # one lie in a right file is what each check is for
+        if message == "taken" and len(right) < 100:  # each check is there for one wrong value in a valid file
             right.append(content)
         if edges - seen:
             seen |= edges
@@ -126,7 +126,7 @@ def fuzz(
 
 
 def run(target: Target, content: bytes) -> tuple[str, set[tuple[str, int, int]]]:
-    """The outcome, with "!" before that of a finding, and the edges that it went along."""
+    """Return the outcome, with a leading "!" for a finding, and the edges that were executed."""
     with Coverage(TRACED, max_lines=20_000 + 40 * len(content)) as coverage:
         try:
             message = target.execute(content)
@@ -134,18 +134,18 @@ def run(target: Target, content: bytes) -> tuple[str, set[tuple[str, int, int]]]
             message = f"!{finding}"
         except TooMuchWork:
             message = f"!more than {coverage.lines - 1} lines of Python for {len(content)} bytes"
-        except Exception as error:  # of an unguarded call, as verify()
+        except Exception as error:  # of a call outside of refused(), such as verify()
             message = f"!{type(error).__name__}: {error}"
     return message, coverage.edges
 
 
 def signature(message: str) -> str:
-    """What findings of one cause have in common."""
+    """Return the part of a message that findings of one cause share."""
     return "".join(letter for letter in message if letter.isalpha() or letter == " ")[:60]
 
 
 def minimized(target: Target, content: bytes, message: str, seeds: list[bytes], budget: int = 200) -> bytes:
-    """The same finding from a file that is nearer to a right one: what need not be changed is as it was."""
+    """Return a file with the same finding that differs less from a valid file."""
     nearest = min(seeds, key=lambda seed: sum(a != b for a, b in zip(seed, content, strict=False)))
     block = max(len(content) // 2, 1)
     while block and budget > 0:
@@ -165,14 +165,14 @@ def _distance(one: bytes, other: bytes) -> int:
 
 
 def _memory(target: Target, content: bytes) -> str | None:
-    """A finding if reading a file takes many times its size."""
+    """Return a finding if reading a file takes many times its size in memory."""
     if tracemalloc.is_tracing():
         return None
     tracemalloc.start()
     try:
         target.execute(content)
     except Exception:
-        return None  # told already
+        return None  # reported by run() already
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

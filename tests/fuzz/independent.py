@@ -1,4 +1,4 @@
-"""What files say, read without any of our code: the ``safetensors`` package, ``json``, ``zlib`` and plain torch."""
+"""Read files without any code of the package: with ``safetensors``, ``json``, ``zlib`` and plain torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 @dataclass(frozen=True)
 class Reading:
-    """A file that is right by this reading."""
+    """The contents of a file that is valid by this reading."""
 
     facts: dict[str, str]
     tensors: Tensors
@@ -25,7 +25,7 @@ class Reading:
 
 
 def read_safetensors(content: bytes) -> Reading | None:
-    """A file as the safetensors package understands it; None if it refuses it, or names something twice."""
+    """Read a file with the safetensors package; None if the package refuses it, or if a name stands twice in it."""
     try:
         tensors = {
             name: (each["dtype"], tuple(each["shape"]), bytes(each["data"]))
@@ -39,7 +39,7 @@ def read_safetensors(content: bytes) -> Reading | None:
 
 
 def read_snapshot(content: bytes) -> Reading | None:
-    """A snapshot file whose header and chunks have the checksums that it says; None for any other."""
+    """Read a snapshot file whose header and chunks have the stored checksums; None for any other file."""
     reading = read_safetensors(content)
     if reading is None:
         return None
@@ -50,9 +50,9 @@ def read_snapshot(content: bytes) -> Reading | None:
 
 
 def read_torch(content: bytes) -> dict[str, torch.Tensor] | None:
-    """A file as torch loads it into memory, without the tensors whose checksums are wrong; None if it refuses it."""
+    """Load a file with torch, without the tensors whose checksums are wrong; None if torch refuses the file."""
     try:
-        wrong = [part for part, crc32 in stored_parts(content) if zlib.crc32(part) != crc32]  # torch compares none
+        wrong = [part for part, crc32 in stored_parts(content) if zlib.crc32(part) != crc32]
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception:
         return None
@@ -64,7 +64,7 @@ def read_torch(content: bytes) -> dict[str, torch.Tensor] | None:
 
 
 def stored_parts(content: bytes) -> list[tuple[bytes, int]]:
-    """Bytes and checksum of each part of an archive that is not compressed."""
+    """Return bytes and stored checksum of each member of an uncompressed archive."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = archive.infolist()
     parts = []
@@ -75,13 +75,13 @@ def stored_parts(content: bytes) -> list[tuple[bytes, int]]:
 
 
 def header_crc32(blob: bytes) -> str:
-    """The checksum of the bytes before the data, with zeros where it stands."""
+    """Return the checksum of the bytes before the data, with zeros in place of the stored checksum."""
     at = blob.index(b'"header_crc32":"') + 16
     return f"{zlib.crc32(blob[:at] + b'00000000' + blob[at + 8 :]):08x}"
 
 
 def sections(content: bytes) -> list[tuple[int, int]]:
-    """Where the profiles and the copied tensors lie in the file: ``ema0.*``, ``ema1.*`` and so on, then the others."""
+    """Return the ranges of the sections in the file: ``ema0.*``, ``ema1.*`` and so on, then the copied tensors."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     found: dict[tuple[bool, int], list[int]] = {}
@@ -97,7 +97,7 @@ def sections(content: bytes) -> list[tuple[int, int]]:
 
 
 def chunk_crc32(content: bytes, chunk_bytes: int) -> list[int]:
-    """The checksums of the data, each section cut anew."""
+    """Return the checksums of the chunks of the data; each section is divided anew."""
     return [
         zlib.crc32(content[at : min(at + chunk_bytes, end)])
         for begin, end in sections(content)
@@ -118,5 +118,5 @@ def _is_sealed(content: bytes, reading: Reading) -> bool:
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name twice")
+        raise ValueError("duplicate name")
     return dict(pairs)

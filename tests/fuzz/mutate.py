@@ -1,4 +1,4 @@
-"""Files that are nearly right."""
+"""Mutations of valid files that leave them nearly valid."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TOKENS = (
     b"\xff",
 )
 RAW_VALUES = (b"[" * 50_000, b"9" * 5000, b"NaN", b"1e400", b"-0", b'{"a":1,"a":1}', b"[", b"1.0", b"", b"[1,]", b"tru")
-"""What ``json`` does not write."""
+"""Texts that ``json`` does not write."""
 LENGTHS = (0, 1, 7, 8, 4088, 4096, 8184, 2**31, HUGE, 2**64 - 1, 100_000_000, 99_999_992)
 
 
@@ -54,9 +54,9 @@ NUDGES = (-8, -4, -1, 1, 4, 8)
 
 
 def some_bytes(rng: random.Random, content: bytes, other: bytes) -> bytes:
-    """One to four changes that know nothing of the format."""
+    """Return a file after one to four changes that ignore its format."""
     changed = bytearray(content)
-    if changed and rng.random() < 0.3:  # nothing but a bit, anywhere
+    if changed and rng.random() < 0.3:  # a single bit, anywhere
         end = 8 + int.from_bytes(content[:8], "little")
         parts = [(0, len(content)), (0, len(content[:end].rstrip(b" "))), (end, len(content))]
         begin, end = rng.choice([part for part in parts if part[0] < part[1]])
@@ -93,7 +93,7 @@ def _change(rng: random.Random, changed: bytearray, at: int, other: bytes) -> No
 
 
 def header(rng: random.Random, content: bytes, alignment: int = 8) -> bytes:
-    """One value of the header changed, or of a text in it that is JSON again; lengths made right."""
+    """Return a file with one value of its header changed, also inside of texts that are JSON again; lengths match."""
     length = int.from_bytes(content[:8], "little")
     try:
         tree = json.loads(content[8 : 8 + length])
@@ -102,9 +102,7 @@ def header(rng: random.Random, content: bytes, alignment: int = 8) -> bytes:
     data = content[8 + length :]
     if rng.random() < 0.8:
         _change_tree(rng, tree)
-    if (
-        rng.random() < 0.3 and isinstance(tree, dict) and len(tree) > 2
-    ):  # a name twice, or one that is in the other's place
+    if rng.random() < 0.3 and isinstance(tree, dict) and len(tree) > 2:  # exchange two entries
         names = list(tree)
         one, two = rng.sample(names[1:], 2)
         tree[one], tree[two] = tree[two], tree[one]
@@ -122,19 +120,19 @@ def header(rng: random.Random, content: bytes, alignment: int = 8) -> bytes:
 
 
 def _with_raw_value(rng: random.Random, text: bytes) -> bytes:
-    """One value that stands right before a comma or the end of its holder becomes something that is none."""
+    """Replace one value before a comma or a closing bracket by a text that is not a JSON value."""
     begin = rng.choice([found.end() for found in re.finditer(rb"[:\[]", text)] or [0])
     end = min((at for mark in (b",", b"}", b"]") if (at := text.find(mark, begin)) >= 0), default=len(text))
     return text[:begin] + rng.choice(RAW_VALUES) + text[end:]
 
 
 def json_bytes(tree: Any) -> bytes:
-    """As the package writes it, but for what cannot be written."""
+    """Return JSON as the package writes it; lone surrogates, which the package refuses, pass."""
     return json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def with_digest(text: bytes) -> bytes:
-    """The digest of a layout made right, if there is one."""
+    """Return a header with the matching digest of its layout, if it has a layout."""
     try:
         tree = json.loads(text)
         facts = tree["__metadata__"]
@@ -146,7 +144,7 @@ def with_digest(text: bytes) -> bytes:
 
 
 def sealed(content: bytes) -> bytes:
-    """A snapshot file with all checksums made right that there are."""
+    """Return a snapshot file with all its checksums made to match."""
     try:
         end = 8 + int.from_bytes(content[:8], "little")
         if end > len(content) or end > 10**6:
@@ -168,7 +166,7 @@ def sealed(content: bytes) -> bytes:
 
 
 def archive(rng: random.Random, content: bytes, other: bytes = b"") -> bytes:
-    """A torch file with something changed in one part, and an archive around it that is right."""
+    """Return a torch file with one member changed, as a valid archive."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as old:
             parts = [(member.filename, old.read(member)) for member in old.infolist()]
@@ -193,7 +191,7 @@ def archive(rng: random.Random, content: bytes, other: bytes = b"") -> bytes:
 
 
 def _change_tree(rng: random.Random, tree: Any) -> None:
-    """Replace, remove, copy or nudge one value somewhere in a tree of JSON; texts that are JSON count as trees."""
+    """Replace, remove, copy or nudge one value in a tree of JSON, also inside of texts that are JSON."""
     places = [(tree, key) for key in _keys(tree)]
     for holder, key in places:
         if len(places) < 400:
@@ -202,7 +200,7 @@ def _change_tree(rng: random.Random, tree: Any) -> None:
         return
     holder, key = rng.choice(places)
     facts = tree.get("__metadata__") if isinstance(tree, dict) else None
-    if _keys(facts) and rng.random() < 0.5:  # a few of many places, and most is decided there
+    if _keys(facts) and rng.random() < 0.5:  # few of the values, but most checks depend on them
         holder, key = facts, rng.choice(list(_keys(facts)))
     value = holder[key]
     kind = rng.randrange(6)

@@ -1,9 +1,9 @@
-"""The readers under test, each with files that it takes and with what counts as a wrong answer.
+"""The readers under test, each with valid files and with the definition of a wrong answer.
 
-A hostile file may be refused, with an error of the package that names it, or taken: then its numbers must be those that
-an independent reading finds. Anything else is a Finding.
+A reader may refuse a hostile file with an error of the package that names the file. If it accepts the file, its numbers
+must equal those of an independent reading. Every other outcome is a Finding.
 
-Longer than the house's 300 lines: what each reader takes, and what counts as wrong there, is one page.
+Longer than the house's 300 lines because the files of each reader and its wrong answers belong on one page.
 """
 
 from __future__ import annotations
@@ -41,29 +41,29 @@ class Finding(AssertionError):
 
 
 class Target(ABC):
-    """A reader, and files for it in a folder of its own."""
+    """A reader, and a folder of its own for the files that it reads."""
 
     name: str
 
     @abstractmethod
     def seeds(self) -> list[bytes]:
-        """Files that are right."""
+        """Return valid files."""
 
     @abstractmethod
     def execute(self, content: bytes) -> str:
-        """Read a file made of these bytes; "taken", or the refusal. Raises Finding."""
+        """Read a file with these bytes; return "taken", or the message of the refusal. Raises Finding."""
 
     @abstractmethod
     def mutate(self, rng: random.Random, content: bytes, other: bytes) -> bytes:
-        """Something like ``content``."""
+        """Return a mutation of ``content``."""
 
     def sealed(self, content: bytes) -> bytes:
-        """The same with its checksums made right, where there are any."""
+        """Return the same file with its checksums made to match, if it has any."""
         return content
 
 
 class SnapshotTarget(Target):
-    """A snapshot file in its folder, by every call of the store that reads, and its numbers as synthesis reads them."""
+    """A snapshot file in its folder, read by every method of the store, and its numbers, read as by synthesis."""
 
     name = "snapshot"
 
@@ -91,37 +91,37 @@ class SnapshotTarget(Target):
             raise Finding(f"verify() does not name the file: {problems}")
         if refusals:
             if not problems:
-                raise Finding(f"verify() says nothing of a file that is refused: {refusals[0]}")
+                raise Finding(f"verify() has no failure for a file that is refused: {refusals[0]}")
             return refusals[0]
         (snapshot,) = store.snapshots()
         found: dict[str, bytes] = {}
         refusal = refused(lambda: found.update(self.numbers(snapshot)), self.path)
         if (refusal is None) == bool(problems):
-            raise Finding(f"verify() says {problems}, reading the numbers {refusal}")
+            raise Finding(f"verify() returns {problems}, but reading the numbers gives {refusal}")
         if refusal is None:
             self._compare(snapshot, found, independent.read_snapshot(content))
         return refusal or "taken"
 
     def numbers(self, snapshot: Any) -> dict[str, bytes]:
-        """All tensors of a snapshot, read and checked as synthesis does it."""
-        moment = self.stored.stored_snapshot_view(snapshot)
+        """Return the bytes of all tensors of a snapshot, read and verified as by synthesis."""
+        view = self.stored.stored_snapshot_view(snapshot)
         with self.open_files([self.path]) as files:
             flats = []
-            for source in (*moment.averages, *([moment.copied] if moment.copied else [])):
+            for source in (*view.averages, *([view.copied] if view.copied else [])):
                 flats.append(bytearray(source.num_bytes))
                 source.reader(files).read_into(memoryview(flats[-1]))
-        averaged = [each.name for each in moment.records if each.role == "averaged"]
+        averaged = [each.name for each in view.records if each.role == "averaged"]
         width = snapshot.layout.chunk_bytes and {"F64": 8, "F32": 4}.get(snapshot.layout.checkpoint_dtype, 2)
         found = {
             f"ema{profile}.{name}": bytes(flat[begin * width : end * width])
-            for profile, flat in enumerate(flats[: len(moment.gammas)])
-            for name, (begin, end) in zip(averaged, moment.average_spans, strict=True)
+            for profile, flat in enumerate(flats[: len(view.gammas)])
+            for name, (begin, end) in zip(averaged, view.average_spans, strict=True)
         }
-        return found | {f"model.{name}": bytes(flats[-1][slice(*span)]) for name, span in moment.copied_spans.items()}
+        return found | {f"model.{name}": bytes(flats[-1][slice(*span)]) for name, span in view.copied_spans.items()}
 
     def _compare(self, snapshot: Any, found: dict[str, bytes], reading: independent.Reading | None) -> None:
         if reading is None:
-            raise Finding("a file is taken that is none by an independent reading")
+            raise Finding("a file is accepted that an independent reading refuses")
         expected = {name: data for name, (_, _, data) in reading.tensors.items() if name != "padding"}
         facts = {"step": repr(snapshot.step), "t": repr(snapshot.t), "run": snapshot.run}
         if found != expected or facts != {name: reading.facts[name] for name in facts}:
@@ -139,7 +139,7 @@ class SnapshotTarget(Target):
 
 
 class AverageTarget(Target):
-    """What a worker wrote, by ``load_average``."""
+    """A synthesized average, read by ``load_average``."""
 
     def __init__(self, folder: Path, edits: Edits | None = None, suffix: str = ".safetensors") -> None:
         self.load = load_modules("averaging.load_average", edits or {})["averaging.load_average"].load_tensors
@@ -166,7 +166,7 @@ class AverageTarget(Target):
             if refusal is None:
                 self._compare(tensors, content)
             elif any(each.view(-1).view(torch.uint8).any() for each in tensors.values()):
-                raise Finding(f"half of a model was loaded before {refusal}")
+                raise Finding(f"the model was partly loaded before {refusal}")
             outcomes.append(refusal or "taken")
         return outcomes[0]
 
@@ -177,7 +177,7 @@ class AverageTarget(Target):
             reading = independent.read_safetensors(content)
             expected = None if reading is None else as_torch(reading.tensors)
         if expected is None:
-            raise Finding("a file is taken that is none by an independent reading")
+            raise Finding("a file is accepted that an independent reading refuses")
         for key, tensor in tensors.items():
             right = expected[key].to(tensor.dtype) if key in expected else torch.zeros_like(tensor)
             if raw(tensor) != raw(right):
@@ -214,10 +214,10 @@ class LegacyTarget(Target):
         if refusal is None:
             expected = independent.read_torch(content)
             if expected is None:
-                raise Finding("a file is taken that torch refuses")
+                raise Finding("a file is accepted that torch refuses")
             lost = [each.name for records, _ in found for each in records if f"ema_model.{each.name}" not in expected]
             if lost:
-                raise Finding(f"numbers are taken whose checksum is wrong: {lost}")
+                raise Finding(f"numbers with a wrong checksum are accepted: {lost}")
             for records, data in found:
                 if (
                     b"".join(raw(_as(expected[f"ema_model.{each.name}"], records), truth=False) for each in records)
@@ -243,18 +243,18 @@ class LegacyTarget(Target):
 
 
 def put(path: Path, content: bytes) -> None:
-    """Make a new file of these bytes: where an old one is emptied and filled again, ext4 waits for the disk."""
+    """Write these bytes to a new file: after truncating an existing file, ext4 would wait for the disk."""
     path.unlink(missing_ok=True)
     path.write_bytes(content)
 
 
 def refused(call: Callable[[], object], path: Path) -> str | None:
-    """What a reader says to a file that it does not take; None if it takes it."""
+    """Return class and message of the error with which a reader refuses a file; None if it accepts the file."""
     try:
         call()
     except NitrousError as error:
         if not (str(path) in str(error) or str(path.parent) in str(error)) or len(str(error)) > 4000:
-            raise Finding(f"the message does not name the file, or is no message: {str(error)[:200]}") from error
+            raise Finding(f"the message is too long or does not name the file: {str(error)[:200]}") from error
         return f"{type(error).__name__}: {error}"
     except Finding:
         raise
@@ -264,7 +264,7 @@ def refused(call: Callable[[], object], path: Path) -> str | None:
 
 
 def layouts() -> list[Any]:
-    """Small ones with every role, every width of number, tied and complex tensors, padding, nothing at all."""
+    """Return small layouts: every role and width of numbers, tied, complex and empty tensors, padding."""
     mixed = [
         record("a.weight", (30, 5), tied=("b.weight",)),
         record("z", (2,), "C64"),
@@ -281,7 +281,7 @@ def layouts() -> list[Any]:
 
 
 def snapshot_bytes(layout: Any) -> bytes:
-    """A snapshot file, the same every time."""
+    """Return a snapshot file, with the same bytes every time."""
     averages = [np.arange(layout.average_elements) + profile for profile in range(len(layout.gammas))]
     copied = [bytes(range(1, 1 + each.stored_elements * 8))[: _size(each)] for each in layout.copied]
     data = b"".join(
@@ -301,7 +301,7 @@ def snapshot_bytes(layout: Any) -> bytes:
 
 
 def average_bytes(state: dict[str, torch.Tensor]) -> bytes:
-    """A file of an average, the same every time; the safetensors package writes metadata in any order."""
+    """Return a file of an average, with the same bytes every time, unlike the metadata of the safetensors package."""
     header: dict[str, Any] = {"__metadata__": {"step": "7", "skipped": '["x"]'}}
     data = b""
     for key, tensor in sorted(state.items(), key=lambda item: -item[1].element_size()):
@@ -314,7 +314,7 @@ def average_bytes(state: dict[str, torch.Tensor]) -> bytes:
 
 
 def model_state() -> dict[str, torch.Tensor]:
-    """Fresh tensors, of several types, without a zero."""
+    """Return new tensors of several types, without zeros."""
     return {
         "weight": torch.arange(1.0, 601.0).view(20, 30),
         "half": torch.arange(1.0, 4.0, dtype=torch.float16),
@@ -325,7 +325,7 @@ def model_state() -> dict[str, torch.Tensor]:
 
 
 def as_torch(tensors: independent.Tensors) -> dict[str, torch.Tensor]:
-    """Bytes as tensors."""
+    """Convert bytes to tensors."""
     from nitrous_ema._base.torch_dtypes import TORCH_DTYPES
 
     return {
@@ -338,14 +338,14 @@ def as_torch(tensors: independent.Tensors) -> dict[str, torch.Tensor]:
 
 
 def raw(tensor: torch.Tensor, *, truth: bool = True) -> bytes:
-    """The bytes of a tensor's numbers; with ``truth`` whatever is not 0 is true."""
+    """Return the bytes of a tensor's numbers; with ``truth`` every nonzero byte of a bool counts as true."""
     if truth and tensor.dtype == torch.bool:
         tensor = tensor.contiguous().view(torch.uint8) != 0
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _as(tensor: torch.Tensor, records: Sequence[Any]) -> torch.Tensor:
-    """A tensor in the type in which a source hands out all of its own."""
+    """Convert a tensor to the common type of a source's tensors."""
     if not tensor.dtype.is_floating_point and not tensor.is_complex():
         return tensor
     codes = {"F32" if each.dtype == "C64" else each.dtype for each in records}

@@ -1,14 +1,18 @@
+"""The fuzzer finds no wrong answer of any reader, and finds one when a check of a reader is removed."""
+
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from tests.fuzz.engine import fuzz
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets import TARGETS, TRACED
 
 HEADER, LAYOUT, JSON = "snapshots.header", "snapshots.layout", "snapshots.bounded_json"
 TORCH, READING, AVERAGE = "snapshots.torch_archive", "snapshots.reading", "synthesis.outputs.reader"
 
-# A check that is taken away, and the reader that must be seen to be wrong then.
+# Checks that a test removes one at a time: the fuzzer must find a wrong answer of this reader then.
 PLANTED = {
     "checksum of the header": ("snapshot", HEADER, 'if blob[_CRC_BEGIN:crc_end] != b"%08x" % crc32:', "if False:"),
     "fields of another type": (
@@ -36,7 +40,7 @@ PLANTED = {
     "no gaps between the tensors": ("average.safetensors", AVERAGE, "if each.begin != position:", "if False:"),
     "depth": ("average.safetensors", JSON, "except RecursionError:", "except ZeroDivisionError:"),
     "names once": ("average.safetensors", JSON, "if len(found) < len(pairs):", "if False:"),
-    "checksums of an average": ("average.pt", AVERAGE, "    verify_archive(path)\n", ""),
+    "checksums of an average": ("average.pt", AVERAGE, "        verify_archive(path)\n", ""),
     "checksums of an old snapshot": ("legacy", TORCH, "if found not in expected:", "if False:"),
     "any error of torch": (
         "legacy",
@@ -48,7 +52,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_no_reader_is_wrong_about_a_hostile_file(tmp_path, name):
+def test_no_reader_gives_a_wrong_answer_for_a_hostile_file(tmp_path, name):
     report = fuzz(TARGETS[name](tmp_path), seed=0, executions=150)
     assert not report.findings, {found.message for found in report.findings.values()}
     assert report.taken >= 2
@@ -56,10 +60,15 @@ def test_no_reader_is_wrong_about_a_hostile_file(tmp_path, name):
 
 
 @pytest.mark.parametrize("missing", PLANTED)
-def test_check_that_is_missing_is_noticed(tmp_path, missing):
+def test_removed_check_is_noticed(tmp_path, missing):
     name, module, found, replacement = PLANTED[missing]
     target = TARGETS[name](tmp_path, {module: [(found, replacement)]})
     assert fuzz(target, seed=0, executions=3000, stop_at_first=True).findings
+
+
+def test_traced_modules_exist():
+    """The coverage of a module that was moved would be empty, without any error."""
+    assert [path for path in TRACED if not Path(path).is_file()] == []
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -1,4 +1,4 @@
-"""What synthesis writes, into folders that somebody else has filled: nothing outside ``--out``, no link followed."""
+"""Synthesis into folders with hostile contents: it writes nothing outside ``--out`` and follows no link."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def snapshots(tmp_path_factory):
 @pytest.fixture(params=["worker", "cli"])
 def main(request, monkeypatch):
     for name in THREADS:
-        monkeypatch.setenv(name, os.environ.get(name, "1"))  # the command line sets them; put back afterwards
+        monkeypatch.setenv(name, os.environ.get(name, "1"))  # the command sets them; monkeypatch restores them
     return worker.main if request.param == "worker" else lambda arguments: cli.main(["synthesize", *arguments])
 
 
 def arguments(snapshots, out, suffix=".safetensors", sigma_rel="0.1"):
-    plain = str(out).replace("{", "{{").replace("}", "}}")  # else they hold the names of fields
+    plain = str(out).replace("{", "{{").replace("}", "}}")  # --out has fields in braces
     return [str(snapshots), "--sigma-rel", sigma_rel, "--out", plain, "--format", suffix[1:], "--nice", "never"]
 
 
 def everything(*roots, without=None):
-    """Kind, content and time of change of all that is below some folders, links as links."""
+    """Return kind, content and modification time of everything below some folders; links are not followed."""
     found = {}
     for root in roots:
         for folder, folders, files in os.walk(root):
@@ -78,7 +78,7 @@ LINKS = (
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize("kind", LINKS)
-def test_what_has_the_name_of_an_output_is_replaced_and_not_followed(snapshots, tmp_path, main, capsys, kind, suffix):
+def test_entry_with_the_name_of_an_output_is_replaced_and_not_followed(snapshots, tmp_path, main, capsys, kind, suffix):
     out, outside = tmp_path / "out", tmp_path / "outside"
     out.mkdir()
     outside.mkdir()
@@ -94,7 +94,7 @@ def test_what_has_the_name_of_an_output_is_replaced_and_not_followed(snapshots, 
     assert loaded["w"].shape == (50,)
 
 
-def test_folder_with_the_name_of_an_output_stays_and_is_told(snapshots, tmp_path, main, capsys):
+def test_folder_with_the_name_of_an_output_stays_and_is_reported(snapshots, tmp_path, main, capsys):
     path = tmp_path / "out" / output_name(STEP, 0.1)
     path.mkdir(parents=True)
     (path / "file").write_bytes(b"precious")
@@ -109,11 +109,11 @@ def test_folder_with_the_name_of_an_output_stays_and_is_told(snapshots, tmp_path
 @pytest.mark.parametrize(
     "name", ["a\nb", "a\x1b[2J", "\udcff\udcfe", "-x", " ", "...", "x" * 200, "a\\b", "ü·模", "%s{}"]
 )
-def test_odd_name_of_the_folder_is_taken_as_it_is(snapshots, tmp_path, main, capsys, name):
+def test_odd_folder_name_is_used_unchanged(snapshots, tmp_path, main, capsys, name):
     try:
         os.mkdir(tmp_path / name)
     except OSError:
-        pytest.skip("no name here")
+        pytest.skip("this file system does not allow the name")
     out = tmp_path / name / name
     before = everything(tmp_path, snapshots, without=tmp_path / name)
     assert main(arguments(snapshots, out)) == DONE
@@ -125,7 +125,7 @@ def test_odd_name_of_the_folder_is_taken_as_it_is(snapshots, tmp_path, main, cap
 @pytest.mark.parametrize(
     "kind", ["link to file", "link to nowhere", "link to itself", "pipe", "below a file", "too long"]
 )
-def test_folder_that_is_none_is_told_and_nothing_is_written(snapshots, tmp_path, main, capsys, kind):
+def test_out_that_cannot_be_a_folder_is_reported_and_nothing_is_written(snapshots, tmp_path, main, capsys, kind):
     outside, out = tmp_path / "outside", tmp_path / "out"
     outside.mkdir()
     (outside / "file").write_bytes(b"precious")
@@ -144,7 +144,7 @@ def test_folder_that_is_none_is_told_and_nothing_is_written(snapshots, tmp_path,
 @pytest.mark.parametrize(
     "sigma_rel", ["../../x", "/etc/x", "0.1/../x", "nan", "1e999999999", "9" * 5000, "0.1\n", "\x00"]
 )
-def test_length_is_a_number_before_it_is_part_of_a_name(snapshots, tmp_path, main, capsys, sigma_rel):
+def test_length_must_be_a_number_before_it_becomes_part_of_a_name(snapshots, tmp_path, main, capsys, sigma_rel):
     status = main(arguments(snapshots, tmp_path / "out", sigma_rel=sigma_rel))
     if sigma_rel.strip() == "0.1":
         assert os.listdir(tmp_path / "out") == [output_name(STEP, 0.1)]

@@ -1,4 +1,4 @@
-"""Hostile files of averages and of older trainers."""
+"""Hostile files of synthesized averages, and of nitrous-ema 0.0.1 and ema-pytorch."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ RIGHT = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_right_files_are_taken(targets, name):
+def test_valid_files_are_accepted(targets, name):
     assert targets[name].execute(targets[name].seeds()[0]) == "taken"
 
 
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=80, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_mutated_file_is_refused_or_says_what_an_independent_reading_finds(targets, name, seed):
+def test_mutated_file_is_refused_or_equals_an_independent_reading(targets, name, seed):
     rng, (one, other) = random.Random(seed), targets[name].seeds()
     targets[name].execute(targets[name].mutate(rng, one, other))
 
@@ -57,7 +57,7 @@ def test_mutated_file_is_refused_or_says_what_an_independent_reading_finds(targe
         pytest.param(as_safetensors(RIGHT, bytes(20)), id="more than the tensors"),
         pytest.param(as_safetensors(RIGHT[:-1] + b"," + RIGHT[1:]), id="twice"),
         pytest.param(as_safetensors(RIGHT[:-1] + b"," + RIGHT[1:].replace(b'"a"', b'"b"')), id="overlap"),
-        pytest.param(as_safetensors(b'{"__metadata__":{"skipped":"["},' + RIGHT[1:]), id="skipped is no JSON"),
+        pytest.param(as_safetensors(b'{"__metadata__":{"skipped":"["},' + RIGHT[1:]), id="skipped is not JSON"),
         pytest.param(as_safetensors(b'{"__metadata__":{"skipped":"[{}]"},' + RIGHT[1:]), id="skipped holds no names"),
         pytest.param(as_safetensors(b'{"__metadata__":{"skipped":"' + b"[" * 10**5 + b'"},' + RIGHT[1:]), id="deep"),
         pytest.param(as_safetensors(b'{"__metadata__":{"k":3},' + RIGHT[1:]), id="metadata"),
@@ -67,7 +67,7 @@ def test_mutated_file_is_refused_or_says_what_an_independent_reading_finds(targe
         pytest.param(as_safetensors(b'{"a":[' + b"[]," * 3_000_000 + b"[]]}"), id="many values"),
     ],
 )
-def test_lie_of_an_average_is_damage_and_touches_nothing(tmp_path, content):
+def test_false_header_of_an_average_is_damage_and_loads_nothing(tmp_path, content):
     path, model = tmp_path / "x.safetensors", {"a": torch.full((4,), 7.0)}
     path.write_bytes(content)
     with pytest.raises(SnapshotDamaged, match=r"x\.safetensors: not a synthesized average"):
@@ -96,7 +96,7 @@ ODD = {
 
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
-def test_tensor_that_is_no_plain_one_is_damage(tmp_path, odd):
+def test_tensor_that_is_not_dense_is_damage(tmp_path, odd):
     model = {"a": torch.full((4,), 7.0)}
     torch.save({"a": ODD[odd]()}, tmp_path / "x.pt")
     with pytest.raises(SnapshotDamaged, match=r"x\.pt: "):
@@ -107,7 +107,7 @@ def test_tensor_that_is_no_plain_one_is_damage(tmp_path, odd):
 
 
 @pytest.mark.parametrize("key", ["ema_model.", "ema_model.\ud800", 7])
-def test_name_that_is_none_is_damage_or_passed_over(tmp_path, key):
+def test_invalid_tensor_name_is_damage_or_ignored(tmp_path, key):
     torch.save({"ema_model.a": torch.zeros(2), key: torch.zeros(2)}, tmp_path / "0.1.pt")
     snapshot = LegacyFolder(tmp_path, gammas=[6.0]).get()
     if key == 7:
@@ -117,7 +117,7 @@ def test_name_that_is_none_is_damage_or_passed_over(tmp_path, key):
             _ = snapshot.records
 
 
-def test_second_name_of_the_same_profile_and_step_is_passed_over(tmp_path):
+def test_second_name_of_the_same_profile_and_step_is_ignored(tmp_path):
     torch.save({"ema_model.a": torch.zeros(2)}, tmp_path / "0.1.pt")
     torch.save({"ema_model.a": torch.ones(2)}, tmp_path / "00.1.pt")
     torch.save({"ema_model.a": torch.ones(2)}, tmp_path / "0.01.pt")
@@ -126,7 +126,7 @@ def test_second_name_of_the_same_profile_and_step_is_passed_over(tmp_path):
 
 @pytest.mark.parametrize("kind", ["compressed", "twice", "overlap"])
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_archive_that_unfolds_is_damage(tmp_path, kind):
+def test_archive_that_expands_is_damage(tmp_path, kind):
     path = tmp_path / "0.1.pt"
     torch.save({"ema_model.a": torch.zeros(1 << 16)}, path)
     with zipfile.ZipFile(path) as old:
@@ -143,7 +143,7 @@ def test_archive_that_unfolds_is_damage(tmp_path, kind):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize("kind", ["itself", "nowhere", "folder", "/dev/zero", "pipe", "below a file"])
-def test_name_of_something_that_is_no_file_is_told(tmp_path, suffix, kind):
+def test_path_that_is_not_a_regular_file_is_refused(tmp_path, suffix, kind):
     path = tmp_path / f"0.1{suffix}"
     if kind == "pipe":
         os.mkfifo(path)
@@ -164,7 +164,7 @@ def test_name_of_something_that_is_no_file_is_told(tmp_path, suffix, kind):
 
 @given(st.text() | st.sampled_from(mutate.HOSTILE_TEXTS))
 @settings(max_examples=50, derandomize=True, deadline=None)
-def test_json_of_a_text_is_that_text(text):
+def test_json_of_a_text_is_parsed_to_the_same_text(text):
     from nitrous_ema.snapshots.bounded_json import parse_json
 
     assert parse_json(mutate.json.dumps(text), max_values=10**6) == text

@@ -1,4 +1,4 @@
-"""Hostile snapshot files: each class by name, and any mutation, against an independent reading."""
+"""Hostile snapshot files: each kind by name, and random mutations, compared with an independent reading."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def seeds(target):
 
 
 def with_header(content, edit):
-    """The file with its header edited, its length, padding and checksums made right."""
+    """Return a file with its header edited; length, padding and checksums match."""
     length = int.from_bytes(content[:8], "little")
     tree = json.loads(content[8 : 8 + length])
     text = edit(tree)
@@ -47,13 +47,13 @@ def fact(name, value):
     return lambda tree: tree["__metadata__"].__setitem__(name, value)
 
 
-def test_right_files_are_taken(target, seeds):
+def test_valid_files_are_accepted(target, seeds):
     assert {target.execute(content) for content in seeds} == {"taken"}
 
 
 @given(seed=st.integers(0, 2**32), which=st.integers(0, 2))
 @MANY
-def test_mutated_file_is_refused_or_says_what_an_independent_reading_finds(target, seeds, seed, which):
+def test_mutated_file_is_refused_or_equals_an_independent_reading(target, seeds, seed, which):
     rng = random.Random(seed)
     target.execute(target.mutate(rng, seeds[which], seeds[which - 1]))
 
@@ -105,7 +105,7 @@ def test_wrong_length_of_the_header_is_damage(target, seeds, length):
         pytest.param(fact("trainer", '{"a\\u0000b":NaN}'), id="NUL"),
     ],
 )
-def test_sealed_lie_is_damage(target, seeds, edit):
+def test_false_header_with_matching_checksums_is_damage(target, seeds, edit):
     message = target.execute(with_header(seeds[0], edit))
     assert message.startswith("SnapshotDamaged")
     assert len(message) < 2000
@@ -138,7 +138,7 @@ def test_memory_for_a_hostile_header_is_a_small_multiple_of_it(target, seeds, bo
 
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_synthesis_from_a_mutated_file_is_right_or_refused(target, seeds, seed):
+def test_synthesis_from_a_mutated_file_is_correct_or_refused(target, seeds, seed):
     content = target.mutate(random.Random(seed), seeds[0], seeds[1])
     target.path.write_bytes(content)
     try:

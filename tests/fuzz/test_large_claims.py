@@ -1,4 +1,4 @@
-"""Files that say they are large: what reading them costs is bounded by what they are, not by what they say."""
+"""Files that claim to be large: the cost of reading is bounded by their real size, not by the claimed size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def average_of(num_tensors):
-    """A right file with so many tensors of one byte."""
+    """Return a valid file with this number of tensors of one byte."""
     entries = b",".join(
         b'"%d":{"dtype":"U8","shape":[],"data_offsets":[%d,%d]}' % (i, i, i + 1) for i in range(num_tensors)
     )
@@ -35,7 +35,7 @@ def average_of(num_tensors):
 
 
 def snapshot_of(num_tensors):
-    """The header of a file that lists so many tensors, its checksum made right, and no bytes of theirs."""
+    """Return a header with a matching checksum that lists this number of tensors, without their bytes."""
     content = snapshot_bytes(layout_of([record("a", (1,))]))
     text = content[8 : 8 + int.from_bytes(content[:8], "little")].rstrip(b" ")
     text = text[:-1] + b"".join(b',"%d":{"dtype":"U8","shape":[],"data_offsets":[0,1]}' % i for i in range(num_tensors))
@@ -78,7 +78,7 @@ def test_message_about_many_tensors_with_long_names_is_short(tmp_path):
     assert len(str(refused.value)) < 1000
 
 
-def test_million_tensors_are_refused_before_they_are_made(tmp_path):
+def test_million_tensors_are_refused_before_they_are_parsed(tmp_path):
     snapshot, average = tmp_path / folder_name(STEP, RUN) / rank_file_name(0, 1), tmp_path / "x.safetensors"
     snapshot.parent.mkdir()
     snapshot.write_bytes(snapshot_of(10**6))
@@ -132,7 +132,7 @@ def torch_file(tensor):
     return file.getvalue()
 
 
-def unfolding():
+def expanding():
     file = io.BytesIO(torch_file(torch.zeros(4)))
     with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/bomb", bytes(1 << 28))
@@ -140,7 +140,7 @@ def unfolding():
 
 
 def put_claims(folder):
-    """Files that say more than they hold, and some that hold it, as holes."""
+    """Write files that claim more bytes than they have, and sparse files that have them as holes."""
 
     def entry(shape, end):
         text = b'{"a":{"dtype":"F32","shape":[%d],"data_offsets":[0,%d]}}' % (shape, end)
@@ -155,13 +155,13 @@ def put_claims(folder):
     put_sparse(folder / "header.safetensors", (99_999_744).to_bytes(8, "little"), TERABYTE)
     put_sparse(folder / "snapshots-sparse" / name, right, len(right) + TERABYTE)
     put_sparse(folder / "snapshots-short" / name, right, len(right) + 100)
-    for kind, content in (("wide", torch_file(torch.zeros(1).expand(TERABYTE))), ("unfolding", unfolding())):
+    for kind, content in (("wide", torch_file(torch.zeros(1).expand(TERABYTE))), ("expanding", expanding())):
         (folder / f"{kind}.pt").write_bytes(content)
         (folder / f"legacy-{kind}").mkdir()
         (folder / f"legacy-{kind}" / "0.1.pt").write_bytes(content)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no limit of the address space is kept")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit of the address space is not enforced")
 def test_no_claim_takes_memory_that_the_file_does_not_have(tmp_path):
     put_claims(tmp_path)
     places = sorted(str(each) for each in tmp_path.iterdir())

@@ -1,17 +1,20 @@
-"""Folders of nitrous-ema 0.0.1 and ema-pytorch, rewritten as snapshots of ours.
+"""Convert a folder of nitrous-ema 0.0.1 or ema-pytorch into a folder of snapshots.
 
-All of the old folder is looked at before anything is written: which files are damaged, whether they hold the same
-tensors, what of them the new folder has already. Then one snapshot after the other is committed, each as a trainer
-would commit it. An import that was interrupted is a run with fewer snapshots; the next one goes on with it.
+An import must not mix two trainings, must survive an interruption, and must not restore snapshots that were pruned
+since. It is therefore planned as a whole before anything is written: which legacy files are damaged, whether all hold
+the same tensors, and which snapshots the new folder holds already. Then one snapshot after the other is committed as
+by a training process. An interrupted import leaves a run with fewer snapshots, and the next import continues it.
 
-A snapshot remembers the files that it came from by a fingerprint of their lists of parts (names, sizes, checksums), so
-that another training is never taken for the same one.
+Each snapshot stores a fingerprint of its legacy files: a digest of names, sizes and checksums of their archive members.
+Files of another training have another fingerprint.
 
-I1  Nothing is written before all is checked.             test_refused_import_writes_nothing
-I2  The old folder is only read.                          test_old_folder_is_left_as_it_was
-I3  What is there already is not written again, and what  test_interrupted_import_goes_on_where_it_stopped,
-    was removed from a finished import does not return.   test_what_was_pruned_does_not_come_back
-I4  One buffer of a chunk, whatever the model.            test_import_holds_one_chunk_at_a_time
+IMPORT-1  Nothing is written before everything is checked.  test_refused_import_writes_nothing
+IMPORT-2  The legacy folder is only read.                   test_old_folder_is_left_as_it_was
+IMPORT-3  Snapshots that exist are not written again, and   test_interrupted_import_continues_where_it_stopped,
+    snapshots that were removed from a finished import are  test_pruned_snapshots_are_not_imported_again
+    not restored.
+IMPORT-4  Memory holds one buffer of a chunk, for models    test_import_holds_one_chunk_at_a_time
+    of any size.
 """
 
 from __future__ import annotations
@@ -35,17 +38,19 @@ from nitrous_ema.snapshots.reading import OpenFiles
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
 
-_FINGERPRINT = "imported"
-Told = Callable[[Snapshot], None]
+_FINGERPRINT = "imported"  # the field of a stamp's trainer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ImportStep:
-    """One step of the old folder, and what it becomes."""
+    """One step of the legacy folder, and the snapshot to write for it."""
 
     old: LegacySnapshot
+    """The legacy files."""
     layout: Layout
+    """Layout of the new snapshot."""
     stamp: Stamp
+    """Stamp of the new snapshot."""
 
     @property
     def bytes(self) -> int:
@@ -55,49 +60,52 @@ class ImportStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Import:
-    """What an import will do."""
+    """A planned import: the snapshots to write, and the steps that are not written, by reason."""
 
     store: SnapshotStore
+    """The new folder."""
     run: str
-    """Id that the run has in the new folder, or gets."""
+    """Id of the run in the new folder."""
     steps: tuple[ImportStep, ...]
-    """To be written, ascending."""
+    """Steps to write, ascending."""
     present: tuple[int, ...]
-    """Steps that are there already."""
+    """Steps that the new folder holds already."""
     removed: tuple[int, ...]
-    """Steps that an import which was finished has written, and that somebody has removed since: they stay away."""
+    """Steps that a finished import has written and that were removed since: they are not written again."""
     partial: tuple[tuple[int, tuple[float, ...]], ...]
     """Steps that lack a profile, each with the sigma_rels that it has."""
     damaged: tuple[SnapshotDamaged, ...]
-    """What cannot be taken over."""
+    """Steps that cannot be imported, as the errors of their files."""
     excluded: tuple[int, ...]
-    """Steps that are in the old folder and left out on request."""
+    """Steps of the legacy folder that are excluded on request."""
 
     @property
     def bytes_to_write(self) -> int:
         """Size of all new files."""
         return sum(each.bytes for each in self.steps)
 
-    def write_missing(self, told: Told = lambda snapshot: None) -> list[SnapshotDamaged]:
-        """Write what is missing; called again after an interruption, a new plan goes on with the rest.
+    def write_missing(self, on_written: Callable[[Snapshot], None] = lambda snapshot: None) -> list[SnapshotDamaged]:
+        """Write the planned snapshots. After an interruption, a new plan holds the remaining ones.
 
         Args:
-            told: Called with each snapshot once it is durable.
+            on_written: Called with each snapshot once it is durable.
 
         Returns:
-            All that could not be taken over: ``damaged``, and files whose numbers turned out to be.
+            The errors of all steps that could not be imported: ``damaged``, and files whose numbers are damaged.
 
         Raises:
-            SnapshotWriteError: The new folder cannot be written to; what was written stays.
-            NitrousError: A number does not fit into the type that was asked for.
+            SnapshotWriteError: Writing to the new folder failed; snapshots that were written stay.
+            NitrousError: A number overflows the requested type.
         """
         damaged = list(self.damaged)
         self.store.prepare()
         for step in self.steps:
             try:
-                told(self.store.write(step.layout, step.stamp, lambda step=step: _chunks(step)))  # type: ignore[misc]
+                snapshot = self.store.write(step.layout, step.stamp, lambda step=step: _chunks(step))  # type: ignore[misc]
+                on_written(snapshot)
             except SnapshotDamaged as error:
                 damaged.append(error)
+        # A closed run counts as finished: its missing steps were pruned. A run that lacks steps stays open for them.
         if not damaged and not self.excluded:
             self.store.close_run(self.run)
         return damaged
@@ -106,70 +114,76 @@ class Import:
 def plan_import(
     old: LegacyFolder, new: SnapshotStore, *, dtype: str | None = None, exclude: Collection[int] = ()
 ) -> Import:
-    """Look at both folders and decide what is to be written. Changes nothing.
+    """Check both folders and plan which snapshots to write. Writes nothing.
 
     Args:
-        old: The folder to take over.
-        new: Where its snapshots go: an empty or new folder, or one with an earlier import of the same files.
-        dtype: Type in which averages are stored, as a safetensors code; by default that of the old files.
+        old: The legacy folder.
+        new: The folder for the snapshots: empty, not yet created, or with an earlier import of the same files.
+        dtype: Type in which averages are stored, as a safetensors code; by default the type of the legacy files.
         exclude: Steps to leave out.
 
     Raises:
-        ValueError: The new folder is the old one, or inside it.
-        SnapshotMismatch: Steps of the old folder hold different tensors, or the new one holds something else.
+        ValueError: The new folder is the legacy folder, or inside it.
+        SnapshotMismatch: Steps of the legacy folder hold different tensors, or the new folder holds other snapshots.
         SnapshotDamaged: A snapshot in the new folder is damaged.
-        SnapshotNotFound: Nothing of the old folder can be taken over.
-        SnapshotError: A folder cannot be read, or there is no room for the new one.
+        SnapshotNotFound: No step of the legacy folder can be imported.
+        SnapshotError: A folder cannot be read, or the disk lacks space for the new snapshots.
     """
     if old.root.resolve() in (new.root.resolve(), *new.root.resolve().parents):
-        raise ValueError(f"{new.root} is the old folder or inside it, which is left as it is; choose another folder.")
-    whole, damaged = _whole(old.snapshots(exclude=exclude))
-    if not whole:
-        found = damaged[0] if damaged else f"{old.root} has no step that is not excluded."
-        raise SnapshotNotFound(f"nothing to import: {found}", path=old.root, nearest=())
-    check_same_tensors(whole[-1], whole)
-    there, is_finished = _there(new, whole)
-    run = next((each.run for each in there.values()), None) or _run_id(whole[0], dtype)
-    steps = [_step(each, run, dtype) for each in whole]
+        raise ValueError(
+            f"{new.root} is the folder to import or lies inside it; the imported folder is only read. "
+            "Choose another folder for the snapshots."
+        )
+    intact, damaged = _intact(old.snapshots(exclude=exclude))
+    if not intact:
+        reason = damaged[0] if damaged else f"every step of {old.root} is excluded."
+        raise SnapshotNotFound(f"nothing to import: {reason}", path=old.root, nearest=())
+    check_same_tensors(intact[-1], intact)
+    existing, is_finished = _existing(new, intact)
+    # An earlier import is continued under its own id, also where its first steps are excluded now.
+    run = next((each.run for each in existing.values()), None) or _run_id(intact[0], dtype)
+    steps = [_step(each, run, dtype) for each in intact]
     missing = []
     for step in steps:
-        if step.stamp.step in there:
-            _check_same(there[step.stamp.step], step)
+        if step.stamp.step in existing:
+            _check_same_import(existing[step.stamp.step], step)
         else:
             missing.append(step)
-    removed = [each.stamp.step for each in missing if is_finished and each.stamp.step < max(there)]
+    # Below the newest existing step, a step is missing from a finished import because it was pruned. Newer steps were
+    # added to the legacy folder since.
+    removed = [each.stamp.step for each in missing if is_finished and each.stamp.step < max(existing)]
     planned = Import(
         store=new,
         run=run,
         steps=tuple(each for each in missing if each.stamp.step not in removed),
-        present=tuple(each.step for each in whole if each.step in there),
+        present=tuple(each.step for each in intact if each.step in existing),
         removed=tuple(removed),
         partial=tuple(
             (each.step, tuple(map(gamma_to_sigma_rel, each.gammas)))
-            for each in whole
+            for each in intact
             if len(each.gammas) < len(old.gammas)
         ),
         damaged=tuple(damaged),
         excluded=tuple(sorted({*exclude}.intersection(old.steps))),
     )
-    _check_room(planned)
+    _check_disk_space(planned)
     return planned
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The old folder
+# The legacy folder
 
 
-def _whole(snapshots: Sequence[LegacySnapshot]) -> tuple[list[LegacySnapshot], list[SnapshotDamaged]]:
-    """Those whose files can be opened, and what is wrong with the others."""
-    whole, damaged = [], []
+def _intact(snapshots: Sequence[LegacySnapshot]) -> tuple[list[LegacySnapshot], list[SnapshotDamaged]]:
+    """Return the snapshots whose files can be opened, and the errors of the others."""
+    intact, damaged = [], []
     for snapshot in snapshots:
         try:
             snapshot.check()
-            whole.append(snapshot)
+            intact.append(snapshot)
         except SnapshotDamaged as error:
             damaged.append(error)
-    return whole, damaged
+    return intact, damaged
 
 
 def _step(old: LegacySnapshot, run: str, dtype: str | None) -> ImportStep:
@@ -192,15 +206,15 @@ def _step(old: LegacySnapshot, run: str, dtype: str | None) -> ImportStep:
 
 
 def _run_id(first: LegacySnapshot, dtype: str | None) -> str:
-    """The same one for an import that is begun twice; another one for other profiles or another type."""
+    """Return a run id that depends on files, profiles and type only, so that a repeated import has the same id."""
     seconds = min(path.stat().st_mtime for path in first.paths)
     started = datetime.fromtimestamp(seconds, tz=timezone.utc)
-    how = f"{first.fingerprint()} {first.gammas!r} {dtype or first.averages[0].dtype}"
-    return f"{new_run_id(started).rpartition('-')[0]}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
+    source = f"{first.fingerprint()} {first.gammas!r} {dtype or first.averages[0].dtype}"
+    return f"{new_run_id(started).rpartition('-')[0]}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
 
 
 def _chunks(step: ImportStep) -> Iterator[memoryview]:
-    """The data of a new file; the buffer is used again for each chunk."""
+    """Yield the data of a new file, chunk by chunk; each chunk overwrites the buffer of the one before."""
     layout, old = step.layout, step.old
     buffer = memoryview(bytearray(max((end - begin for begin, end in layout.chunks), default=0)))
     with OpenFiles(()) as files:
@@ -213,6 +227,7 @@ def _chunks(step: ImportStep) -> Iterator[memoryview]:
             reader = (replace(source, dtype=layout.checkpoint_dtype) if is_average else source).reader(files)
             for begin in range(section_begin, section_end, layout.chunk_bytes):
                 chunk = buffer[: min(layout.chunk_bytes, section_end - begin)]
+                # A section is its padding followed by the source, so the first chunks may begin with zeros.
                 zeros = max(0, padding - (begin - section_begin))
                 chunk[:zeros] = bytes(zeros)
                 reader.read_at(begin - section_begin + zeros - padding, chunk[zeros:])
@@ -228,8 +243,8 @@ def _check_finite(chunk: memoryview, dtype: str, path: Path) -> None:
 
     if torch.frombuffer(chunk, dtype=TORCH_DTYPES[dtype]).isinf().any():
         raise NitrousError(
-            f"{path} holds numbers that are beyond {dtype}, or infinite. Import it in its own type (without --dtype), "
-            "or as bfloat16, which reaches as far as float32."
+            f"{path} holds numbers that overflow {dtype}, or infinities. Import it without --dtype, which keeps the "
+            "type of the files, or as bfloat16, which has the range of float32."
         )
 
 
@@ -237,8 +252,8 @@ def _check_finite(chunk: memoryview, dtype: str, path: Path) -> None:
 # The new folder
 
 
-def _there(new: SnapshotStore, whole: Sequence[LegacySnapshot]) -> tuple[dict[int, Snapshot], bool]:
-    """What an earlier import has written, by step, and whether that one was finished."""
+def _existing(new: SnapshotStore, intact: Sequence[LegacySnapshot]) -> tuple[dict[int, Snapshot], bool]:
+    """Return the snapshots of an earlier import by step, and whether that import was finished."""
     if not new.root.exists():
         return {}, False
     runs = new.runs()
@@ -247,47 +262,44 @@ def _there(new: SnapshotStore, whole: Sequence[LegacySnapshot]) -> tuple[dict[in
     listing = new.examine(runs[-1])
     if listing.damaged:
         raise listing.damaged[0]
-    there = {each.step: each for each in listing.snapshots}
-    imported = all(_FINGERPRINT in each.stamp.trainer for each in there.values())
-    if len(runs) > 1 or not imported or not there.keys() & {each.step for each in whole}:
+    existing = {each.step: each for each in listing.snapshots}
+    imported = all(_FINGERPRINT in each.stamp.trainer for each in existing.values())
+    if len(runs) > 1 or not imported or not existing.keys() & {each.step for each in intact}:
         raise SnapshotMismatch(
-            f"{new.root} holds run {', '.join(runs)}, which is no import of this folder. Import into "
-            "a folder of its own.",
+            f"{new.root} holds run {', '.join(runs)}, which was not imported from this folder. "
+            "Import into a new folder.",
             path=new.root,
         )
-    return there, new.files.exists(new.root / f"closed-{runs[-1]}")
+    return existing, new.files.exists(new.root / f"closed-{runs[-1]}")
 
 
-def _check_same(there: Snapshot, step: ImportStep) -> None:
-    """Refuse to go on with an import of other files, or one that was told otherwise."""
-    folder, layout = there.paths[0].parent, there.layout
-    for what, found, expected in (
-        ("was imported from other files than", there.stamp.trainer[_FINGERPRINT], step.stamp.trainer[_FINGERPRINT]),
-        ("was imported with other profiles than are named for", layout.gammas, step.layout.gammas),
-        (
-            "stores its averages in another type than is asked for",
-            layout.checkpoint_dtype,
-            step.layout.checkpoint_dtype,
-        ),
+def _check_same_import(existing: Snapshot, step: ImportStep) -> None:
+    """Refuse to continue an import of other files, or an import with other profiles or another type."""
+    folder, layout = existing.paths[0].parent, existing.layout
+    for difference, found, expected in (
+        ("was imported from other files than", existing.stamp.trainer[_FINGERPRINT], step.stamp.trainer[_FINGERPRINT]),
+        ("was imported with other profiles than those given for", layout.gammas, step.layout.gammas),
+        ("stores averages in another type than requested for", layout.checkpoint_dtype, step.layout.checkpoint_dtype),
     ):
         if found != expected:
             raise SnapshotMismatch(
-                f"{folder} {what} {', '.join(path.name for path in step.old.paths)}: {found}, expected {expected}. "
-                "Import into another folder, or in the same way as before.",
+                f"{folder} {difference} {', '.join(path.name for path in step.old.paths)}: {found}, "
+                f"expected {expected}. Import into another folder, or with the same options as before.",
                 path=folder,
             )
 
 
-def _check_room(planned: Import) -> None:
+def _check_disk_space(planned: Import) -> None:
     nearest = next(each for each in (planned.store.root, *planned.store.root.parents) if each.exists())
     needed = planned.bytes_to_write
     try:
         free = planned.store.files.free_bytes(nearest)
     except OSError:
-        return  # it does not tell; each file is looked at again when it is written
+        return  # this file system does not report its space; writing checks it again for each snapshot
     if needed > free:
         raise SnapshotError(
-            f"{planned.store.root} needs {format_bytes(needed)} for {len(planned.steps)} snapshots, and {format_bytes(free)} are "
-            "free. Choose another disk, a smaller type (--dtype), or fewer steps (--exclude). Nothing was written.",
+            f"{planned.store.root}: not enough disk space. {len(planned.steps)} snapshots need {format_bytes(needed)}, "
+            f"and {format_bytes(free)} are free. Choose another disk, a smaller type (--dtype), or fewer steps "
+            "(--exclude). Nothing was written.",
             path=planned.store.root,
         )

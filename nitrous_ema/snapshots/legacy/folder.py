@@ -1,15 +1,16 @@
-"""Snapshot folders of nitrous-ema 0.0.1 and ema-pytorch, read only: one file ``{profile}.{step}.pt`` per average.
+"""Read snapshot folders of nitrous-ema 0.0.1 and ema-pytorch: one file ``{profile}.{step}.pt`` per average.
 
-Such a file says neither which profile it holds nor the model's types, and its step counter may have been rounded to
-float16. So the user names the profiles, the step is taken from the file's name, and tensors have the types they were
-stored in. ema-pytorch casts counters of batches with all else: from 2048 on a float16 is no exact number of them,
-beyond 65504 it is infinite. Here they are integers again, with the step of the file's name where theirs was lost.
+Such a file records neither its profile nor the model's types, and its step counter may have been rounded to float16. So
+the user passes the profiles, the step is parsed from the file name, and tensors have the types in which they are
+stored. ema-pytorch casts counters of batches with all other tensors: from 2048 on float16 does not hold every integer,
+and beyond 65504 it is infinite. Such counters become integers again here; a counter whose value was lost gets the step
+of the file name.
 
-Files are loaded with ``weights_only=True`` and mapped, not read: their bytes come when synthesis asks for them. A
-tensor's bytes are compared with the checksum that torch wrote right before synthesis gets the first of them: then they
-come from the disk once.
+Files are loaded with ``weights_only=True`` and mapped: their bytes are read when synthesis requests them. The bytes of
+a tensor are compared with the checksum that torch wrote right before synthesis gets the first of them. So they are read
+from the disk once.
 
-Longer than the house's 300 lines because what such a file may hold, and how it is read, belong on one page.
+Longer than the house's 300 lines because the contents of such a file and their validation belong on one page.
 """
 
 from __future__ import annotations
@@ -34,28 +35,34 @@ from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.filesystem import open_regular
 from nitrous_ema.snapshots.header import Lineage
 from nitrous_ema.snapshots.layout import TensorRecord
-from nitrous_ema.snapshots.names import parse_folder_name, parse_old_file_name
-from nitrous_ema.snapshots.torch_archive import Checksums, check_part, check_places, load_torch_file, plain_tensor
+from nitrous_ema.snapshots.names import exclusion_hint, parse_folder_name, parse_legacy_file_name
+from nitrous_ema.snapshots.torch_archive import (
+    Checksums,
+    load_torch_file,
+    locate_storages,
+    plain_tensor,
+    verify_storage,
+)
 
 if TYPE_CHECKING:
     import torch
 
-_PREFIX = "ema_model."
+_PREFIX = "ema_model."  # of the averaged model's tensors; the others are counters, or the model that was trained
 _RUN = "legacy"
 _HELD_OF_TENSOR_BYTES = 3 << 10  # measured: 2.8 kB
 
 
 class LegacyFolder:
-    """A folder of ``{profile}.{step}.pt`` files, whose profiles the user names.
+    """A folder of ``{profile}.{step}.pt`` files, whose profiles the user passes.
 
     Args:
         root: The folder.
-        sigma_rels: The tracked profiles in the order in which the trainer was given them, or
-        gammas: the same as exponents. Exactly one of the two.
+        sigma_rels: Lengths of the tracked profiles, in the order in which the trainer tracked them, or
+        gammas: their exponents. Exactly one of the two.
 
     Raises:
-        ValueError: Both or neither of sigma_rels and gammas, or files of more or fewer profiles than are named.
-        SnapshotNotFound: No such folder, or it has no such files.
+        ValueError: Both or neither of sigma_rels and gammas, or files of more or fewer profiles than were passed.
+        SnapshotNotFound: The folder does not exist, or has no such files.
     """
 
     def __init__(
@@ -66,7 +73,10 @@ class LegacyFolder:
         gammas: Sequence[float] | None = None,
     ) -> None:
         if (sigma_rels is None) == (gammas is None):
-            raise ValueError("sigma_rels and gammas: exactly one of them names the tracked profiles.")
+            raise ValueError(
+                "pass exactly one of sigma_rels and gammas, the tracked profiles; got "
+                f"{'neither' if gammas is None else 'both'} of them."
+            )
         self.root = Path(root)
         self.gammas = tuple(float(each) for each in gammas or ()) or tuple(
             float(sigma_rel_to_gamma(each)) for each in sigma_rels or ()
@@ -75,34 +85,35 @@ class LegacyFolder:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Steps with files, whole or not, ascending."""
+        """Steps with files, damaged or not, ascending."""
         return tuple(sorted(self._paths))
 
     def snapshots(self, *, exclude: Collection[int] = ()) -> list[LegacySnapshot]:
-        """All steps, ascending, but those to leave out."""
+        """Return the snapshots of all steps, ascending, without the steps in ``exclude``."""
         return [self._snapshot(step) for step in self.steps if step not in exclude]
 
     @cached_property
     def run(self) -> str:
-        """Name of the training: another one for other files, and where other profiles are named.
+        """Name of the training, which depends on the files and on the profiles.
 
-        What is made of a folder is recognized by it later. The files of the first whole step stand for all.
+        Outputs record this name, by which they are reused later. The fingerprint of the first intact step stands for
+        all files.
         """
         for step in self.steps:
             snapshot = LegacySnapshot(step, self._paths[step], self.gammas, _RUN)
             with suppress(OSError, ValueError, zipfile.BadZipFile):
-                named = f"{snapshot.fingerprint()} {self.gammas!r}"
-                return f"{_RUN}-{hashlib.sha256(named.encode()).hexdigest()[:8]}"
+                source = f"{snapshot.fingerprint()} {self.gammas!r}"
+                return f"{_RUN}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
         return _RUN
 
     def _snapshot(self, step: int) -> LegacySnapshot:
         return LegacySnapshot(step, self._paths[step], self.gammas, self.run)
 
     def get(self, step: int | None = None, *, exclude: Collection[int] = ()) -> LegacySnapshot:
-        """The snapshot of one step, the last one by default.
+        """Return the snapshot of one step, by default of the last one.
 
         Raises:
-            SnapshotNotFound: There is none; names the nearest steps.
+            SnapshotNotFound: The step has no files, or is excluded; the message has the nearest steps.
         """
         snapshots = self.snapshots(exclude=exclude)
         found = [snapshot for snapshot in snapshots if step in (None, snapshot.step)]
@@ -116,29 +127,34 @@ class LegacyFolder:
         )
 
     def _find(self) -> dict[int, dict[int, Path]]:
-        """Files by step and profile."""
+        """Return the files by step and profile, after checking the number of profiles."""
         paths = files_by_step(self.root)
         if not paths:
             is_ours = any(parse_folder_name(name) for name in os.listdir(self.root))
-            remedy = "; its snapshots are of this version and know their profiles: leave these out" if is_ours else ""
+            remedy = (
+                " Its snapshots are in the current format, which records the profiles: omit --sigma-rels and --gammas "
+                "(in Python, use SnapshotStore)."
+            )
             raise SnapshotNotFound(
-                f"{self.root} has no files named {{i}}.{{step}}.pt{remedy}.", path=self.root, nearest=()
+                f"{self.root} has no files named {{i}}.{{step}}.pt.{remedy if is_ours else ''}",
+                path=self.root,
+                nearest=(),
             )
         highest = max(max(profiles) for profiles in paths.values())
         if highest + 1 != len(self.gammas):
             raise ValueError(
-                f"{self.root} has files of {highest + 1} profiles, but {len(self.gammas)} are named; "
-                "name all that were tracked, in their order."
+                f"{self.root} has files of {highest + 1} profiles, but {len(self.gammas)} were passed. "
+                "Pass every tracked profile, in the order of tracking."
             )
         return paths
 
 
 def files_by_step(root: str | os.PathLike[str]) -> dict[int, dict[int, Path]]:
-    """The files of such a folder by step and profile; empty if it has none.
+    """Return the ``{profile}.{step}.pt`` files of a folder by step and profile; empty for a folder without any.
 
     Raises:
-        SnapshotNotFound: No such folder.
-        SnapshotError: It cannot be listed.
+        SnapshotNotFound: The folder does not exist.
+        SnapshotError: The folder cannot be listed.
     """
     folder = Path(root)
     try:
@@ -149,14 +165,14 @@ def files_by_step(root: str | os.PathLike[str]) -> dict[int, dict[int, Path]]:
         raise SnapshotError(f"{folder} cannot be listed: {error}", path=folder) from error
     paths: dict[int, dict[int, Path]] = {}
     for name in names:
-        if (found := parse_old_file_name(name)) is not None:
+        if (found := parse_legacy_file_name(name)) is not None:
             profile, step = found
             paths.setdefault(step, {})[profile] = folder / name
     return paths
 
 
 class LegacySnapshot:
-    """The averages of one step, with the attributes that synthesis needs of a snapshot."""
+    """The averages of one step, as a ``SnapshotView``. Files are opened when an attribute needs them."""
 
     t_first = None
 
@@ -170,41 +186,41 @@ class LegacySnapshot:
 
     @property
     def path(self) -> Path:
-        """Its first file."""
+        """First file of the snapshot."""
         return self._paths[0]
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Its files, one per profile."""
+        """Files of the snapshot, one per profile."""
         return tuple(self._paths)
 
     def fingerprint(self) -> str:
-        """Of its files: names, sizes and checksums of their parts. No numbers are read.
+        """Return a digest of the names, sizes and checksums of all archive members. No numbers are read.
 
         Raises:
             OSError: A file cannot be opened.
-            zipfile.BadZipFile: One is no archive.
-            ValueError: One is no regular file.
+            zipfile.BadZipFile: A file is not an archive.
+            ValueError: A path is not a regular file.
         """
         digest = hashlib.sha256()
         for path in self.paths:
             with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-                for part in archive.infolist():
-                    digest.update(f"{part.filename}\n{part.file_size}\n{part.CRC}\n".encode())
+                for member in archive.infolist():
+                    digest.update(f"{member.filename}\n{member.file_size}\n{member.CRC}\n".encode())
         return digest.hexdigest()[:32]
 
     def check(self) -> None:
-        """Open all of its files and compare their tensors, as reading them does later. Reads no numbers.
+        """Open all files and compare their tensors by name, shape and type, as reading does later. Reads no numbers.
 
         Raises:
-            SnapshotDamaged: One is not what was saved, or they differ in their tensors.
+            SnapshotDamaged: A file is invalid, or its tensors differ from the first file's.
         """
         for source in self.averages:
             _loaded(source)
 
     @cached_property
     def records(self) -> tuple[TensorRecord, ...]:
-        """The tensors of its first file, in the types in which they are stored."""
+        """The tensors of the first file, in the types in which they are stored."""
         try:
             return tuple(_record(name, tensor) for name, tensor in _load(self.path).tensors.items())
         except ValueError as error:
@@ -212,7 +228,7 @@ class LegacySnapshot:
 
     @cached_property
     def average_spans(self) -> tuple[tuple[int, int], ...]:
-        """Per averaged tensor its (begin, end) in the flat average, in elements."""
+        """For each averaged tensor: its (begin, end) in the flat average, in elements."""
         return tuple(_spans([each.stored_elements for each in self.records if each.role == "averaged"]))
 
     @cached_property
@@ -223,13 +239,13 @@ class LegacySnapshot:
 
     @cached_property
     def copied(self) -> LegacySource | None:
-        """Integer tensors, as bytes; the trainer never updated them."""
+        """Integer tensors, as bytes (neither library updates them); None for a model without any."""
         records = self._copied_records
         return LegacySource(self.path, records, "U8") if records else None
 
     @cached_property
     def copied_spans(self) -> dict[str, tuple[int, int]]:
-        """Where each of these lies in ``copied``."""
+        """For each copied tensor, by name: its (begin, end) in ``copied``, in bytes."""
         sizes = [math.prod(each.shape) * DTYPE_BYTES[each.dtype] for each in self._copied_records]
         return {each.name: span for each, span in zip(self._copied_records, _spans(sizes), strict=True)}
 
@@ -241,32 +257,34 @@ class LegacySnapshot:
 
 @dataclass(frozen=True, slots=True)
 class LegacySource:
-    """Some tensors of one file, back to back, in one type."""
+    """Tensors of one file, back to back, in one type: a ``Source``."""
 
     path: Path
+    """The file."""
     records: tuple[TensorRecord, ...]
+    """The tensors, in the order in which they are read."""
     dtype: str
-    """Type of the numbers handed out; "U8" hands out the bytes as they are stored."""
+    """Type to which the numbers are converted; with "U8" the stored bytes are returned."""
 
     @property
     def num_bytes(self) -> int:
-        """Length of what is handed out."""
+        """Length after conversion."""
         if self.dtype == "U8":
             return sum(math.prod(each.shape) * DTYPE_BYTES[each.dtype] for each in self.records)
         return sum(each.stored_elements for each in self.records) * DTYPE_BYTES[self.dtype]
 
     @property
     def chunk_bytes(self) -> int:
-        """A tensor is checked as a whole before its first byte is handed out."""
+        """1: the reader verifies a whole tensor before it returns the first of its bytes."""
         return 1
 
     @property
     def held_bytes(self) -> int:
-        """Mapped tensors as torch's objects."""
+        """Upper bound of the memory for torch's objects of mapped tensors."""
         return _HELD_OF_TENSOR_BYTES * len(self.records)
 
     def reader(self, files: object) -> _Reader:
-        """A reader at the first byte; it maps the file itself."""
+        """Return a reader at the first byte. The reader maps the file itself and does not use ``files``."""
         return _Reader(self)
 
 
@@ -275,9 +293,10 @@ class _Reader:
         self._source = source
         self._position = 0  # of read_into()
         self._lock = threading.Lock()
-        self._flats: Iterator[torch.Tensor] | None = None  # mapped at the first read; guarded by _lock, as the next two
-        self._begins: list[int] = []  # of the tensors that were checked, in numbers; only ever appended to
-        self._checked: list[torch.Tensor] = []
+        self._flats: Iterator[torch.Tensor] | None = None  # mapped at the first read; guarded by _lock
+        # Appended to under _lock and never changed otherwise, so that read_at() may index verified tensors without it.
+        self._begins: list[int] = []  # of the verified tensors, in elements
+        self._verified: list[torch.Tensor] = []
 
     def read_into(self, out: memoryview) -> None:
         self.read_at(self._position, out)
@@ -287,58 +306,63 @@ class _Reader:
         import torch
 
         name = next(name for name, code in CODES.items() if code == self._source.dtype)
-        left = torch.frombuffer(out, dtype=getattr(torch, name))
-        position = begin // left.element_size()
-        index = self._check_until(position, position + len(left))
-        while left.numel():
+        remaining = torch.frombuffer(out, dtype=getattr(torch, name))
+        position = begin // remaining.element_size()
+        index = self._verify_until(position, position + len(remaining))
+        while remaining.numel():
             inside = position - self._begins[index]
-            piece = self._checked[index][inside : inside + len(left)]
-            left[: len(piece)].copy_(piece)
-            left, position, index = left[len(piece) :], position + len(piece), index + 1
+            piece = self._verified[index][inside : inside + len(remaining)]
+            remaining[: len(piece)].copy_(piece)  # converts to the type of the source
+            remaining, position, index = remaining[len(piece) :], position + len(piece), index + 1
 
-    def _check_until(self, begin: int, end: int) -> int:
-        """Check all tensors before a position; returns the one that holds another position."""
+    def _verify_until(self, begin: int, end: int) -> int:
+        """Verify all tensors before element ``end``, and return the index of the tensor with element ``begin``."""
         with self._lock:
             if self._flats is None:
                 self._flats = _flats(self._source)
-            while not self._begins or self._begins[-1] + len(self._checked[-1]) < end:
+            while not self._begins or self._begins[-1] + len(self._verified[-1]) < end:
                 flat = next(self._flats)
-                self._begins.append(self._begins[-1] + len(self._checked[-1]) if self._begins else 0)
-                self._checked.append(flat)
+                self._begins.append(self._begins[-1] + len(self._verified[-1]) if self._begins else 0)
+                self._verified.append(flat)
             return bisect_right(self._begins, begin) - 1
 
 
 class _Loaded(NamedTuple):
-    """The averaged model's tensors by the model's own names, mapped, and what their parts should have as checksums."""
+    """The averaged model in one file."""
 
     tensors: dict[str, torch.Tensor]
+    """Mapped tensors by the model's own names."""
     checksums: Checksums
+    """Expected checksums of their storages."""
     repaired: frozenset[str]
-    """Tensors that are not the file's own: already checked."""
+    """Names of tensors that replace the file's own tensors, which were verified already."""
 
 
 def _loaded(source: LegacySource) -> _Loaded:
-    """Its file, which must hold the source's tensors."""
+    """Load the file of a source, and check that it holds the source's tensors."""
     loaded = _load(source.path)
     for record in source.records:
         tensor = loaded.tensors.get(record.name)
         if tensor is None or tuple(tensor.shape) != record.shape or _code(tensor) != record.dtype:
-            raise _damaged(source.path, f"{brief(repr(record.name))} is not as in the other files of its step")
+            raise _damaged(
+                source.path,
+                f"{brief(repr(record.name))} is missing, or differs in shape or type from the first file of this step",
+            )
     return loaded
 
 
 def _flats(source: LegacySource) -> Iterator[torch.Tensor]:
-    """The tensors of a source as one-dimensional ones, in the source's type or in one that converts to it."""
+    """Yield the tensors of a source, flat and verified, in the source's type or in a type that converts to it."""
     import torch
 
     tensors, checksums, repaired = _loaded(source)
-    checked: set[int] = set()  # tensors may share their part
+    verified: set[int] = set()  # addresses of storages; tied tensors share one
     for record in source.records:
         tensor = tensors[record.name]
-        if record.name not in repaired and (begin := tensor.untyped_storage().data_ptr()) not in checked:
-            checked.add(begin)
+        if record.name not in repaired and (begin := tensor.untyped_storage().data_ptr()) not in verified:
+            verified.add(begin)
             try:
-                check_part(tensor, checksums)
+                verify_storage(tensor, checksums)
             except ValueError as error:
                 raise _damaged(source.path, f"{brief(repr(record.name))}: {error}") from error
         plain = plain_tensor(tensor, file_bytes=tensor.numel() * tensor.element_size())
@@ -349,7 +373,7 @@ def _flats(source: LegacySource) -> Iterator[torch.Tensor]:
 
 
 def _load(path: Path) -> _Loaded:
-    """What such a file holds."""
+    """Load and check one file."""
     import torch
 
     try:
@@ -367,17 +391,17 @@ def _load(path: Path) -> _Loaded:
             plain_tensor(value, file_bytes=file_bytes)
         except ValueError as error:
             raise _damaged(path, f"{brief(repr(key))}: {error}") from error
-        # Everything else is a counter, or the model that was trained.
         if isinstance(key, str) and key.startswith(_PREFIX):
             tensors[key.removeprefix(_PREFIX)] = value
             if str(value.dtype).removeprefix("torch.") not in CODES:
-                raise _damaged(path, f"{brief(repr(key))} has the type {value.dtype}, which cannot be read here")
+                raise _damaged(path, f"{brief(repr(key))} has dtype {value.dtype}, which is not supported")
+    # All tensors of the file, not only the averaged ones: the more storages, the fewer addresses of the mapping fit.
     try:
-        checksums = check_places(path, mapped)
+        checksums = locate_storages(path, mapped)
     except (ValueError, OSError) as error:
         raise _damaged(path, str(error)) from error
     if not any(_is_averaged(_code(tensor)) for tensor in tensors.values()):
-        raise _damaged(path, f"no floating tensor in it has a name that starts with {_PREFIX!r}")
+        raise _damaged(path, f"it has no floating-point tensor whose name starts with {_PREFIX!r}")
     try:
         repaired = _repaired_counters(tensors, checksums, _step_of(path))
     except ValueError as error:
@@ -386,9 +410,10 @@ def _load(path: Path) -> _Loaded:
 
 
 def _repaired_counters(tensors: Mapping[str, torch.Tensor], checksums: Checksums, step: int) -> dict[str, torch.Tensor]:
-    """Counters of batches that were cast to a floating type, as integers: what they held if that is certain.
+    """Return counters of batches that were cast to a floating-point type as integers.
 
-    Neither library updates them, so they say how many batches the model had seen when its EMA was made: mostly none.
+    A counter keeps its value if the type holds it exactly, and gets ``step`` otherwise. Neither library updates these
+    counters: they hold the number of batches that the model had seen when its EMA was created, mostly 0.
     """
     import torch
 
@@ -397,7 +422,8 @@ def _repaired_counters(tensors: Mapping[str, torch.Tensor], checksums: Checksums
         module, _, attribute = name.rpartition("num_batches_tracked")
         is_counter = attribute == "" and tensor.dim() == 0 and f"{module}running_mean" in tensors
         if is_counter and tensor.is_floating_point():
-            check_part(tensor, checksums)
+            verify_storage(tensor, checksums)
+            # Below 2 / eps (2048 for float16) every integer is exact; 2048 itself may be a rounded 2049.
             held, limit = float(tensor), 2 / torch.finfo(tensor.dtype).eps
             is_exact = 0 <= held < limit and held == int(held)
             repaired[name] = torch.tensor(int(held) if is_exact else step, dtype=torch.int64)
@@ -414,14 +440,9 @@ def _record(name: str, tensor: torch.Tensor) -> TensorRecord:
     )
 
 
-def _damaged(path: Path, found: str) -> SnapshotDamaged:
+def _damaged(path: Path, reason: str) -> SnapshotDamaged:
     step = _step_of(path)
-    return SnapshotDamaged(
-        f"{path}: {found}. Leave this snapshot out with exclude=[{step}] (on the command line: --exclude {step}).",
-        path=path,
-        step=step,
-        chunk=None,
-    )
+    return SnapshotDamaged(f"{path}: {reason}. {exclusion_hint(step)}", path=path, step=step, chunk=None)
 
 
 def _step_of(path: Path) -> int:
@@ -437,7 +458,7 @@ def _is_averaged(code: str) -> bool:
 
 
 def _common_type(records: Sequence[TensorRecord]) -> str:
-    """A type that holds the numbers of all these tensors exactly."""
+    """Return a type that holds the numbers of all these tensors exactly."""
     found = {"F32" if each.dtype == "C64" else each.dtype for each in records}
     return found.pop() if len(found) == 1 else "F64" if "F64" in found else "F32"
 
