@@ -1,8 +1,15 @@
-"""A second module whose weights are an average: for evaluation, sampling, or saving.
+"""Evaluate with an average: in a second module (``AveragedModule``), or in the online model itself (``swapped``).
 
-It is the online model's structure, copied without copying its tensors: averaged and copied tensors are views of the
-average (a cast copy, refreshed before use, where the model's type is another one), skipped ones are the online model's
-own. It stays in eval mode: a forward in train mode would write statistics, or weights, into the averages.
+The second module must show the newest average without costing memory for another copy of it. It is therefore the online
+model's structure, copied without its tensors. Averaged and copied tensors are views of the average; where the model's
+type differs from the average's, they are cast copies that are refreshed before each use. Skipped tensors are the online
+model's own. The module stays in eval mode, because a forward in train mode would write statistics, or weights, into the
+averages.
+
+``swapped`` needs no second module, but memory for a copy of the weights, and training must pause meanwhile.
+
+Pickles of the module name ``_BeforeForward`` and ``_eval_only`` of this file. Both names stay here, so that saved
+modules can be loaded by later versions (test_saved_modules_find_the_names_that_their_pickles_hold).
 """
 
 from __future__ import annotations
@@ -31,12 +38,16 @@ _EVAL_ONLY = "A model of averages stays in eval mode: a forward in train mode wo
 
 
 class AveragedModule:
-    """Builds and keeps the module of one average.
+    """Builds the module of one average, and keeps it up to date.
 
     Args:
-        engine: Whose average it is.
-        profile: Which of its profiles.
+        engine: The engine of the average.
+        profile: Index of the average among the engine's profiles.
         template: A module, or a function that builds it, to use instead of a copy of the online model's structure.
+
+    Raises:
+        TypeError: ``template`` is neither a module nor callable.
+        ValueError: ``template`` is the online model.
     """
 
     def __init__(self, engine: AveragingEngine, profile: int, template: Module | Callable[[], Module] | None) -> None:
@@ -48,12 +59,12 @@ class AveragedModule:
         self._profile = profile
         self._template = template
         self._module: Module | None = None
-        self._held: dict[str, Tensor] = {}  # what the module holds, by canonical name
-        self._casts: list[tuple[Tensor, Tensor]] = []  # the module's tensor, and the average it is cast from
+        self._tensors: dict[str, Tensor] = {}  # averaged and copied tensors of the module, by canonical name
+        self._casts: list[tuple[Tensor, Tensor]] = []  # a tensor of the module, and the average that it is cast from
         engine.viewers.add(self)
 
     def module(self) -> Module:
-        """The module, with the values of now.
+        """Return the module, with the current values. It is built at the first call.
 
         Raises:
             UncopyableModelError: The model cannot be copied, or the template lacks a tensor.
@@ -66,18 +77,18 @@ class AveragedModule:
         return self._module
 
     def rebind(self) -> None:
-        """Follow the averages to other buffers; the module and its tensors stay the same objects."""
+        """Replace the views after the averages have moved; the module and its tensors stay the same objects."""
         self._casts = []
-        for tracked, average in self._averages() if self._held else ():
-            held = self._held[tracked.name]
+        for tracked, average in self._averages() if self._tensors else ():
+            tensor = self._tensors[tracked.name]
             if average.dtype == tracked.dtype:
-                _set(held, average)
+                _set(tensor, average)
             else:
-                _set(held, torch.empty_like(average, dtype=tracked.dtype))
-                self._casts.append((held, average))
+                _set(tensor, torch.empty_like(average, dtype=tracked.dtype))
+                self._casts.append((tensor, average))
 
     def prepare_forward(self, module: Module) -> None:
-        """Order a forward after the averaging, and refuse one in train mode."""
+        """Order a forward after the averaging. Raises RuntimeError if a submodule is in train mode."""
         for name, submodule in module.named_modules():
             if submodule.training:
                 raise RuntimeError(f"{name or type(module).__name__!r} was put in train mode. {_EVAL_ONLY}")
@@ -91,11 +102,11 @@ class AveragedModule:
         if template is None:
             online = unwrap(self._engine.model)
             _refuse_patched(online)
-            self._held = {tracked.name: _replacement(tracked, average) for tracked, average in averages}
-            module = _structural_copy(online, {id(t.live()): self._held[t.name] for t, _ in averages})
+            self._tensors = {tracked.name: _replacement(tracked, average) for tracked, average in averages}
+            module = _structural_copy(online, {id(t.live()): self._tensors[t.name] for t, _ in averages})
         else:
             module = unwrap(template)
-            self._held = _tensors_of_template(module, averages)
+            self._tensors = _tensors_of_template(module, averages)
             module.requires_grad_(False)
         self.rebind()
         module.eval()
@@ -108,137 +119,16 @@ class AveragedModule:
         yield from self._engine.flat_buffers.copies()
 
     def _refresh(self) -> None:
-        for held, average in self._casts:
-            held.copy_(average)
-
-
-class _BeforeForward:
-    """Forward pre-hook. Holds nothing: a module that outlives its EMA keeps the last values."""
-
-    def __init__(self, shown: weakref.ref[AveragedModule] | None = None) -> None:
-        self._shown = shown
-
-    def __call__(self, module: Module, _: Any) -> None:
-        shown = self._shown() if self._shown is not None else None
-        if shown is not None:
-            shown.prepare_forward(module)
-
-    def __reduce__(self) -> tuple[type[_BeforeForward], tuple[()]]:
-        return _BeforeForward, ()
-
-
-def _eval_only(module: Module, mode: bool = True) -> Module:
-    """Stands in for ``Module.train``."""
-    if mode:
-        raise RuntimeError(f"train() on a model of averages. {_EVAL_ONLY} Train the online model.")
-    return Module.train(module, False)
-
-
-def _replacement(tracked: TrackedTensor, average: Tensor) -> Tensor:
-    if not tracked.is_parameter:
-        return average.detach()
-    parameter = Parameter(average, requires_grad=False)
-    parameter.__dict__.update(tracked.live().__dict__)  # marks that model code puts on parameters
-    return parameter
-
-
-def _set(held: Tensor, value: Tensor) -> None:
-    """Give a tensor another storage, and keep the object."""
-    try:
-        held.data = value
-    except RuntimeError:  # between some kinds of device; swapping takes the class and the marks with it
-        other = Parameter(value, requires_grad=False) if isinstance(held, Parameter) else value.detach()
-        other.__dict__.update(held.__dict__)
-        torch.utils.swap_tensors(held, other)  # type: ignore[no-untyped-call]
-
-
-def _structural_copy(model: Module, replacements: dict[int, Tensor]) -> Module:
-    """A deep copy in which tensors are replaced, or shared where there is no replacement."""
-    memo: dict[int, Any] = dict(replacements)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        memo.setdefault(id(tensor), tensor)
-    for module in model.modules():
-        if getattr(module, "_holds_averages", False):
-            memo[id(module)] = None  # an EMA that the model itself owns
-    try:
-        copies = dict(memo)  # a copy that fails leaves its beginnings there
-        for module in reversed([*model.modules()]):  # inner ones first; wrappers belong to the training
-            if (inner := unwrap(module)) is not module:
-                copies[id(module)] = copy.deepcopy(inner, copies)
-        return copy.deepcopy(model, copies)
-    except Exception as error:
-        name = _culprit(model, memo)
-        raise UncopyableModelError(
-            f"{name or type(model).__name__!r} cannot be copied ({type(error).__name__}: {error}); the average has no "
-            "module of its own. Pass ema_model=a function that builds the module. Averages, snapshots and synthesis "
-            "work without one.",
-            name=name,
-        ) from error
-
-
-def _culprit(model: Module, memo: dict[int, Any]) -> str:
-    """The innermost submodule that cannot be copied."""
-    innermost_first = sorted(model.named_modules(), key=lambda named: -named[0].count(".") if named[0] else 1)
-    for name, module in innermost_first:
-        try:
-            copy.deepcopy(module, dict(memo))
-        except Exception:
-            return str(name)
-    return ""
-
-
-def _refuse_patched(model: Module) -> None:
-    for name, module in model.named_modules():
-        patched = module.__dict__.get("forward") if unwrap(module) is module else None
-        if patched is not None and _remembers_modules(patched):
-            patch = getattr(patched, "__qualname__", type(patched).__name__)
-            raise UncopyableModelError(
-                f"forward of {name or type(model).__name__!r} was replaced by {patch}, which remembers "
-                "other objects: a copy of the module would still run those of the online model. Pass ema_model=a "
-                "function that builds the module. Averages, snapshots and synthesis work without one.",
-                name=name,
-            )
-
-
-def _remembers_modules(patched: Any) -> bool:
-    """Whether a copy of a module with this forward could run another module: deepcopy does not look into closures."""
-    if isinstance(patched, FunctionType):
-        return bool(patched.__closure__)  # it is not bound, so it knows its module by the closure
-    while isinstance(patched, (MethodType, partial)):  # their module is replaced by its copy, but what do they call?
-        patched = patched.__func__ if isinstance(patched, MethodType) else patched.func
-    cells = (patched.__closure__ or ()) if isinstance(patched, FunctionType) else ()
-    contents = [getattr(cell.cell_contents, "__self__", cell.cell_contents) for cell in cells]
-    return any(isinstance(content, Module) for content in contents)
-
-
-def _tensors_of_template(template: Module, averages: list[Average]) -> dict[str, Tensor]:
-    found = canonical_tensors(template, persistent_only=False)
-    held = {}
-    for tracked, average in averages:
-        tensor = found.get(tracked.name)
-        if tensor is None or tensor.shape != average.shape:
-            what = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
-            raise UncopyableModelError(
-                f"ema_model: {tracked.name!r} {what}; the online model has it with shape {tuple(average.shape)}. "
-                "Build ema_model with the same architecture.",
-                name=tracked.name,
-            )
-        untied = [key for key in tracked.keys if found.get(key) is not tensor]
-        if untied:
-            raise UncopyableModelError(
-                f"ema_model: {untied[0]!r} and {tracked.name!r} are one tensor in the online model, but not here. "
-                "Build ema_model with the same ties.",
-                name=tracked.name,
-            )
-        held[tracked.name] = tensor
-    return held
+        for tensor, average in self._casts:
+            tensor.copy_(average)
 
 
 @contextmanager
 def swapped(engine: AveragingEngine, profile: int) -> Iterator[None]:
-    """Put an average into the online model, and the weights back at the end, whatever happens.
+    """Put an average into the online model for a ``with`` block, and restore the weights at its end.
 
-    The tensors and their storages stay the same objects. Costs one copy of the averaged tensors in their own types.
+    The tensors and their storages stay the same objects. Needs memory for one copy of the averaged tensors, in their
+    own types. The weights are restored whatever the block raises, and the engine refuses updates and reads meanwhile.
     """
     engine.order_readers("average_parameters()")
     engine.fence_all_readers()
@@ -246,7 +136,7 @@ def swapped(engine: AveragingEngine, profile: int) -> Iterator[None]:
         pairs = [writable_view(tracked.live(), average) for tracked, average in engine.flat_buffers.averages(profile)]
         weights = [live.detach().clone() for live, _ in pairs]
     refusal = NitrousError(
-        "an average is in the place of the model's weights. Leave the `with ema.average_parameters()` block first."
+        "the model currently holds averaged weights. Leave the `with ema.average_parameters()` block first."
     )
     engine.refuse(refusal)
     try:
@@ -262,3 +152,145 @@ def swapped(engine: AveragingEngine, profile: int) -> Iterator[None]:
                     write(live, weight)
         finally:
             engine.end_refusal(refusal)
+
+
+class _BeforeForward:
+    """Forward pre-hook that brings the module up to date.
+
+    It holds a weak reference only, so a module that outlives its EMA retains the last values. Copies and pickles of the
+    module get a hook without a reference, which does nothing: they are snapshots of the module.
+    """
+
+    def __init__(self, averaged_module: weakref.ref[AveragedModule] | None = None) -> None:
+        self._averaged_module = averaged_module
+
+    def __call__(self, module: Module, _: Any) -> None:
+        averaged_module = self._averaged_module() if self._averaged_module is not None else None
+        if averaged_module is not None:
+            averaged_module.prepare_forward(module)
+
+    def __reduce__(self) -> tuple[type[_BeforeForward], tuple[()]]:
+        return _BeforeForward, ()
+
+
+def _eval_only(module: Module, mode: bool = True) -> Module:
+    """Replace ``Module.train`` of the module: put it in eval mode, or raise RuntimeError for train mode."""
+    if mode:
+        raise RuntimeError(f"train() on a model of averages. {_EVAL_ONLY} Train the online model.")
+    return Module.train(module, False)
+
+
+def _replacement(tracked: TrackedTensor, average: Tensor) -> Tensor:
+    if not tracked.is_parameter:
+        return average.detach()
+    parameter = Parameter(average, requires_grad=False)
+    parameter.__dict__.update(tracked.live().__dict__)  # attributes that model code has set on the parameter
+    return parameter
+
+
+def _set(tensor: Tensor, value: Tensor) -> None:
+    """Give a tensor the storage of another one; the object stays the same."""
+    try:
+        tensor.data = value
+    except RuntimeError:  # raised between some kinds of device
+        # swap_tensors also swaps the class and the attributes, so the other tensor needs the same ones.
+        other = Parameter(value, requires_grad=False) if isinstance(tensor, Parameter) else value.detach()
+        other.__dict__.update(tensor.__dict__)
+        torch.utils.swap_tensors(tensor, other)  # type: ignore[no-untyped-call]
+
+
+def _structural_copy(model: Module, replacements: dict[int, Tensor]) -> Module:
+    """Return a deep copy in which tensors are replaced, or shared with the model where there is no replacement.
+
+    Args:
+        model: The online model, without wrappers.
+        replacements: Tensors of the copy, by the ``id`` of the model's tensor.
+
+    Raises:
+        UncopyableModelError: A submodule cannot be copied; names the innermost one.
+    """
+    memo: dict[int, Any] = dict(replacements)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        memo.setdefault(id(tensor), tensor)
+    for module in model.modules():
+        if getattr(module, "_holds_averages", False):
+            memo[id(module)] = None  # the model owns its EMA, and an EMA cannot be copied
+    try:
+        copies = dict(memo)  # deepcopy adds to it also when it fails, and _culprit needs the original memo
+        # Wrappers (torch.compile, checkpointing) are left out of the copy: each is replaced by the copy of the module
+        # that it wraps. Inner modules first, because a wrapped module may contain other wrappers.
+        for module in reversed([*model.modules()]):
+            if (inner := unwrap(module)) is not module:
+                copies[id(module)] = copy.deepcopy(inner, copies)
+        return copy.deepcopy(model, copies)
+    except Exception as error:
+        name = _culprit(model, memo)
+        raise UncopyableModelError(
+            f"{name or type(model).__name__!r} cannot be copied ({type(error).__name__}: {error}), so the average has "
+            "no module of its own. Pass ema_model=a function that builds the module. Averages, snapshots and synthesis "
+            "work without such a module.",
+            name=name,
+        ) from error
+
+
+def _culprit(model: Module, memo: dict[int, Any]) -> str:
+    """Return the name of the innermost submodule that cannot be copied; empty for the model itself."""
+    innermost_first = sorted(model.named_modules(), key=lambda named: -named[0].count(".") if named[0] else 1)
+    for name, module in innermost_first:
+        try:
+            copy.deepcopy(module, dict(memo))
+        except Exception:
+            return str(name)
+    return ""
+
+
+def _refuse_patched(model: Module) -> None:
+    """Raise UncopyableModelError if a submodule's ``forward`` was replaced by one that could run other modules."""
+    for name, module in model.named_modules():
+        patched = module.__dict__.get("forward") if unwrap(module) is module else None
+        if patched is not None and _refers_to_modules(patched):
+            patch = getattr(patched, "__qualname__", type(patched).__name__)
+            raise UncopyableModelError(
+                f"forward of {name or type(model).__name__!r} was replaced by {patch}, which refers to other objects: "
+                "a copy of the module would still run the objects of the online model. Pass ema_model=a function that "
+                "builds the module. Averages, snapshots and synthesis work without such a module.",
+                name=name,
+            )
+
+
+def _refers_to_modules(patched: Any) -> bool:
+    """Return whether a copy of a module with this forward could run another module.
+
+    deepcopy replaces the module of a bound method and the arguments of a partial, but copies no closure of a function.
+    """
+    if isinstance(patched, FunctionType):
+        return bool(patched.__closure__)  # an unbound function can know its module by its closure only
+    while isinstance(patched, (MethodType, partial)):
+        patched = patched.__func__ if isinstance(patched, MethodType) else patched.func
+    cells = (patched.__closure__ or ()) if isinstance(patched, FunctionType) else ()
+    contents = [getattr(cell.cell_contents, "__self__", cell.cell_contents) for cell in cells]
+    return any(isinstance(content, Module) for content in contents)
+
+
+def _tensors_of_template(template: Module, averages: list[Average]) -> dict[str, Tensor]:
+    """Return the template's tensors by canonical name. Raises UncopyableModelError for another architecture."""
+    found = canonical_tensors(template, persistent_only=False)
+    tensors = {}
+    for tracked, average in averages:
+        tensor = found.get(tracked.name)
+        if tensor is None or tensor.shape != average.shape:
+            difference = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+            raise UncopyableModelError(
+                f"ema_model: {tracked.name!r} {difference}; the online model has it with shape "
+                f"{tuple(average.shape)}. Build ema_model with the same architecture.",
+                name=tracked.name,
+            )
+        untied = [key for key in tracked.keys if found.get(key) is not tensor]
+        if untied:
+            raise UncopyableModelError(
+                f"ema_model: {untied[0]!r} and {tracked.name!r} are one tensor in the online model, but not here. "
+                "Build ema_model with the same ties.",
+                name=tracked.name,
+            )
+        tensors[tracked.name] = tensor
+    return tensors

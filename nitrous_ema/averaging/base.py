@@ -1,4 +1,4 @@
-"""What all EMA classes have in common: a ``Module`` around the machine of ``engine.py``."""
+"""``EMABase``, the base class of all EMA classes: a ``Module`` around the engine of ``engine.py``."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Self = TypeVar("Self", bound="EMABase")  # typing.Self needs Python 3.11
 
 
 class EMABase(Module):
-    """What all EMA classes share: a module without parameters, buffers or submodules of its own.
+    """Base class of all EMA classes: a module without parameters, buffers or submodules of its own.
 
-    So that DDP does not broadcast the averages at each forward and ``.half()`` of a parent does not round them, they
-    show up in none of these, but do in ``state_dict()`` and follow ``.to(device)``.
+    The averages are not among them, so DDP does not broadcast the averages in each forward, and ``.half()`` of a parent
+    does not round them. They are part of ``state_dict()`` and follow ``.to(device)``.
     """
 
     _holds_averages = True
@@ -41,8 +41,8 @@ class EMABase(Module):
     def update(self, t_delta: Time = 1) -> None:
         """Count one training step, and average the model's weights if an update is due.
 
-        Call it once per optimizer step, after the step. Reads the parameters and never writes them; does not wait for
-        the device.
+        Call it once per optimizer step, after the step. It reads the parameters, never writes them, and does not wait
+        for the device.
 
         Args:
             t_delta: Training time since the last call, in the unit of the run: 1 to count optimizer steps, or the
@@ -52,21 +52,24 @@ class EMABase(Module):
             ValueError: ``t_delta`` is not positive and finite, or not 1 without the exact correction.
             UntrackableModelError: A tensor of the model is gone or has another shape or type.
             NitrousError: The EMA is closed, averages are swapped into the model, or averaging failed.
-            SnapshotWriteError: A snapshot could not be written: in the background one of an earlier step, told once;
-                otherwise the one of this step, which is then counted and averaged all the same.
-            TimeoutError: There was no room for a snapshot, or a requested drain did not end, in ``wait_timeout``.
+            UnsafeReadError: Weights were written while they were being read (``AsyncPostHocEMA``); raised once.
+            SnapshotWriteError: A snapshot could not be written. With writes in the background, it is a snapshot of an
+                earlier step, and the error is raised once. Otherwise it is the snapshot of this step. In both cases
+                this step was counted and averaged.
+            TimeoutError: No slot for a snapshot became free, or a requested drain did not end, in ``wait_timeout``.
 
         Nothing has changed when one of the first three is raised.
         """
-        if torch.compiler.is_compiling():  # in a compiled training step: not to be traced, which breaks the graph here
-            _outside_the_graph(self._engine, t_delta)
+        if torch.compiler.is_compiling():  # the call is in a compiled training step: it breaks the graph, untraced
+            _update_outside_graph(self._engine, t_delta)
         else:
             self._engine.update(t_delta)
 
     def fence(self) -> None:
         """Order what the caller does next with the weights after every read of them so far.
 
-        Call it before writing weights in any other way than by a torch optimizer's step or ``load_state_dict``.
+        Call it before writing weights in any other way than with a torch optimizer's step or ``load_state_dict``. Does
+        nothing for EMAs that read the weights inside update().
         """
         self._engine.fence()
 
@@ -77,7 +80,7 @@ class EMABase(Module):
 
     @property
     def step(self) -> int:
-        """Number of calls of ``update()``."""
+        """Number of calls of ``update()`` so far."""
         return self._engine.schedule.step
 
     @property
@@ -87,19 +90,19 @@ class EMABase(Module):
 
     @property
     def initted(self) -> bool:
-        """Whether an update was applied yet."""
+        """Whether an update has been applied (the name is that of nitrous-ema 0.0.1)."""
         return self._engine.schedule.updates > 0
 
     # ---- the averages
 
     def copy_params_from_model_to_ema(self) -> None:
-        """Set every average to the model's present weights. The counters stay."""
+        """Set every average to the model's current weights. The counters stay the same."""
         self._engine.copy_from_model()
 
     def copy_params_from_ema_to_model(self) -> None:
         """Set the model's weights to the last profile's average, as nitrous-ema 0.0.1 does.
 
-        To evaluate with an average, use ``average_parameters``, which puts the weights back.
+        To evaluate with an average, use ``average_parameters``, which restores the weights.
         """
         self._engine.copy_to_model(len(self._engine.config.profiles.gammas) - 1)
 
@@ -107,11 +110,15 @@ class EMABase(Module):
     def average_parameters(self, index: int = 0) -> Iterator[None]:
         """Put an average into the model, in place, for the duration of a ``with`` block.
 
-        The storages stay the same, so compiled models and CUDA graphs stay valid. The weights are put back at the end,
-        whatever happens. Meanwhile update(), checkpoint() and state_dict() of this EMA are refused.
+        The storages stay the same, so compiled models and CUDA graphs stay valid. At the end of the block the weights
+        are restored, also if it raises. Meanwhile update(), checkpoint() and state_dict() of this EMA raise
+        NitrousError.
 
         Args:
-            index: Which of the tracked profiles.
+            index: Index of the profile among the tracked ones.
+
+        Raises:
+            IndexError: There is no profile with this index.
         """
         with swapped(self._engine, self._index(index)):
             yield
@@ -119,35 +126,37 @@ class EMABase(Module):
     def _index(self, index: int) -> int:
         profiles = len(self._engine.config.profiles.gammas)
         if not -profiles <= index < profiles:
-            raise IndexError(f"profile {index} of {profiles}.")
+            raise IndexError(f"index is {index}; expected the index of one of {profiles} profiles.")
         return index % profiles
 
     def stats(self) -> Stats:
-        """What was done so far, in numbers. Waits for nothing."""
+        """Return counts of updates, snapshots and waits so far. Never blocks."""
         return self._engine.stats()
 
     # ---- ending
 
     def flush(self, timeout: float | None = None) -> None:
-        """Block until every update is done and every snapshot on disk.
+        """Block until every update is done and every snapshot is on disk.
 
         Args:
             timeout: Seconds to wait at most; None waits as long as it takes.
 
         Raises:
-            TimeoutError: Something is still pending. Nothing is lost; call it again.
+            TimeoutError: Updates or snapshots are still pending. Nothing is lost; call flush() again.
             SnapshotWriteError: A snapshot could not be written.
         """
         self._engine.flush(timeout)
 
     def close(self, timeout: float | None = None) -> None:
-        """Flush, then end: threads stop, hooks are removed, further updates are refused. Closing again does nothing.
+        """Flush, then end the EMA: threads stop, hooks are removed, further updates are refused.
+
+        Closing again does nothing.
 
         Args:
             timeout: Seconds to wait at most; None waits as long as it takes.
 
         Raises:
-            TimeoutError: Something is still pending. Nothing is lost; call it again.
+            TimeoutError: Updates or snapshots are still pending. Nothing is lost; call close() again.
             SnapshotWriteError: A snapshot could not be written.
         """
         self._engine.close(timeout)
@@ -163,7 +172,7 @@ class EMABase(Module):
     # ---- as a module
 
     def _prefixes(self) -> Mapping[int, str]:
-        """For each profile, what stands before its keys in the state_dict."""
+        """Return the prefix of each profile's keys in the state_dict."""
         raise NotImplementedError
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -182,26 +191,29 @@ class EMABase(Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # ``strict`` is always true here (torch filters afterwards), so all is loaded or nothing is.
+        # torch passes strict=True here, also for load_state_dict(strict=False) of a parent, which filters the reported
+        # keys afterwards. So either the whole state is loaded or nothing.
         problems = self._load(state_dict, prefix, partial=False)
         missing_keys += problems.missing
         unexpected_keys += problems.unexpected
         error_msgs += problems.errors
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load averages and counters, of this library or of nitrous-ema 0.0.1.
+        """Load averages, counters and lineage from a state of this library or of nitrous-ema 0.0.1.
 
         Args:
             state_dict: From ``state_dict()``, with the same profiles.
-            strict: With False, what is missing keeps its value and what is unknown is passed over.
+            strict: Whether missing and unexpected keys are errors. With False, values of missing keys stay the same and
+                unexpected keys are ignored.
             assign: No effect: averages are always copied into their buffers.
 
         Returns:
-            ``missing_keys`` and ``unexpected_keys``.
+            A named tuple of ``missing_keys`` and ``unexpected_keys``.
 
         Raises:
             RuntimeError: Keys are missing or unexpected (if strict), shapes or profiles differ, or an average would be
-                cast down. Nothing was touched.
+                cast down. Nothing was changed.
+            NitrousError: The EMA is closed, or the averages are swapped into the model.
         """
         problems = self._load(state_dict, "", partial=not strict)
         wrong = list(problems.errors)
@@ -221,18 +233,18 @@ class EMABase(Module):
             return load(self._engine, prefix, prefixes, state_dict, partial=partial)
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """``.to(device)`` and ``.cuda()`` move the averages; ``.half()`` and ``.to(dtype)`` leave them as they are."""
+        """Move the averages with ``.to(device)`` and ``.cuda()``; ``.half()`` and ``.to(dtype)`` do not change them."""
         before = self._engine.flat_buffers.devices
         after = [fn(torch.empty(0, dtype=torch.float32, device=device)).device for device in before]
         if any(device.type == "meta" for device in after):
-            raise NitrousError("to('meta'): averages have values, which cannot move to the meta device.")
+            raise NitrousError("to('meta'): the averages have values, which the meta device cannot hold.")
         if after != [*before]:
             self._engine.move(after[0])
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise TypeError(
-            f"{type(self).__name__} cannot be copied: it stands for the averages of one training run. "
+            f"{type(self).__name__} cannot be copied, because it owns the averages of one training run. "
             "Use state_dict() and load_state_dict()."
         )
 
@@ -240,8 +252,9 @@ class EMABase(Module):
         raise TypeError(f"{type(self).__name__} cannot be pickled. Save its state_dict() instead.")
 
 
-def _outside_the_graph(engine: AveragingEngine, t_delta: Time) -> None:
+def _update_outside_graph(engine: AveragingEngine, t_delta: Time) -> None:
     torch.compiler.disable(engine.update)(t_delta)  # type: ignore[no-untyped-call]
 
 
-_outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]  # as torch.compiler.disable, not imported yet
+# The attribute that torch.compiler.disable sets. Calling it here would import the compiler with the package.
+_update_outside_graph._torchdynamo_disable = True  # type: ignore[attr-defined]

@@ -1,10 +1,10 @@
-"""Saving and loading the averages as part of a ``state_dict``: the keys of nitrous-ema 0.0.1, with canonical names.
+"""Save and load the averages as part of a ``state_dict``: the keys of nitrous-ema 0.0.1, with canonical names.
 
-For each profile: ``ema_model.{name}`` holds the average (float32, or float64, whatever the model's type is), copied
-tensors likewise, and ``_extra_state`` the counters and the lineage. States of 0.0.1 load too: only the step is known
-there, and names may carry wrapper modules' attributes.
+For each profile, ``ema_model.{name}`` holds an average (float32 or float64, also for models of other types) or a copied
+tensor, and ``_extra_state`` holds the counters and the lineage. States of nitrous-ema 0.0.1 load as well: they have no
+counter but the step, and their names may contain the attributes of wrapper modules.
 
-Nothing is touched unless all of it can be loaded.
+Nothing is changed unless the whole state can be loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EXTRA = "_extra_state"
 
 @dataclass(slots=True)
 class LoadProblems:
-    """What stands in the way of loading, in the words of ``Module.load_state_dict``."""
+    """The reasons why a state cannot be loaded, sorted as ``Module.load_state_dict`` sorts them."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -32,7 +32,7 @@ class LoadProblems:
 
 
 def save(engine: AveragingEngine, profile: int, destination: dict[str, Any], prefix: str) -> None:
-    """Put one profile into a state_dict. The tensors are the averages themselves, not copies."""
+    """Add one profile to a state_dict. The tensors are the averages themselves, not copies."""
     for tracked, value in _values(engine, profile):
         for key in tracked.keys if tracked.persistent else ():
             destination[f"{prefix}ema_model.{key}"] = value
@@ -58,20 +58,20 @@ def load(
     """Load profiles from a state_dict.
 
     Args:
-        engine: What to load into.
+        engine: The engine whose averages, counters and lineage are set.
         root: Prefix of all keys that belong to this EMA.
         profiles: The prefix of each profile's keys, beginning with ``root``.
-        state: Keys that do not begin with ``root`` are left alone.
-        partial: Load what is there although keys are missing or unexpected.
+        state: The state_dict. Keys that do not begin with ``root`` are ignored.
+        partial: Load the known keys even if keys are missing or unexpected.
 
     Returns:
-        What is wrong. Nothing was touched if there are errors, or missing or unexpected keys unless ``partial``.
+        The problems. Nothing was changed if there are errors, or missing or unexpected keys unless ``partial``.
     """
     problems, found, used = LoadProblems(), [], set()
     for profile, prefix in profiles.items():
         head = f"{prefix}ema_model."
         names = _saved_names(engine.flat_buffers.tracked, [key[len(head) :] for key in state if key.startswith(head)])
-        # Also those of tensors that are skipped here: 0.0.1 saved them.
+        # Keys of skipped tensors are expected, too, because nitrous-ema 0.0.1 saved them.
         used |= {prefix + EXTRA, *(head + name for present in names.values() for name in present)}
         for tracked, value in _values(engine, profile):
             if names[tracked.name]:
@@ -103,22 +103,26 @@ def _mismatch(key: str, saved: Any, value: Tensor) -> list[str]:
 
 
 def _saved_names(tracked: Sequence[TrackedTensor], saved: Collection[str]) -> dict[str, list[str]]:
-    """For each tensor the names that a state has it under: canonical ones, those of now, or those of other wrappers.
+    """Return the names of each tensor in a state: canonical names, wrapped names, or names with other wrappers.
 
-    A state is read in one of these ways, never in a mixture: in a model with a submodule called ``module``, the same
-    name means one tensor in a state of the model and another in a state of the model under DDP.
+    All names of a state are read in one of these three ways. In a model with a submodule called ``module``, the same
+    name means one tensor in a state of the model and another tensor in a state of the model under DDP.
+
+    Args:
+        tracked: The tensors of the model.
+        saved: The names in the state, without prefix.
     """
     needed = [tensor for tensor in tracked if tensor.persistent and tensor.role != "skipped"]
-    there = frozenset(saved)
-    canonical = {tensor.name: [key for key in tensor.keys if key in there] for tensor in tracked}
-    wrapped = {tensor.name: [name for name in tensor.wrapped_names if name in there] for tensor in tracked}
+    existing = frozenset(saved)
+    canonical = {tensor.name: [key for key in tensor.keys if key in existing] for tensor in tracked}
+    wrapped = {tensor.name: [name for name in tensor.wrapped_names if name in existing] for tensor in tracked}
     for names in (canonical, wrapped):
         if all(names[tensor.name] for tensor in needed):
             return names
-    plain = {without_wrappers(name): name for name in there}
+    plain = {without_wrappers(name): name for name in existing}
     keys = [without_wrappers(key) for tensor in tracked for key in tensor.keys]
-    if len(plain) < len(there) or len(set(keys)) < len(keys):
-        return canonical  # names alone do not tell which is which
+    if len(plain) < len(existing) or len(set(keys)) < len(keys):
+        return canonical  # two names are equal without their wrappers, so tensors cannot be matched by name
     return {
         tensor.name: [plain[key] for key in map(without_wrappers, tensor.keys) if key in plain] for tensor in tracked
     }
@@ -127,17 +131,15 @@ def _saved_names(tracked: Sequence[TrackedTensor], saved: Collection[str]) -> di
 def _check_extra(
     engine: AveragingEngine, profile: int, prefix: str, state: Mapping[str, Any], problems: LoadProblems
 ) -> None:
-    extra = state.get(prefix + EXTRA)
+    extra, gamma = state.get(prefix + EXTRA), engine.config.profiles.gammas[profile]
     if extra is None:
         problems.missing.append(prefix + EXTRA)
     elif not isinstance(extra, Mapping) or not isinstance(extra.get("step"), int):
         problems.errors.append(f"{prefix + EXTRA!r} is {extra!r}; expected a dict with the number of steps.")
-    elif (
-        abs(extra.get("gamma", engine.config.profiles.gammas[profile]) - engine.config.profiles.gammas[profile]) > 1e-9
-    ):
+    elif abs(extra.get("gamma", gamma) - gamma) > 1e-9:
         problems.errors.append(
-            f"{prefix + EXTRA!r}: the state was averaged with gamma {extra['gamma']!r} but this EMA has "
-            f"{engine.config.profiles.gammas[profile]!r}. Construct it with the profiles that the state has."
+            f"{prefix + EXTRA!r}: the state was averaged with gamma {extra['gamma']!r} but this EMA has {gamma!r}. "
+            "Construct the EMA with the profiles of the state."
         )
 
 

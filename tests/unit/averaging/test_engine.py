@@ -1,6 +1,6 @@
-"""The machine behind the EMA classes, with lanes that run everything at once.
+"""The engine behind the EMA classes, with lanes that run everything at once.
 
-What only shows with lanes in the background (A2 to A5 of its docstring) is in test_async_equality.py and around it.
+What only shows with lanes in the background (ENGINE-2 to ENGINE-5) is in test_async_equality.py and around it.
 """
 
 from __future__ import annotations

@@ -369,7 +369,7 @@ def test_restore_is_refused_when_closed_or_swapped(make):
     ema = make(Net())
     ema.update()
     ema.checkpoint()
-    with ema.average_parameters(), pytest.raises(NitrousError, match=r"restore\(\): an average is in the place"):
+    with ema.average_parameters(), pytest.raises(NitrousError, match=r"restore\(\): the model currently holds averaged weights"):
         ema.restore()
     assert ema.restore() == 1
     ema.close()

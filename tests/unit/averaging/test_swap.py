@@ -76,7 +76,7 @@ def test_calls_that_would_mix_weights_and_averages_are_refused_inside(call):
     before, inside = values(model), None
     with ema.average_parameters():
         inside = values(model)
-        with pytest.raises(NitrousError, match=r"an average is in the place of the model's weights. Leave the `with"):
+        with pytest.raises(NitrousError, match=r"the model currently holds averaged weights. Leave the `with"):
             REFUSED[call](ema)
         assert_same(values(model), inside)
     assert_same(values(model), before)
