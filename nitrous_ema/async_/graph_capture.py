@@ -1,13 +1,15 @@
-"""What threads of ours do so as not to end a graph capture of the trainer's.
+"""Keeps the package's threads from ending a graph capture of the trainer.
 
 While a stream is captured in the default mode (``capture_error_mode="global"``), a call that may not be part of a graph
-ends the capture, from whichever thread it comes; waiting for an event and asking for one are such calls. A thread that
-has put itself in the relaxed mode may make them. torch has no binding for that (its NCCL watchdog does the same in
-C++), so the driver is asked directly. The relaxed mode still forbids events that were recorded in a capture; ours are
-not.
+ends the capture, also when another thread makes the call. Waiting for an event and querying an event are such calls.
+A thread in the driver's *relaxed* mode may make them. torch has no binding that sets this mode (its NCCL watchdog sets
+it in C++), so this module calls the driver directly. The relaxed mode still forbids events that were recorded in a
+capture; the package's events never are.
 
-C1  A thread asks once, before its first wait for an event.   test_thread_is_relaxed_once_before_it_waits
-C2  Where the driver has no such call, nothing else changes.  test_driver_without_the_call_is_left_alone
+CAPTURE-1  A thread sets the mode once, before its first wait    test_thread_is_relaxed_once_before_it_waits
+    for an event.
+CAPTURE-2  Where the driver has no such call, nothing else       test_driver_without_the_call_is_left_alone
+    changes.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ import torch
 
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED, hipStreamCaptureModeRelaxed
 
-_thread = threading.local()
+_thread = threading.local()  # the mode belongs to a thread, in the driver as well
 
 
 def let_others_capture() -> None:
     """Put this thread in the relaxed mode, once."""
     if getattr(_thread, "is_relaxed", False):
         return
+    # Set before the call: where the driver has no such function, it is not looked up again at every wait.
     _thread.is_relaxed = True
     library, function = _driver()
     with suppress(OSError, AttributeError):
@@ -36,7 +39,7 @@ def let_others_capture() -> None:
 
 
 def _driver() -> tuple[str, str]:
-    """The library of the driver, and its function that takes a mode by address."""
+    """Return the driver's library, and the name of its function that exchanges the mode at an address."""
     if torch.version.hip is not None:
         return "libamdhip64.so", "hipThreadExchangeStreamCaptureMode"
     return ("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"), "cuThreadExchangeStreamCaptureMode"

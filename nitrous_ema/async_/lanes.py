@@ -1,32 +1,36 @@
 """Lanes that run averaging in the background. The only file that makes streams, events or threads for such work.
 
-``ThreadLane`` (CPU) is one worker thread and a bounded queue. ``AcceleratorLane`` is a side stream and a copy stream on
-one device, written against torch's generic streams and events; its Python code runs on the caller's thread and only
-queues work. Both run what they are given in order; what is queued holds no reference to the EMA that queued it.
+Averaging beside training has one danger: memory is read while it is written. Two streams, or two threads, have no order
+of their own, so each pair of a writer and a reader needs a wait. The idea of this module is that an ``Event`` stands
+for each kind of work that others must wait for, and that all waits are on the device: the host queues them and goes on.
+``ThreadLane`` (CPU) is one worker thread with a bounded queue; there the training thread itself waits.
+``AcceleratorLane`` is a side stream and a copy stream on one device, written against torch's generic streams and
+events. Its Python code runs on the caller's thread and only queues work. Both lanes run their work in order.
 
-Who waits for whom on an accelerator, and by which event:
+Which work waits for which on an accelerator, and by which event:
 
-L1  Averaging reads parameters after what the      _ready  test_update_reads_the_weights_of_its_own_step
+LANE-1  Averaging reads parameters after what the  _ready    test_update_reads_the_weights_of_its_own_step
     caller has queued before.
-L2  The caller writes parameters after averaging   _read   test_optimizer_does_not_write_what_is_still_read
-    has read them; it waits for no work that reads         test_optimizer_does_not_wait_for_a_snapshot_copy
-    none of them.
-L3  A snapshot copy reads averages after the last  _done   test_snapshot_holds_the_averages_of_its_step
+LANE-2  The caller writes parameters after         _read     test_optimizer_does_not_write_what_is_still_read
+    averaging has read them; it does not wait for            test_optimizer_does_not_wait_for_a_snapshot_copy
+    work that reads no parameters.
+LANE-3  A readback reads averages after the last   _done     test_snapshot_holds_the_averages_of_its_step
     update wrote them, or the caller loaded them.  _ready
-L4  Averages are written after the snapshot copy   marks   test_next_update_waits_for_the_snapshot_copy
-    of that range has read them.
-L5  The caller reads averages after the last       _done   test_averages_can_be_read_at_any_time
+LANE-4  Averages are written after the readback    marks     test_next_update_waits_for_the_snapshot_copy
+    of their range has read them.
+LANE-5  The caller reads averages after the last   _done     test_averages_can_be_read_at_any_time
     update wrote them, and the next update writes  _ready
     them after that read.
-L6  Averaging reads what the caller has kept for   _kept   test_kept_parameters_are_averaged_after_they_were_kept
-    it after that was kept, and whoever writes             test_parameters_are_written_after_they_were_kept
-    parameters does so after it too, on whatever
-    stream either is.
-L7  The stream and the device that were current            test_current_stream_and_device_are_left_alone
-    stay so.
+LANE-6  Averaging reads stashed parameters after   _stashed  test_stashed_parameters_are_averaged_after_the_copy
+    they were stashed, and parameters are written            test_parameters_are_written_after_they_were_stashed
+    after they were stashed, on whichever streams
+    either happens.
+LANE-7  The current stream and the current device            test_current_stream_and_device_are_left_alone
+    stay the same for the caller.
 
-The current stream is asked for at every call: users run under other streams. Streams and events live as long as the
-lane, and every tensor that queued work uses is held until then or outlives it, so no ``record_stream`` is needed.
+The current stream is looked up at every call, because users run under other streams. Streams and events live as long as
+the lane. Every tensor that queued work uses is held until the work is done, or outlives it, so no ``record_stream`` is
+needed. Queued work holds no reference to the EMA that queued it.
 
 Longer than the house's 300 lines: both lanes answer the same table.
 """
@@ -43,81 +47,85 @@ from typing import Any
 import torch
 
 from nitrous_ema.async_.graph_capture import let_others_capture
+from nitrous_ema.averaging.execution.background_thread import BackgroundThread
 from nitrous_ema.averaging.execution.inline import ReachedMark, attempt
-from nitrous_ema.averaging.execution.interfaces import BackgroundThread, Mark, Work
+from nitrous_ema.averaging.execution.interfaces import Mark, Work
 
 _MAX_QUEUED = 16
 _POLL_SECONDS = 0.001
 
 
 class ThreadLane:
-    """One worker thread; for averages that live in host memory.
+    """One worker thread and a bounded queue, for averages in host memory.
 
     state of a piece of work   owner            leaves by
-    QUEUED                     the queue        the worker takes it -> RUNNING, or passes it over after an error
+    QUEUED                     the queue        the worker takes it -> RUNNING, or abandons it after an error -> DONE
     RUNNING                    worker thread    it returns or raises -> DONE
     """
 
     def __init__(self) -> None:
-        # A lock of its own: a Condition's __enter__ is Python, and Ctrl-C inside it would leave it held for ever.
+        # A lock of its own: a Condition's __enter__ is Python code, and Ctrl-C inside it would leave the lock held for
+        # ever.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         # All guarded by _lock:
         self._queue: deque[tuple[Work, Work | None] | None] = deque()
         self._queued = 0  # pieces of work ever queued
-        self._done = 0  # of these, how many have ended
-        self._last_run = 0  # the value of _queued right after the last run()
-        self._last_read = 0  # the same of the last run() that reads parameters
+        self._done = 0  # how many of these have ended
+        self._last_write = 0  # the value of _queued right after the last enqueue_write()
+        self._last_read = 0  # the same of the last enqueue_write() that reads parameters
         self._error: BaseException | None = None
-        self._passed_over = 0  # work up to this one came after an error that was taken: it is not run either
+        self._abandoned = 0  # work up to this number was queued before an error was taken: it is not run either
         self._closed = False
         self._thread = BackgroundThread(self._work, "averaging")
         self._thread.start()
 
     def enqueue_write(self, work: Work, *, reads_parameters: bool = True, abandon: Work | None = None) -> None:
-        """Queue averaging work."""
+        """Queue averaging work; block while the queue is full."""
         with self._lock:
             self._put(work, abandon)
-            self._last_run = self._queued
+            self._last_write = self._queued
             if reads_parameters:
                 self._last_read = self._queued
 
     def enqueue_read(self, work: Work, abandon: Work) -> None:
-        """Queue work that reads the averages; ``abandon`` is called if it cannot be run."""
+        """Queue work that reads the averages; block while the queue is full."""
         with self._lock:
             self._put(work, abandon)
 
     def stash(self, work: Work) -> None:
-        """Do it now: what the caller has done is done."""
+        """Run the work now: on the CPU the caller's earlier work is done when it calls."""
         work()
 
     def order_writer(self) -> None:
-        """Block until every ``run`` that reads parameters is done; what was queued later is not waited for."""
+        """Block until all queued work so far that reads parameters is done; work queued behind it is not waited for."""
         with self._lock:
             last = self._last_read
             self._changed.wait_for(lambda: self._done >= last)
 
     def order_reader(self) -> None:
-        """Block until every ``run`` so far is done; a snapshot copy that was queued later is not waited for."""
+        """Block until every ``enqueue_write`` so far is done; a readback that was queued later is not waited for."""
         with self._lock:
-            last = self._last_run
+            last = self._last_write
             self._changed.wait_for(lambda: self._done >= last)
 
     def is_capturing(self) -> bool:
-        """Nothing is ever captured on the CPU."""
+        """Return False: nothing is ever captured on the CPU."""
         return False
 
     def mark(self) -> Mark:
-        """Work runs in order, so every mark is reached when work after it runs."""
+        """Return a mark that is always reached: work runs in order, so a mark is reached when work after it runs."""
         return ReachedMark()
 
     def take_error(self) -> BaseException | None:
-        """What queued work raised since the last call."""
-        if self._error is None:  # asked at every update; what is set a moment later is found at the next one
+        """Return what queued work raised since the last call."""
+        # Without the lock first: this is called at every update, and an error that is set a moment later is found then.
+        if self._error is None:
             return None
         with self._lock:
             error, self._error = self._error, None
-            self._passed_over = self._queued
+            # Work that is queued behind the failure would average into, or write, averages that are no longer valid.
+            self._abandoned = self._queued
             return error
 
     def drain(self, timeout_seconds: float | None = None) -> None:
@@ -128,7 +136,7 @@ class ThreadLane:
                 raise TimeoutError(f"{last - self._done} pieces of averaging work are still queued.")
 
     def close(self, timeout_seconds: float | None = None) -> None:
-        """Drain and end the thread. Raises TimeoutError."""
+        """Drain the queue and end the thread. Raises TimeoutError."""
         self.drain(timeout_seconds)
         with self._lock:
             if not self._closed:
@@ -138,8 +146,11 @@ class ThreadLane:
         self._thread.join(timeout_seconds)
 
     def _put(self, work: Work, abandon: Work | None) -> None:
+        """Queue one piece of work; the caller holds ``_lock``."""
         if self._closed:
             raise RuntimeError("work for a lane that was closed: this is a bug in nitrous_ema.")
+        # Bounded, so that a trainer that is faster than the averaging cannot queue work, and the tensors that the work
+        # holds, without limit.
         self._changed.wait_for(lambda: len(self._queue) < _MAX_QUEUED)
         self._queue.append((work, abandon))
         self._queued += 1
@@ -150,12 +161,12 @@ class ThreadLane:
             with self._lock:
                 self._changed.wait_for(lambda: bool(self._queue))
                 item = self._queue.popleft()
-                failed = self._error is not None or self._done < self._passed_over
+                failed = self._error is not None or self._done < self._abandoned
                 self._changed.notify_all()
             if item is None:
                 return
             error = _error_of(*item, failed=failed)
-            del item  # what it holds must not live until the next one comes
+            del item  # otherwise its tensors would be held until the next work arrives
             with self._lock:
                 self._error = self._error or error
                 self._done += 1
@@ -163,54 +174,66 @@ class ThreadLane:
 
 
 def _error_of(work: Work, abandon: Work | None, *, failed: bool) -> BaseException | None:
-    """Run one piece of work, unless something before it failed. Returns what it raised."""
+    """Run one piece of work, unless work before it failed, and return what it raised."""
     if failed:
         if abandon is not None:
             abandon()
         return None
     try:
-        with torch.no_grad():  # modes are the thread's own; this one starts with gradients on
+        with torch.no_grad():  # torch's modes belong to a thread; a new thread starts with gradients enabled
             attempt(work, abandon)
     except BaseException as error:
-        return error
+        return error  # not raised here, where it would end the thread: take_error() returns it to the caller
     return None
 
 
 class AcceleratorLane:
-    """A side stream for averaging and one for copies to the host, on one device.
+    """A side stream for averaging and a second one for readbacks, on one device.
+
+    Two streams, because a readback may take longer than several steps: on a common stream it would hold up the next
+    update, and through it the optimizer.
 
     Args:
-        device: With its index.
+        device: The device, with its index.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._update_stream = torch.Stream(device=device)
         self._copy_stream = torch.Stream(device=device)
+        # Made once and recorded again and again: making events in the training loop would stall on the driver's lock.
+        # A stream that already waits for an event is not affected when the event is recorded again (CUDA's contract;
+        # tests/support/laggy/contract.py states it for the fake device).
         self._ready = torch.Event(device)  # recorded after what the caller has queued
         self._read = torch.Event(device)  # recorded after the last averaging work that reads parameters
-        self._kept = torch.Event(device)  # recorded after the last copies of parameters that the caller has made
+        self._stashed = torch.Event(device)  # recorded after the caller has last stashed parameters
         self._done = torch.Event(device)  # recorded after the last averaging work
-        # Waiting for an event that was never recorded is no wait.
-        self._has_read = self._has_kept = self._has_run = False
+        # Waits for events that were never recorded are left out: they would wait for nothing.
+        self._has_read = self._has_stashed = self._has_run = False
 
     def enqueue_write(self, work: Work, *, reads_parameters: bool = True, abandon: Work | None = None) -> None:
         """Queue averaging work on the side stream."""
+        # For two reasons: the work reads parameters that the caller has written (LANE-1), and writes averages that the
+        # caller may be reading (LANE-5).
         self._ready.record(_current_stream(self._device))
         self._update_stream.wait_event(self._ready)
         try:
             with _entered(self._update_stream):
                 attempt(work, abandon)
         finally:
+            # Also after an error: a part of the work may be queued, and others must wait for that part.
             self._done.record(self._update_stream)
             self._has_run = True
+            # Only here, because the optimizer waits for _read: work that reads no parameters may be queued behind waits
+            # for readbacks, and would hold up the optimizer for nothing.
             if reads_parameters:
                 self._read.record(self._update_stream)
                 self._has_read = True
 
     def enqueue_read(self, work: Work, abandon: Work) -> None:
         """Queue work that reads the averages on the copy stream."""
-        self._ready.record(_current_stream(self._device))  # averages may have been loaded on the caller's stream
+        # The caller may have loaded averages on its own stream.
+        self._ready.record(_current_stream(self._device))
         self._copy_stream.wait_event(self._ready)
         if self._has_run:
             self._copy_stream.wait_event(self._done)
@@ -218,40 +241,47 @@ class AcceleratorLane:
             attempt(work, abandon)
 
     def stash(self, work: Work) -> None:
-        """Queue it on the caller's current stream."""
+        """Queue the work on the caller's current stream.
+
+        The stash must be complete before the caller writes parameters, which it does on this stream: no wait is needed
+        there.
+        """
         caller = _current_stream(self._device)
-        if self._has_kept:
-            caller.wait_event(self._kept)  # of another stream, maybe; the event speaks for both from now on
+        if self._has_stashed:
+            # The last stash may have been made on another stream. After this wait the event, recorded below, stands for
+            # both stashes.
+            caller.wait_event(self._stashed)
         work()
-        self._kept.record(caller)
-        self._has_kept = True
-        self._update_stream.wait_event(self._kept)
+        self._stashed.record(caller)
+        self._has_stashed = True
+        self._update_stream.wait_event(self._stashed)
 
     def order_writer(self) -> None:
-        """The caller's current stream waits, on the device, until parameters were read; the host does not."""
+        """Make the caller's current stream wait, on the device, until parameters were read; the host does not wait."""
         caller = _current_stream(self._device)
         if self._has_read:
             caller.wait_event(self._read)
-        if self._has_kept:
-            caller.wait_event(self._kept)
+        if self._has_stashed:
+            # Another stream may still be copying parameters that this caller is about to write.
+            caller.wait_event(self._stashed)
 
     def order_reader(self) -> None:
-        """The caller's current stream waits, on the device, for all averaging so far; the host does not."""
+        """Make the caller's current stream wait, on the device, for all averaging so far; the host does not wait."""
         if self._has_run:
             _current_stream(self._device).wait_event(self._done)
 
     def is_capturing(self) -> bool:
-        """Whether the current stream is being captured into a graph; False where the backend has no graphs."""
+        """Return whether the current stream is being captured into a graph; False if the backend has no graphs."""
         module = torch.get_device_module(self._device)
         is_capturing: Callable[[], bool] = getattr(module, "is_current_stream_capturing", _never)
         return is_capturing()
 
     def mark(self) -> Mark:
-        """A mark backed by an event that a host thread can wait for without spinning."""
+        """Return a mark backed by an event that a host thread can wait for without spinning."""
         return _DeviceMark(self._device)
 
     def take_error(self) -> BaseException | None:
-        """Work is queued by the caller's own call, which raises."""
+        """Return None: work is queued by the caller's own call, which raises."""
         return None
 
     def drain(self, timeout_seconds: float | None = None) -> None:
@@ -260,46 +290,49 @@ class AcceleratorLane:
         for stream in (self._update_stream, self._copy_stream):
             if deadline is None:
                 stream.synchronize()
+            # Polled, because torch has no wait for a stream that takes a timeout.
             while deadline is not None and not stream.query():
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"averaging work on {self._device} is still queued.")
                 time.sleep(_POLL_SECONDS)
 
     def close(self, timeout_seconds: float | None = None) -> None:
-        """Drain; streams go back to torch with this object. Raises TimeoutError."""
+        """Drain both streams; torch takes them back when this object is freed. Raises TimeoutError."""
         self.drain(timeout_seconds)
 
 
 class _DeviceMark:
-    """A point on whatever stream of the device is current when it is recorded."""
+    """A point on the stream of the device that is current when the mark is recorded."""
 
     def __init__(self, device: torch.device) -> None:
-        # torch.Event(blocking=True) ignores the flag, and spinning would take a core from the trainer: host waits use
-        # the device module's own events. These are another structure than torch.Event, and no check keeps a generic
-        # stream from misreading one: they are recorded and waited for on the current stream only, never passed one.
+        # Host waits use the device module's own events: torch.Event(blocking=True) ignores the flag, and spinning would
+        # take a core from the trainer. Such an event is another structure than torch.Event, and torch does not check
+        # that a generic stream is given a generic event (torch/csrc/Stream.cpp, torch/csrc/cuda/Event.cpp). The event
+        # is therefore recorded and waited for on the current stream only, and never passed to a stream.
         self._may_be_captured = device.type == "cuda"
         event_class: Callable[..., Any] = torch.get_device_module(device).Event
         try:
             self._event = event_class(enable_timing=False, blocking=True)
         except TypeError:
-            self._event = event_class(enable_timing=False)
+            self._event = event_class(enable_timing=False)  # some device modules have no such flag
 
     def record(self) -> None:
-        """Place it here."""
+        """Place the mark on the current stream."""
         self._event.record()
 
     def wait_on_device(self) -> None:
-        """What is queued from here comes after it, on the device."""
+        """Order what is queued next on the current stream after the mark."""
         self._event.wait()
 
-    def wait(self) -> None:
-        """Block this thread until it is reached; other threads run meanwhile."""
+    def wait_on_host(self) -> None:
+        """Block this thread until the mark is reached; other threads run meanwhile."""
+        # Threads of the trainer are left in their mode: a capture of theirs must still be protected from their calls.
         if self._may_be_captured and isinstance(threading.current_thread(), BackgroundThread):
             let_others_capture()
         self._event.synchronize()
 
     def is_reached(self) -> bool:
-        """Ask the driver; nobody waits."""
+        """Query the driver, without a wait."""
         return bool(self._event.query())
 
 
@@ -313,7 +346,10 @@ def _current_stream(device: torch.device) -> torch.Stream:
 
 @contextmanager
 def _entered(stream: torch.Stream) -> Iterator[None]:
-    """Make a stream current. ``with stream`` needs torch 2.7; ``set_stream`` switches the device too."""
+    """Make a stream current for a block, and restore the caller's stream and device (LANE-7).
+
+    ``with stream`` needs torch 2.7. ``set_stream`` changes the current device as well, so that is restored too.
+    """
     device = _device_index()
     before = _current_stream(stream.device)
     torch.accelerator.set_stream(stream)

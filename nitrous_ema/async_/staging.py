@@ -1,31 +1,38 @@
-"""Host memory that carries a snapshot from the averages to the disk.
+"""Host memory that stages a snapshot on its way from the averages to the disk.
 
-A slot is laid out like the file's data: a page per chunk of the layout, pinned where averages live on an accelerator,
-allocated once. torch's allocator of pinned memory rounds every size up to a power of two (ATen/core/
-CachingHostAllocator.h), so where memory is pinned a chunk that is no power of two, the last one of a section, is cut
-into several pages that are. The page is the unit of copying and of waiting: one mark each.
+Writing a snapshot takes far longer than copying it to the host, and both must run beside training. Each snapshot
+therefore gets a *slot*: host memory for a whole snapshot, which the lanes fill and a writer thread empties. A slot is
+laid out like the file's data, with a page per chunk of the layout. It is pinned where averages are on an accelerator,
+and allocated once. A slot has one owner at a time, so its pages need no lock. The page is the unit of copying and of
+waiting, with one mark per page and device: the writer can write the first pages while later pages are still being
+copied, and an update can average the ranges whose pages have been copied.
+
+torch's allocator of pinned memory rounds every size up to a power of two (ATen/core/CachingHostAllocator.h). Where
+memory is pinned, a chunk whose size is not a power of two (the last chunk of a section) is therefore cut into several
+pages whose sizes are.
 
 state    owner                         may                                    leaves by
-FREE     nobody                        -                                      claim()   -> FILLING
+FREE     no thread                     -                                      claim()   -> FILLING
 FILLING  training thread, then lanes   queue and run copies into the pages    filled()  -> SEALED
                                                                               abandon() -> FREE
 SEALED   one writer thread             wait for a page's marks, then read     release() -> FREE
                                        that page
 
-P1  A slot has one owner; only SlotPool changes its state.       test_slot_in_the_wrong_state_is_named_as_a_bug
-P2  A page is read after its marks were waited for.              test_writer_waits_for_each_page_before_it_reads_it
-P3  A slot is claimed again only after its file is committed     test_slot_stays_taken_until_its_file_is_committed
-    or given up.
-P4  A failed snapshot costs a snapshot, never a slot.            test_failed_write_gives_its_slot_back
-P5  Averages are written after the copies that still read them,  test_write_waits_for_the_copies_of_its_range_only
-    page by page.
-P6  Marks are made once and recorded again for each snapshot:    test_slot_is_not_free_before_its_copies_are_over
-    when a slot is claimed, the writer has waited for all that
-    were recorded before, whatever became of the file. (Not so
-    for a snapshot that could not be queued whole. Nobody waits
-    for its marks, and a lane runs later copies after its.)
-P7  Copies that were not queued yet are not over, and those of   test_copies_are_not_over_before_they_are_queued
-    a snapshot that has left its slot are.                       test_copies_of_a_slot_that_was_left_stay_over
+STAGE-1  A slot has one owner; only SlotPool changes its state.   test_slot_in_the_wrong_state_is_named_as_a_bug
+STAGE-2  A page is read after its marks were waited for.          test_writer_waits_for_each_page_before_it_reads_it
+STAGE-3  A slot is claimed again only after its file is           test_slot_stays_taken_until_its_file_is_committed
+    committed or has failed.
+STAGE-4  A failed snapshot costs a snapshot, never a slot.        test_failed_write_gives_its_slot_back
+STAGE-5  Averages are written after the readbacks that still      test_write_waits_for_the_copies_of_its_range_only
+    read them, page by page.
+STAGE-6  Marks are made once and recorded again for each          test_slot_is_not_free_before_its_copies_are_over
+    snapshot: when a slot is claimed, the writer has waited for
+    all marks that were recorded before, also where the file
+    has failed. (Not so for a snapshot that could not be queued
+    whole. No thread waits for its marks, but a lane runs later
+    copies after its copies.)
+STAGE-7  Readbacks that were not queued yet have not finished,    test_copies_are_not_over_before_they_are_queued
+    and readbacks of a snapshot that has left its slot have.      test_copies_of_a_slot_that_was_left_stay_over
 """
 
 from __future__ import annotations
@@ -47,58 +54,62 @@ _SMALLEST_BYTES = 4096  # pinned memory comes in pages of the system, of at leas
 
 
 class StagingCopies:
-    """The copies of one snapshot from one device: one per page, queued and finished in the order of the pages.
+    """The readbacks of one snapshot from one device: one per page, queued and finished in the order of the pages.
 
-    Asked and told from several threads: those that train, those that step optimizers, and writers.
+    Called from several threads: threads that train, threads that step optimizers, and writers.
 
     Args:
-        marks: One per page; recorded again here.
+        marks: One per page; this object records them again.
     """
 
     def __init__(self, marks: Sequence[Mark]) -> None:
         self._marks = marks
         self._lock = threading.Lock()
-        self._num_queued = 0  # pages whose copy is queued; guarded by _lock
-        self._num_over = 0  # pages whose copy is known to have finished; only grows; guarded by _lock
+        self._num_queued = 0  # pages whose readback is queued; guarded by _lock
+        self._num_finished = 0  # pages whose readback is known to have finished; only grows; guarded by _lock
 
     def record(self) -> None:
-        """The copy into the next page is queued where the caller's work runs now."""
+        """Note that the readback into the next page is queued where the caller's work runs now."""
         with self._lock:
             self._marks[self._num_queued].record()
             self._num_queued += 1
 
-    def wait(self, page: int) -> None:
+    def wait_for_page(self, page: int) -> None:
         """Block until a page is filled."""
-        self._marks[page].wait()
+        # Without the lock: the wait may be long, and threads that train must be able to poll meanwhile. The writer has
+        # the slot only after all marks were recorded.
+        self._marks[page].wait_on_host()
 
     def wait_on_device(self, first: int, last: int) -> None:
-        """What is queued from here comes after the copies into pages ``[first, last)``."""
+        """Order what is queued next after the readbacks into pages ``[first, last)``."""
         with self._lock:
-            first = max(first, self._num_over)
+            # Also necessary, not only quicker: after end() the marks may be those of the slot's next snapshot.
+            first = max(first, self._num_finished)
             for mark in self._marks[first:last]:
                 mark.wait_on_device()
 
-    def are_over(self, last: int) -> bool:
-        """Whether the copies into all pages before ``last`` have finished, as far as the host knows now."""
+    def have_finished(self, last: int) -> bool:
+        """Return whether the host knows that the readbacks into all pages before ``last`` have finished."""
         with self._lock:
-            # They finish in order: the last one speaks for all. One not recorded for this snapshot says it is reached.
-            is_over = last <= self._num_over or (last <= self._num_queued and self._marks[last - 1].is_reached())
-            if is_over:
-                self._num_over = max(self._num_over, last)
-            return is_over
+            # Readbacks finish in order, so the last mark stands for all. A mark that was not recorded for this snapshot
+            # reports that it is reached, and must not be asked.
+            finished = last <= self._num_finished or (last <= self._num_queued and self._marks[last - 1].is_reached())
+            if finished:
+                self._num_finished = max(self._num_finished, last)
+            return finished
 
-    def is_all_over(self) -> bool:
-        """Whether nothing is read from the device any more."""
-        return self.are_over(len(self._marks))
+    def all_have_finished(self) -> bool:
+        """Return whether the host knows that this snapshot reads nothing from the device any more."""
+        return self.have_finished(len(self._marks))
 
     def end(self) -> None:
-        """The snapshot has left its slot: whoever still asks for its copies has nothing to wait for."""
+        """Count all readbacks as finished, because the snapshot has left its slot: readers have nothing to wait for."""
         with self._lock:
-            self._num_over = len(self._marks)
+            self._num_finished = len(self._marks)
 
 
 class SlotReadbacks:
-    """The copies that may still be reading averages of one device, of all slots: a ``ReadbacksInFlight``.
+    """The readbacks of all slots that may still be reading averages of one device: a ``ReadbacksInFlight``.
 
     Args:
         begins: Where each page begins in the file's data.
@@ -110,23 +121,23 @@ class SlotReadbacks:
         self._copies = copies
 
     def wait_on_device(self, begin: int, end: int) -> None:
-        """What is queued from here comes after the copies that read ``[begin, end)`` of the file's data."""
+        """Order what is queued next after the readbacks of ``[begin, end)`` of the file's data."""
         first, last = self._pages(begin, end)
         for copies in self._copies:
             copies.wait_on_device(first, last)
 
-    def are_over(self, begin: int, end: int) -> bool:
-        """Whether those have finished, as far as the host knows now."""
+    def have_finished(self, begin: int, end: int) -> bool:
+        """Return whether the host knows that the readbacks of ``[begin, end)`` have finished."""
         _, last = self._pages(begin, end)
-        return all(copies.are_over(last) for copies in self._copies)
+        return all(copies.have_finished(last) for copies in self._copies)
 
     def _pages(self, begin: int, end: int) -> tuple[int, int]:
-        """The first page with bytes of a range, and the one after its last."""
+        """Return the first page with bytes of a range, and the page after its last."""
         return max(bisect_right(self._begins, begin) - 1, 0), bisect_left(self._begins, end)
 
 
 class SlotState(Enum):
-    """See the module's table."""
+    """The states of the module's table."""
 
     FREE = "free"
     FILLING = "filling"
@@ -139,36 +150,37 @@ class Slot:
 
     pages: list[Tensor]  # uint8; touched only by the owner
     marks: dict[torch.device, list[Mark]] = field(default_factory=dict)  # per page; made by the training thread, once
-    copies: dict[torch.device, StagingCopies] = field(default_factory=dict)  # of what it carries
+    copies: dict[torch.device, StagingCopies] = field(default_factory=dict)  # of the snapshot that it carries
     state: SlotState = SlotState.FREE  # guarded by SlotPool._lock
-    pending: PendingSnapshot | None = None  # what it carries; set by the training thread
-    unfilled: int = 0  # devices whose copies are not queued yet; guarded by SlotPool._lock
+    pending: PendingSnapshot | None = None  # the snapshot that it carries; set by the training thread
+    unfilled: int = 0  # devices whose readbacks are not queued yet; guarded by SlotPool._lock
 
 
 class SlotPool:
     """All slots, and their states.
 
     Args:
-        layout: Of the files.
-        num_slots: How many snapshots can be on their way at once.
+        layout: The layout of the files.
+        num_slots: How many snapshots can be in flight at once.
         pin: Allocate pinned memory.
 
     Raises:
-        RuntimeError, MemoryError: From torch, if there is not that much memory.
+        RuntimeError, MemoryError: From torch, if there is not enough memory.
     """
 
     def __init__(self, layout: Layout, num_slots: int, pin: bool) -> None:
-        # A lock of its own: a Condition's __enter__ is Python, and Ctrl-C inside it would leave it held for ever.
+        # A lock of its own: a Condition's __enter__ is Python code, and Ctrl-C inside it would leave the lock held for
+        # ever.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self.is_pinned = pin
         self.spans = page_spans(layout, pin)
-        """Of the pages of each slot, in the file's data, in order."""
+        """Where the pages of each slot lie in the file's data, in order."""
         self._begins = [span.begin for span in self.spans]
         self._slots = [Slot([_page(end - begin, pin) for begin, end in self.spans]) for _ in range(num_slots)]
 
     def claim(self, timeout_seconds: float | None) -> Slot | None:
-        """A free slot, which becomes FILLING; None if there was none in time (0: do not wait)."""
+        """Return a free slot, which becomes FILLING; None if no slot became free in time (0: do not wait)."""
         with self._lock:
             if not self._changed.wait_for(lambda: self._free() is not None, timeout_seconds):
                 return None
@@ -177,22 +189,32 @@ class SlotPool:
                 slot.state = SlotState.FILLING
             return slot
 
-    def expect(
+    def assign(
         self, slot: Slot, pending: PendingSnapshot, make_mark: Mapping[torch.device, Callable[[], Mark]]
     ) -> None:
-        """Note what a slot will carry, and from which devices; marks are made when a device is first met."""
+        """Assign a snapshot to a slot.
+
+        Args:
+            slot: A slot that is FILLING.
+            pending: The snapshot.
+            make_mark: The devices that its averages are on, each with a function that makes a mark of the device's
+                lane. Marks are made when a device is first met, and kept with the slot.
+        """
         for device, make in make_mark.items():
             if device not in slot.marks:
                 slot.marks[device] = [make() for _ in slot.pages]
         with self._lock:
             self._check(slot, SlotState.FILLING)
             slot.pending, slot.unfilled = pending, len(make_mark)
+            # New objects over the same marks: readers of the last snapshot may still hold its StagingCopies (STAGE-7).
             slot.copies = {device: StagingCopies(slot.marks[device]) for device in make_mark}
 
     def filled(self, slot: Slot, pending: PendingSnapshot) -> bool:
-        """One device's copies are queued; True, and the slot is SEALED, if that was the last one.
+        """Note that the readbacks of one device are queued; the slot is SEALED with the last device.
 
-        Of a snapshot that was given up meanwhile, and whose slot may carry another one: False.
+        Returns:
+            True if the slot is SEALED now. False also for a snapshot that was abandoned meanwhile; its slot may carry
+            another snapshot.
         """
         with self._lock:
             if slot.pending is not pending:
@@ -204,34 +226,35 @@ class SlotPool:
             return slot.unfilled == 0
 
     def abandon(self, slot: Slot) -> bool:
-        """Give a slot back whose copies could not be queued; False if that was done, or the slot is the writer's."""
+        """Free a slot whose readbacks could not be queued; False if it is free already, or is a writer's."""
         with self._lock:
-            is_ours = slot.state is SlotState.FILLING
-            if is_ours:
+            is_filling = slot.state is SlotState.FILLING
+            if is_filling:
                 self._free_again(slot)
-            return is_ours
+            return is_filling
 
     def release(self, slot: Slot) -> None:
-        """Give a slot back whose file is committed or given up."""
+        """Free a slot whose file is committed or has failed."""
         with self._lock:
             self._check(slot, SlotState.SEALED)
             self._free_again(slot)
 
     def wait_idle(self, timeout_seconds: float | None) -> list[int]:
-        """Wait until every slot is free; the steps that are still on their way when the time is up."""
+        """Wait until every slot is free, and return the steps of snapshots that are still in flight at the timeout."""
         with self._lock:
             self._changed.wait_for(lambda: not self._busy(), timeout_seconds)
             return [slot.pending.stamp.step for slot in self._busy() if slot.pending is not None]
 
-    def copies_in_flight(self, device: torch.device) -> SlotReadbacks | None:
-        """The copies that may still be reading averages on a device; None if there are none."""
+    def readbacks_in_flight(self, device: torch.device) -> SlotReadbacks | None:
+        """Return the readbacks that may still be reading averages on a device; None if there are no such readbacks."""
         with self._lock:
             copies = [slot.copies[device] for slot in self._busy() if device in slot.copies]
-        copies = [each for each in copies if not each.is_all_over()]
+        # Outside the lock: this queries the driver, and writers need the lock to free their slots.
+        copies = [each for each in copies if not each.all_have_finished()]
         return SlotReadbacks(self._begins, copies) if copies else None
 
     def num_busy(self) -> int:
-        """Snapshots that are on their way."""
+        """Return the number of snapshots in flight."""
         with self._lock:
             return len(self._busy())
 
@@ -242,6 +265,7 @@ class SlotPool:
         return next((slot for slot in self._slots if slot.state is SlotState.FREE), None)
 
     def _free_again(self, slot: Slot) -> None:
+        # Deferred updates may hold these objects longer than the slot carries the snapshot.
         for copies in slot.copies.values():
             copies.end()
         slot.state, slot.pending, slot.copies = SlotState.FREE, None, {}
@@ -253,12 +277,12 @@ class SlotPool:
 
 
 def page_spans(layout: Layout, pin: bool) -> tuple[Span, ...]:
-    """Where the pages of a slot lie in the file's data, in order; none lies across two chunks.
+    """Return where the pages of a slot lie in the file's data, in order; no page lies across two chunks.
 
     Args:
-        layout: Of the files.
-        pin: Cut chunks so that pages can be allocated without being rounded up, but for the last one of a section,
-            which then takes one whole page of the system.
+        layout: The layout of the files.
+        pin: Cut chunks so that pages can be allocated without being rounded up. The last page of a section is an
+            exception: it takes one whole page of the system.
     """
     if not pin:
         return layout.chunks
@@ -266,11 +290,11 @@ def page_spans(layout: Layout, pin: bool) -> tuple[Span, ...]:
 
 
 def _powers_of_two(chunk: Span) -> Iterator[Span]:
-    """Largest first, so that each begins at a multiple of its size; what is less than the smallest comes last."""
+    """Yield the largest spans first, so that each begins at a multiple of its size; the remainder comes last."""
     begin = chunk.begin
     while begin < chunk.end:
-        left = chunk.end - begin
-        size = left if left < _SMALLEST_BYTES else 1 << (left.bit_length() - 1)
+        remaining = chunk.end - begin
+        size = remaining if remaining < _SMALLEST_BYTES else 1 << (remaining.bit_length() - 1)
         yield Span(begin, begin + size)
         begin += size
 
@@ -278,13 +302,13 @@ def _powers_of_two(chunk: Span) -> Iterator[Span]:
 def _page(size_bytes: int, pin: bool) -> Tensor:
     if pin:
         return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-    # Written to now: otherwise the first copy waits for the system to find every page, and the next update behind it
-    # (2 s instead of 0.45 s for 0.7 GB, measured).
+    # Written now, so that the system maps every page here. Otherwise the first copy waits for that, and the next update
+    # waits behind the copy (2 s instead of 0.45 s for 0.7 GB, measured).
     return torch.empty(size_bytes, dtype=torch.uint8, device="cpu").fill_(0)
 
 
 def deadline_after(timeout_seconds: float | None) -> Callable[[], float | None]:
-    """The seconds that are left of a timeout, asked for again and again."""
+    """Return a function that returns the seconds which remain of a timeout; None for no limit."""
     if timeout_seconds is None:
         return lambda: None
     deadline = time.monotonic() + timeout_seconds

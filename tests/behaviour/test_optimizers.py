@@ -1,7 +1,7 @@
-"""Every form in which optimizers come: none writes a weight before it was read, and each fences by itself or is told.
+"""Every form of optimizer: no form writes a weight before it was read, and each fences by itself or is detected.
 
-Each form trains with a lane that does nothing until somebody waits for it. Were the wait not there, the lane would read
-weights of a later step: ``test_each_form_would_spoil_the_averages_without_the_wait`` takes it away and sees that.
+Each form trains with a lane that does nothing until a caller waits for it. Without the wait the lane would read weights
+of a later step: ``test_each_form_would_spoil_the_averages_without_the_wait`` removes the wait and shows that.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def rig():
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("read", ["guarded", "copied"])
-def test_averages_are_right_whoever_writes(tmp_path, monkeypatch, form, read):
+def test_averages_are_right_for_each_form(tmp_path, monkeypatch, form, read):
     expected = averages_after(PostHocEMA, tmp_path, form)
     use_lane(monkeypatch, LateLane())
     assert_same_bits(averages_after(AsyncPostHocEMA, tmp_path, form, read=read), expected)
@@ -51,7 +51,7 @@ def test_averages_are_right_whoever_writes(tmp_path, monkeypatch, form, read):
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_each_form_would_spoil_the_averages_without_the_wait(tmp_path, monkeypatch, form):
-    """The same lane, but whoever is ordered goes on at once: what the test above fails on."""
+    """The same lane, but ordered writers go on at once: with such a guard the test above fails."""
     expected = averages_after(PostHocEMA, tmp_path, form)
     use_lane(monkeypatch, LateLane())
 
@@ -83,7 +83,7 @@ def test_closure_runs_before_the_wait(rig, named):
     assert not torch.equal(rig.weights(), before)
 
 
-def test_closure_that_is_called_often_waits_once(rig):
+def test_closure_that_is_called_several_times_waits_once(rig):
     rig = rig()
     rig.train()
     lbfgs, calls = torch.optim.LBFGS(rig.model.parameters(), max_iter=4), []
@@ -98,29 +98,29 @@ def test_closure_that_is_called_often_waits_once(rig):
     lbfgs.step(closure)
     assert calls[0] == 0
     assert set(calls[1:]) == {1}
-    rig.update()  # no complaint
+    rig.update()  # raises nothing
 
 
 @pytest.mark.parametrize("make", [Sam, SingleFileMuon, Outer], ids=["SAM", "Muon in a single file", "subclass"])
 def test_optimizer_that_may_write_before_its_closure_waits(rig, make):
-    """Only torch's own are known to call it first."""
+    """Only torch's own optimizers are known to call the closure first."""
     rig = rig()
     rig.train()
     optimizer, before, calls = make(with_gradients(rig.model).parameters()), rig.weights(), []
     optimizer.step(lambda: calls.append(len(rig.waits)))
     assert calls[0] >= 1
     assert torch.equal(rig.waits[0], before)
-    rig.update()  # no complaint
+    rig.update()  # raises nothing
 
 
-def test_optimizer_that_calls_the_step_of_its_parent_is_no_mistake(rig):
+def test_optimizer_that_calls_the_step_of_its_parent_is_no_violation(rig):
     rig = rig()
     rig.train()
     optimizer, before = Outer(with_gradients(rig.model).parameters(), lr=0.1), rig.weights()
     optimizer.step()
     assert len(rig.waits) == 2
     assert all(torch.equal(weights, before) for weights in rig.waits)
-    rig.update()  # no complaint
+    rig.update()  # raises nothing
 
 
 def test_optimizer_of_another_model_neither_waits_nor_counts(rig):
@@ -150,11 +150,11 @@ def test_optimizers_in_backward_wait_before_the_first_write(rig):
     rig.model(torch.ones(1, 3)).sum().backward()
     assert len(rig.waits) == len(optimizers)
     assert torch.equal(rig.waits[0], before)
-    rig.update()  # no complaint
+    rig.update()  # raises nothing
 
 
 def test_every_writer_is_ordered_not_only_the_first(rig):
-    """Hazard: on another thread or stream the first one's order is nobody's."""
+    """Hazard: the order of the first writer does not extend to another thread or stream."""
     rig = rig()
     first = rig.train()
     second = torch.optim.SGD([rig.model.bias], lr=0.1)
@@ -165,7 +165,7 @@ def test_every_writer_is_ordered_not_only_the_first(rig):
     assert len(rig.waits) == 2
     assert rig.threads[0] == threading.get_ident()
     assert rig.threads[1] != threading.get_ident()
-    rig.update()  # no complaint
+    rig.update()  # raises nothing
 
 
 def test_optimizer_whose_step_was_compiled_waits(rig):
@@ -207,7 +207,7 @@ def test_compiler_makes_the_same_graphs_with_and_without_the_hook(rig, whole):
     assert graphs(rig.model, rig.update) == expected != []
 
 
-# Who writes outside of step() and does not fence is told
+# Optimizers that write outside of step() without a fence are detected
 
 
 class MasterWeights:
@@ -245,7 +245,7 @@ UNHOOKED = {
 
 
 @pytest.mark.parametrize("make", UNHOOKED.values(), ids=UNHOOKED)
-def test_optimizer_that_no_hook_can_see_is_told_of_and_has_spoiled_nothing(rig, make):
+def test_optimizer_without_hook_is_detected_before_it_has_spoiled_anything(rig, make):
     rig = rig()
     optimizer = make(rig.model)
     rig.update()
@@ -263,7 +263,7 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize(("make", "write"), OUTSIDE.values(), ids=OUTSIDE)
-def test_optimizer_that_writes_outside_of_step_is_noticed(rig, make, write):
+def test_optimizer_that_writes_outside_of_step_is_detected(rig, make, write):
     rig = rig()
     rig.train()
     write(make(with_gradients(rig.model).parameters()))
@@ -275,6 +275,6 @@ def test_auto_copies_for_an_optimizer_that_writes_outside_of_step(rig):
     rig = rig("auto")
     rig.train()
     ScheduleFree(with_gradients(rig.model).parameters()).train()
-    with pytest.warns(NitrousWarning, match="Parameters are copied at each update"):
+    with pytest.warns(NitrousWarning, match="the EMA copies the parameters in every update"):
         rig.update()
     assert rig.guard.copies

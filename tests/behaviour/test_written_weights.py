@@ -1,4 +1,4 @@
-"""Weights are written by others than the trainer's optimizer: who is told, and who waits for whom."""
+"""Weights are written by other code than the trainer's optimizer: which calls report it, and which writers wait."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.guarded_training import rigs, sgd
 
 
 def trained(tmp_path, **options):
-    """An EMA whose lane has not read the last update's weights yet."""
+    """Return a model, its EMA after two updates, and its optimizer; the lane may still be reading the weights."""
     model = make_model()
     ema = AsyncPostHocEMA(model, checkpoint_folder=tmp_path, **options)
     optimizer = sgd(model)
@@ -38,7 +38,7 @@ def trained(tmp_path, **options):
 
 
 @pytest.mark.parametrize("call", ["checkpoint", "flush", "state_dict", "close"])
-def test_write_after_the_last_update_is_told(tmp_path, call):
+def test_write_after_the_last_update_is_reported(tmp_path, call):
     model, ema, _ = trained(tmp_path, read="guarded")
     with torch.no_grad():
         model[0].bias.add_(1)
@@ -47,7 +47,7 @@ def test_write_after_the_last_update_is_told(tmp_path, call):
     ema.close(TIMEOUT_SECONDS)
 
 
-def test_update_that_refuses_tells_a_mistake_once(tmp_path):
+def test_refused_update_raises_a_violation_once(tmp_path):
     model, ema, _ = trained(tmp_path, read="guarded")
     with torch.no_grad():
         model[0].bias.add_(1)
@@ -84,7 +84,7 @@ def test_average_in_the_model_waits_for_every_ema_of_it(tmp_path, monkeypatch, h
         if how == "average_parameters":
             with emas[0].average_parameters():
                 if lanes:
-                    emas[1].flush()  # whatever is late is read now
+                    emas[1].flush()  # reads that are still pending run now
         else:
             emas[0].copy_params_from_ema_to_model()
         obtained = averages_of(emas[1])
@@ -117,7 +117,7 @@ def test_pickled_model_needs_torch_only():
         assert b"nitrous" not in pickle.dumps(rig.model)
 
 
-def test_what_is_averaged_at_once_may_be_written_at_once(tmp_path, monkeypatch):
+def test_weights_that_are_averaged_inline_may_be_written_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("nitrous_ema.async_.ema._FEW_ELEMENTS", 1 << 16)
     model, ema, _ = trained(tmp_path, read="guarded")
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_weights_may_be_written_after_they_were_copied_to_the_averages(tmp_path,
         assert torch.equal(averages[f"ema_models.0.ema_model.{name}"], value)
 
 
-def test_average_that_is_put_into_the_model_is_no_mistake(tmp_path):
+def test_average_that_is_put_into_the_model_is_no_violation(tmp_path):
     model = make_model()
     ema = AsyncPostHocEMA(model, checkpoint_folder=tmp_path, read="guarded")
     optimizer = sgd(model)
@@ -177,13 +177,13 @@ def test_average_that_is_put_into_the_model_is_no_mistake(tmp_path):
     ema.close(TIMEOUT_SECONDS)
 
 
-def test_nobody_waits_once_parameters_are_copied(tmp_path, monkeypatch):
+def test_no_writer_waits_once_parameters_are_copied(tmp_path, monkeypatch):
     gate = Gate(is_open=True)
     use_lane(monkeypatch, GatedLane(run=gate))
     model, ema, optimizer = trained(tmp_path, read="auto")
     with torch.no_grad():
         model[0].bias.add_(1)
-    with pytest.warns(NitrousWarning, match="copied at each update"):
+    with pytest.warns(NitrousWarning, match="copies the parameters in every update"):
         ema.update()
     gate.shut()
     ema.update()

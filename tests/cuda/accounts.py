@@ -1,4 +1,4 @@
-"""Loops whose memory is counted: by torch's allocators on a device; on the CPU there is nothing to count."""
+"""Training loops whose memory is counted by torch's allocators; on the CPU there is nothing to count."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ Meter = Callable[[], int]
 
 
 def device_bytes(kind: str = "current") -> int:
-    """What tensors on the device have asked for: not rounded as the allocator does."""
+    """Return the bytes that tensors on the device have requested, without the allocator's rounding."""
     return torch.cuda.memory_stats()[f"requested_bytes.all.{kind}"]
 
 
 def host_bytes() -> int:
-    """What of pinned memory is in use. Not in torch 2.6."""
+    """Return the bytes of pinned memory in use. Not in torch 2.6."""
     stats = torch.cuda.host_memory_stats()  # empty before the first allocation
-    # Its first releases call that "allocated_bytes", which is what the allocator holds in later ones.
+    # In its first releases "allocated_bytes" has this meaning; in later releases it is what the allocator holds.
     return stats.get("active_bytes.current", stats.get("allocated_bytes.current", 0))
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Bytes, at a few moments of a training run; without the scratch that ``stats()`` tells."""
+    """Bytes at a few moments of a training run, without the ``scratch_bytes`` of ``stats()``."""
 
     averages: int
-    """By constructing the EMA."""
+    """After constructing the EMA."""
     after_warm_up: int
     after_many_steps: int
     peak: int
-    """Above what was held when it was reset, after the warm-up."""
+    """Above the bytes that were held at its reset, after the warm-up."""
 
 
 def make_network(device: str, dtype: torch.dtype) -> nn.Module:
@@ -56,8 +56,8 @@ def count(
     """Train for 6 steps, then for 50, each with an update and every second with a snapshot.
 
     Args:
-        now, peak: Ask an allocator.
-        reset_peak: Makes ``peak`` start anew.
+        now, peak: Return an allocator's current and peak bytes.
+        reset_peak: Resets ``peak``.
     """
     model = make_network(device, dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True)

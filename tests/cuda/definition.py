@@ -1,4 +1,4 @@
-"""Averages by their definition, in float64 on the host, for models whose parameters lie in memory in every odd way."""
+"""Averages by their definition, in float64 on the host, for models with parameters in unusual memory layouts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 from nitrous_ema import AsyncPostHocEMA, PostHocEMA
 
 STEPS = 12
-GAMMAS = (16.97, 3.9, 2.5)  # any: given to the EMA as they are
+GAMMAS = (16.97, 3.9, 2.5)  # arbitrary; passed to the EMA unchanged
 
 
 class Odd(nn.Module):
-    """Channels last, transposed, not at a multiple of 16 bytes, empty, a single number, and larger than many blocks."""
+    """Parameters that are channels last, transposed, unaligned, empty, a single number, or many blocks large."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Odd(nn.Module):
 
 
 def move_to(model: Odd, device: str) -> None:
-    """``Module.to`` would align what is not aligned."""
+    """Move a model without ``Module.to``, which would align its unaligned parameter."""
     for name, parameter in model.named_parameters():
         if name == "unaligned":
             whole = torch.empty(parameter.numel() + 1, dtype=parameter.dtype, device=device)
@@ -44,7 +44,7 @@ def move_to(model: Odd, device: str) -> None:
 
 
 def worst_error(device: str, folder: str, dtype: torch.dtype, *, background: bool, **options: Any) -> float:
-    """The largest difference from the definition, in units of float32's rounding of the largest value involved."""
+    """Return the largest difference from the definition, in units of float32's rounding of the largest value."""
     model = Odd(dtype)
     move_to(model, device)
     cls = AsyncPostHocEMA if background else PostHocEMA
@@ -60,8 +60,8 @@ def worst_error(device: str, folder: str, dtype: torch.dtype, *, background: boo
         for name, parameter in model.named_parameters():
             value = parameter.detach().cpu().double().numpy()
             for profile, gamma in enumerate(GAMMAS):
-                kept = (1 - 1 / step) ** (gamma + 1)
-                right[profile, name] = kept * right.get((profile, name), 0 * value) + (1 - kept) * value
+                decay = (1 - 1 / step) ** (gamma + 1)
+                right[profile, name] = decay * right.get((profile, name), 0 * value) + (1 - decay) * value
     worst = 0.0
     for (profile, name), expected in right.items():
         obtained = ema.state_dict()[f"ema_models.{profile}.ema_model.{name}"].cpu().double().numpy()

@@ -1,11 +1,11 @@
 """A process of its own, under ``TORCH_CUDA_SANITIZER=1``: trains with an EMA; a race that is seen is an error.
 
-The sanitizer knows events, streams and torch's operators, and compares accesses at equal addresses. What it does not
-know, and would take for races or miss, is put right here:
+The sanitizer sees events, streams and torch's operators, and compares accesses at equal addresses. Two things that it
+does not see are replaced here:
 
-- It sees no ``query()``, by which the lane learns that a copy is over. Here every query that says so is followed by a
-  ``synchronize()`` of the same event, which it sees and which waits for nothing.
-- It sees no Triton kernel, so averaging is by torch's operators here.
+- It does not see ``query()``, by which the lane finds that a readback has finished. Here every successful query is
+  followed by a ``synchronize()`` of the same event, which the sanitizer sees and which waits for nothing.
+- It does not see Triton kernels, so averaging uses torch's operators here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NAMES = (
     "guarded", "guarded, every third", "copied", "copied, every third", "bfloat16", "batch norm", "tied", "transposed",
     "weights written in forward", "snapshots in bfloat16", "streams", "ema_model", "saved and loaded",
 )  # fmt: skip
-"""Of ``SCENARIOS``."""
+"""Names in ``SCENARIOS``."""
 
 
 def main(device: str, *lines: str) -> None:

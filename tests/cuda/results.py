@@ -1,4 +1,4 @@
-"""What a run of the CUDA tests was: on which device, with which torch, and what became of each test; as JSON."""
+"""Results of a run of the CUDA tests as JSON: the device, the version of torch, and the outcome of each test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def machine() -> dict[str, Any]:
-    """What the results are results of."""
+    """Return the device and the versions that the results belong to."""
     found = {"torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
     found |= {"python": platform.python_version(), "triton": _version("triton"), "pytest": pytest.__version__}
     if torch.cuda.is_available():
@@ -29,7 +29,7 @@ def machine() -> dict[str, Any]:
 
 
 class Results:
-    """Writes the file anew after each test, so that a run that is cut short leaves what it had.
+    """Writes the file anew after each test, so that an interrupted run leaves the results so far.
 
     Args:
         path: The file; its folder is made.

@@ -1,4 +1,4 @@
-"""CUDA graphs: what is captured, what is refused while it is, and that writers do not end somebody's capture.
+"""CUDA graphs: captured steps, calls that are refused during a capture, and writers that do not end a capture.
 
 ``test_scenarios.py`` has the averages of replayed steps.
 """
@@ -58,7 +58,7 @@ def test_refused_while_capturing_and_the_capture_goes_on(tmp_path, what):
     ema.close(TIMEOUT_SECONDS)
 
 
-def test_step_that_is_captured_waits_for_nothing(tmp_path):
+def test_captured_step_waits_for_nothing(tmp_path):
     # A wait for an event from outside the capture would end it: cudaErrorStreamCaptureIsolation.
     with late("updates"):
         _, optimizer, ema = make_trainee(tmp_path, read="guarded")
@@ -72,7 +72,7 @@ def test_step_that_is_captured_waits_for_nothing(tmp_path):
 
 
 class CountedFiles(StalledFiles):
-    """Tells how many pieces writers have got through the gate."""
+    """Counts the pieces that writers have written behind the gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def test_writers_at_work_do_not_end_a_capture(tmp_path, mode):
     with small_pieces(), files_of_new_emas(files):
         _, optimizer, ema = make_trainee(tmp_path)
         ema.checkpoint()
-        files.gate.wait_entered()  # before the first piece: all the others are still to be waited for
+        files.gate.wait_entered()  # before the first piece, so that the writer must still wait for all other pieces
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode=mode):
             optimizer.step()
@@ -102,7 +102,7 @@ def test_writers_at_work_do_not_end_a_capture(tmp_path, mode):
         ema.fence()
         graph.replay()
         ema.update()
-        ema.close(TIMEOUT_SECONDS)  # raises what a writer failed with
+        ema.close(TIMEOUT_SECONDS)  # raises the error of a writer
     assert list(snapshot_bytes(tmp_path)) == [1]
 
 

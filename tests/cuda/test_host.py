@@ -1,4 +1,4 @@
-"""The host never waits in the training loop, and a forked child, a DataLoader's worker say, leaves the device alone."""
+"""The host never waits in the training loop, and a forked child, such as a DataLoader's worker, uses no device."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 @contextmanager
 def no_waits(device: str) -> Iterator[None]:
-    """In here an operation that makes the host wait for the device is an error."""
+    """Make operations in the block that wait for the device an error."""
     if device != "cuda":
         yield
         return
     torch.cuda.synchronize()
     try:
-        with warnings.catch_warnings():  # that the mode is a prototype; once it has warned, it is on
+        with warnings.catch_warnings():  # of the mode being a prototype; after the warning it is enabled
             warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
             torch.cuda.set_sync_debug_mode("error")
         yield
@@ -45,7 +45,7 @@ def test_nothing_in_the_loop_waits_for_the_device(tmp_path, device, kind, read, 
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         ema = AsyncPostHocEMA(model, checkpoint_folder=tmp_path, checkpoint_every_num_steps=3, max_pending=5, read=read)
         batches = make_batches(10, model)
-        for batch in batches[:4]:  # with a snapshot: memory is allocated when it is first needed
+        for batch in batches[:4]:  # with a snapshot, because some memory is allocated when it is first needed
             backward(model, batch)
             optimizer.step()
             ema.update()
@@ -72,7 +72,7 @@ def use_in_child(ema: AsyncPostHocEMA, optimizer: torch.optim.Optimizer) -> None
 
 
 def fork(work: Any, *arguments: Any) -> int | None:
-    """The exit code of a child that does this; None if it hangs."""
+    """Return the exit code of a child process that does this work; None if it hangs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: this process has threads
         child = multiprocessing.get_context("fork").Process(target=work, args=arguments)

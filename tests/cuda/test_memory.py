@@ -1,4 +1,4 @@
-"""Memory is what the docs say it is, to the byte, on the device and on the host, and does not grow."""
+"""Memory has the size that the docs state, to the byte, on the device and on the host, and does not grow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def nothing_from_before():
 
 
 def count_on_device(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Counted:
-    gc.collect()  # nothing of another EMA in the same test goes while this one is counted
+    gc.collect()  # memory of another EMA in the same test is not freed while this one is counted
     peak = partial(device_bytes, "peak")
     return count("cuda", folder, device_bytes, peak, torch.cuda.reset_peak_memory_stats, dtype, **options)
 
@@ -52,7 +52,7 @@ def test_updates_and_snapshots_make_no_temporaries_of_the_models_size(tmp_path):
     assert count_on_device(tmp_path, scratch=0).peak < ELEMENTS
 
 
-def test_cast_snapshot_takes_one_chunk_of_scratch(tmp_path):
+def test_cast_snapshot_takes_one_staging_chunk(tmp_path):
     plain = count_on_device(tmp_path / "plain")
     cast = count_on_device(tmp_path / "cast", checkpoint_dtype=torch.float16)
     chunk_bytes = 2 * ELEMENTS  # all of a profile is one chunk here

@@ -1,9 +1,9 @@
-"""The scenarios of the laggy device on a real one: the same bits in the background as at once, whoever is late.
+"""The scenarios of the laggy device on a real device: the same bits in the background as inline, with any late party.
 
-The reference is ``PostHocEMA`` on the same device, since its kernels round as they like. Each way to be late opens one
-or more of the races wide, with a kernel that does nothing for a while:
+The reference is ``PostHocEMA`` on the same device, whose kernels may round differently from the CPU's. Each late party
+opens one or more of the races wide, with a kernel that does nothing for a while:
 
-hazard                                        who is late            scenario
+hazard                                        late party             scenario
 1  parameters are read after they were        caller                 all
    written
 2  the optimizer writes after that read       updates, streams       all
@@ -17,7 +17,7 @@ hazard                                        who is late            scenario
 7  averages are read after they were          updates, readers       "ema_model", "average_parameters", "state_dict"
    written, and written after that read
 
-``test_race_is_lost_without_its_line`` shows that they are open indeed.
+``test_race_is_lost_without_its_line`` shows that the races are open.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ pytestmark = pytest.mark.cuda
 ON_CUDA = [
     name
     for name, case in SCENARIOS.items()
-    # Copies that are held in a state of their own, and averages of the host's kernels, have no reference here.
+    # Scenarios that hold copies, and scenarios that average with the host's kernels, have no reference here.
     if case.get("then") != "skipped checkpoint" and "offload" not in case
 ]
 
 
 def in_small_batches() -> AbstractContextManager[Any]:
-    """Averaging by foreach, whose batches ``small_pieces`` makes small; the fused kernel's are never below a block."""
+    """Average by foreach, whose batches ``small_pieces`` makes small; a fused batch is never smaller than a block."""
     return mock.patch("nitrous_ema.averaging.execution.dispatch.step_for", ForeachStep)
 
 
 def run(scenario: Callable[..., dict[str, Any]], **case: Any) -> dict[str, Any]:
-    """On the device; with what is said about weights that were written unseen, which a scenario does on purpose."""
+    """Run a scenario on the device, without warnings: some scenarios write weights unseen on purpose."""
     with same_stream_after("cuda"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return scenario("cuda", **case)
 
 
 def different(scenario: Callable[..., dict[str, Any]], **case: Any) -> list[str]:
-    """What is not the same in the background as at once."""
+    """Return the names of results that differ between the background and inline."""
     return compare(run(scenario, background=True, **case), run(scenario, background=False, **case))
 
 
@@ -80,7 +80,7 @@ def same(obtained: Any, right: Any) -> bool:
 
 @pytest.mark.parametrize("who", WHO)
 @pytest.mark.parametrize("name", ON_CUDA)
-def test_results_are_the_same_whoever_is_late(name, who):
+def test_results_are_the_same_with_any_late_party(name, who):
     case = {"max_pending": 4, **SCENARIOS[name]}
     if case.get("two_devices") and torch.cuda.device_count() < 2:
         pytest.skip("this machine has one device")
@@ -107,7 +107,7 @@ def test_long_copies_give_the_same_bits(who):
     assert different(long_copy, who=who) == []
 
 
-def test_training_gets_to_its_end_while_a_snapshot_copy_sleeps():
+def test_training_ends_while_a_readback_sleeps():
     assert different(long_copy, who="copies, for long", outlives=True) == []
 
 
@@ -118,9 +118,9 @@ def test_slot_is_not_filled_again_before_its_file_is_written():
 OPENED_BY = {
     "update does not wait for the trainer": "caller",
     "optimizer does not wait": "updates",
-    "parameters said to be read before they are": "streams",
+    "parameters count as read before they are": "streams",
     "averages written while they are copied": "copies",
-    "another memory order than the file's forgotten": "chunks",
+    "another memory order than the file's is ignored": "chunks",
     "pages read before they are copied": "copies",
     "snapshot copied before the update": "updates",
     "caller's copies written while they are read": "updates",
@@ -129,8 +129,8 @@ OPENED_BY = {
 }
 
 
-NEEDS_BATCHES = {"another memory order than the file's forgotten"}
-"""A toy model is one batch of the fused step, which waits for all copies of a snapshot in any case."""
+NEEDS_BATCHES = {"another memory order than the file's is ignored"}
+"""A toy model is one batch of the fused step, which waits for all readbacks of a snapshot in any case."""
 
 
 @pytest.mark.parametrize("line", OPENED_BY)

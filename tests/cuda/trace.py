@@ -1,4 +1,4 @@
-"""What a trace of ``torch.profiler`` says: which kernels ran at once, and whether the host waited."""
+"""Reads a trace of ``torch.profiler``: which kernels ran at the same time, and whether the host waited."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize", "CtxSynch
 
 @dataclass(frozen=True)
 class Kernel:
-    """One that ran."""
+    """A kernel that ran."""
 
     name: str
     stream: int
@@ -30,7 +30,7 @@ class Trace:
 
     Args:
         path: The file.
-        ranges: Names of ``record_function`` that are looked for; none inside another.
+        ranges: Names of ``record_function`` ranges to look for; no range may be inside another.
     """
 
     def __init__(self, path: Path, ranges: Sequence[str]) -> None:
@@ -38,7 +38,7 @@ class Trace:
         self._ranges = [event for event in self._of("user_annotation") if event["name"] in ranges]
 
     def kernels(self) -> list[Kernel]:
-        """In the order of their beginnings."""
+        """Return the kernels in the order of their beginnings."""
         launched = {
             event["args"].get("correlation"): self._range_of(event)
             for category in LAUNCHES
@@ -57,7 +57,7 @@ class Trace:
         return sorted(found, key=lambda kernel: kernel.begin)
 
     def waits(self, name: str) -> list[str]:
-        """Calls that made the host wait inside ranges of a name."""
+        """Return the calls that made the host wait inside ranges of a name."""
         return [
             event["name"]
             for category in LAUNCHES
@@ -69,7 +69,7 @@ class Trace:
         return (event for event in self._events if event.get("cat") == category)
 
     def _range_of(self, event: dict[str, Any]) -> str | None:
-        """The range around an event on its own thread."""
+        """Return the name of the range around an event on its own thread."""
         for each in self._ranges:
             if each["tid"] == event["tid"] and each["ts"] <= event["ts"] < each["ts"] + each["dur"]:
                 return str(each["name"])
@@ -77,10 +77,10 @@ class Trace:
 
 
 def overlaps(kernels: Sequence[Kernel], one: str, others: Sequence[str | None]) -> list[tuple[Kernel, Kernel]]:
-    """Pairs that ran at once on different streams: of one range, and of the others (None: of no range).
+    """Return pairs of kernels of one range and of the others (None: of no range) that overlap on different streams.
 
-    Of the one range only the stream of its longest kernel counts: that averages. Between the chunks of a snapshot there
-    are kernels too, on a stream of their own, which overlap with training wherever the averaging is.
+    Of the one range only the stream of its longest kernel counts, which is the averaging. The kernels between the
+    chunks of a snapshot are on a stream of their own, and overlap with training in any case.
     """
     side = [kernel for kernel in kernels if kernel.launched_by == one]
     longest = max(side, key=lambda kernel: kernel.end - kernel.begin, default=None)

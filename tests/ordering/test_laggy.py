@@ -1,4 +1,4 @@
-"""The fake device itself: it keeps CUDA's promises, gives the CPU's bits, and finds what is wrong."""
+"""The fake device itself: it keeps CUDA's ordering contract, gives the CPU's bits, and finds ordering bugs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_training_gives_the_bits_of_the_cpu_and_never_waits():
     assert_right_on_laggy(train, cases=OPTIMIZERS, schedules=["eager", "lazy", "random:0", "random:1"])
 
 
-def test_the_pipeline_that_waits_for_everything_is_never_wrong(pipelines):
+def test_the_pipeline_with_all_waits_is_never_wrong(pipelines):
     assert [outcome.detail for outcome in pipelines[None] if outcome.verdict != "same"] == []
 
 
@@ -69,7 +69,7 @@ def hang(device: str) -> dict[str, int]:
     return {}
 
 
-def test_a_child_that_hangs_is_ended_and_says_where_it_stood():
+def test_a_child_that_hangs_is_ended_and_its_stacks_are_reported():
     library_or_skip()  # not in the child's time
     with pytest.raises(LaggyDied, match=r"(?s)lazy.*test_laggy.py.* in hang"):
         run_on_laggy(hang, schedules=["lazy"], timeout_seconds=6)

@@ -1,4 +1,4 @@
-"""The library on a device that reorders work as a real one may: averages and snapshots have the bits of the CPU.
+"""Training on a device that reorders work as a real device may: averages and snapshots have the bits of the CPU.
 
 The reference is ``PostHocEMA`` on the CPU, where nothing runs in the background. `make races` has more seeds.
 """
@@ -17,7 +17,7 @@ from tests.support.laggy.without import LINES, of
 COMMON = {name: line for name, line in LINES.items() if not line.is_rare}
 FEW, MANY = SCHEDULES[:4], SCHEDULES[:12]
 GROUPS = [(IN_DEPTH, MANY), (tuple(name for name in SCENARIOS if name not in IN_DEPTH), FEW)]
-"""What one child does; it takes seconds to start."""
+"""The scenarios of one child process, which takes seconds to start, and their schedules."""
 
 
 @functools.cache
@@ -37,18 +37,18 @@ def test_training_gives_the_bits_of_the_cpu_and_neither_stops_the_host_nor_waits
 
 @pytest.fixture(scope="module")
 def wrong() -> list[Outcome]:
-    """Schedules are tried until one shows the difference."""
+    """Return the outcomes of all missing lines; schedules are tried until one differs."""
     cases = [{"bug": name, **line.case} for name, line in COMMON.items()]
     return run_on_laggy(train, cases=cases, timeout_seconds=400, until_different=True)
 
 
 @pytest.mark.parametrize("name", COMMON)
-def test_a_line_that_is_left_out_is_noticed(wrong, name):
+def test_a_line_that_is_left_out_is_detected(wrong, name):
     verdicts = [outcome.verdict for outcome in wrong if outcome.case["bug"] == name]
-    assert "different" in verdicts, f"{LINES[name].guards}: nobody notices: {name}"
+    assert "different" in verdicts, f"{LINES[name].guards}: not detected: {name}"
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_every_line_is_where_the_table_says(name):
+def test_every_line_is_where_the_table_has_it(name):
     _, _, _, source = of(name)
     compile(source, name, "exec")

@@ -1,4 +1,4 @@
-"""Optimizers on streams of their own, on a device that reorders work as a real one may."""
+"""Optimizers on streams of their own, on a device that reorders work as a real device may."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _fence = WriteGuard.fence
 
 
 def fence_once(guard: WriteGuard) -> None:
-    """The bug: whoever comes second is not ordered."""
+    """The bug: the second writer is not ordered."""
     if guard._reading:
         _fence(guard)
 
 
 def step_side_by_side(optimizers: list[torch.optim.Optimizer]) -> Callable[[], None]:
-    """Each on a stream of its own; on the CPU one after the other."""
+    """Return a function that steps each optimizer on its own stream; on the CPU one after the other."""
     device = optimizers[0].param_groups[0]["params"][0].device
     streams = [torch.Stream(device=device) for _ in optimizers if device.type != "cpu"]
 
@@ -69,4 +69,4 @@ def test_optimizers_on_two_streams_are_both_ordered():
     outcomes = run_on_laggy(train, cases=[{}, {"broken": True}], timeout_seconds=200)
     right, broken = outcomes[: len(SCHEDULES)], outcomes[len(SCHEDULES) :]
     assert [(outcome.schedule, outcome.detail) for outcome in right if outcome.verdict != "same"] == []
-    assert any(outcome.verdict != "same" for outcome in broken), "nothing here depends on the second one's order"
+    assert any(outcome.verdict != "same" for outcome in broken), "the second writer's order makes no difference here"

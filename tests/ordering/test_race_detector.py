@@ -1,4 +1,4 @@
-"""The detector finds every ordering bug that a background average can have, and accuses no right program."""
+"""The detector finds every ordering bug that a background average can have, and reports no correct program."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BUGS = {
 
 
 class Writer:
-    """A host thread that reads the one pinned slot after each copy and hands it back."""
+    """A host thread that reads the one pinned slot after each copy and returns it."""
 
     def __init__(self, checker: Checker, slot: torch.Tensor, *, waits: bool) -> None:
         self.checker, self.slot, self.waits = checker, slot, waits
@@ -59,7 +59,7 @@ class Writer:
 
 
 def run_pipeline(order: str | int, bug: str | None = None) -> torch.Tensor:
-    """Optimizer on one lane, average and copy on another, a writer thread: with one wait left out."""
+    """Run an optimizer on one lane, average and copy on another, and a writer thread, with one wait left out."""
     checker = Checker(order)
     main, side = Lane(checker, "main"), Lane(checker, "side")
     flat, average, slot = torch.zeros(8), torch.zeros(4), torch.zeros(4)
@@ -93,7 +93,7 @@ def run_pipeline(order: str | int, bug: str | None = None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_right_pipeline_is_accused_in_no_order_and_gives_the_right_averages(order):
+def test_the_correct_pipeline_has_no_race_in_any_order_and_correct_averages(order):
     averages = [0.0]
     for step in range(STEPS):
         averages.append(averages[-1] + 0.5 * (step + 1 - averages[-1]))

@@ -1,7 +1,7 @@
-"""The real dispatch, followers, scratch, lanes and slots under the race detector.
+"""The real dispatcher, deferred updates, stash, lanes and slots under the race detector.
 
-What `test_on_laggy.py` shows for the orders that seeds draw, each run here shows for every legal order: no two accesses
-of which one writes are without order. The seed draws what the host is told of events, and when writers come by.
+`test_on_laggy.py` tests the orders that its seeds draw. Each run here covers every legal order: no two accesses, one of
+which writes, are without order. The seed draws the answers to the host's queries of events, and when writers run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from nitrous_ema.async_ import background_writer as writer
+from nitrous_ema.async_ import background_writer
 from nitrous_ema.async_.lanes import AcceleratorLane
 from nitrous_ema.async_.staging import SlotPool
 from nitrous_ema.averaging.execution.device_to_host import ChunkCopier
@@ -35,7 +35,7 @@ WEIGHTS = (0.25, 0.5)
 
 
 class Slots:
-    """A sink of real slots and real copies, whose writer comes by when it is told to."""
+    """A sink of real slots and real readbacks, whose writer runs when the test calls it."""
 
     def __init__(self, streams: Streams, flat_buffers: FlatBuffers) -> None:
         self.streams, self.flat_buffers = streams, flat_buffers
@@ -44,36 +44,36 @@ class Slots:
         self.sealed: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.written: list[list[bytes]] = []
 
-    def copies_in_flight(self, device: torch.device) -> Any:
-        return self.pool.copies_in_flight(device)
+    def readbacks_in_flight(self, device: torch.device) -> Any:
+        return self.pool.readbacks_in_flight(device)
 
     def take(self, lane: AcceleratorLane) -> None:
         if self.pool.num_busy() == 2:
             self.write()
         slot = self.pool.claim(0)
         pending = SimpleNamespace(flat_buffers=self.flat_buffers)
-        self.pool.expect(slot, pending, {CPU: lane.mark})
+        self.pool.assign(slot, pending, {CPU: lane.mark})
         for copies in slot.copies.values():
-            work = partial(writer._fill, slot, pending, copies, self.copier, self.pool, self.sealed)
+            work = partial(background_writer._fill, slot, pending, copies, self.copier, self.pool, self.sealed)
             lane.enqueue_read(work, lambda: None)
 
     def write(self) -> None:
-        """One snapshot, by a thread of its own."""
+        """Write one snapshot on a thread of its own."""
         self.streams.checker.receive(in_thread(self.streams, self._write, "writer"))
 
     def _write(self) -> None:
         slot = self.sealed.get()
         pages = []
-        for page in writer._pages(slot):
+        for page in background_writer._pages(slot):
             self.streams.checker.host_access(reads=[slot.pages[len(pages)]], label="write the file")
             pages.append(bytes(page))
         self.written.append(pages)
-        writer._wait_copied(slot)
+        background_writer._wait_copied(slot)
         self.pool.release(slot)
 
 
 def train(seed: int, kind: str = "plain", scratch_bytes: int | None = 1 << 20) -> list[Any]:
-    """Two optimizers on streams of their own, snapshots, readers and a writer. Returns averages and snapshots."""
+    """Train with two optimizers on their own streams, readers and a writer; return averages and snapshots."""
     streams, decide = Streams(seed), random.Random(seed)
     with small_pieces(), torch.no_grad():
         model = make_model(kind)
@@ -105,7 +105,7 @@ def train(seed: int, kind: str = "plain", scratch_bytes: int | None = 1 << 20) -
             while slots.pool.num_busy():
                 slots.write()
             streams.home.synchronize()
-            _raise(dispatch.take_error())  # a hook raises nothing
+            _raise(dispatch.take_error())  # a hook must not raise
         return [*seen, *slots.written]
 
 
@@ -120,7 +120,7 @@ def step_on_two_streams(
     parameters: Sequence[torch.nn.Parameter],
     gradients: Sequence[torch.Tensor],
 ) -> None:
-    """Each half of the parameters by an optimizer on a stream of its own, with no order between the two."""
+    """Step each half of the parameters by an optimizer on its own stream, with no order between the two."""
     sides = [streams.stream(), streams.stream()]
     for side in sides:
         side.wait_stream(streams.home)
@@ -134,7 +134,7 @@ def step_on_two_streams(
 
 
 def plain_averages(kind: str) -> list[torch.Tensor]:
-    """The last averages by the definition, tensor by tensor."""
+    """Return the last averages by the definition, tensor by tensor."""
     with torch.no_grad():
         model = make_model(kind)
         parameters = [parameter.data for parameter in model.parameters()]
@@ -151,15 +151,15 @@ def plain_averages(kind: str) -> list[torch.Tensor]:
 
 
 CASES = {
-    "ample scratch": {},
-    "little scratch": {"scratch_bytes": 2000},
-    "no scratch": {"scratch_bytes": 0},
+    "large stash": {},
+    "small stash": {"scratch_bytes": 2000},
+    "no stash": {"scratch_bytes": 0},
     "transposed": {"kind": "transposed"},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_two_accesses_lack_an_order_whatever_the_host_is_told(case):
+def test_no_two_accesses_lack_an_order_for_any_answers_to_queries(case):
     expected = plain_averages(CASES[case].get("kind", "plain"))
     for seed in SEEDS:
         found = [value for value in train(seed, **CASES[case]) if isinstance(value, torch.Tensor)][-len(expected) :]
@@ -169,23 +169,23 @@ def test_no_two_accesses_lack_an_order_whatever_the_host_is_told(case):
 RACES = {
     "update does not wait for the trainer": {},
     "optimizer does not wait": {},
-    "parameters said to be read before they are": {},
+    "parameters count as read before they are": {},
     "snapshot copied before the update": {},
     "averages read before the update": {},
-    "kept parameters averaged before they are kept": {},
-    "parameters written while another stream keeps them": {},
-    "batch averaged before its copies are over": {},
-    "scratch written while it is read": {},
-    "scratch not marked as read": {},
-    "forced averaging does not wait for the copies": {"scratch_bytes": 0},
-    "copies said to be over when they are queued": {},
+    "stashed parameters averaged before they are stashed": {},
+    "parameters written while another stream stashes them": {},
+    "batch averaged before its readbacks have finished": {},
+    "stash written while it is read": {},
+    "stash not marked as read": {},
+    "forced averaging does not wait for the readbacks": {"scratch_bytes": 0},
+    "readbacks count as finished when they are queued": {},
     "pages read before they are copied": {},
-    "another memory order than the file's forgotten": {"kind": "transposed"},
+    "another memory order than the file's is ignored": {"kind": "transposed"},
 }
 
 
 def race_without(line: str, case: dict[str, Any]) -> str:
-    """What the detector says, on the first seed on which it says something."""
+    """Return the first race that the detector reports for any seed; empty if it reports none."""
     for seed in SEEDS:
         try:
             with without(line):

@@ -1,4 +1,4 @@
-"""The rules of torch's CUDA sanitizer, on the laggy device: no false alarm, and an alarm where a wait is left out."""
+"""The rules of torch's CUDA sanitizer on the laggy device: no false alarm, and an alarm where a wait is left out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.laggy.loops import train
 from tests.support.laggy.runner import run_on_laggy
 from tests.support.laggy.sanitizer import sanitized
 from tests.support.laggy.without import without
-from tests.support.slow_snapshots import long_copy, nobody_waits_before
+from tests.support.slow_snapshots import long_copy, no_writer_waits_before
 
 SCHEDULES = ("eager", "lazy", "random:0")
 
@@ -28,10 +28,10 @@ def races(device: str, name: str, line: str | None = None, queries: bool = True)
             return {"races": []}
         if queries:
             stack.enter_context(mock.patch.object(lanes._DeviceMark, "is_reached", is_reached_and_seen))
-        else:  # and writers wait for nothing until training is over: their waits would be seen
-            only_wait = partial(nobody_waits_before, nor_asks=False)
+        else:  # and writers wait for nothing until training is over, because the sanitizer would see their waits
+            only_wait = partial(no_writer_waits_before, nor_queries=False)
             stack.enter_context(
-                mock.patch.object(slow_snapshots, "nobody_waits_before", lambda gate, **_: only_wait(gate))
+                mock.patch.object(slow_snapshots, "no_writer_waits_before", lambda gate, **_: only_wait(gate))
             )
         stack.enter_context(without(line))
         found = stack.enter_context(sanitized())
@@ -56,7 +56,7 @@ def test_sanitizer_sees_a_wait_that_is_left_out(line):
     assert any("foreach" in outcome.detail for outcome in outcomes if outcome.verdict == "different")
 
 
-def test_sanitizer_takes_what_the_host_has_asked_for_a_race():
-    """Why every query that says so is followed by a wait in what runs under it."""
+def test_sanitizer_reports_a_race_where_the_host_has_queried_an_event():
+    """The reason why each successful query is followed by a wait in programs that run under the sanitizer."""
     outcomes = run_on_laggy(races, cases=[{"name": "long copy", "queries": False}], schedules=SCHEDULES)
     assert "different" in [outcome.verdict for outcome in outcomes]

@@ -1,6 +1,6 @@
-"""What the CUDA tests run, where there is no device: on the CPU, and on the laggy one.
+"""The scenarios of the CUDA tests, without a CUDA device: on the CPU, and on the laggy device.
 
-So that of what runs there only what is CUDA's own has never run before.
+On a real device, only the parts that are CUDA's own then run for the first time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def late_train(device, who):
         return train(device, **SCENARIOS["guarded"], then="ema_model")
 
 
-def test_whoever_is_late_results_are_the_same_on_laggy():
+def test_results_are_the_same_on_laggy_with_any_late_party():
     assert_right_on_laggy(late_train, cases=[{"who": who} for who in WHO], schedules=SCHEDULES)
 
 
@@ -39,7 +39,7 @@ def test_results_are_the_same_on_laggy(scenario):
     assert_right_on_laggy(scenario, schedules=SCHEDULES)
 
 
-def test_training_gets_to_its_end_while_nothing_of_a_snapshot_is_copied():
+def test_training_ends_while_no_part_of_a_snapshot_is_copied():
     assert_right_on_laggy(long_copy, cases=[{"who": "copies, for long", "outlives": True}], schedules=["lazy"])
 
 
@@ -48,8 +48,8 @@ def late_train_without(device, line, who):
         return train(device, **LINES[line].case)
 
 
-def test_lines_are_left_out_also_where_somebody_is_late():
+def test_lines_are_left_out_also_with_a_late_party():
     cases = [{"line": line, "who": who} for line, who in OPENED_BY.items()]
     outcomes = run_on_laggy(late_train_without, cases=cases, until_different=True, timeout_seconds=100)
-    noticed = {outcome.case["line"] for outcome in outcomes if outcome.verdict == "different"}
-    assert noticed == set(OPENED_BY)
+    detected = {outcome.case["line"] for outcome in outcomes if outcome.verdict == "different"}
+    assert detected == set(OPENED_BY)

@@ -1,4 +1,4 @@
-"""What tests of the background share: gates, lanes that are as late as they may be, file systems that stall or fail."""
+"""Fakes for tests of the background: gates, lanes as late as allowed, file systems that stall or fail; small models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TIMEOUT_SECONDS = 60
 
 
 class Gate:
-    """Where a background thread stops until a test lets it go on."""
+    """A point where a background thread stops until a test opens it."""
 
     def __init__(self, *, is_open: bool = False) -> None:
         self.entered = threading.Event()
@@ -48,7 +48,7 @@ class Gate:
             raise TimeoutError("a test's gate was never opened")
 
     def wait_entered(self) -> None:
-        assert self.entered.wait(TIMEOUT_SECONDS), "nobody came to the gate"
+        assert self.entered.wait(TIMEOUT_SECONDS), "no thread came to the gate"
 
     def open(self) -> None:
         self._open.set()
@@ -62,7 +62,7 @@ class Gate:
 
 
 class GatedLane(ThreadLane):
-    """Stops before each piece of averaging work, and before each snapshot copy."""
+    """A lane that stops before each piece of averaging work, and before each readback."""
 
     def __init__(self, *, run: Gate | None = None, copy: Gate | None = None) -> None:
         self.run_gate = run or Gate(is_open=True)
@@ -77,7 +77,7 @@ class GatedLane(ThreadLane):
 
 
 class LateLane(ThreadLane):
-    """Does nothing at all until somebody must wait for it: the latest that a lane may be."""
+    """A lane that does nothing until a caller must wait for it: as late as a lane may be."""
 
     def __init__(self) -> None:
         self._may_work = threading.Event()
@@ -109,12 +109,12 @@ class LateLane(ThreadLane):
 
     def _late(self, work: Work) -> None:
         if not self._may_work.wait(TIMEOUT_SECONDS):
-            raise TimeoutError("nobody ever waited for the lane")
+            raise TimeoutError("no caller ever waited for the lane")
         work()
 
 
 class QuickFiles(FileSystem):
-    """Never waits for the disk: for tests of many snapshots and no crash."""
+    """A file system that never waits for the disk: for tests of many snapshots and no crash."""
 
     def fsync(self, descriptor: int) -> None:
         pass
@@ -124,7 +124,7 @@ class QuickFiles(FileSystem):
 
 
 class StalledFiles(FileSystem):
-    """Stops before each write of a snapshot's bytes."""
+    """A file system that stops before each write of a snapshot's bytes."""
 
     def __init__(self, gate: Gate | None = None) -> None:
         self.gate = gate or Gate()
@@ -153,18 +153,18 @@ def _after(gate: Gate, work: Work) -> None:
 
 
 def use_lane(monkeypatch: pytest.MonkeyPatch, lane: ThreadLane) -> None:
-    """The next AsyncPostHocEMA averages on this lane."""
+    """Make the next AsyncPostHocEMA average on this lane."""
     monkeypatch.setattr(nitrous_ema.async_.ema, "make_lane", lambda device: lane)
 
 
 def use_files(monkeypatch: pytest.MonkeyPatch, files: FileSystem) -> None:
-    """EMAs that are made from now on write their snapshots with these."""
+    """Make EMAs that are constructed from now on write their snapshots with this file system."""
     monkeypatch.setattr(nitrous_ema.averaging.ema, "SnapshotStore", partial(SnapshotStore, files=files))
 
 
 @contextmanager
 def small_pieces(chunk_bytes: int = 1024, batch_elements: int = 192) -> Iterator[None]:
-    """Chunks of snapshots and batches of averaging so small that a toy model has many of both."""
+    """Make chunks of snapshots and batches of averaging so small that a toy model has many of both."""
     with ExitStack() as patches:
         layout = partial(Layout, chunk_bytes=chunk_bytes)
         patches.enter_context(mock.patch.object(nitrous_ema.averaging.kernels.flat_buffers, "Layout", layout))
@@ -174,7 +174,7 @@ def small_pieces(chunk_bytes: int = 1024, batch_elements: int = 192) -> Iterator
 
 
 class ForcedNorm(nn.Module):
-    """Writes its weights in forward, as EDM2's networks do (forced weight normalization)."""
+    """A model that writes its weights in forward, as EDM2's networks do (forced weight normalization)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class ForcedNorm(nn.Module):
 
 
 class Tied(nn.Module):
-    """Two names for one parameter."""
+    """A model with two names for one parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class Tied(nn.Module):
 
 
 class Transposed(nn.Module):
-    """A parameter whose memory is not row-major, larger than a small chunk and a small batch."""
+    """A model with a parameter that is not row-major, larger than a small chunk and a small batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ MODELS = {
 
 
 def make_model(kind: str = "plain", device: str = "cpu") -> nn.Module:
-    """The same weights each time; takes 16 numbers, gives one."""
+    """Return a model with 16 inputs and 1 output, with the same weights each time."""
     torch.manual_seed(0)
     model = MODELS[kind]().to(device)
     if isinstance(model, Tied):
@@ -233,20 +233,20 @@ def make_model(kind: str = "plain", device: str = "cpu") -> nn.Module:
 
 
 def make_batches(steps: int, model: nn.Module) -> list[torch.Tensor]:
-    """The same batches each time, where the model is and of its type."""
+    """Return the same batches each time, on the model's device and in its type."""
     generator = torch.Generator().manual_seed(1)
     like = next(model.parameters())
     return [torch.randn(8, 16, generator=generator).to(device=like.device, dtype=like.dtype) for _ in range(steps)]
 
 
 def backward(model: nn.Module, batch: torch.Tensor) -> None:
-    """Gradients of one step."""
+    """Compute the gradients of one step."""
     model.zero_grad()
     (model(batch) - 1).square().mean().backward()
 
 
 def make_gradients(steps: int, model: nn.Module) -> list[list[torch.Tensor]]:
-    """The same made-up gradients each time: for where a real backward pass would cost more than the test."""
+    """Return the same made-up gradients each time, where a real backward pass would cost more than the test."""
     generator = torch.Generator().manual_seed(2)
     return [
         [torch.randn(p.shape, generator=generator).to(device=p.device, dtype=p.dtype) for p in model.parameters()]
@@ -255,12 +255,12 @@ def make_gradients(steps: int, model: nn.Module) -> list[list[torch.Tensor]]:
 
 
 def averages_of(ema: nn.Module) -> dict[str, torch.Tensor]:
-    """Every average and copied tensor by its key, as copies."""
+    """Return copies of every average and copied tensor, by key."""
     return {key: value.clone() for key, value in ema.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
 def snapshot_bytes(root: Path | str) -> dict[int, tuple[Any, ...]]:
-    """All that is in a folder's snapshots, by step, but for what differs from run to run."""
+    """Return the contents of a folder's snapshots by step, without what differs from run to run."""
     found = {}
     for snapshot in SnapshotStore(root).snapshots():
         (path,) = snapshot.paths
@@ -276,13 +276,13 @@ def assert_same_bits(obtained: Mapping[str, torch.Tensor], expected: Mapping[str
 
 
 def background_threads() -> list[str]:
-    """Names of the package's threads that are alive."""
+    """Return the names of the package's threads that are alive."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("nitrous-ema")]
 
 
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
-    """Threads and optimizer hooks are the same before and after."""
+    """Check that threads and optimizer hooks are the same before and after the block."""
     gc.collect()
     threads, hooks = background_threads(), len(_global_optimizer_pre_hooks)
     yield

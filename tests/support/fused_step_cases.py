@@ -121,7 +121,7 @@ def batch_moves_its_own_averages_only():
     assert not bool(moved[:begin].any() or moved[end:].any())
 
 
-def kept_parameters_give_the_bits_of_run():
+def stashed_parameters_give_the_bits_of_run():
     weights = [0.3, 0.01, 0.7, 0.2, 1.0]
     flat_buffers, groups = _started(len(weights))
     for group, tensors in groups:
@@ -205,7 +205,7 @@ def tables_stay_on_their_stream():
     assert uploads.seen == [(torch.cpu.current_stream(), False), (side, False)]
 
 
-def kept_parameters_are_found_from_the_stream_that_averages_them():
+def stashed_parameters_are_found_from_the_stream_that_averages_them():
     _, ((group, tensors), *_) = _started()
     step, side = FusedStep(group), torch.cpu.Stream()
     with _Uploads() as uploads:

@@ -1,4 +1,4 @@
-"""What tests of the guard share: a guard that only counts, and a training loop with any way of writing weights."""
+"""A write guard whose waits are only logged, and a training loop with any way of writing weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Form = Callable[[nn.Module, Any], Step]
 
 
 class Rig:
-    """A model, its guard with hooks, and what the weights were whenever a writer was ordered, with the thread."""
+    """A model, its guard with hooks, and a log of the weights and the thread at each time a writer was ordered."""
 
     def __init__(self, read: Any = "guarded", model: nn.Module | None = None) -> None:
         self.model = model if model is not None else nn.Linear(3, 2)
@@ -51,7 +51,7 @@ class Rig:
         self.threads.clear()
 
     def train(self) -> torch.optim.Optimizer:
-        """Past the first updates, which fence by themselves; the weights are being read."""
+        """Train past the first updates, which fence by themselves; the weights are being read when this returns."""
         optimizer = sgd(self.model)
         self.update()
         optimizer.step()
@@ -62,7 +62,7 @@ class Rig:
 
 @contextmanager
 def rigs() -> Iterator[Callable[..., Rig]]:
-    """Makes them, and removes their hooks in the end."""
+    """Yield a function that makes rigs, and remove their hooks at the end."""
     made: list[Rig] = []
 
     def make(*args: Any, **kwargs: Any) -> Rig:
@@ -87,7 +87,7 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
 def averages_after(
     cls: type[PostHocEMA], folder: Path, form: Form, kind: str = "plain", **options: Any
 ) -> dict[str, torch.Tensor]:
-    """Averages of a short training of a model of ``make_model``."""
+    """Return the averages after a short training of a model of ``make_model``."""
     model = make_model(kind)
     ema = cls(model, checkpoint_folder=folder, checkpoint_every_num_steps="manual", update_every=1, **options)
     try:

@@ -1,7 +1,7 @@
-"""Runs cases where Triton's kernels are interpreted: on the CPU, one program after the other, by numpy.
+"""Runs cases in Triton's interpreter: on the CPU, one program after the other, by numpy.
 
-Triton decides that when it sees ``@triton.jit``, so it takes a process of its own. A case is a function of a module, in
-whose name its claim stands; it fails by an exception.
+Triton chooses the interpreter when ``@triton.jit`` is applied, so the cases run in a process of their own. A case is a
+function of a module, named after its claim; it fails by raising.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ needs_triton = pytest.mark.skipif(
 
 
 def cases(module: str) -> dict[str, Callable[[], None]]:
-    """The public functions that a module defines, in its order."""
+    """Return the public functions that a module defines, in its order."""
     members = vars(importlib.import_module(module)).items()
     return {
         name: member
@@ -37,7 +37,7 @@ def cases(module: str) -> dict[str, Callable[[], None]]:
 
 
 def run_interpreted(module: str, cache: Path) -> dict[str, str]:
-    """What went wrong in each case of a module; empty where nothing did."""
+    """Return the traceback of each case of a module, by name; empty where the case passed."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.interpreted", module],
@@ -57,7 +57,7 @@ def run_interpreted(module: str, cache: Path) -> dict[str, str]:
 def main() -> None:
     outcomes = {}
     for name, case in cases(sys.argv[1]).items():
-        print(f"{name} ...", file=sys.stderr)  # the last one that is named crashed
+        print(f"{name} ...", file=sys.stderr)  # after a crash, the last name is the case that crashed
         try:
             case()
         except (Exception, pytest.fail.Exception):

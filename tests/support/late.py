@@ -1,6 +1,7 @@
-"""Who is late: lanes, copies and callers that are held up on the device, by a kernel that does nothing for a while.
+"""Late parties: lanes, readbacks and callers that are held up on the device by a kernel that does nothing for a while.
 
-On CUDA that opens a race wide. Elsewhere nothing sleeps: on the laggy device its schedule decides who is late.
+On CUDA the delay opens a race wide. On other devices nothing sleeps: on the laggy device its schedule decides which
+party is late.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ SHORT_CYCLES = 20_000_000
 """Some 10 ms: far longer than a step of a toy model."""
 LONG_CYCLES = 2_000_000_000
 """About a second."""
-WHO = ("nobody", "updates", "copies", "chunks", "streams", "caller", "readers")
-"""Who is late for a moment."""
+WHO = ("none", "updates", "copies", "chunks", "streams", "caller", "readers")
+"""The parties that can be late for a moment."""
 
 
 def hold_up(device: torch.device | str, cycles: int = SHORT_CYCLES) -> None:
-    """What is queued on the current stream of a device from here waits that long."""
+    """Delay later work on the current stream of a device by so many clock cycles; on CUDA only."""
     device = torch.device(device)
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -36,15 +37,15 @@ def hold_up(device: torch.device | str, cycles: int = SHORT_CYCLES) -> None:
 
 @contextmanager
 def late(who: str) -> Iterator[None]:
-    """In here, lanes for accelerators have this to contend with.
+    """Make one party late in the block, on accelerators.
 
     Args:
-        who: "updates": averaging is late, so optimizers, readers, snapshot copies and the caller's next copies must
-            wait for it. "copies": snapshot copies are, so averages must not be overwritten, nor pages read, before
-            them. "chunks": each chunk of a copy is, so that copies are over in parts. "streams": all of that, also on
-            lanes that do not wait as they should. "caller": optimizers are, so that lanes must wait for them.
-            "readers": what reads averages is, so that they must not be overwritten before. "copies, for long": copies
-            are later than many steps.
+        who: "updates": averaging is late; optimizers, readers, readbacks and the caller's next copies must wait for it.
+            "copies": readbacks are late; averages must not be overwritten, nor pages read, before them. "chunks": each
+            chunk of a readback is late, so that readbacks finish in parts. "streams": averaging and readbacks are late,
+            also on lanes that lack a wait. "caller": optimizers are late; lanes must wait for them. "readers": readers
+            of averages are late; averages must not be overwritten before. "copies, for long": readbacks are later than
+            many steps. "none": no party is late.
     """
     enqueue_write = lanes.AcceleratorLane.enqueue_write
     enqueue_read = lanes.AcceleratorLane.enqueue_read
@@ -61,7 +62,7 @@ def late(who: str) -> Iterator[None]:
         hold_up(self._device)
 
     patches: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-        "nobody": nullcontext,
+        "none": nullcontext,
         "updates": lambda: mock.patch.object(lanes.AcceleratorLane, "enqueue_write", late_write),
         "copies": lambda: mock.patch.object(
             lanes.AcceleratorLane, "enqueue_read", partialmethod(late_read_by, SHORT_CYCLES)

@@ -1,15 +1,15 @@
-"""Steps, lanes and marks that only note what is asked of them: for tests of who is asked what, and in which order."""
+"""Steps, lanes and marks that only log their calls, for tests of which calls are made and in which order."""
 
 from __future__ import annotations
 
 from nitrous_ema.averaging.execution.inline import attempt
 
 BATCHES = 3
-KEPT_BYTES = 16
+STASH_BYTES = 16
 
 
 class NotingStep:
-    """Three batches of ten elements; sources are names of updates."""
+    """A step of three batches of ten elements; its sources are names of updates."""
 
     batches = tuple((10 * batch, 10 * batch + 10) for batch in range(BATCHES))
 
@@ -20,24 +20,26 @@ class NotingStep:
         self.log.extend(f"average {sources}{batch}" for batch in (range(BATCHES) if batches is None else batches))
 
     def stash_bytes(self, batch):
-        return KEPT_BYTES
+        return STASH_BYTES
 
-    def stash(self, sources, batch, scratch):
-        self.log.append(f"keep {sources}{batch}")
-        return f"{sources}{batch}", scratch
+    def stash(self, sources, batch, memory):
+        self.log.append(f"stash {sources}{batch}")
+        return f"{sources}{batch}", memory
 
-    def run_stashed(self, kept, weights):
-        self.log.append(f"average kept {kept[0]}")
+    def run_stashed(self, stashed, weights):
+        self.log.append(f"average stashed {stashed[0]}")
 
 
 class NotingMark:
+    """A mark that is reached when the test sets ``reached``."""
+
     def __init__(self):
         self.reached = True
 
     def record(self):
         self.reached = False
 
-    def wait(self):
+    def wait_on_host(self):
         pass
 
     def is_reached(self):
@@ -45,12 +47,12 @@ class NotingMark:
 
 
 class NotingLane:
-    """Runs everything at once; what it ran is not done before a mark says so."""
+    """Runs everything at once; its work counts as done only when its marks are reached."""
 
     def __init__(self, log):
         self.log = log
         self.marks = []
-        self.reads = []  # of each run, whether it reads parameters
+        self.reads = []  # for each piece of work, whether it reads parameters
 
     def enqueue_write(self, work, *, reads_parameters=True, abandon=None):
         self.reads.append(reads_parameters)
@@ -58,7 +60,7 @@ class NotingLane:
 
     def stash(self, work):
         work()
-        self.log.append("kept")
+        self.log.append("stashed")
 
     def mark(self):
         self.marks.append(NotingMark())

@@ -1,4 +1,4 @@
-"""Every form in which optimizers come, each as it is used: what ``test_optimizers.py`` trains with."""
+"""Every form of optimizer, each as it is used in practice, for ``test_optimizers.py``."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def plain(parameters: Any) -> torch.optim.Optimizer:
 
 
 class SingleFileMuon(torch.optim.Optimizer):
-    """As people paste it (KellerJordan/Muon, ``muon.py``): momentum, then Newton-Schulz on matrices."""
+    """The single-file version (KellerJordan/Muon, ``muon.py``): momentum, then Newton-Schulz on matrices."""
 
     def __init__(self, parameters: Any, lr: float = 0.02) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -114,7 +114,7 @@ class Sam(torch.optim.Optimizer):
 
 
 class NoTorchOptimizer:
-    """Holds the weights, and is no ``torch.optim.Optimizer``: nobody can hook it."""
+    """Holds the weights, and is not a ``torch.optim.Optimizer``: it cannot be hooked."""
 
     def __init__(self, parameters: Any) -> None:
         self.parameters = list(parameters)
@@ -187,7 +187,7 @@ def no_torch_optimizer(model: nn.Module, ema: Any) -> Step:
 
 
 def data_after_step(model: nn.Module, ema: Any) -> Step:
-    """No counter sees it; it stands behind the optimizer's step."""
+    """No counter sees this write; it is behind the optimizer's step."""
     optimizer = plain(model.parameters())
 
     def step(batch: torch.Tensor) -> None:

@@ -1,19 +1,20 @@
 """A happens-before race detector for work on lanes, in pure Python on the CPU.
 
-Where the laggy device (`tests/laggy`) runs the real stream calls and looks for wrong numbers, this looks at the order
-itself: one run proves, for the accesses that were declared, that *every* legal schedule is free of races.
+The laggy device (`tests/support/laggy`) runs the real stream calls and looks for wrong numbers. This detector checks
+the order itself: one run proves, for the accesses that were declared, that *every* legal schedule is free of races.
 
 - An *agent* is a lane or a host thread. Each has a vector clock {agent: count of its last known action}. An access,
   the n-th action of agent A, happened before B's next action if and only if n <= B's clock[A].
-- Clocks meet where one waits for the other: a lane learns of its submitter at submit(), of an event's lane at wait();
-  a host thread learns of a lane at event.synchronize(), of another thread by send() and receive() around a hand-off.
+- Clocks are joined where one agent waits for another: a lane takes over its submitter's clock at submit(), and the
+  clock of an event's lane at wait(); a host thread takes over a lane's clock at event.synchronize(), and another
+  thread's clock by send() and receive() around a hand-off.
 - Two accesses conflict if their bytes overlap and one of them writes. Conflicting accesses must be ordered.
 - A freed tensor counts as written by its allocation lane: unordered readers lack a record_stream().
 
-Work is also *executed*, eagerly, lazily or in random legal order, under a dispatch mode that sees what ops really
-write: declarations cannot lie, and values are a second, independent verdict.
+Work is also *executed*, eagerly, lazily or in random legal order, under a dispatch mode that sees the actual writes
+of ops: a wrong declaration is an error, and the values are a second, independent verdict.
 
-Not covered: whether an adapter maps lanes to real streams rightly (laggy does that), deadlocks, work that bypasses
+Not covered: whether an adapter maps lanes to real streams correctly (laggy tests that), deadlocks, work that bypasses
 lanes.
 """
 
@@ -70,7 +71,7 @@ class Access:
 
 
 class _WriteObserver(TorchDispatchMode):
-    """Collects what ops write, by the alias annotations of their schemas."""
+    """Collects the memory that ops write, by the alias annotations of their schemas."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,10 +97,10 @@ class _Job:
 
 
 class Checker:
-    """The clocks, the history of accesses, and the execution of what lanes were given.
+    """The clocks, the history of accesses, and the execution of the lanes' work.
 
     Args:
-        execute: "eager", "lazy" (only what somebody waits for, as late as possible) or the seed of a random order.
+        execute: "eager", "lazy" (only work that a caller waits for, as late as possible) or the seed of a random order.
         compare_clocks: False leaves the verdict to the values alone.
     """
 
@@ -149,13 +150,13 @@ class Checker:
     def host_access(
         self, *, reads: Sequence[torch.Tensor] = (), writes: Sequence[torch.Tensor] = (), label: str
     ) -> None:
-        """Declares that this host thread touches tensors itself, now."""
+        """Declare that this host thread accesses tensors itself, now."""
         with self.lock:
             self.act(self.this_thread)
             self.note(self.this_thread, reads, writes, label)
 
     def note(self, agent: str, reads: Iterable[torch.Tensor], writes: Iterable[torch.Tensor], label: str) -> list[Span]:
-        """Checks accesses of an agent's current action against all earlier ones; returns the written spans."""
+        """Check accesses of an agent's current action against all earlier accesses; return the written spans."""
         written = [Span.of(tensor) for tensor in writes]
         accesses = [(Span.of(tensor), False) for tensor in reads] + [(span, True) for span in written]
         for span, is_write in accesses:
@@ -187,7 +188,7 @@ class Checker:
             self._also_used.setdefault(tensor.untyped_storage()._cdata, set()).add(lane.name)
 
     def free(self, tensor: torch.Tensor, label: str = "free") -> None:
-        """The last reference goes: the allocation lane's next work may take the block."""
+        """Free a tensor: from now on the allocation lane's next work may use its block."""
         with self.lock:
             storage = tensor.untyped_storage()._cdata
             lane, _ = self._allocated[storage]
@@ -210,7 +211,7 @@ class Checker:
             self.run()
 
     def run(self, upto: Clock | None = None) -> None:
-        """Executes queued work until the lanes have done their actions up to a clock; None means all of it."""
+        """Execute queued work until the lanes have done their actions up to a clock; None executes all work."""
         with self.lock:
             wanted = [job for job in self._pending if upto is None or job.count <= upto.get(job.lane, 0)]
             while any(not job.done for job in wanted):
@@ -270,7 +271,7 @@ class Lane:
         writes: Sequence[torch.Tensor] = (),
         label: str,
     ) -> None:
-        """Queues work that touches no more than it says."""
+        """Queue work that accesses no more than it declares."""
         checker = self.checker
         with checker.lock:
             checker.act(checker.this_thread)
@@ -302,7 +303,7 @@ class Lane:
 
 
 def _watched(work: Callable[[], object], written: list[Span], known: set[int], label: str) -> Callable[[], None]:
-    """The work, refused if it writes a declared storage outside the spans that it declared."""
+    """Return the work, made to raise if it writes a declared storage outside its declared spans."""
 
     def run() -> None:
         with _WriteObserver() as observer:

@@ -1,8 +1,8 @@
-"""What scenarios share, as functions of the device: for the laggy device, for CUDA, and for the CPU.
+"""Common parts of scenarios, as functions of the device: for the laggy device, for CUDA, and for the CPU.
 
-A scenario returns what must be the same, to the bit, wherever and however late anything ran. The right results come
-from ``PostHocEMA``, where nothing runs in the background: on the CPU for the laggy device, whose kernels are the CPU's,
-and on the same device for a real one. ``laggy/loops.py`` has most of them.
+A scenario returns results that must be the same, to the bit, wherever and however late anything ran. The expected
+results come from ``PostHocEMA``, where nothing runs in the background. For the laggy device, whose kernels are the
+CPU's, it runs on the CPU; for a real device it runs on that device. ``laggy/loops.py`` has most of the scenarios.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STEPS = 5
 def make_ema(
     model: torch.nn.Module, folder: str, *, read: str = "auto", background: bool | None = None, **options: Any
 ) -> PostHocEMA:
-    """In the background, except for the right results: by default those are what the CPU gives."""
+    """Construct an EMA: in the background, or (by default on the CPU) inline, for the expected results."""
     options = {"sigma_rels": (0.05, 0.15), "update_every": 1, "checkpoint_every_num_steps": 2, **options}
     if background is None:
         background = next(model.parameters()).device.type != "cpu"
@@ -41,7 +41,7 @@ def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 @contextmanager
 def same_stream_after(device: str) -> Iterator[None]:
-    """Whatever stream is made current, the one from before is when all is done."""
+    """Restore the current stream after the block, when all work is done."""
     if device == "cpu":
         yield
         return
@@ -54,14 +54,14 @@ def same_stream_after(device: str) -> Iterator[None]:
 
 
 def switch_stream(device: str) -> None:
-    """As a user who trains on streams of his own, each after the one before."""
+    """Make a new stream current, ordered after the last: as a user does who trains on streams of their own."""
     before, after = torch.accelerator.current_stream(), torch.Stream(device=device)
     after.wait_stream(before)
     torch.accelerator.set_stream(after)
 
 
-def replay(device: str, who: str = "nobody", background: bool | None = None) -> dict[str, Any]:
-    """Optimizer steps that are captured into a CUDA graph; elsewhere they are taken as they are."""
+def replay(device: str, who: str = "none", background: bool | None = None) -> dict[str, Any]:
+    """Train with optimizer steps that are captured into a CUDA graph; on other devices they run eagerly."""
     with tempfile.TemporaryDirectory() as folder, small_pieces(), late(who):
         model = make_model("plain", device)
         (gradients,) = make_gradients(1, model)
@@ -86,7 +86,7 @@ def replay(device: str, who: str = "nobody", background: bool | None = None) -> 
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """What replays a step, without having run it; it keeps no state of its own, so it needs no warming up."""
+    """Return a function that replays a step, which was captured without being run; it has no state to warm up."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()

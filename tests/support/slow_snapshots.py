@@ -1,4 +1,4 @@
-"""More scenarios (see ``scenarios.py``): snapshots whose copy, or whose disk, is far slower than training."""
+"""More scenarios (see ``scenarios.py``): snapshots whose readback, or whose disk, is far slower than training."""
 
 from __future__ import annotations
 
@@ -30,23 +30,21 @@ from tests.support.late import late
 from tests.support.scenarios import STEPS, make_ema, make_optimizer
 
 
-def long_copy(
-    device: str, who: str = "nobody", outlives: bool = False, background: bool | None = None
-) -> dict[str, Any]:
-    """A snapshot copy that takes longer than several steps.
+def long_copy(device: str, who: str = "none", outlives: bool = False, background: bool | None = None) -> dict[str, Any]:
+    """Train while the readback of a snapshot takes longer than several steps.
 
     Args:
-        device: Where.
-        who: Is late.
-        outlives: Whether the copy is sure to be under way still when training has got to its end.
+        device: The device.
+        who: The late party, see ``late``.
+        outlives: Whether the readback is certain to be in progress still when training has ended.
         background: As in ``make_ema``.
 
-    Longer than 25 lines: what is late and who may go on when is told in order.
+    Longer than 25 lines: the delays and the points where they end stand in order.
     """
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         gate = Gate(is_open=not outlives)
-        may_wait = stack.enter_context(nobody_waits_before(gate, nor_asks=not device.startswith("cuda")))
+        may_wait = stack.enter_context(no_writer_waits_before(gate, nor_queries=not device.startswith("cuda")))
         for context in (small_pieces(1 << 14, 1 << 12), fused_pieces(1 << 12), late(who)):
             stack.enter_context(context)
         model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Linear(256, 1)).to(device)
@@ -63,7 +61,7 @@ def long_copy(
             ema.update()
             if step == 1:
                 ema.checkpoint()
-        optimizer.step()  # writes what the last update reads
+        optimizer.step()  # writes the weights that the last update reads
         is_inline = device == "cpu" or background is False
         outlived = not outlives or is_inline or is_copying_when_trained(ema, device)
         may_wait.open()
@@ -73,28 +71,28 @@ def long_copy(
 
 
 @contextmanager
-def nobody_waits_before(gate: Gate, *, nor_asks: bool) -> Iterator[Gate]:
-    """Writers do not wait for a copy before a gate is open.
+def no_writer_waits_before(gate: Gate, *, nor_queries: bool) -> Iterator[Gate]:
+    """Keep writers from waiting for a readback before a gate is open.
 
     Args:
         gate: The gate.
-        nor_asks: Nor does anybody ask whether it is over: waiting and asking are what makes a lazy device go on.
+        nor_queries: Answer no query before that either: a lazy device goes on only because of waits and queries.
     """
-    wait, are_over = StagingCopies.wait, StagingCopies.are_over
+    wait_for_page, have_finished = StagingCopies.wait_for_page, StagingCopies.have_finished
 
     def wait_later(copies: StagingCopies, page: int) -> None:
         gate.pass_through()
-        wait(copies, page)
+        wait_for_page(copies, page)
 
-    def ask_later(copies: StagingCopies, last: int) -> bool:
-        return (gate.is_open() or not nor_asks) and are_over(copies, last)
+    def query_later(copies: StagingCopies, last: int) -> bool:
+        return (gate.is_open() or not nor_queries) and have_finished(copies, last)
 
-    with mock.patch.multiple(StagingCopies, wait=wait_later, are_over=ask_later):
+    with mock.patch.multiple(StagingCopies, wait_for_page=wait_later, have_finished=query_later):
         yield gate
 
 
 def is_copying_when_trained(ema: PostHocEMA, device: str) -> bool:
-    """Wait, on the host, for what the current stream holds; is the snapshot copy still under way then?"""
+    """Wait, on the host, for the current stream; return whether the readback is still in progress then."""
     trained = torch.Event(torch.device(device))
     trained.record(torch.accelerator.current_stream())
     trained.synchronize()
@@ -104,13 +102,13 @@ def is_copying_when_trained(ema: PostHocEMA, device: str) -> bool:
 
 @contextmanager
 def fused_pieces(batch_elements: int) -> Iterator[None]:
-    """Batches of the fused step so small that there are many."""
+    """Make batches of the fused step so small that there are many."""
     with mock.patch.object(FusedStep.__init__, "__defaults__", (batch_elements,)):
         yield
 
 
 def slow_disk(device: str, background: bool | None = None) -> dict[str, Any]:
-    """One slot, and a disk that takes it up until training is over: what is in it must not be written again."""
+    """Train with one slot, and a disk that is busy until training has ended: the slot must not be written again."""
     gate = Gate()
     with tempfile.TemporaryDirectory() as folder, small_pieces(), files_of_new_emas(StalledFiles(gate)):
         model = make_model("plain", device)
@@ -128,6 +126,6 @@ def slow_disk(device: str, background: bool | None = None) -> dict[str, Any]:
 
 @contextmanager
 def files_of_new_emas(files: FileSystem) -> Iterator[None]:
-    """EMAs that are made in here write their snapshots with these."""
+    """Make EMAs that are constructed in the block write their snapshots with this file system."""
     with mock.patch("nitrous_ema.averaging.ema.SnapshotStore", partial(SnapshotStore, files=files)):
         yield

@@ -1,8 +1,8 @@
-"""The library's own lanes, on streams and events of the race detector: one run shows every legal order of it.
+"""The library's own lanes on streams and events of the race detector: one run covers all its legal orders.
 
-``AcceleratorLane`` finds streams and events here where it looks for those of torch. Every op on tensors is declared as
-what its schema says that it reads and writes, on the stream that is current. What the host asks (``is_reached``) is
-answered at random: which work is queued where depends on it, and each answer is a program of its own.
+``AcceleratorLane`` gets these streams and events in place of torch's. Every op on tensors is declared on the current
+stream, with the reads and writes of its schema. Queries of the host (``is_reached``) are answered at random, because
+the answers decide which work is queued where: each sequence of answers is a program of its own.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Streams:
     """Streams of one made-up device; ``home`` is the trainer's.
 
     Args:
-        seed: Of what the host is told about events.
+        seed: Of the answers to the host's queries of events.
     """
 
     def __init__(self, seed: int) -> None:
         self.checker = Checker()
         self.random = random.Random(seed)
         self._made = 0
-        self.held: list[Any] = []  # every tensor that was met: their addresses name them
+        self.held: list[Any] = []  # every tensor that was used: the addresses identify them
         self.home = self.stream()
         self.current = self.home
 
@@ -53,7 +53,7 @@ class Streams:
 
     @contextmanager
     def instead_of_torch(self) -> Iterator[None]:
-        """Lanes that are made and used in here run on these streams, and all ops are declared."""
+        """Make lanes that are made and used in the block run on these streams, and declare all ops."""
         made_here = SimpleNamespace(
             Stream=lambda device: self.stream(),
             Event=lambda device=None, **options: Event(self),
@@ -106,21 +106,21 @@ class Event:
         self._is_reached = True
 
     def query(self) -> bool:
-        """Reached at some time after it was recorded; the host that was told so is ordered after it."""
+        """Return whether the event is reached, at a random time after its record; then the host is ordered after it."""
         if not self._is_reached and self._streams.random.random() < 0.2:
             self.synchronize()
         return self._is_reached
 
 
 def _span(tensor: torch.Tensor) -> race_detector.Span:
-    """By address: the averages have several storages in the same memory."""
+    """Return a tensor's span by address, because the averages have several storages in the same memory."""
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     begin = tensor.data_ptr()
     return race_detector.Span(0, begin, begin + (reach + 1) * tensor.element_size() if tensor.numel() else begin)
 
 
 class _Declared(TorchDispatchMode):
-    """Queues every op that touches memory on the current stream."""
+    """Queues every op that accesses memory on the current stream."""
 
     def __init__(self, streams: Streams) -> None:
         super().__init__()
@@ -145,8 +145,10 @@ class _Declared(TorchDispatchMode):
 
 
 def in_thread(streams: Streams, work: Callable[[], None], name: str) -> race_detector.Clock:
-    """Run work on a host thread of that name, after what this one has done; what is to be received before what
-    comes after it. Raises what it raised."""
+    """Run work on a host thread of that name, ordered after this thread.
+
+    Returns the clock to receive before anything that is ordered after the work. Raises what the work raised.
+    """
     known, raised, ended = streams.checker.send(), [], []
 
     def run() -> None:

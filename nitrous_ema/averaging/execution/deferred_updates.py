@@ -1,28 +1,29 @@
-"""Averages tensors while snapshot copies still read their averages, without making the trainer wait for the copies.
+"""Averaging while a snapshot's readback still reads the averages, without making the trainer wait for the readback.
 
-Copying all averages to the host takes as long as a training step, or several. An update that falls into that time is
-cut into batches, each of which is averaged when the copies of its own range are over. Nothing on the lane waits for a
-copy: the host asks, whenever it comes by, which copies are over, and queues what is free. When the trainer is about to
-write parameters that are still to be read, these are copied to scratch in their own types, where the trainer is, which
-takes a fraction of the time of averaging them.
+A readback of all averages to the host takes as long as a training step, or several. An update in that time must not
+write averages that are still to be copied, and training must not wait for the copies. The update is therefore cut into
+batches, and each batch is averaged when the readbacks of its own range have finished. Nothing on the lane waits for a
+readback: the host polls, at each update and each optimizer step, which readbacks have finished, and queues the batches
+that they blocked. When the trainer is about to write parameters that are still to be read, the parameters are stashed:
+copied on the trainer's own stream, in their own types, which takes a fraction of the time of averaging them.
 
 a batch of an update   its parameters are          leaves by
-LIVE                   where the model has them    its copies are over: averaged; secure() -> KEPT
-KEPT                   in scratch                  its copies are over: averaged
+LIVE                   where the model has them    readbacks finished: averaged; stash_live() -> STASHED
+STASHED                in a block of the pool      readbacks finished: averaged
 
-N1  A batch is averaged after the copies of its range, and the      test_batch_waits_for_the_copy_of_its_range_only
-    other batches do not wait for them.
-N2  The updates of a batch are averaged in their order.             test_updates_of_a_batch_keep_their_order
-N3  Parameters are averaged as they were at their update, whoever   test_parameters_are_kept_before_they_are_written
-    writes them later.
-N4  Only who asks for the averages, or the end of the scratch,      test_nothing_on_the_lane_waits_for_a_copy
-    makes the lane itself wait for copies. Until that wait is       test_what_comes_after_a_forced_wait_is_kept_too
-    over nothing else is queued behind it, where it would hold up
-    the optimizer as well.
-N5  Scratch is written again only after it was read, as far as      test_scratch_is_not_written_while_it_is_read
-    the host knows.
-N6  Scratch stays within its limit; past it the trainer waits for   test_trainer_waits_where_scratch_is_used_up
-    the copy, and nothing is lost.
+DEFER-1  A batch is averaged after the readbacks of its range, and   test_batch_waits_for_the_copy_of_its_range_only
+    the other batches do not wait for them.
+DEFER-2  The updates of a batch are averaged in their order.         test_updates_of_a_batch_keep_their_order
+DEFER-3  Parameters are averaged as they were at their update,       test_parameters_are_stashed_before_they_are_written
+    also if they are written before they are averaged.
+DEFER-4  The lane itself waits for readbacks only when a caller      test_nothing_on_the_lane_waits_for_a_copy
+    asks for the averages, or when the pool is used up. Until that   test_updates_after_a_forced_wait_are_stashed_too
+    wait is over nothing else is queued behind it, where it would
+    hold up the optimizer as well.
+DEFER-5  A block is written again only after it was read, as far     test_stash_is_not_written_while_it_is_read
+    as the host knows.
+DEFER-6  The pool stays within its limit; beyond it the trainer      test_trainer_waits_where_the_stash_is_used_up
+    waits for the readback, and nothing is lost.
 """
 
 from __future__ import annotations
@@ -42,27 +43,27 @@ from nitrous_ema.snapshots.layout import Span
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlacedStep:
-    """A step, and where the averages of its batches lie in a snapshot's data."""
+    """A step, and the place of its batches in a snapshot's data."""
 
     step: AveragingStep
     spans: Sequence[Sequence[Span]]
-    """Per batch."""
+    """Per batch, the ranges of the file's data that the readbacks copy from it."""
 
 
 @dataclass(slots=True, eq=False)
 class StashBlock:
-    """Scratch of one batch."""
+    """Memory for the stashed parameters of one batch."""
 
     memory: Tensor  # uint8
     read: Mark  # recorded after the last averaging that reads it
-    is_taken: bool = True
+    is_taken: bool = True  # holds parameters that are still to be averaged
 
 
 class StashPool:
-    """Device memory for parameters that wait to be averaged; allocated when first needed, then held.
+    """Device memory for stashed parameters; allocated when first needed, then held for as long as the pool lives.
 
     Args:
-        device: Where.
+        device: Where the memory is.
         limit_bytes: The most that is ever held.
     """
 
@@ -73,12 +74,14 @@ class StashPool:
 
     @property
     def num_bytes(self) -> int:
-        """What is held."""
+        """Bytes that are held."""
         return sum(block.memory.numel() for block in self._blocks)
 
     def take(self, num_bytes: int, make_mark: Callable[[], Mark]) -> StashBlock | None:
-        """A block of at least so many bytes; None if there is none within the limit, or no memory."""
+        """Return a block of at least ``num_bytes``; None if the limit or the device's memory does not allow it."""
         free = [block for block in self._blocks if not block.is_taken and block.memory.numel() >= num_bytes]
+        # A block whose last read is still queued is passed over. To wait for that read would hold up the trainer's
+        # stream, on which the block is written.
         block = next((block for block in sorted(free, key=_size) if block.read.is_reached()), None)
         if block is None:
             if self.num_bytes + num_bytes > self.limit_bytes:
@@ -86,6 +89,7 @@ class StashPool:
             try:
                 memory = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
             except torch.OutOfMemoryError:
+                # Not an error: the trainer waits for the readback instead, as where the limit is reached.
                 return None
             block = StashBlock(memory, make_mark())
             self._blocks.append(block)
@@ -94,131 +98,152 @@ class StashPool:
 
 
 @dataclass(slots=True, eq=False)
-class _LateUpdate:
-    """An update, and which of its batches are still to be averaged."""
+class _DeferredUpdate:
+    """An update, and the batches of it that are still to be averaged."""
 
     placed: PlacedStep
     sources: Any
     weights: Sequence[float]
     live: set[int]
-    kept: dict[int, tuple[Any, StashBlock]] = field(default_factory=dict)
+    stashed: dict[int, tuple[Any, StashBlock]] = field(default_factory=dict)
 
     def batches(self) -> list[int]:
-        return sorted([*self.live, *self.kept])
+        return sorted([*self.live, *self.stashed])
 
 
 class DeferredUpdates:
-    """What is averaged on one device. Called by one thread at a time.
+    """The updates of one device, of which some batches may be deferred. Called by one thread at a time.
 
     Args:
-        lane: Of the device.
-        copies: The snapshot copies that may be reading averages there now; None if there are none.
-        scratch: For parameters.
+        lane: The lane of the device.
+        readbacks_in_flight: Returns the readbacks that may be reading averages there now; None if there are no such
+            readbacks.
+        stash_pool: Memory for stashed parameters.
     """
 
-    def __init__(self, lane: Lane, copies: Callable[[], ReadbacksInFlight | None], scratch: StashPool) -> None:
+    def __init__(
+        self, lane: Lane, readbacks_in_flight: Callable[[], ReadbacksInFlight | None], stash_pool: StashPool
+    ) -> None:
         self._lane = lane
-        self._copies = copies
-        self.scratch = scratch
-        self._late: list[_LateUpdate] = []  # the oldest first
-        self._forced: Mark | None = None  # recorded after work that waits for copies
+        self._readbacks_in_flight = readbacks_in_flight
+        self.stash_pool = stash_pool
+        self._deferred: list[_DeferredUpdate] = []  # the oldest first
+        self._forced: Mark | None = None  # recorded after the last work that makes the lane wait for readbacks
         self.num_held_up = 0
-        """How often the scratch did not suffice."""
+        """How often the pool did not suffice, so that the trainer had to wait."""
 
     @property
-    def is_late(self) -> bool:
-        """Whether anything is still to be averaged."""
-        return bool(self._late)
+    def has_deferred(self) -> bool:
+        """Whether any batch is still to be averaged."""
+        return bool(self._deferred)
 
-    def advance(self, placed: PlacedStep, sources: Any, weights: Sequence[float]) -> None:
-        """Average the parameters of one update as soon as the averages may be written."""
-        copies = self._copies()
-        if copies is None and not self._late:
+    def enqueue_update(self, placed: PlacedStep, sources: Any, weights: Sequence[float]) -> None:
+        """Queue the averaging of one update: at once where no readback blocks it, otherwise batch by batch later.
+
+        Args:
+            placed: The step.
+            sources: What the step's ``sources`` returned for this update.
+            weights: Weight of the parameters, per profile.
+        """
+        readbacks = self._readbacks_in_flight()
+        if readbacks is None and not self._deferred:
             self._lane.enqueue_write(partial(placed.step.run, sources, weights))
             return
-        self._late.append(_LateUpdate(placed, sources, weights, set(range(len(placed.step.batches)))))
-        self._average_what_is_free(copies)
+        # Also where no readback is in flight any more: updates that are deferred come first (DEFER-2).
+        self._deferred.append(_DeferredUpdate(placed, sources, weights, set(range(len(placed.step.batches)))))
+        self._enqueue_unblocked(readbacks)
 
     def stash_live(self) -> None:
-        """Parameters are about to be written by the caller: keep what is still to be read of them."""
-        copies = self._copies()
-        self._average_what_is_free(copies)
-        if self._is_live():
-            self._lane.stash(self._keep)
-        if self._is_live():
+        """Stash the parameters that are still to be read, because the caller is about to write them."""
+        readbacks = self._readbacks_in_flight()
+        # First, because a batch that can be averaged now need not be stashed.
+        self._enqueue_unblocked(readbacks)
+        if self._has_live():
+            self._lane.stash(self._stash_batches)
+        if self._has_live():  # the pool did not suffice for these
             self.num_held_up += 1
-            self._force(copies)
+            self._force(readbacks)
 
     def flush(self) -> None:
-        """Queue everything; the lane waits for the copies that are in the way, and the optimizer does not."""
+        """Queue everything that is deferred; the lane waits for the readbacks in its way, the optimizer does not."""
+        # Stashing first is what keeps the optimizer from waiting: what is queued behind the readbacks then reads no
+        # live parameters.
         self.stash_live()
-        if self._late:
-            self._force(self._copies())
+        if self._deferred:
+            self._force(self._readbacks_in_flight())
 
-    def _average_what_is_free(self, copies: ReadbacksInFlight | None) -> None:
+    def _enqueue_unblocked(self, readbacks: ReadbacksInFlight | None) -> None:
+        """Queue every deferred batch whose readbacks have finished."""
         if self._forced is not None and not self._forced.is_reached():
+            # The lane is waiting for readbacks. Reads of live parameters queued behind that wait would make the
+            # optimizer wait for the readbacks too (DEFER-4).
             return
         blocked: set[tuple[PlacedStep, int]] = set()
-        for late in self._late:
+        for deferred in self._deferred:
             free = []
-            for batch in late.batches():
-                key = late.placed, batch
-                if key in blocked or not _are_over(copies, late.placed.spans[batch]):
+            for batch in deferred.batches():
+                key = deferred.placed, batch
+                # A batch of a later update must not overtake an earlier one, even if the readbacks finish between the
+                # two polls: once blocked, a batch is blocked for all later updates of this pass.
+                if key in blocked or not _have_finished(readbacks, deferred.placed.spans[batch]):
                     blocked.add(key)
                 else:
                     free.append(batch)
-            live = [batch for batch in free if batch in late.live]
+            live = [batch for batch in free if batch in deferred.live]
             if live:
-                self._lane.enqueue_write(partial(late.placed.step.run, late.sources, late.weights, live))
-                late.live.difference_update(live)
-            kept = [late.kept.pop(batch) for batch in free if batch in late.kept]
-            if kept:
+                self._lane.enqueue_write(partial(deferred.placed.step.run, deferred.sources, deferred.weights, live))
+                deferred.live.difference_update(live)
+            stashed = [deferred.stashed.pop(batch) for batch in free if batch in deferred.stashed]
+            if stashed:
+                # Reads the pool only, so no optimizer has to wait for it.
                 self._lane.enqueue_write(
-                    partial(_run_stashed, late.placed.step, kept, late.weights), reads_parameters=False
+                    partial(_run_stashed, deferred.placed.step, stashed, deferred.weights), reads_parameters=False
                 )
-        self._late = [late for late in self._late if late.live or late.kept]
+        self._deferred = [deferred for deferred in self._deferred if deferred.live or deferred.stashed]
 
-    def _is_live(self) -> bool:
-        return any(late.live for late in self._late)
+    def _has_live(self) -> bool:
+        return any(deferred.live for deferred in self._deferred)
 
-    def _keep(self) -> None:
-        """Keep all parameters that the scratch suffices for."""
-        for late in self._late:
-            for batch in sorted(late.live):
-                block = self.scratch.take(late.placed.step.stash_bytes(batch), self._lane.mark)
+    def _stash_batches(self) -> None:
+        """Copy live batches into the pool, the oldest update first, until the pool is used up."""
+        for deferred in self._deferred:
+            for batch in sorted(deferred.live):
+                block = self.stash_pool.take(deferred.placed.step.stash_bytes(batch), self._lane.mark)
                 if block is None:
                     return
-                late.kept[batch] = late.placed.step.stash(late.sources, batch, block.memory), block
-                late.live.discard(batch)
+                deferred.stashed[batch] = deferred.placed.step.stash(deferred.sources, batch, block.memory), block
+                deferred.live.discard(batch)
 
-    def _force(self, copies: ReadbacksInFlight | None) -> None:
-        late, self._late = self._late, []
+    def _force(self, readbacks: ReadbacksInFlight | None) -> None:
+        """Queue everything that is deferred behind waits, on the device, for the readbacks of its ranges."""
+        forced, self._deferred = self._deferred, []
         self._forced = self._forced or self._lane.mark()
-        for each in late:
-            work = partial(_run_after_copies, each, copies, self._forced)
-            self._lane.enqueue_write(work, reads_parameters=bool(each.live))
+        for update in forced:
+            work = partial(_run_after_readbacks, update, readbacks, self._forced)
+            self._lane.enqueue_write(work, reads_parameters=bool(update.live))
 
 
-def _are_over(copies: ReadbacksInFlight | None, spans: Sequence[Span]) -> bool:
-    return copies is None or all(copies.are_over(span.begin, span.end) for span in spans)
+def _have_finished(readbacks: ReadbacksInFlight | None, spans: Sequence[Span]) -> bool:
+    return readbacks is None or all(readbacks.have_finished(span.begin, span.end) for span in spans)
 
 
-def _run_stashed(step: AveragingStep, kept: Sequence[tuple[Any, StashBlock]], weights: Sequence[float]) -> None:
-    for parameters, block in kept:
+def _run_stashed(step: AveragingStep, stashed: Sequence[tuple[Any, StashBlock]], weights: Sequence[float]) -> None:
+    for parameters, block in stashed:
         step.run_stashed(parameters, weights)
+        # Else the mark is still that of an earlier read, and take() would find the block unused while it is being read.
         block.read.record()
         block.is_taken = False
 
 
-def _run_after_copies(late: _LateUpdate, copies: ReadbacksInFlight | None, done: Mark) -> None:
-    for batch in late.batches():
-        for span in late.placed.spans[batch]:
-            if copies is not None:
-                copies.wait_on_device(span.begin, span.end)
-        if batch in late.live:
-            late.placed.step.run(late.sources, late.weights, [batch])
+def _run_after_readbacks(update: _DeferredUpdate, readbacks: ReadbacksInFlight | None, done: Mark) -> None:
+    for batch in update.batches():
+        for span in update.placed.spans[batch]:
+            if readbacks is not None:
+                readbacks.wait_on_device(span.begin, span.end)
+        if batch in update.live:
+            update.placed.step.run(update.sources, update.weights, [batch])
         else:
-            _run_stashed(late.placed.step, [late.kept[batch]], late.weights)
+            _run_stashed(update.placed.step, [update.stashed[batch]], update.weights)
     done.record()
 
 

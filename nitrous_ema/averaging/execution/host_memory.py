@@ -1,4 +1,4 @@
-"""Large amounts of host memory: judged before any is taken, pinned where that can be had, and told where it cannot."""
+"""Large allocations of host memory: checked before allocation, pinned where possible, with a warning where not."""
 
 from __future__ import annotations
 
@@ -18,58 +18,65 @@ from nitrous_ema.errors import NitrousError, warn
 _Memory = TypeVar("_Memory")
 
 
-def check_host_memory(num_bytes: int, needed: str, remedy: str) -> None:
-    """Refuse what this process cannot have; warn of what all of this machine cannot have together.
+def check_host_memory(num_bytes: int, purpose: str, remedy: str) -> None:
+    """Raise if the memory is not available; warn if it is not enough for all processes of this machine together.
 
     Args:
-        num_bytes: How much is going to be taken.
-        needed: What for, as it follows "memory for".
-        remedy: A sentence.
+        num_bytes: Bytes that are about to be allocated.
+        purpose: What the memory is for, as it follows "memory for".
+        remedy: What the user can do, as a sentence.
 
     Raises:
-        NitrousError: There is not that much.
+        NitrousError: Less memory is available.
     """
     available = available_memory()
-    left = "are available" if available.cgroup is None else f"are left by the control group {available.cgroup}"
+    where = "available" if available.cgroup is None else f"available in the control group {available.cgroup}"
     if num_bytes > available.bytes:
-        raise NitrousError(f"No host memory for {needed}: {format_bytes(available.bytes)} {left}. {remedy}")
+        raise NitrousError(
+            f"Not enough host memory for {purpose}: {format_bytes(num_bytes)} are needed, "
+            f"{format_bytes(available.bytes)} are {where}. {remedy}"
+        )
     processes = processes_per_machine()
     if processes * num_bytes > available.bytes:
-        # No error: the other processes may have no EMA, or have taken their memory already.
+        # Not an error: the other processes may have no EMA, or may have allocated their memory already.
         warn(
-            f"{processes} processes share this machine (LOCAL_WORLD_SIZE). If each keeps host memory for {needed}, "
-            f"they need {format_bytes(processes * num_bytes)}; {format_bytes(available.bytes)} {left} now. {remedy} Where all of "
-            "them have the same parameters, an EMA in one of them is enough."
+            f"{processes} processes share this machine (LOCAL_WORLD_SIZE). If each allocates host memory for "
+            f"{purpose}, they need {format_bytes(processes * num_bytes)}; {format_bytes(available.bytes)} are {where} "
+            f"now. {remedy} If all processes have the same parameters, an EMA in one of them is enough."
         )
 
 
-def pinned_or_pageable(make: Callable[[bool], _Memory], needed: str, remedy: str, *, pin: bool = True) -> _Memory:
-    """Take memory, pinned if that can be had; otherwise pageable memory, with a warning.
+def pinned_or_pageable(make: Callable[[bool], _Memory], purpose: str, remedy: str, *, pin: bool = True) -> _Memory:
+    """Allocate pinned memory if possible; otherwise pageable memory, with a warning.
 
     Args:
-        make: Takes it, pinned or not; keeps nothing of it where it raises.
-        needed: What for, as it follows "memory for".
-        remedy: A sentence.
-        pin: False: pageable memory is what is wanted.
+        make: Allocates the memory, pinned or not. Where it raises it must not keep a part of the memory.
+        purpose: What the memory is for, as it follows "memory for".
+        remedy: What the user can do, as a sentence.
+        pin: False: allocate pageable memory, without a warning.
 
     Raises:
-        NitrousError: There is not even pageable memory.
+        NitrousError: There is not enough pageable memory either.
     """
     if pin:
         try:
             return make(True)
         except (RuntimeError, MemoryError) as error:
             reason = str(error)
-        _free_pinned()  # only now: the error held on to what was made
-        warn(f"No pinned host memory for {needed} ({reason}); using pageable memory, from which copies block.")
+        # Not in the except block: until it ends, the error's traceback refers to the memory that make() had allocated.
+        _free_pinned()
+        warn(
+            f"Pinned host memory for {purpose} could not be allocated ({reason}). Pageable memory is used instead, so "
+            "copies from the device block the training thread."
+        )
     try:
         return make(False)
     except (RuntimeError, MemoryError) as error:
-        raise NitrousError(f"No host memory for {needed}: {error}. {remedy}") from error
+        raise NitrousError(f"Not enough host memory for {purpose}: {error}. {remedy}") from error
 
 
 def _free_pinned() -> None:
-    """Give pinned memory back to the system: torch would keep it for later, while pageable memory is taken instead."""
+    """Return free pinned memory to the system, since torch would cache it while pageable memory is allocated."""
     empty_host_cache = getattr(torch.accelerator, "empty_host_cache", None)  # not in torch 2.6
     if empty_host_cache is not None and torch.accelerator.is_available():
         empty_host_cache()
@@ -77,11 +84,11 @@ def _free_pinned() -> None:
 
 @dataclass(frozen=True, slots=True)
 class AvailableMemory:
-    """Memory that can be had without swapping and without being killed for it."""
+    """Memory that can be allocated without swapping and without being killed by the kernel."""
 
     bytes: int
     cgroup: Path | None
-    """The control group (its folder) that leaves less than the machine has; None if none does."""
+    """Folder of the control group that sets the limit; None if the machine does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,26 +98,26 @@ class _Names:
     limit: str
     usage: str
     reclaimable: str
-    """Line of ``memory.stat``: file pages that count as used, but are given up for the asking."""
+    """Line of ``memory.stat``: file pages that count as used, but that the kernel reclaims when memory is needed."""
 
 
 def available_memory(root: Path = Path("/")) -> AvailableMemory:
-    """The least of what the machine has available and what this process's control groups leave, at every level.
+    """Return the minimum of the machine's available memory and what each level of control groups leaves.
 
     Args:
-        root: Folder that holds ``proc`` and what is mounted; tests put a made-up one here.
+        root: Folder that holds ``proc`` and the mount points; tests pass a folder of their own.
     """
     least = AvailableMemory(psutil.virtual_memory().available, None)
     with suppress(OSError, ValueError):
         for folder, names in _levels(root):
-            left = _left_bytes(folder, names)
-            if left is not None and left < least.bytes:
-                least = AvailableMemory(left, folder)
+            remaining = _remaining_bytes(folder, names)
+            if remaining is not None and remaining < least.bytes:
+                least = AvailableMemory(remaining, folder)
     return least
 
 
 def processes_per_machine() -> int:
-    """How many processes of this training run share this machine, if ``torchrun`` has started it; else 1.
+    """Return the number of this training run's processes on this machine, if ``torchrun`` has started them; else 1.
 
     Source: torch.distributed.run, "Environment Variables".
     """
@@ -120,7 +127,7 @@ def processes_per_machine() -> int:
 
 
 def _levels(root: Path) -> Iterator[tuple[Path, _Names]]:
-    """Folders of this process's control groups with a say about memory, from the innermost outwards."""
+    """Yield folders of this process's control groups that limit memory, from the innermost outwards."""
     groups: dict[_Names, str] = {}
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         hierarchy, controllers, group = line.split(":", 2)
@@ -139,7 +146,10 @@ def _levels(root: Path) -> Iterator[tuple[Path, _Names]]:
 
 
 def _folders(root: Path, mount_point: str, mounted_group: str, group: str | None) -> list[Path]:
-    """Of a group and of all groups around it that are mounted. A container often sees only its own, as the root."""
+    """Return the folders of a group and of all mounted groups around it.
+
+    A container often sees its own group alone, mounted as the root.
+    """
     top = root / mount_point.lstrip("/")
     inner = Path(group or mounted_group)
     if ".." in inner.parts or not inner.is_relative_to(mounted_group):
@@ -148,10 +158,10 @@ def _folders(root: Path, mount_point: str, mounted_group: str, group: str | None
     return [folder, *(parent for parent in folder.parents if parent.is_relative_to(top))]
 
 
-def _left_bytes(folder: Path, names: _Names) -> int | None:
-    """What a group leaves; None if it has no limit, or does not say."""
+def _remaining_bytes(folder: Path, names: _Names) -> int | None:
+    """Return the bytes that a group's limit leaves; None if it has no limit, or its files cannot be read."""
     try:
-        limit = int((folder / names.limit).read_text())  # "max" is no number, and no limit
+        limit = int((folder / names.limit).read_text())  # "max" means no limit, and int() raises
         used = int((folder / names.usage).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         return max(limit - used + int(stat.get(names.reclaimable, 0)), 0)
@@ -161,6 +171,4 @@ def _left_bytes(folder: Path, names: _Names) -> int | None:
 
 # Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
 _V1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-
-
 _V2 = _Names("memory.max", "memory.current", "inactive_file")

@@ -1,4 +1,4 @@
-"""The simplest lane and sink: everything runs at once."""
+"""The simplest lane and the simplest sink: both run everything at once, on the calling thread."""
 
 from __future__ import annotations
 
@@ -7,53 +7,54 @@ from collections.abc import Callable, Iterator
 import torch
 
 from nitrous_ema.averaging.execution.device_to_host import ChunkCopier
-from nitrous_ema.averaging.execution.interfaces import Lane, Mark, PendingSnapshot, Work, neutral_modes
+from nitrous_ema.averaging.execution.interfaces import Lane, Mark, PendingSnapshot, Work
+from nitrous_ema.averaging.execution.torch_modes import neutral_modes
 from nitrous_ema.errors import SnapshotWriteError
 from nitrous_ema.snapshots.retention import RetainingWriter
 from nitrous_ema.snapshots.stats import WriteStats
 
 
 class InlineLane:
-    """Runs everything at once, on the caller's own stream: order is the caller's."""
+    """Runs all work at once, on the caller's own stream, so that the caller's order is the lane's order."""
 
     def enqueue_write(self, work: Work, *, reads_parameters: bool = True, abandon: Work | None = None) -> None:
-        """Do it now."""
+        """Run the work now."""
         attempt(work, abandon)
 
     def enqueue_read(self, work: Work, abandon: Work) -> None:
-        """Do it now."""
+        """Run the work now."""
         attempt(work, abandon)
 
     def stash(self, work: Work) -> None:
-        """Do it now."""
+        """Run the work now."""
         work()
 
     def order_writer(self) -> None:
-        """Nothing is ever behind the caller."""
+        """Do nothing: no work of this lane is ever pending."""
 
     def order_reader(self) -> None:
-        """Nothing is ever behind the caller."""
+        """Do nothing: no work of this lane is ever pending."""
 
     def is_capturing(self) -> bool:
-        """What is recorded here was called here, by one who knows."""
+        """Return False: a synchronous EMA that is called during a capture is meant to become part of the graph."""
         return False
 
     def mark(self) -> Mark:
-        """A mark that is always reached."""
+        """Return a mark that is always reached."""
         return ReachedMark()
 
     def take_error(self) -> None:
-        """``run`` raises by itself."""
+        """Return None: ``enqueue_write`` raises by itself."""
 
     def drain(self, timeout_seconds: float | None = None) -> None:
-        """Nothing is ever queued."""
+        """Do nothing: no work of this lane is ever pending."""
 
     def close(self, timeout_seconds: float | None = None) -> None:
-        """Nothing to end."""
+        """Do nothing: this lane has no resources."""
 
 
 def attempt(work: Work, abandon: Work | None) -> None:
-    """Do work now; ``abandon``, and raise, if it raises."""
+    """Run work; if it raises, call ``abandon`` and raise the same error."""
     try:
         work()
     except BaseException:
@@ -63,19 +64,19 @@ def attempt(work: Work, abandon: Work | None) -> None:
 
 
 class ReachedMark:
-    """The mark of a lane whose queue order already is all the order there is to keep."""
+    """The mark of a lane whose queue runs in order, and needs no further ordering."""
 
     def record(self) -> None:
-        """Nothing to record."""
+        """Do nothing."""
 
     def wait_on_device(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing."""
 
-    def wait(self) -> None:
-        """Nothing to wait for."""
+    def wait_on_host(self) -> None:
+        """Do nothing."""
 
     def is_reached(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
 
@@ -83,18 +84,18 @@ class InlineSnapshotSink:
     """Writes each snapshot before it returns, through one page of pageable memory.
 
     Args:
-        writer: Writes it, and drops others.
+        retaining_writer: Writes the snapshot, and drops the snapshots that ``keep=`` does not retain.
 
     Raises:
-        SnapshotWriteError: From ``take``; the averages are untouched.
+        SnapshotWriteError: From ``take_snapshot``; the averages are untouched.
     """
 
-    def __init__(self, writer: RetainingWriter) -> None:
-        self._writer = writer
-        self._ledger = writer.ledger
+    def __init__(self, retaining_writer: RetainingWriter) -> None:
+        self._retaining_writer = retaining_writer
+        self._ledger = retaining_writer.ledger
 
     def take_snapshot(self, pending: PendingSnapshot, lane: Callable[[torch.device], Lane]) -> bool:
-        """Write it."""
+        """Write the snapshot now. Returns True."""
 
         def chunks() -> Iterator[memoryview]:
             layout = pending.flat_buffers.layout
@@ -102,36 +103,37 @@ class InlineSnapshotSink:
             with neutral_modes():
                 page = torch.empty(layout.chunk_bytes, dtype=torch.uint8, device="cpu")
             for span in layout.chunks:
-                # Not around the yield: after a failed write nobody would leave the modes again.
+                # Not around the yield: after a failed write this generator is never resumed, and the caller's thread
+                # would be left in the neutral modes.
                 with neutral_modes():
                     for copier in copiers:
                         copier.copy(pending.flat_buffers, span, page, non_blocking=False)
                 yield page.numpy().data[: span.end - span.begin]
 
         try:
-            self._writer.write(pending.flat_buffers.layout, pending.stamp, chunks)
+            self._retaining_writer.write(pending.flat_buffers.layout, pending.stamp, chunks)
         except SnapshotWriteError as failure:
             self._ledger.add(failed=1, last_error=str(failure))
             raise
         return True
 
     def has_lost(self, step: int) -> bool:
-        """``take`` raises by itself."""
+        """Return False: ``take_snapshot`` raises by itself."""
         return False
 
-    def copies_in_flight(self, device: torch.device) -> None:
-        """Nothing is in flight when ``take`` has returned."""
+    def readbacks_in_flight(self, device: torch.device) -> None:
+        """Return None: all copies have finished when ``take_snapshot`` returns."""
 
     def stats(self) -> WriteStats:
-        """Nothing is ever pending."""
+        """Return the counters; no snapshot is ever pending."""
         return self._ledger.read()
 
     def raise_failures(self) -> None:
-        """``take`` raises by itself; what could not be dropped is a warning."""
-        self._writer.warn_of_failures()
+        """Warn of files that could not be dropped; a failed write was raised by ``take_snapshot``."""
+        self._retaining_writer.warn_of_failures()
 
     def flush(self, timeout_seconds: float | None = None) -> None:
-        """Nothing is pending."""
+        """Do nothing: no snapshot is ever pending."""
 
     def close(self, timeout_seconds: float | None = None) -> None:
-        """Nothing to end."""
+        """Do nothing: this sink has no resources."""

@@ -1,17 +1,19 @@
-"""The interfaces between averaging, staging and writing, and their simplest implementations, which run at once.
+"""The interfaces between averaging, staging and writing, together on one page.
 
-``PostHocEMA`` and ``AsyncPostHocEMA`` are one machine (``engine.py``). What differs stands behind two interfaces:
+``PostHocEMA`` and ``AsyncPostHocEMA`` share one engine (``averaging/engine.py``). They differ behind two interfaces:
 
-- a ``Lane`` runs averaging work of one device in order: inline here, on a side stream or a worker thread in ``async_``;
-- a ``SnapshotSink`` takes the averages of this moment as a snapshot: written at once here, staged and written in the background
-  there.
+- A ``Lane`` runs averaging work of one device in order. ``inline.py`` has a lane that runs the work at once;
+  ``async_/lanes.py`` has lanes that run it on a side stream or on a worker thread.
+- A ``SnapshotSink`` takes a snapshot of the averages. ``inline.py`` has a sink that writes it at once;
+  ``async_/background_writer.py`` has a sink that stages the snapshot and writes it in the background.
+
+"Queued before" and "queued after" always refer to the place where the caller's work runs: the current stream of the
+lane's device, or the calling thread where averages are in host memory.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,128 +27,128 @@ Work = Callable[[], None]
 
 
 class Mark(Protocol):
-    """A point in a lane's work. Recorded again and again; means nothing before the first time."""
+    """A point in a lane's work, which is recorded again and again. Before the first record it has no meaning."""
 
     def record(self) -> None:
-        """Place it after everything that was queued where the caller's work runs now."""
+        """Place the mark after everything that the caller has queued so far."""
 
     def wait_on_device(self) -> None:
-        """What is queued from here where the caller's work runs comes after it."""
+        """Order what the caller queues next after the mark; the host does not wait."""
 
-    def wait(self) -> None:
-        """Block this thread until it is reached."""
+    def wait_on_host(self) -> None:
+        """Block this thread until the mark is reached."""
 
     def is_reached(self) -> bool:
-        """Whether it is, as far as the host knows now; never blocks. Of one never recorded: True."""
+        """Return whether the host knows that the mark is reached; never blocks. True for a mark never recorded."""
 
 
 class Lane(Protocol):
     """An ordered queue of averaging work on one device.
 
-    Called by the training thread, and by threads that step optimizers; never by two at once.
+    The training thread calls it, and so do threads that step optimizers; never two threads at the same time.
     """
 
     def enqueue_write(self, work: Work, *, reads_parameters: bool = True, abandon: Work | None = None) -> None:
-        """Queue work that writes averages, after all that the caller has queued so far.
+        """Queue work that writes averages, after everything that the caller has queued so far.
 
         Args:
-            work: To be run.
-            reads_parameters: It reads parameters, or copies of them that the caller made; False if all that it reads
-                is the lane's own.
-            abandon: Called if it cannot be run.
+            work: The work.
+            reads_parameters: Whether the work reads parameters, or copies of them that the caller made. False if it
+                reads nothing but memory of the lane's own: then no writer of parameters has to wait for it.
+            abandon: Called if the work cannot be run.
         """
 
     def enqueue_read(self, work: Work, abandon: Work) -> None:
-        """Queue work that reads the averages as they are after the last ``run``; ``abandon`` if it cannot be run."""
+        """Queue work that reads the averages as the last ``enqueue_write`` leaves them.
+
+        Args:
+            work: The work.
+            abandon: Called if the work cannot be run.
+        """
 
     def stash(self, work: Work) -> None:
-        """Do work that copies parameters, where the caller is; later ``run`` and ``order_writer`` come after it."""
+        """Run work that copies parameters, where the caller is.
+
+        Later ``enqueue_write`` and ``order_writer`` calls are ordered after it.
+        """
 
     def order_writer(self) -> None:
-        """What the caller does next with parameters comes after every ``run`` so far that reads them."""
+        """Order what the caller next does with parameters after every queued work so far that reads them."""
 
     def order_reader(self) -> None:
-        """What the caller does next with averages comes after every ``run`` so far."""
+        """Order what the caller next does with averages after every ``enqueue_write`` so far."""
 
     def is_capturing(self) -> bool:
-        """Whether what the caller does now is recorded, to be replayed later, instead of done."""
+        """Return whether the caller's work is now being captured into a graph, to be replayed later."""
 
     def mark(self) -> Mark:
-        """A new mark for work on this lane."""
+        """Return a new mark for work on this lane."""
 
     def take_error(self) -> BaseException | None:
-        """What queued work raised since the last call; nothing more is run until it was taken."""
+        """Return what queued work raised since the last call; the lane runs nothing more until the error is taken."""
 
     def drain(self, timeout_seconds: float | None = None) -> None:
         """Block until all queued work is done. Raises TimeoutError."""
 
     def close(self, timeout_seconds: float | None = None) -> None:
-        """Drain and end. Raises TimeoutError."""
+        """Drain the lane and end it. Raises TimeoutError."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PendingSnapshot:
-    """A snapshot to be taken of the averages as they are after all queued work."""
+    """A snapshot to be taken of the averages as all work queued so far leaves them."""
 
     flat_buffers: FlatBuffers
     stamp: Stamp
 
 
 class ReadbacksInFlight(Protocol):
-    """Snapshot copies that may still be reading averages of one device."""
+    """Device-to-host copies of snapshots that may still be reading averages of one device."""
 
     def wait_on_device(self, begin: int, end: int) -> None:
-        """What is queued from here on the current stream comes after those that read ``[begin, end)``.
+        """Order what is queued next on the current stream after the readbacks of ``[begin, end)``.
 
         Args:
             begin, end: Bytes of the file's data.
         """
 
-    def are_over(self, begin: int, end: int) -> bool:
-        """Whether those have finished, as far as the host knows now; never blocks."""
+    def have_finished(self, begin: int, end: int) -> bool:
+        """Return whether the host knows that the readbacks of ``[begin, end)`` have finished; never blocks.
+
+        Args:
+            begin, end: Bytes of the file's data.
+        """
 
 
 class SnapshotSink(Protocol):
-    """Where snapshots go."""
+    """Where snapshots are written to."""
 
     def take_snapshot(self, pending: PendingSnapshot, lane: Callable[[torch.device], Lane]) -> bool:
-        """Take a snapshot, now or in the background; False if it is skipped. May block while there is no room."""
+        """Take a snapshot, now or in the background; False if it is skipped. May block until memory is free for it.
+
+        Args:
+            pending: The snapshot.
+            lane: Returns the lane of a device.
+        """
 
     def has_lost(self, step: int) -> bool:
-        """Whether a snapshot of this step was taken and could not be written."""
+        """Return whether a snapshot of this step was taken and could not be written."""
 
-    def copies_in_flight(self, device: torch.device) -> ReadbacksInFlight | None:
-        """The snapshot copies that may still be reading averages on a device; None if there are none."""
+    def readbacks_in_flight(self, device: torch.device) -> ReadbacksInFlight | None:
+        """Return the readbacks that may still be reading averages on a device; None if there are no such readbacks."""
 
     def stats(self) -> WriteStats:
-        """What became of the snapshots so far; updates are not counted here."""
+        """Return counters of the snapshots so far; updates are not counted here."""
 
     def raise_failures(self) -> None:
-        """Raise a write that failed in the background, and warn of what could not be dropped, each once.
+        """Raise a write that failed in the background, and warn of files that could not be dropped, each once.
 
         Raises:
             SnapshotWriteError: The write.
         """
 
     def flush(self, timeout_seconds: float | None = None) -> None:
-        """Block until every taken snapshot is written or failed. Raises TimeoutError."""
+        """Block until every snapshot that was taken is written or has failed. Raises TimeoutError."""
 
     def close(self, timeout_seconds: float | None = None) -> None:
-        """Flush and end. Raises TimeoutError."""
-
-
-class BackgroundThread(threading.Thread):
-    """A thread of a lane or a sink. A daemon: whoever ends the EMA, or the interpreter, drains it first."""
-
-    def __init__(self, work: Work, name: str) -> None:
-        super().__init__(target=work, name=f"nitrous-ema-{name}", daemon=True)
-
-
-@contextmanager
-def neutral_modes() -> Iterator[None]:
-    """Whatever the caller has switched on, tensors made here are ordinary and need no gradients.
-
-    Autocast touches none of the operations used; default device and dtype are always given explicitly.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+        """Flush the sink and end it. Raises TimeoutError."""

@@ -1,19 +1,21 @@
-"""Averages parameters of an accelerator in host memory: no memory of the device is used, but what an update permutes.
+"""Averaging in host memory of parameters that are on an accelerator (``offload="host"``).
 
-An update's parameters are copied out in their own types, batch by batch, to one of two sets of pinned host memory, on
-the side stream of their device; the thread of the host's lane averages each batch as soon as it has come. The optimizer
-waits, on the device, for the copies; nobody waits for the averaging, unless it takes longer than the steps between two
-updates: then update() waits for one of the sets.
+The averages use no device memory: an update copies the parameters to the host, batch by batch, in their own types, and
+a host thread averages each batch as soon as it has arrived. Two sets of pinned buffers take turns, so that the next
+update can be copied out while the last one is averaged. The copies run on the side stream of the parameters' device.
+The optimizer waits, on the device, for the copies alone. Nothing waits for the averaging, unless it takes longer than
+the steps between two updates: then update() waits for one of the two sets. The device's memory is used only where an
+update has to permute a parameter.
 
 a set      owner              may                                       leaves by
-FREE       nobody             -                                         advance()  -> COPYING
+FREE       no thread          -                                         enqueue_update()   -> COPYING
 COPYING    the source's lane  be written by copies from the device      a mark for each batch
 COPIED     the host's lane    wait for the mark of a batch, then read   all batches averaged -> FREE
 
-O1  A batch is averaged after its copy has finished.          test_batch_is_averaged_after_it_has_come
-O2  A set is filled again after it was averaged, or given up  test_set_is_not_filled_while_it_is_averaged
-    by a lane that had failed.                                test_failed_lane_gives_its_set_back
-O3  The optimizer waits for the copies only.                  test_optimizer_does_not_wait_for_the_averaging
+OFFLOAD-1  A batch is averaged after its copy has finished.      test_batch_is_averaged_after_it_has_come
+OFFLOAD-2  A set is filled again only after it was averaged, or  test_set_is_not_filled_while_it_is_averaged
+    released by a lane that had failed.                          test_failed_lane_gives_its_set_back
+OFFLOAD-3  The optimizer waits for the copies only.              test_optimizer_does_not_wait_for_the_averaging
 """
 
 from __future__ import annotations
@@ -37,72 +39,80 @@ _LARGEST_PIECE_BYTES = 1 << 28
 
 
 @dataclass(slots=True, eq=False)
-class _Set:
-    """Host memory of one update."""
+class _BufferSet:
+    """Host memory for the parameters of one update."""
 
     blocks: list[Tensor]  # uint8, one per batch
-    marks: list[Mark]  # one per batch: recorded after its copy
-    kept: list[Any] = field(default_factory=list)  # what the step makes of the blocks
+    marks: list[Mark]  # one per batch; recorded after the copy into its block
+    stashed: list[Any] = field(default_factory=list)  # one per batch: what the step's stash() returned for its block
 
 
 class Offload:
     """The averaging of one step's tensors in host memory.
 
     Args:
-        step: Its averages are in host memory.
+        step: A step whose averages are in host memory.
         source: The lane of the device where the parameters are.
         host: The lane that averages.
 
     Raises:
-        NitrousError: There is no host memory for the copies.
+        NitrousError: There is not enough host memory for the copies.
     """
 
     def __init__(self, step: AveragingStep, source: Lane, host: Lane) -> None:
         self._step = step
         self._source = source
         self._host = host
-        self._free: queue.SimpleQueue[_Set] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[_BufferSet] = queue.SimpleQueue()
         self.num_held_up = 0
-        """How often the averaging was not done with either set."""
+        """How often an update had to wait, because both sets were in use."""
         for blocks in _allocate([step.stash_bytes(batch) for batch in range(len(step.batches))]):
-            self._free.put(_Set(blocks, [source.mark() for _ in blocks]))
+            self._free.put(_BufferSet(blocks, [source.mark() for _ in blocks]))
 
-    def advance(self, sources: Any, weights: Sequence[float]) -> None:
-        """Copy the parameters of one update out and average them; blocks while both sets are taken."""
+    def enqueue_update(self, sources: Any, weights: Sequence[float]) -> None:
+        """Copy the parameters of one update to the host and average them there; block while both sets are in use.
+
+        Args:
+            sources: What the step's ``sources`` returned for this update.
+            weights: Weight of the parameters, per profile.
+        """
         self.num_held_up += self._free.empty()
-        held = self._free.get()
-        give_back = partial(self._free.put, held)
-        self._source.enqueue_write(partial(_copy_out, self._step, sources, held), abandon=give_back)
+        buffers = self._free.get()
+        # Either lane may abandon its work. The set is then free again: otherwise the next update would wait for ever.
+        release = partial(self._free.put, buffers)
+        self._source.enqueue_write(partial(_copy_to_host, self._step, sources, buffers), abandon=release)
+        # The host's lane reads the set and no parameters, so no optimizer has to wait for it.
         self._host.enqueue_write(
-            partial(_average, self._step, held, weights, give_back), reads_parameters=False, abandon=give_back
+            partial(_average, self._step, buffers, weights, release), reads_parameters=False, abandon=release
         )
 
 
-def _copy_out(step: AveragingStep, sources: Any, held: _Set) -> None:
-    held.kept = []
-    for batch, (block, mark) in enumerate(zip(held.blocks, held.marks, strict=True)):
-        held.kept.append(step.stash(sources, batch, block))
+def _copy_to_host(step: AveragingStep, sources: Any, buffers: _BufferSet) -> None:
+    buffers.stashed = []
+    for batch, (block, mark) in enumerate(zip(buffers.blocks, buffers.marks, strict=True)):
+        buffers.stashed.append(step.stash(sources, batch, block))
         mark.record()
 
 
-def _average(step: AveragingStep, held: _Set, weights: Sequence[float], give_back: Callable[[], None]) -> None:
-    for kept, mark in zip(held.kept, held.marks, strict=True):
-        mark.wait()
-        step.run_stashed(kept, weights)
-    give_back()
+def _average(step: AveragingStep, buffers: _BufferSet, weights: Sequence[float], release: Callable[[], None]) -> None:
+    for stashed, mark in zip(buffers.stashed, buffers.marks, strict=True):
+        # On the host: this runs on a thread of the CPU's lane, and the averaging is CPU code.
+        mark.wait_on_host()
+        step.run_stashed(stashed, weights)
+    release()
 
 
 def _allocate(sizes: Sequence[int]) -> list[list[Tensor]]:
-    """Blocks of these sizes, in bytes, for every set; pinned, or pageable (and told) if that fails."""
+    """Return blocks of these sizes, in bytes, for every set: pinned, or pageable with a warning if pinning fails."""
     pieces, places = _pack(sizes)
-    needed = f"the {_NUM_SETS} copies of the parameters of offload='host', of {format_bytes(sum(pieces))} each"
+    purpose = f"the {_NUM_SETS} copies of the parameters of offload='host', of {format_bytes(sum(pieces))} each"
     remedy = "Keep the averages on the device (offload=None)."
-    check_host_memory(_NUM_SETS * sum(pieces), needed, remedy)
+    check_host_memory(_NUM_SETS * sum(pieces), purpose, remedy)
 
     def make(pin: bool) -> list[list[Tensor]]:
         return [[_piece(size, pin=pin) for size in pieces] for _ in range(_NUM_SETS)]
 
-    memory = pinned_or_pageable(make, needed, remedy)
+    memory = pinned_or_pageable(make, purpose, remedy)
     return [
         [of_set[piece][begin : begin + size] for (piece, begin), size in zip(places, sizes, strict=True)]
         for of_set in memory
@@ -110,32 +120,33 @@ def _allocate(sizes: Sequence[int]) -> list[list[Tensor]]:
 
 
 def _pack(sizes: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Pieces to allocate, and in which of them, and where, each block lies; all of it in bytes.
+    """Return the sizes of the pieces to allocate, and for each block its piece and its first byte there.
 
-    Pinned memory comes in powers of two. Blocks one after the other in pieces of such sizes, the largest that is not
-    more than what is left, waste less than one block per piece.
+    torch's allocator of pinned memory rounds sizes up to powers of two. Blocks are therefore packed one after the other
+    into pieces of such sizes, each the largest that does not exceed what remains: less than one block per piece is
+    wasted.
     """
-    left, room, begin = sum(sizes), 0, 0
+    remaining, piece_bytes, begin = sum(sizes), 0, 0
     pieces: list[int] = []
     places: list[tuple[int, int]] = []
     for size in sizes:
-        if size > room - begin:
-            room = max(min(_floor(left), _LARGEST_PIECE_BYTES), _ceiling(size))
-            pieces.append(room)
+        if size > piece_bytes - begin:
+            piece_bytes = max(min(_floor(remaining), _LARGEST_PIECE_BYTES), _ceiling(size))
+            pieces.append(piece_bytes)
             begin = 0
         places.append((len(pieces) - 1, begin))
         begin += size
-        left -= size
+        remaining -= size
     return pieces, places
 
 
 def _floor(size: int) -> int:
-    """The largest power of two that is not greater."""
+    """Return the largest power of two that is not greater than ``size``."""
     return 1 << max(size.bit_length() - 1, 0)
 
 
 def _ceiling(size: int) -> int:
-    """The smallest power of two that is not less."""
+    """Return the smallest power of two that is not less than ``size``."""
     return 1 << max(size - 1, 0).bit_length()
 
 

@@ -1,1 +1,1 @@
-"""A fake accelerator that reorders work as a real one may; see README.md."""
+"""A fake accelerator that reorders work as a real accelerator may; see README.md."""

@@ -18,7 +18,7 @@ COMPILE_TIMEOUT_SECONDS = 300
 
 
 class NoCompiler(Exception):
-    """The laggy device needs g++, which this machine does not have."""
+    """The laggy device needs g++, which is not installed."""
 
 
 class BuildFailed(Exception):
@@ -27,9 +27,9 @@ class BuildFailed(Exception):
 
 @functools.cache
 def library() -> Path:
-    """The shared library that `device.register` loads; built in about 15 s if it is not there yet.
+    """Return the shared library that `device.register` loads; it is built in about 15 s if it does not exist.
 
-    Safe for several processes at once: one builds, the others wait for it, and a library appears whole or not at all.
+    Safe for several processes at once: one process builds, the others wait, and a library appears whole or not at all.
 
     Raises:
         NoCompiler: there is no g++.
@@ -42,7 +42,7 @@ def library() -> Path:
         raise NoCompiler(f"the laggy device is built from C++ when the tests run, and there is no {COMPILER} here")
     built.parent.mkdir(parents=True, exist_ok=True)
     with (built.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file closes, also by a killed process
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also by a killed process
         if not built.exists():
             _compile(built)
     return built

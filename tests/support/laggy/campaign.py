@@ -1,7 +1,7 @@
 """All scenarios and all missing lines on many seeds: ``python -m tests.support.laggy.campaign --seeds 2000``.
 
-Prints two tables in Markdown: how many runs of each scenario were wrong (none), and on how many seeds each missing line
-showed. Exit status 1 if a scenario was wrong or a line's absence was never seen.
+Prints two tables in Markdown: how many runs of each scenario were wrong (0 is expected), and on how many seeds each
+missing line was detected. Exit status 1 if a run was wrong or a missing line was never detected.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def count(case: Mapping[str, Any], schedules: Sequence[str], seeds: Sequence[int], *, show: bool) -> Counter[str]:
-    """How often each verdict was given."""
+    """Return the number of runs with each verdict."""
     found: Counter[str] = Counter()
     for begin in range(0, len(seeds), _SEEDS_PER_CHILD):
         some = [*(schedules if begin == 0 else []), *(f"random:{seed}" for seed in seeds[begin:][:_SEEDS_PER_CHILD])]

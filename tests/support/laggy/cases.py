@@ -1,4 +1,4 @@
-"""All that `loops.py` is run with on the laggy device, by name: right programs, whose results are the CPU's.
+"""All scenarios of `loops.py` on the laggy device, by name: correct programs, whose results are the CPU's.
 
 Programs that lack a line are in `without.py`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 HELD: dict[str, Any] = {"hold": [[1], [4]], "scratch": 1 << 20}
-"""The copies of the snapshot of step 2 take until step 5; those of step 4 wait behind them."""
+"""The readbacks of the snapshot of step 2 take until step 5; the readbacks of step 4 wait behind them."""
 HELD_AGAIN: dict[str, Any] = {"hold": [[1, 3], [2, 4]], "scratch": 1 << 20}
 MANUAL: dict[str, Any] = {"checkpoint_every_num_steps": "manual"}
 HALF: dict[str, Any] = {
@@ -20,11 +20,11 @@ HALF: dict[str, Any] = {
     "on_full": "skip",
     "scratch": 1 << 20,
 }
-"""Some copies of the snapshot of step 2 are over; step 4 makes the lane wait for the others."""
+"""Some readbacks of the snapshot of step 2 have finished; step 4 makes the lane wait for the others."""
 ONCE: dict[str, Any] = {**MANUAL, "then": "checkpoint once"}
 
 SCENARIOS: dict[str, dict[str, Any]] = {
-    # read, and what is averaged
+    # how parameters are read, and which tensors are averaged
     "guarded": {"read": "guarded"},
     "guarded, every third": {"read": "guarded", "update_every": 3},
     "copied": {"read": "copied"},
@@ -40,7 +40,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "snapshots in bfloat16": {"checkpoint_dtype": "bfloat16"},
     "snapshots in float16, transposed": {"kind": "transposed", "checkpoint_dtype": "float16"},
     "two devices": {"two_devices": True},
-    # copies that take longer than several steps
+    # readbacks that take longer than several steps
     "long copy": HELD,
     "long copies": HELD_AGAIN,
     "long copy, copied": {**HELD, "read": "copied"},
@@ -67,12 +67,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "scratch used again at once": {**MANUAL, "writes": "optimizer between copies"},
     "scratch used again at once, two streams": {**MANUAL, "writes": "two streams between copies"},
     "long copy, flushed": {**HELD, "then": "flush"},
-    # who reads the averages in the middle of a copy waits for it, on the device
+    # reading the averages during a readback waits for it, on the device
     "long copy, ema_model": {**HELD, "then": "ema_model", "is_held_up": True},
     "long copy, average_parameters": {**HELD, "then": "average_parameters", "is_held_up": True},
     "long copy, state_dict": {**HELD, "then": "state_dict", "is_held_up": True},
     "long copy, loaded": {**HELD, "then": "save and load"},
-    # what else is done
+    # other uses of the EMA between updates
     "no optimizer": {"writes": "fence"},
     "unseen once": {"writes": "unseen once"},
     "closure": {"writes": "closure"},
@@ -115,4 +115,4 @@ IN_DEPTH = (
     "saved and loaded", "unseen once", "storages replaced by other values", "assigned parameters", "host",
     "host, copied", "host, batch norm", "host, transposed",
 )  # fmt: skip
-"""Those to which the tests give many schedules; the others get a few there, and all in the campaign."""
+"""Scenarios to which the tests give many schedules; the others get a few. The campaign gives all of them many."""

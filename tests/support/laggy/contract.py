@@ -1,6 +1,6 @@
-"""What the fake device promises, one function each: CUDA's ordering contract as seen from Python.
+"""The promises of the fake device, one function each: CUDA's ordering contract as seen from Python.
 
-Each raises where the device breaks its word. `probe` runs one by name, as a scenario.
+A function raises if the device breaks its promise. `probe` runs a function by name, as a scenario.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROBES: dict[str, Callable[[], None]] = {}
 
 
 def probe(device: str, name: str) -> Mapping[str, Any]:
-    if device != "cpu":  # on the CPU there is nothing to prove
+    if device != "cpu":  # the CPU promises nothing that must be tested
         PROBES[name]()
     return {}
 
@@ -39,7 +39,7 @@ def holds(tensor: torch.Tensor, value: float) -> bool:
 
 
 class on:
-    """Makes a stream current for a block, by the calls that the library uses."""
+    """Makes a stream current for a block, with the calls that the library uses."""
 
     def __init__(self, stream: torch.Stream) -> None:
         self.stream = stream
@@ -76,7 +76,7 @@ def a_stream_that_waits_for_an_event_sees_what_was_written_before_it():
 
 
 @promise
-def an_event_recorded_anew_does_not_move_those_who_wait_already():
+def an_event_recorded_again_does_not_move_waits_that_exist_already():
     laggy.set_policy("lazy")
     side, event, tensor = torch.Stream(device="laggy"), torch.Event("laggy"), full(1)
     event.record()
@@ -131,7 +131,7 @@ def every_thread_has_its_own_current_stream():
 
 
 @promise
-def a_kernel_that_fails_is_told_at_the_next_wait():
+def a_kernel_that_fails_raises_at_the_next_wait():
     laggy.set_policy("lazy")
     full(1)[torch.tensor([1000], device="laggy")]
     with pytest.raises(RuntimeError, match="an earlier kernel failed"):
@@ -162,7 +162,7 @@ def record_stream_keeps_a_freed_block():
 
 
 def holds_after_free(*, record_stream: bool) -> bool:
-    """Does a side stream still read the right thing from a tensor that its owner freed?"""
+    """Return whether a side stream still reads the right values from a tensor that its owner freed."""
     side, tensor = torch.Stream(device="laggy"), full(1)
     main = torch.accelerator.current_stream()
     side.wait_stream(main)
@@ -179,7 +179,7 @@ def holds_after_free(*, record_stream: bool) -> bool:
 
 
 @promise
-def a_storage_that_grows_keeps_what_it_held():
+def a_storage_that_grows_keeps_its_values():
     tensor = full(3)
     tensor.resize_(1024)
     assert holds(tensor[:64], 3)
@@ -200,7 +200,7 @@ def a_copy_to_pinned_memory_returns_before_its_data():
 
 
 @promise
-def a_copy_to_pageable_memory_blocks_whatever_was_asked():
+def a_copy_to_pageable_memory_always_blocks():
     tensor, host = full(1), torch.zeros(64)
     host.copy_(tensor, non_blocking=True)
     assert (host == 1).all()
@@ -252,7 +252,7 @@ def a_copy_that_has_begun_is_not_held():
 
 
 def poll(event: torch.Event) -> None:
-    """Wait as one who never blocks, by whom a hold is not ended."""
+    """Wait by polling, which does not end a hold."""
     until = time.monotonic() + TIMEOUT_SECONDS
     while not event.query():
         assert time.monotonic() < until
@@ -273,11 +273,11 @@ def a_host_tensor_among_device_tensors_is_refused():
         full(1).lerp_(torch.ones(64), 0.5)
 
 
-# ---- what waits
+# ---- waits
 
 
 @promise
-def a_wait_is_counted_for_the_thread_that_may_have_to():
+def a_wait_is_counted_for_the_thread_that_may_wait():
     tensor = full(1)
     event = torch.accelerator.current_stream().record_event()
     writer = threading.Thread(target=event.synchronize)
@@ -290,7 +290,7 @@ def a_wait_is_counted_for_the_thread_that_may_have_to():
 
 @promise
 def the_averaging_ops_are_queued_and_nothing_waits():
-    """Of the ops that averaging uses none may fall back to a synchronous run: it would hide every race."""
+    """No op that averaging uses may fall back to a synchronous run, which would hide every race."""
     laggy.set_policy("lazy")
     sources = [full(1), full(2).bfloat16(), full(3).half()]
     complex_one = torch.zeros(64, dtype=torch.complex64, device="laggy")

@@ -1,4 +1,4 @@
-"""The fake device as torch sees it: `register()` makes "laggy" a device of this process, for good.
+"""The fake device as torch sees it: `register()` makes "laggy" a device of this process, permanently.
 
 Call it only in a process of its own (`run.py` does): it renames torch's PrivateUse1 backend, and from then on
 `torch.accelerator.current_accelerator()` is laggy.
@@ -23,11 +23,11 @@ _library: ctypes.CDLL | None = None
 
 
 class KernelFailed(RuntimeError):
-    """A queued op raised when it ran, and nobody waited for the device since."""
+    """A queued op raised when it ran, and no caller has waited for the device since."""
 
 
 class Stream(torch.Stream):
-    """What `torch.cuda.Stream` is to CUDA. The generic `torch.Stream` is not one."""
+    """The counterpart of `torch.cuda.Stream`. The generic `torch.Stream` is not an instance of it."""
 
     def __new__(cls, device: Any = None, priority: int = 0, **kwargs: Any) -> Stream:
         if kwargs:
@@ -37,10 +37,10 @@ class Stream(torch.Stream):
 
 
 class Event(torch.Event):
-    """What `torch.cuda.Event` is to CUDA, with the arguments that the generic `torch.Event` ignores.
+    """The counterpart of `torch.cuda.Event`, with the arguments that the generic `torch.Event` ignores.
 
     It is not interchangeable with a generic event, and a generic stream is refused. On CUDA the two are structures of
-    different layout and nothing checks which is given (torch/csrc/Stream.cpp, torch/csrc/cuda/Event.cpp). Here a
+    different layout and torch does not check which is given (torch/csrc/Stream.cpp, torch/csrc/cuda/Event.cpp). Here a
     generic stream that waits for this event waits for nothing, which a test sees as wrong numbers. `record()` with no
     argument, while the stream is current, is right everywhere.
     """
@@ -86,7 +86,7 @@ class device:
 
 
 def current_stream(which: Any = None) -> Stream:
-    """The current stream of a device as a device-specific stream, as `torch.cuda.current_stream()` gives it."""
+    """Return the current stream of a device as a device-specific stream, as `torch.cuda.current_stream()` does."""
     generic = torch.accelerator.current_stream(which)
     return Stream(
         stream_id=generic.stream_id,
@@ -96,7 +96,7 @@ def current_stream(which: Any = None) -> Stream:
 
 
 def set_policy(policy: str, seed: int = 0) -> None:
-    """Starts a new schedule; what is queued runs to its end under the old one.
+    """Start a new schedule; queued work runs to its end under the old schedule.
 
     Raises:
         KernelFailed: an op failed under the old schedule.
@@ -107,37 +107,37 @@ def set_policy(policy: str, seed: int = 0) -> None:
 
 
 def hold_copies(let_through: int = 0) -> None:
-    """Copies to the host stand still from now on, with all that comes after them, as if they took long.
+    """Hold copies to the host from now on, with all work behind them, as if they took long.
 
-    Until ``release_copies()``, or until this thread waits for the device.
+    The hold ends with ``release_copies()``, or when this thread waits for the device.
 
     Args:
-        let_through: How many still run.
+        let_through: How many copies still run.
     """
     if _library is not None:
         _library.laggy_hold_copies(let_through)
 
 
 def release_copies() -> None:
-    """Ends what ``hold_copies`` began."""
+    """End the hold of ``hold_copies``."""
     if _library is not None:
         _library.laggy_release_copies()
 
 
 def is_held_up(index: int = 0) -> bool:
-    """Whether what this thread queues next, where it is on a device, would come after a copy that is held."""
+    """Return whether work that this thread queues next on a device would come after a held copy."""
     return _library is not None and bool(_library.laggy_is_held_up(index))
 
 
 def counters() -> dict[str, int]:
-    """Tasks submitted, ran and pending; device blocks allocated, freed and reused; since the process began."""
+    """Return counts since the process began: tasks submitted, run and pending; blocks allocated, freed and reused."""
     return {name: _library.laggy_counter(index) for index, name in enumerate(COUNTERS)}
 
 
 def take_host_waits() -> list[str]:
-    """Calls of *this thread*, since it last asked, that may stop the host on a real device.
+    """Return the calls of *this thread* since its last call here that may stop the host on a real device.
 
-    Empty where laggy is no device of this process, so that a scenario may ask on the CPU too.
+    Empty where laggy is not a device of this process, so that a scenario may call this on the CPU too.
     """
     if _library is None:
         return []
@@ -145,12 +145,12 @@ def take_host_waits() -> list[str]:
 
 
 def synchronous_ops() -> list[str]:
-    """Ops of any thread that were not queued but drained the device, each with the reason."""
+    """Return the ops of all threads that were not queued but drained the device, each with the reason."""
     return _library.laggy_synchronous_ops().decode().splitlines()
 
 
 def register(library: Path) -> None:
-    """Makes "laggy" a device of this process, with two devices and `torch.laggy` as its module."""
+    """Make "laggy" a device type of this process, with two devices and `torch.laggy` as its module."""
     global _library
     torch.utils.rename_privateuse1_backend(NAME)
     torch.ops.load_library(str(library))
@@ -166,12 +166,12 @@ def register(library: Path) -> None:
 
 def _own(stream: Stream | None) -> Stream:
     if stream is not None and not isinstance(stream, Stream):
-        raise TypeError(f"torch.laggy.Event takes a torch.laggy.Stream or none, not {type(stream).__name__}")
+        raise TypeError(f"torch.laggy.Event takes a torch.laggy.Stream or None, not {type(stream).__name__}")
     return current_stream() if stream is None else stream
 
 
 def _module() -> types.ModuleType:
-    """`torch.laggy`: of what a device module has, the part that torch itself and portable code ask for."""
+    """Return `torch.laggy`: the part of a device module that torch itself and portable code use."""
     module = types.ModuleType(f"torch.{NAME}")
     contents: dict[str, Any] = {
         "Event": Event,

@@ -1,5 +1,5 @@
-"""Training loops put together of parts: which model, how weights are written, what is done with the averages, and when
-copies to the host stand still. What they return must not depend on where they run.
+"""Training loops made of parts: the model, how weights are written, how the averages are used, and when copies to the
+host are held. Their results must not depend on the device.
 
 Longer than the house's 300 lines: two tables of parts, and the parts.
 """
@@ -52,7 +52,7 @@ def _ema(model: nn.Module, folder: str, **options: Any) -> PostHocEMA:
 
 @dataclass(eq=False)
 class Loop:
-    """What the parts of a scenario share."""
+    """The state that the parts of a scenario share."""
 
     device: str
     model: nn.Module
@@ -80,19 +80,19 @@ def train(
     bug: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """A training loop; nothing in it may stop the host, nor hold up the device behind a copy.
+    """Run a training loop; no call in it may stop the host, nor hold up the device behind a copy.
 
     Args:
-        device: Where.
-        kind: Of the model.
+        device: The device.
+        kind: The kind of model, see ``make_model``.
         writes: How weights are written, see ``WRITERS``.
-        then: What is done after each update, see ``THEN``.
-        hold: At which steps copies to the host begin to stand still, and at which they go on.
-        let_through: How many copies run although they are held.
-        is_held_up: Whether the trainer waits for copies.
-        two_devices: The model's last layer is on another one.
+        then: The action after each update, see ``THEN``.
+        hold: The steps at which copies to the host begin to be held, and the steps at which they are released.
+        let_through: How many copies run during a hold.
+        is_held_up: Whether the trainer is expected to wait for copies.
+        two_devices: Whether the model's last layer is on another device.
         bug: The line of the library that is left out, see ``without``.
-        options: Of the EMA.
+        options: Arguments of the EMA.
     """
     with (
         tempfile.TemporaryDirectory(dir=_IN_MEMORY) as folder,
@@ -135,7 +135,7 @@ def train(
 
 @contextmanager
 def quick_files() -> Iterator[None]:
-    """Nobody waits for the disk."""
+    """Make file systems of new EMAs that never wait for the disk."""
     with mock.patch.object(nitrous_ema.averaging.ema, "SnapshotStore", partial(SnapshotStore, files=QuickFiles())):
         yield
 
@@ -147,7 +147,7 @@ def _hold(step: int, hold: Sequence[Sequence[int]], let_through: int) -> None:
         laggy.release_copies()
 
 
-# ---- how weights are written
+# ---- writing weights
 
 
 def _step(loop: Loop) -> None:
@@ -169,7 +169,7 @@ def _step_in_another_thread(loop: Loop) -> None:
 
 
 def _step_on_two_streams(loop: Loop, *, copies_end: bool = False) -> None:
-    """Each half by an optimizer of its own, with no order between the two."""
+    """Step each half by an optimizer of its own, with no order between the two."""
     parameters = list(loop.model.parameters())
 
     def step(half: Sequence[nn.Parameter]) -> None:
@@ -181,7 +181,7 @@ def _step_on_two_streams(loop: Loop, *, copies_end: bool = False) -> None:
 
 
 def _step_between_copies(loop: Loop, *, on_two_streams: bool = False) -> None:
-    """The last update was late; it is averaged from scratch, and the next one is late again."""
+    """The last update was deferred: it is averaged from the stash, and the next update is deferred again."""
     if on_two_streams:
         _step_on_two_streams(loop, copies_end=True)
     else:
@@ -194,13 +194,13 @@ def _step_between_copies(loop: Loop, *, on_two_streams: bool = False) -> None:
 
 
 def _end_copies(loop: Loop) -> None:
-    """The writers see them end. No stream waits for anything."""
+    """Let the writers see the copies end. No stream waits for anything."""
     laggy.release_copies()
     loop.ema._engine._sink.flush(TIMEOUT_SECONDS)
 
 
 def _step_in_backward(loop: Loop) -> None:
-    """An optimizer per parameter, as soon as its gradient is there, on autograd's thread."""
+    """Step an optimizer per parameter, as soon as its gradient exists, on autograd's thread."""
 
     def step(parameter: nn.Parameter) -> None:
         torch.optim.SGD([parameter], lr=0.3, foreach=True).step()
@@ -222,7 +222,7 @@ def _fence_and_write(loop: Loop) -> None:
 
 
 def _write_unseen_once(loop: Loop) -> None:
-    """After the first update by a way that nobody can see; later ones are fenced."""
+    """Write after the first update in a way that no counter sees; later writes are fenced."""
     if loop.step == 1:
         for parameter in loop.model.parameters():
             parameter.data.sub_(parameter.grad)
@@ -232,7 +232,7 @@ def _write_unseen_once(loop: Loop) -> None:
 
 
 def _replace_values(loop: Loop) -> None:
-    """No storage is written: other ones take their places, and the trainer takes the old memory for something else."""
+    """Replace the storages instead of writing them; the trainer reuses the old memory for something else."""
     with torch.no_grad():
         for parameter in loop.model.parameters():
             parameter.data = (parameter - parameter.grad).contiguous()
@@ -242,7 +242,7 @@ def _replace_values(loop: Loop) -> None:
 
 @torch.no_grad()
 def _write(loop: Loop) -> None:
-    """With no word to the EMA: for ``read="copied"``."""
+    """Write without a fence: for ``read="copied"``."""
     for parameter in loop.model.parameters():
         parameter.sub_(parameter.grad)
 
@@ -272,7 +272,7 @@ _WITH_OPTIMIZER = (
 
 
 def _on_streams(loop: Loop, *work: Callable[[], Any]) -> None:
-    """Each on a stream of its own, after all and before all else that is queued here; on the CPU one by one."""
+    """Run each piece of work on its own stream, after all earlier and before all later work; on the CPU one by one."""
     home = torch.accelerator.current_stream() if loop.on_accelerator else None
     streams = [torch.Stream(device=loop.device) for _ in work] if home else []
     for stream in streams:
@@ -287,7 +287,7 @@ def _on_streams(loop: Loop, *work: Callable[[], Any]) -> None:
         torch.accelerator.set_stream(home)
 
 
-# ---- what is done after an update
+# ---- actions after an update
 
 
 def _switch_stream(loop: Loop) -> None:
@@ -342,7 +342,7 @@ def _checkpoint(loop: Loop) -> None:
 
 
 def _checkpoint_and_skip_one(loop: Loop) -> None:
-    """The second finds no room."""
+    """The second snapshot finds no free slot."""
     if loop.step == 1 or (loop.step == 3 and loop.on_accelerator):
         assert loop.ema._engine.checkpoint() == (loop.step == 1)
     if loop.step == STEPS - 1:
@@ -355,7 +355,7 @@ def _checkpoint_once(loop: Loop) -> None:
 
 
 def _replace_storages(loop: Loop) -> None:
-    """The old memory is free, and the trainer takes it at once for something else."""
+    """The old memory is free, and the trainer reuses it at once for something else."""
     with torch.no_grad():
         new = [
             torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device) for p in loop.model.parameters()
@@ -368,7 +368,7 @@ def _replace_storages(loop: Loop) -> None:
 
 
 def _assign_state(loop: Loop) -> None:
-    """Other parameters in the places of the old ones, whose memory the trainer takes for something else."""
+    """Replace the parameters; the trainer reuses the memory of the old parameters for something else."""
     loop.model.load_state_dict({k: v.clone() for k, v in loop.model.state_dict().items()}, assign=True)
     loop.optimizer = make_optimizer(loop.model)
     for parameter in loop.model.parameters():

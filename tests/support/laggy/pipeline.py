@@ -1,6 +1,6 @@
 """A miniature of averaging in the background, with one wait left out at a time.
 
-The device must find every one of these bugs, and must never accuse the version that is right.
+The device must find every one of these bugs, and must report no bug in the correct version.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BUGS = {
 
 
 def on_cpu(device: str, bug: str | None = None) -> Mapping[str, torch.Tensor]:
-    """What every step's snapshot must hold: plain sequential code."""
+    """Return the expected snapshot of every step, computed by plain sequential code."""
     gradients = _gradients()
     weights, average, average_of_squares = (torch.zeros(ELEMENTS) for _ in range(3))
     snapshots = []
@@ -40,7 +40,7 @@ def on_cpu(device: str, bug: str | None = None) -> Mapping[str, torch.Tensor]:
 
 
 def on_laggy(device: str, bug: str | None = None) -> Mapping[str, torch.Tensor]:
-    """The same with a side stream, pinned slots and a writer thread."""
+    """Return the same snapshots, computed with a side stream, pinned slots and a writer thread."""
     main, side = torch.accelerator.current_stream(), torch.Stream(device=device)
     gradients = [gradient.to(device) for gradient in _gradients()]
     weights = torch.zeros(ELEMENTS, device=device)
@@ -69,7 +69,7 @@ def on_laggy(device: str, bug: str | None = None) -> Mapping[str, torch.Tensor]:
             copied = side.record_event()
             _use(main)
             writer.filled.put((slot, copied))
-            # The trainer goes on at once, and takes the memory of what was freed.
+            # The trainer goes on at once, and takes the freed memory.
             del squares
             torch.full((ELEMENTS,), 1e3, device=device)
     finally:

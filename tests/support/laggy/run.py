@@ -1,7 +1,7 @@
 """The child process: runs one scenario on the laggy device under many schedules.
 
-`runner.py` starts it as `python -m tests.support.laggy.run LIBRARY` with a request as JSON on stdin, and reads one JSON object
-a line from stdout: `{"started": ...}` before a schedule, `{"outcome": ...}` after it.
+`runner.py` starts it as `python -m tests.support.laggy.run LIBRARY` with a request as JSON on stdin. It reads one JSON
+object per line from stdout: `{"started": ...}` before a schedule, `{"outcome": ...}` after it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Scenario = Callable[..., Mapping[str, Any]]
 def main() -> None:
     request = json.load(sys.stdin)
     faulthandler.dump_traceback_later(request["timeout_seconds"], exit=True)
-    torch.set_num_threads(1)  # the same sums in the same order, and no fight for the cores with the executor
+    torch.set_num_threads(1)  # the same sums in the same order, and the cores are left to the executor
     scenario = _import(request["scenario"])
     reference = _import(request["reference"] or request["scenario"])
-    # First of all: torch counts the devices when it first runs a backward pass, also one on the CPU.
+    # Before any backward pass, also one on the CPU: torch counts the devices when it runs the first.
     device.register(Path(sys.argv[1]))
     expected = [_snapshot(reference("cpu", **case)) for case in request["cases"]]
     for case, right in zip(request["cases"], expected, strict=True):
         for schedule in request["schedules"]:
-            _say(started={"schedule": schedule, "case": case})
+            _send(started={"schedule": schedule, "case": case})
             verdict, detail = _try(scenario, schedule, case, right)
-            _say(outcome={"schedule": schedule, "case": case, "verdict": verdict, "detail": detail})
+            _send(outcome={"schedule": schedule, "case": case, "verdict": verdict, "detail": detail})
             if request["until_different"] and verdict == "different":
                 break
     faulthandler.cancel_dump_traceback_later()
@@ -48,7 +48,7 @@ def _try(scenario: Scenario, schedule: str, case: dict[str, Any], right: dict[st
     device.take_host_waits()
     try:
         obtained = _snapshot(scenario(device.NAME, **case))
-        device.set_policy("eager")  # whatever is still queued runs now; raises what failed in it
+        device.set_policy("eager")  # work that is still queued runs now, and an error in it is raised
     except (Exception, pytest.fail.Exception):
         _forget_failed_kernels()
         return "error", traceback.format_exc()
@@ -59,7 +59,7 @@ def _try(scenario: Scenario, schedule: str, case: dict[str, Any], right: dict[st
 
 
 def _snapshot(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Results as they are compared: tensors bit for bit, NaN equal to the same NaN."""
+    """Return results in the form in which they are compared: tensors bit for bit, NaN equal to the same NaN."""
     return {key: _bits(value) if isinstance(value, torch.Tensor) else value for key, value in results.items()}
 
 
@@ -107,7 +107,7 @@ def _import(name: str) -> Scenario:
     return found
 
 
-def _say(**line: Any) -> None:
+def _send(**line: Any) -> None:
     print(json.dumps(line), flush=True)
 
 

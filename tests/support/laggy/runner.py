@@ -1,8 +1,8 @@
-"""What tests call: `run_on_laggy(scenario)` tells on which schedules a scenario's results differ from the CPU's.
+"""`run_on_laggy(scenario)` returns, for each schedule, whether a scenario's results differ from the CPU's.
 
 A *scenario* is a function at the top level of a module, `scenario(device, **case) -> {name: tensor or plain value}`.
-It is called with device "cpu" once, which gives the right results, then with "laggy" under every schedule, all in one
-child process: a fake device changes torch for the whole process.
+It is called with device "cpu" once, for the expected results, then with "laggy" under every schedule. All calls are in
+one child process, because a fake device changes torch for the whole process.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tests.support.laggy import build
 
 ROOT = Path(__file__).parents[3]
 SCHEDULES = ("eager", "lazy", *(f"random:{seed}" for seed in range(20)))
-"""No single order finds every missing wait. Of those in `pipeline.py`, each shows on at least one random seed in three
-(measured, also on a busy machine), so that 20 seeds miss one less than once in 3000 runs."""
+"""No single order finds every missing wait. Each missing wait of `pipeline.py` shows on at least one random seed in
+three (measured, also on a busy machine), so that 20 seeds miss it less than once in 3000 runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What one scenario did under one schedule."""
+    """The result of one scenario under one schedule."""
 
     schedule: str
     case: Mapping[str, Any]
@@ -38,7 +38,7 @@ class Outcome:
 
 
 class LaggyDied(AssertionError):
-    """The child ended or hung before it had answered; the message has its stacks."""
+    """The child process ended or hung before it had answered; the message has its stacks."""
 
 
 def run_on_laggy(
@@ -50,16 +50,16 @@ def run_on_laggy(
     timeout_seconds: float = 50,
     until_different: bool = False,
 ) -> list[Outcome]:
-    """Runs a scenario under every schedule for every case, in one child process.
+    """Run a scenario under every schedule for every case, in one child process.
 
     Args:
-        scenario: See the module. It must leave nothing running that it started. What it returns is compared bit for
-            bit; a tensor on the device is copied on the current stream, with no other wait.
+        scenario: See the module. It must end everything that it has started. Its results are compared bit for bit; a
+            tensor on the device is copied on the current stream, with no other wait.
         schedules: "eager", "lazy", "random:SEED".
         cases: Keyword arguments of the scenario (JSON), one after the other.
-        reference: Called as `reference("cpu", **case)` for the right results, where that is another function.
-        timeout_seconds: For the child, after it has started; then all its stacks are in the error.
-        until_different: Try no more schedules of a case after one that gave different results.
+        reference: Called as `reference("cpu", **case)` for the expected results; by default the scenario itself.
+        timeout_seconds: For the child, after it has started; at the timeout the error has all its stacks.
+        until_different: Try no more schedules of a case after the first with different results.
 
     Returns:
         One outcome per case and schedule that was tried, cases first.
@@ -81,19 +81,19 @@ def run_on_laggy(
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=timeout_seconds + 30,  # the child ends itself first, and says where it stood
+        timeout=timeout_seconds + 30,  # the child ends itself first, with its stacks
         check=False,
     )
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     outcomes = [Outcome(**line["outcome"]) for line in lines if "outcome" in line]
     if done.returncode or (len(outcomes) != len(schedules) * len(cases) and not until_different):
         last = lines[-1] if lines else "nothing"
-        raise LaggyDied(f"exit {done.returncode}; last heard: {last}\n{done.stderr[-12000:]}")
+        raise LaggyDied(f"exit {done.returncode}; last output: {last}\n{done.stderr[-12000:]}")
     return outcomes
 
 
 def assert_right_on_laggy(scenario: Callable[..., Mapping[str, Any]], **options: Any) -> None:
-    """Fails with all that differs if any schedule gives other results than the CPU; options of `run_on_laggy`."""
+    """Fail with all differences if any schedule gives other results than the CPU; options of `run_on_laggy`."""
     outcomes = run_on_laggy(scenario, **options)
     wrong = [outcome for outcome in outcomes if outcome.verdict != "same"]
     if wrong:
@@ -102,7 +102,7 @@ def assert_right_on_laggy(scenario: Callable[..., Mapping[str, Any]], **options:
 
 
 def library_or_skip() -> Path:
-    """The device's library; built now if it is not there. Without a compiler the test skips, but never in CI."""
+    """Return the device's library, built now if it does not exist. Without a compiler the test skips, except in CI."""
     try:
         return build.library()
     except build.NoCompiler as reason:

@@ -1,7 +1,7 @@
 """torch's CUDA sanitizer on the laggy device: the same rules, fed by Python instead of by hooks that only CUDA has.
 
-What the CUDA tests run under ``TORCH_CUDA_SANITIZER=1`` runs under this one first, so that a report there is not a
-matter of how the sanitizer sees this library, for instance that it takes no note of ``query()``.
+The programs that the CUDA tests run under ``TORCH_CUDA_SANITIZER=1`` run under this sanitizer first. A report on CUDA
+is then not caused by how the sanitizer sees this library; for instance, it ignores ``query()``.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class _Mode(TorchDispatchMode):
         outputs = func(*args, **kwargs)
         arguments.parse_outputs(func._schema, outputs, is_factory=is_factory)
         for leaf in _tensors(outputs):
-            if leaf.untyped_storage().data_ptr() not in given:  # allocated now: who had that memory before is over
+            if leaf.untyped_storage().data_ptr() not in given:  # allocated now: earlier accesses are over
                 _handler._handle_memory_allocation(leaf.data_ptr())
         written = arguments.dataptrs_written
         read = arguments.dataptrs_read - written
@@ -99,7 +99,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 @contextmanager
 def sanitized() -> Iterator[list[str]]:
-    """In here races that the sanitizer sees are noted, in the list that this gives."""
+    """Yield a list, to which the sanitizer adds every race that it sees in the block."""
     global _handler
     _handler = _sanitizer.EventHandler()
     mode = _Mode()

@@ -1,4 +1,4 @@
-"""Ordinary training, with no EMA: it must give the CPU's bits, or nothing that is built on it can."""
+"""Ordinary training without an EMA: it must give the CPU's bits before averages of it can."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STEPS = 3
 
 
 def train(device: str, optimizer: str, **options: Any) -> Mapping[str, Any]:
-    """Some steps of a small network; its state, the loss and what could not be queued."""
+    """Train a small network for some steps; return its state, the loss, and the calls that stopped the host."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv1d(1, 4, 3), nn.Flatten(), nn.LayerNorm(24), nn.Linear(24, 8), nn.BatchNorm1d(8), nn.Dropout(0.2),

@@ -1,4 +1,4 @@
-"""Threads that wait for events put themselves in the relaxed capture mode, where there is one."""
+"""Threads that wait for events put themselves in the relaxed capture mode, where the driver has one."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import threading
 import pytest
 import torch
 
-from nitrous_ema.async_ import graph_capture as capture
-from nitrous_ema.async_ import lanes as lane
-from nitrous_ema.averaging.execution.interfaces import BackgroundThread
+from nitrous_ema.async_ import graph_capture, lanes
+from nitrous_ema.averaging.execution.background_thread import BackgroundThread
 from tests.support.fakes import TIMEOUT_SECONDS
 
 
 class Driver:
-    """Notes the modes that it was asked for, and the waits."""
+    """A driver that logs the modes that are set, and the waits."""
 
     def __init__(self):
         self.log = []
@@ -37,7 +36,7 @@ def driver(monkeypatch):
 
 
 def mark_of(driver, device_type):
-    """A mark whose event only notes that it is waited for."""
+    """A mark whose event only logs its calls."""
 
     class Event:
         def synchronize(self):
@@ -47,7 +46,7 @@ def mark_of(driver, device_type):
             driver.log.append("query")
             return True
 
-    mark = object.__new__(lane._DeviceMark)
+    mark = object.__new__(lanes._DeviceMark)
     mark._event, mark._may_be_captured = Event(), device_type == "cuda"
     return mark
 
@@ -60,19 +59,19 @@ def on(thread_class, work):
 
 def test_thread_is_relaxed_once_before_it_waits(driver):
     mark = mark_of(driver, "cuda")
-    on(BackgroundThread, lambda: (mark.wait(), mark.wait()))
-    assert driver.log == ["libcuda.so.1", capture._RELAXED, "wait", "wait"]
+    on(BackgroundThread, lambda: (mark.wait_on_host(), mark.wait_on_host()))
+    assert driver.log == ["libcuda.so.1", graph_capture._RELAXED, "wait", "wait"]
 
 
 def test_threads_of_the_trainer_are_left_alone(driver):
     mark = mark_of(driver, "cuda")
-    on(threading.Thread, mark.wait)
+    on(threading.Thread, mark.wait_on_host)
     assert driver.log == ["wait"]
 
 
 def test_devices_without_such_captures_are_left_alone(driver):
     mark = mark_of(driver, "xpu")
-    on(BackgroundThread, mark.wait)
+    on(BackgroundThread, mark.wait_on_host)
     assert driver.log == ["wait"]
 
 
@@ -83,5 +82,5 @@ def test_driver_without_the_call_is_left_alone(driver, monkeypatch, missing):
 
     monkeypatch.setattr(ctypes, "CDLL", load)
     mark = mark_of(driver, "cuda")
-    on(BackgroundThread, mark.wait)
+    on(BackgroundThread, mark.wait_on_host)
     assert driver.log == ["wait"]

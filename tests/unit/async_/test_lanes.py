@@ -1,4 +1,4 @@
-"""Lanes by themselves; what they are for is in test_async_equality.py (CPU) and test_on_laggy.py (accelerator)."""
+"""Lanes by themselves. Averages on lanes are in test_async_equality.py (CPU) and test_on_laggy.py (accelerator)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_work_runs_in_the_order_it_was_queued(lane):
     assert ran == list(range(40))
 
 
-def test_run_returns_before_its_work_has_begun(lane):
+def test_enqueue_write_returns_before_its_work_has_begun(lane):
     gate = Gate()
     lane.enqueue_write(gate.pass_through)
     gate.wait_entered()
@@ -51,7 +51,7 @@ def test_run_returns_before_its_work_has_begun(lane):
     lane.drain(TIMEOUT_SECONDS)
 
 
-def test_caller_waits_for_averaging_but_not_for_snapshot_copies(lane):
+def test_caller_waits_for_averaging_but_not_for_readbacks(lane):
     copy, ran = Gate(), []
     lane.enqueue_write(lambda: ran.append("averaged"))
     lane.enqueue_read(copy.pass_through, nothing)
@@ -73,7 +73,7 @@ def test_caller_waits_until_the_last_averaging_has_ended(lane, order):
     caller.join(TIMEOUT_SECONDS)
 
 
-def test_writer_does_not_wait_for_what_reads_no_parameters(lane):
+def test_writer_does_not_wait_for_work_that_reads_no_parameters(lane):
     gate, ran = Gate(), []
     lane.enqueue_write(lambda: ran.append("read"))
     lane.enqueue_write(gate.pass_through, reads_parameters=False)
@@ -100,8 +100,8 @@ def test_queue_is_bounded(lane):
     caller.join(TIMEOUT_SECONDS)
 
 
-def test_nothing_that_was_queued_behind_a_failure_is_run(lane):
-    """Also not after the failure was taken: a snapshot of broken averages would be written."""
+def test_work_that_was_queued_behind_a_failure_is_not_run(lane):
+    """Also not after the failure was taken: a snapshot of invalid averages would be written."""
     gate, second, ran, abandoned = Gate(), Gate(), [], []
 
     def fail():
@@ -110,10 +110,10 @@ def test_nothing_that_was_queued_behind_a_failure_is_run(lane):
 
     lane.enqueue_write(fail)
     lane.enqueue_read(lambda: ran.append("copy"), lambda: (second.pass_through(), abandoned.append("copy")))
-    lane.enqueue_write(lambda: ran.append("run"))
+    lane.enqueue_write(lambda: ran.append("write"))
     lane.enqueue_read(lambda: ran.append("late copy"), lambda: abandoned.append("late copy"))
     gate.open()
-    second.wait_entered()  # the failure is known, and half of what follows is still queued
+    second.wait_entered()  # the failure is known, and half of the later work is still queued
     assert isinstance(lane.take_error(), OSError)
     second.open()
     lane.drain(TIMEOUT_SECONDS)
@@ -124,7 +124,7 @@ def test_nothing_that_was_queued_behind_a_failure_is_run(lane):
     assert ran == ["new"]
 
 
-def test_drain_gives_up_in_time_and_works_again(lane):
+def test_drain_times_out_and_works_again(lane):
     gate = Gate()
     lane.enqueue_write(gate.pass_through)
     with pytest.raises(TimeoutError, match="1 piece"):
@@ -148,7 +148,7 @@ def test_work_holds_nothing_when_it_is_done(lane):
     assert not alive
 
 
-def test_gradients_are_off_and_threads_are_as_many_as_before(lane):
+def test_gradients_are_disabled_and_the_number_of_threads_is_unchanged(lane):
     seen, threads = [], torch.get_num_threads()
     lane.enqueue_write(lambda: seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
     lane.drain(TIMEOUT_SECONDS)
@@ -167,7 +167,7 @@ def test_closing_ends_the_thread_and_closing_again_does_nothing():
         lane.enqueue_write(nothing)
 
 
-# On the accelerator. That a schedule notices when one of these waits is missing is shown in test_on_laggy.py.
+# On the accelerator. test_on_laggy.py shows that a schedule detects each of these waits when it is left out.
 
 
 CASES = {
@@ -176,14 +176,14 @@ CASES = {
     "load": {**MANUAL, "then": "load other values"},
     "read": {"then": "state_dict"},
     "long copy": HELD,
-    "kept": {**MANUAL, "writes": "two streams between copies"},
-    "kept by another": {**HELD, "writes": "two streams"},
+    "stashed": {**MANUAL, "writes": "two streams between copies"},
+    "stashed on another stream": {**HELD, "writes": "two streams"},
 }
 
 
 @pytest.fixture(scope="module")
 def wrong():
-    """What each case got wrong, under any schedule."""
+    """Return for each case the schedules under which its results differed, with details."""
     outcomes = run_on_laggy(train, cases=list(CASES.values()), timeout_seconds=200)
     assert len(outcomes) == len(CASES) * len(SCHEDULES)
     return {
@@ -217,16 +217,16 @@ def test_optimizer_does_not_wait_for_a_snapshot_copy(wrong):
     assert wrong["long copy"] == []
 
 
-def test_kept_parameters_are_averaged_after_they_were_kept(wrong):
-    assert wrong["kept"] == []
+def test_stashed_parameters_are_averaged_after_the_copy(wrong):
+    assert wrong["stashed"] == []
 
 
-def test_parameters_are_written_after_they_were_kept(wrong):
-    assert wrong["kept by another"] == []
+def test_parameters_are_written_after_they_were_stashed(wrong):
+    assert wrong["stashed on another stream"] == []
 
 
 def current_after_each_call(device):
-    """Another stream and another device than the averages' are current."""
+    """Train while another stream, and another device than that of the averages, are current."""
     with tempfile.TemporaryDirectory() as folder:
         model = make_model("plain", f"{device}:1" if device != "cpu" else device)
         optimizer = make_optimizer(model)

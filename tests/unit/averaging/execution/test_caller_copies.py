@@ -8,6 +8,7 @@ CPU = torch.device("cpu")
 
 
 def take(copies, order_writers=lambda: None, **live):
+    """Copy tensors to the CPU."""
     return copies.take(live, dict.fromkeys(live, CPU), order_writers)
 
 
@@ -28,14 +29,14 @@ def test_copies_are_made_in_the_same_memory_again():
 
 
 def test_copies_are_not_overwritten_while_they_are_read():
-    """The order comes before the write: at that moment the last copy is still what it was."""
+    """The caller is ordered before the write: at that moment the last copy still has its old values."""
     seen = []
     copies = CallerSideCopies()
 
     def order():
-        seen.append(kept["a"].tolist())
+        seen.append(taken["a"].tolist())
 
-    kept = take(copies, order, a=torch.tensor([1.0]))
+    taken = take(copies, order, a=torch.tensor([1.0]))
     assert seen == []  # nothing to wait for yet
     take(copies, order, a=torch.tensor([2.0]))
     take(copies, order, a=torch.tensor([3.0]))
@@ -60,7 +61,7 @@ def test_copies_of_parameters_need_no_gradients():
     assert not taken["a"].requires_grad
 
 
-def test_nothing_to_copy_is_no_wait():
+def test_no_tensor_to_copy_needs_no_wait():
     copies = CallerSideCopies()
     assert take(copies, lambda: 1 / 0) == {}
     assert take(copies, lambda: 1 / 0) == {}

@@ -1,6 +1,6 @@
-"""Averaging around snapshot copies, on steps, lanes and copies that only note what is asked of them.
+"""Averaging around readbacks, on steps, lanes and readbacks that only log their calls.
 
-That the averages are right on a device that reorders work is shown in ``test_on_laggy.py``.
+``tests/ordering/test_on_laggy.py`` tests that the averages are right on a device that reorders work.
 """
 
 from __future__ import annotations
@@ -10,181 +10,182 @@ import torch
 
 from nitrous_ema.averaging.execution.deferred_updates import DeferredUpdates, PlacedStep, StashPool
 from nitrous_ema.snapshots.layout import Span
-from tests.support.noting import BATCHES, KEPT_BYTES, NotingLane, NotingStep
+from tests.support.noting import BATCHES, STASH_BYTES, NotingLane, NotingStep
 
 CPU = torch.device("cpu")
 
 
-class NotingCopies:
-    """Of which batches' ranges the copies are over."""
+class NotingReadbacks:
+    """Readbacks that log waits, and have finished for the batches in ``finished``."""
 
-    def __init__(self, log, over=()):
+    def __init__(self, log, finished=()):
         self.log = log
-        self.over = set(over)
+        self.finished = set(finished)
 
     def wait_on_device(self, begin, end):
-        self.log.append(f"wait for copy {begin // 10}")
+        self.log.append(f"wait for readback {begin // 10}")
 
-    def are_over(self, begin, end):
-        return begin // 10 in self.over
+    def have_finished(self, begin, end):
+        return begin // 10 in self.finished
 
 
-class Bench:
-    """A follower, and everything around it."""
+class Rig:
+    """Deferred updates, and everything that they use."""
 
-    def __init__(self, over=(), limit_bytes=1000):
+    def __init__(self, finished=(), limit_bytes=1000):
         self.log = []
-        self.copies = NotingCopies(self.log, over)
+        self.readbacks = NotingReadbacks(self.log, finished)
         self.lane = NotingLane(self.log)
         self.placed = PlacedStep(NotingStep(self.log), [[Span(*batch)] for batch in NotingStep.batches])
-        self.follower = DeferredUpdates(self.lane, lambda: self.copies, StashPool(CPU, limit_bytes))
+        self.deferred = DeferredUpdates(self.lane, lambda: self.readbacks, StashPool(CPU, limit_bytes))
 
     def update(self, name):
-        self.follower.advance(self.placed, name, (0.5,))
+        self.deferred.enqueue_update(self.placed, name, (0.5,))
 
     def taken(self):
-        """What was noted since the last call."""
+        """Return the log since the last call."""
         log = self.log[:]
         self.log.clear()
         return log
 
 
-def test_without_copies_an_update_is_one_run():
-    bench = Bench()
-    bench.copies = None
-    bench.update("a")
-    assert (bench.taken(), bench.follower.is_late) == (["average a0", "average a1", "average a2"], False)
+def test_without_readbacks_an_update_is_one_run():
+    rig = Rig()
+    rig.readbacks = None
+    rig.update("a")
+    assert (rig.taken(), rig.deferred.has_deferred) == (["average a0", "average a1", "average a2"], False)
 
 
 def test_batch_waits_for_the_copy_of_its_range_only():
-    bench = Bench(over={0, 2})
-    bench.update("a")
-    assert bench.taken() == ["average a0", "average a2"]
-    bench.copies.over.add(1)
-    bench.follower.stash_live()
-    assert bench.taken() == ["average a1"]
+    rig = Rig(finished={0, 2})
+    rig.update("a")
+    assert rig.taken() == ["average a0", "average a2"]
+    rig.readbacks.finished.add(1)
+    rig.deferred.stash_live()
+    assert rig.taken() == ["average a1"]
 
 
-def test_parameters_are_kept_before_they_are_written():
-    bench = Bench(over={0})
-    bench.update("a")
-    bench.follower.stash_live()
-    assert bench.taken() == ["average a0", "keep a1", "keep a2", "kept"]
-    bench.copies.over |= {1, 2}
-    bench.update("b")
-    assert bench.taken() == ["average kept a1", "average kept a2", "average b0", "average b1", "average b2"]
+def test_parameters_are_stashed_before_they_are_written():
+    rig = Rig(finished={0})
+    rig.update("a")
+    rig.deferred.stash_live()
+    assert rig.taken() == ["average a0", "stash a1", "stash a2", "stashed"]
+    rig.readbacks.finished |= {1, 2}
+    rig.update("b")
+    assert rig.taken() == ["average stashed a1", "average stashed a2", "average b0", "average b1", "average b2"]
 
 
-def test_kept_parameters_are_not_kept_twice():
-    bench = Bench()
-    bench.update("a")
-    bench.follower.stash_live()
-    bench.taken()
-    bench.follower.stash_live()
-    assert bench.taken() == []
+def test_stashed_parameters_are_not_stashed_twice():
+    rig = Rig()
+    rig.update("a")
+    rig.deferred.stash_live()
+    rig.taken()
+    rig.deferred.stash_live()
+    assert rig.taken() == []
 
 
 def test_updates_of_a_batch_keep_their_order():
-    bench = Bench()
+    rig = Rig()
     for name in "ab":
-        bench.update(name)
-        bench.follower.stash_live()
-    bench.taken()
-    bench.copies.over.add(1)
-    bench.update("c")
-    assert bench.taken() == ["average kept a1", "average kept b1", "average c1"]
+        rig.update(name)
+        rig.deferred.stash_live()
+    rig.taken()
+    rig.readbacks.finished.add(1)
+    rig.update("c")
+    assert rig.taken() == ["average stashed a1", "average stashed b1", "average c1"]
 
 
 def test_later_update_does_not_overtake_even_if_its_copies_end_in_between():
-    """The copies of a batch end after the older update was looked at, and before the newer one is."""
-    bench = Bench()
-    bench.update("a")
+    """The readbacks of a batch finish after the poll for the older update, and before the poll for the newer."""
+    rig = Rig()
+    rig.update("a")
     answers = iter([False] * BATCHES + [True] * 2 * BATCHES)
-    bench.copies.are_over = lambda begin, end: next(answers)
-    bench.update("b")
-    assert bench.taken() == []
+    rig.readbacks.have_finished = lambda begin, end: next(answers)
+    rig.update("b")
+    assert rig.taken() == []
 
 
 def test_nothing_on_the_lane_waits_for_a_copy():
-    bench = Bench()
+    rig = Rig()
     for name in "abc":
-        bench.update(name)
-        bench.follower.stash_live()
-    assert not any("wait" in entry or "average" in entry for entry in bench.taken())
-    assert bench.lane.reads == []
+        rig.update(name)
+        rig.deferred.stash_live()
+    assert not any("wait" in entry or "average" in entry for entry in rig.taken())
+    assert rig.lane.reads == []
 
 
-def test_optimizer_does_not_wait_for_averaging_from_scratch():
-    bench = Bench(over={0})
-    bench.update("a")
-    bench.follower.stash_live()
-    bench.copies.over |= {1, 2}
-    bench.follower.stash_live()
-    assert bench.lane.reads == [True, False]
+def test_optimizer_does_not_wait_for_averaging_from_the_stash():
+    rig = Rig(finished={0})
+    rig.update("a")
+    rig.deferred.stash_live()
+    rig.readbacks.finished |= {1, 2}
+    rig.deferred.stash_live()
+    assert rig.lane.reads == [True, False]
 
 
-def test_who_asks_for_the_averages_makes_the_lane_wait_but_not_the_optimizer():
-    bench = Bench(over={0})
-    bench.update("a")
-    bench.follower.flush()
-    assert bench.taken() == [
-        "average a0", "keep a1", "keep a2", "kept",
-        "wait for copy 1", "average kept a1", "wait for copy 2", "average kept a2",
+def test_reader_of_the_averages_makes_the_lane_wait_but_not_the_optimizer():
+    rig = Rig(finished={0})
+    rig.update("a")
+    rig.deferred.flush()
+    assert rig.taken() == [
+        "average a0", "stash a1", "stash a2", "stashed",
+        "wait for readback 1", "average stashed a1", "wait for readback 2", "average stashed a2",
     ]  # fmt: skip
-    assert bench.lane.reads == [True, False]
-    assert not bench.follower.is_late
+    assert rig.lane.reads == [True, False]
+    assert not rig.deferred.has_deferred
 
 
-def test_what_comes_after_a_forced_wait_is_kept_too():
-    bench = Bench()
-    bench.update("a")
-    bench.follower.flush()
-    bench.taken()
-    bench.copies.over |= {0, 1, 2}  # over, but what was forced has not run yet
-    bench.update("b")
-    bench.follower.stash_live()
-    assert bench.taken() == ["keep b0", "keep b1", "keep b2", "kept"]
-    for mark in bench.lane.marks:
+def test_updates_after_a_forced_wait_are_stashed_too():
+    rig = Rig()
+    rig.update("a")
+    rig.deferred.flush()
+    rig.taken()
+    rig.readbacks.finished |= {0, 1, 2}  # finished, but the forced work has not run yet
+    rig.update("b")
+    rig.deferred.stash_live()
+    assert rig.taken() == ["stash b0", "stash b1", "stash b2", "stashed"]
+    for mark in rig.lane.marks:
         mark.reached = True
-    bench.update("c")
-    assert bench.taken()[:3] == ["average kept b0", "average kept b1", "average kept b2"]
+    rig.update("c")
+    assert rig.taken()[:3] == ["average stashed b0", "average stashed b1", "average stashed b2"]
 
 
 @pytest.mark.parametrize("is_read", [False, True])
-def test_scratch_is_not_written_while_it_is_read(is_read):
-    bench = Bench()
-    bench.update("a")
-    bench.follower.stash_live()
-    bench.copies.over |= {0, 1, 2}
-    bench.update("b")
-    for mark in bench.lane.marks:
+def test_stash_is_not_written_while_it_is_read(is_read):
+    rig = Rig()
+    rig.update("a")
+    rig.deferred.stash_live()
+    rig.readbacks.finished |= {0, 1, 2}
+    rig.update("b")
+    for mark in rig.lane.marks:
         mark.reached = is_read
-    bench.copies.over.clear()
-    bench.update("c")
-    bench.follower.stash_live()
-    assert bench.follower.scratch.num_bytes == (BATCHES if is_read else 2 * BATCHES) * KEPT_BYTES
+    rig.readbacks.finished.clear()
+    rig.update("c")
+    rig.deferred.stash_live()
+    assert rig.deferred.stash_pool.num_bytes == (BATCHES if is_read else 2 * BATCHES) * STASH_BYTES
 
 
-def test_trainer_waits_where_scratch_is_used_up():
-    bench = Bench(limit_bytes=KEPT_BYTES)
-    bench.update("a")
-    bench.follower.stash_live()
-    assert bench.taken() == [
-        "keep a0", "kept",
-        "wait for copy 0", "average kept a0", "wait for copy 1", "average a1", "wait for copy 2", "average a2",
+def test_trainer_waits_where_the_stash_is_used_up():
+    rig = Rig(limit_bytes=STASH_BYTES)
+    rig.update("a")
+    rig.deferred.stash_live()
+    assert rig.taken() == [
+        "stash a0", "stashed",
+        "wait for readback 0", "average stashed a0", "wait for readback 1", "average a1",
+        "wait for readback 2", "average a2",
     ]  # fmt: skip
-    assert bench.lane.reads == [True]  # the optimizer comes after this
-    assert bench.follower.num_held_up == 1
-    assert bench.follower.scratch.num_bytes == KEPT_BYTES
+    assert rig.lane.reads == [True]  # the optimizer comes after this
+    assert rig.deferred.num_held_up == 1
+    assert rig.deferred.stash_pool.num_bytes == STASH_BYTES
 
 
-def test_no_memory_for_scratch_is_no_error(monkeypatch):
+def test_no_memory_for_a_stash_is_not_an_error(monkeypatch):
     def no_memory(*sizes, **options):
-        raise torch.OutOfMemoryError("made up")
+        raise torch.OutOfMemoryError("simulated")
 
-    bench = Bench()
-    bench.update("a")
+    rig = Rig()
+    rig.update("a")
     monkeypatch.setattr(torch, "empty", no_memory)
-    bench.follower.stash_live()
-    assert "keep a0" not in bench.taken()
-    assert bench.follower.num_held_up == 1
+    rig.deferred.stash_live()
+    assert "stash a0" not in rig.taken()
+    assert rig.deferred.num_held_up == 1

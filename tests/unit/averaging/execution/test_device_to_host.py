@@ -1,4 +1,4 @@
-"""The averages on their way to the file, from the CPU and from a device that is made up of the meta device's shapes."""
+"""Readback of averages from the CPU, the laggy device, and the meta device, which has shapes and no bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHUNK_BYTES = 64
 def make_flat_buffers(
     kind: str, dtype: torch.dtype, device: str = "cpu", chunk_bytes: int = CHUNK_BYTES
 ) -> FlatBuffers:
-    """Averages with values that every type can hold."""
+    """Return averages with values that every type can hold."""
     torch.manual_seed(0)
     model = Orders() if kind == "orders" else nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9))
     set_weights(model, 3)
@@ -41,7 +41,7 @@ def make_flat_buffers(
 
 
 def data_of(flat_buffers: FlatBuffers, *, non_blocking: bool = False) -> bytes:
-    """What the file has, by way of the copiers, page by page; pages are full of something else before."""
+    """Return the file's data as the copiers produce it, page by page; the pages hold other bytes before."""
     copiers = [ChunkCopier(device, flat_buffers.layout) for device in flat_buffers.devices]
     pages = []
     for span in flat_buffers.layout.chunks:
@@ -57,7 +57,7 @@ def data_of(flat_buffers: FlatBuffers, *, non_blocking: bool = False) -> bytes:
 
 
 def expected_data(flat_buffers: FlatBuffers, dtype: torch.dtype) -> bytes:
-    """Oracle: tensor by tensor, as safetensors files have them."""
+    """Return the file's data by the definition: tensor by tensor, as safetensors files have them."""
     parts = []
     for profile in range(2):
         for _, average in flat_buffers.averages(profile):
@@ -79,7 +79,7 @@ def test_pages_have_the_bytes_of_the_file(kind, dtype):
 
 
 def copied_on(device: str, kind: str, dtype: str) -> dict[str, object]:
-    """On a stream of its own, after the averages were written."""
+    """Return the file's data, copied on a separate stream after the averages were written."""
     flat_buffers = make_flat_buffers(kind, getattr(torch, dtype), device)
     if device == "cpu":
         return {"data": data_of(flat_buffers)}
@@ -97,7 +97,7 @@ def test_late_copies_have_the_bytes_of_the_file():
 
 
 class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
-    """Sizes in bytes of all that is allocated on a device, and all that is called, with the elements it is about."""
+    """The sizes in bytes of all allocations on a device, and all operator calls with their numbers of elements."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def _storage(value: object) -> int | None:
 
 
 def allocated_on_meta(kind: str, dtype: torch.dtype) -> list[int]:
-    """By copies of everything from a device that has shapes, and no bytes."""
+    """Return the sizes of what copying everything from the meta device allocates."""
     flat_buffers = make_flat_buffers(kind, dtype)
     flat_buffers.to(torch.device("meta"))
     copier = ChunkCopier(torch.device("meta"), flat_buffers.layout)
@@ -130,7 +130,7 @@ def allocated_on_meta(kind: str, dtype: torch.dtype) -> list[int]:
 
 
 def _no_copy(target, source, non_blocking=False):
-    """Checks what keeps a real device from making temporaries: one type, contiguous on both sides, or one device."""
+    """Check the condition under which a real device makes no temporary: one type and contiguous, or one device."""
     assert target.shape == source.shape
     if target.device != source.device:
         assert (target.dtype, target.is_contiguous()) == (source.dtype, source.is_contiguous()) == (source.dtype, True)
@@ -139,15 +139,15 @@ def _no_copy(target, source, non_blocking=False):
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("plain", torch.float16), ("orders", torch.float32)])
-def test_device_memory_is_one_chunk_of_scratch_at_most(kind, dtype):
-    assert sorted(allocated_on_meta(kind, dtype)) == [1, CHUNK_BYTES]  # and one byte to let other copies through
+def test_device_memory_is_one_staging_chunk_at_most(kind, dtype):
+    assert sorted(allocated_on_meta(kind, dtype)) == [1, CHUNK_BYTES]  # and one byte for the kernel between chunks
 
 
-def test_averages_as_the_file_has_them_need_no_scratch():
+def test_averages_as_the_file_has_them_need_no_staging_chunk():
     assert allocated_on_meta("plain", torch.float32) == [1]
 
 
-def test_scratch_is_no_larger_than_the_largest_chunk():
+def test_staging_chunk_is_no_larger_than_the_largest_chunk():
     model = nn.Linear(2, 2, dtype=torch.float64)
     tracked = track(model)
     flat_buffers = FlatBuffers(tracked, snapshot_layout(tracked, (5.0,), (0.1,), torch.float32), torch.device("meta"))
@@ -157,20 +157,20 @@ def test_scratch_is_no_larger_than_the_largest_chunk():
     assert allocations.sizes == [24]
 
 
-def test_only_what_is_on_its_device_is_copied():
+def test_only_averages_on_its_device_are_copied():
     flat_buffers = make_flat_buffers("plain", torch.float32)
     for group in (*flat_buffers.groups, *flat_buffers.copy_groups):
-        group.device = torch.device("cuda:1")  # says so
+        group.device = torch.device("cuda:1")  # pretended
     page = torch.full((CHUNK_BYTES,), 0xFF, dtype=torch.uint8)
     ChunkCopier(CPU, flat_buffers.layout).copy(flat_buffers, flat_buffers.layout.chunks[0], page, non_blocking=False)
     assert (page == 0xFF).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_nothing_is_written_between_what_is_on_its_device(dtype):
+def test_nothing_is_written_between_the_averages_on_its_device(dtype):
     flat_buffers = make_flat_buffers("orders", dtype, chunk_bytes=4096)
     flat_buffers.to(torch.device("meta"))
-    flat_buffers.groups[1].device = torch.device("cuda:1")  # says so
+    flat_buffers.groups[1].device = torch.device("cuda:1")  # pretended
     written = []
 
     def copy(target, source, non_blocking=False):
@@ -184,15 +184,15 @@ def test_nothing_is_written_between_what_is_on_its_device(dtype):
     assert sum(written) == flat_buffers.layout.average_elements - flat_buffers.groups[1].numel
 
 
-def test_others_are_let_through_by_a_kernel_of_one_element():
+def test_copy_engine_is_yielded_by_a_kernel_of_one_element():
     copier = ChunkCopier(torch.device("meta"), make_flat_buffers("plain", torch.float32).layout)
     copier.yield_copy_engine()
     with Allocations("meta") as allocations:
         copier.yield_copy_engine()
-    assert allocations.calls == [("add_", 1)]  # no memset and no copy: those are the copy engine's own work
+    assert allocations.calls == [("add_", 1)]  # no memset and no copy, which are work of the copy engine itself
 
 
-def test_host_averages_have_nobody_to_let_through():
+def test_averages_in_host_memory_yield_no_copy_engine():
     copier = ChunkCopier(CPU, make_flat_buffers("plain", torch.float32).layout)
     with Allocations("cpu") as allocations:
         copier.yield_copy_engine()

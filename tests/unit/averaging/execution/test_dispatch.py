@@ -1,4 +1,4 @@
-"""What an update puts on the lanes, and how failures come back; orders and bits are in test_async_equality.py."""
+"""The work that an update puts on the lanes, and how its failures are reported; bits are in test_async_equality.py."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_averages_are_moved_once_the_copies_out_of_them_are_done(tmp_path, monke
         drain = lane.drain
         lane.enqueue_read(gate.pass_through, gate.open)
         gate.wait_entered()
-        # Opened by the wait itself, so that without one the move comes first.
+        # Opened by the wait itself, so that without a wait the move comes first.
         monkeypatch.setattr(lane, "drain", lambda timeout_seconds=None: (gate.open(), drain(TIMEOUT_SECONDS)))
         monkeypatch.setattr(FlatBuffers, "to", lambda flat_buffers, device: moves.append(gate.is_open()))
         ema._engine.move(torch.device("cpu"))
@@ -60,7 +60,7 @@ def test_averages_are_moved_once_the_copies_out_of_them_are_done(tmp_path, monke
     assert moves == [True]
 
 
-def test_tensor_added_to_a_submodule_that_came_later_is_told(tmp_path):
+def test_tensor_of_a_submodule_that_was_added_later_causes_a_warning(tmp_path):
     net = nn.Sequential(nn.Linear(3, 2))
     ema = PostHocEMA(net, checkpoint_folder=tmp_path, update_every=1)
     ema.update()
@@ -87,7 +87,7 @@ def test_frozen_part_made_in_inference_mode_is_averaged_in_the_background(tmp_pa
 @pytest.mark.parametrize("cls", [PostHocEMA, AsyncPostHocEMA])
 @pytest.mark.parametrize("is_closed", [True, False])
 def test_averages_are_freed_with_the_ema_without_a_garbage_collection(tmp_path, cls, is_closed):
-    """Device memory: torch's allocator starts no collection where it runs short, and some trainers switch it off."""
+    """Device memory: torch's allocator starts no garbage collection, and some trainers disable the collector."""
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     gc.disable()

@@ -1,4 +1,4 @@
-"""Averaging in host memory, on steps and lanes that only note what is asked of them, and on real ones."""
+"""Averaging in host memory, on steps and lanes that only log their calls, and on real lanes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.noting import BATCHES, NotingLane, NotingStep
 
 
 class SourceLane(NotingLane):
-    """Its marks are gates: a copy has come when the test says so."""
+    """A lane whose marks are gates: a copy has arrived when the test opens its gate."""
 
     def mark(self):
         self.marks.append(GateMark(self.log))
@@ -24,6 +24,8 @@ class SourceLane(NotingLane):
 
 
 class GateMark:
+    """A mark that is reached when its gate is open."""
+
     def __init__(self, log):
         self.log = log
         self.gate = Gate()
@@ -31,13 +33,13 @@ class GateMark:
     def record(self):
         self.log.append("copied")
 
-    def wait(self):
+    def wait_on_host(self):
         self.gate.pass_through()
 
 
 @pytest.fixture(autouse=True)
 def no_pinned_memory(monkeypatch):
-    """There is none without an accelerator."""
+    """Pinned memory does not exist without an accelerator."""
     monkeypatch.setattr(offload, "_piece", lambda num_bytes, pin: torch.empty(num_bytes, dtype=torch.uint8))
 
 
@@ -51,14 +53,14 @@ def host():
 def test_batch_is_averaged_after_it_has_come(host):
     log = []
     source = SourceLane(log)
-    Offload(NotingStep(log), source, host).advance("a", (0.5,))
-    queued = ["keep a0", "copied", "keep a1", "copied", "keep a2", "copied"]
+    Offload(NotingStep(log), source, host).enqueue_update("a", (0.5,))
+    queued = ["stash a0", "copied", "stash a1", "copied", "stash a2", "copied"]
     for batch, mark in enumerate(source.marks[:BATCHES]):
         mark.gate.wait_entered()
-        assert log == queued + [f"average kept a{before}" for before in range(batch)]
+        assert log == queued + [f"average stashed a{before}" for before in range(batch)]
         mark.gate.open()
     host.drain(TIMEOUT_SECONDS)
-    assert log[-1] == "average kept a2"
+    assert log[-1] == "average stashed a2"
 
 
 def test_set_is_not_filled_while_it_is_averaged():
@@ -66,30 +68,30 @@ def test_set_is_not_filled_while_it_is_averaged():
     host = GatedLane(run=gate)
     offloaded = Offload(NotingStep(log), NotingLane(log), host)
     for name in "ab":
-        offloaded.advance(name, (0.5,))
+        offloaded.enqueue_update(name, (0.5,))
     assert offloaded.num_held_up == 0
-    third = threading.Thread(target=partial(offloaded.advance, "c", (0.5,)))
+    third = threading.Thread(target=partial(offloaded.enqueue_update, "c", (0.5,)))
     third.start()
     gate.wait_entered()
-    assert "keep c0" not in log
+    assert "stash c0" not in log
     gate.open()
     third.join(TIMEOUT_SECONDS)
     host.close(TIMEOUT_SECONDS)
     assert offloaded.num_held_up == 1
     assert [entry for entry in log if entry.startswith("average")] == [
-        f"average kept {name}{batch}" for name in "abc" for batch in range(BATCHES)
+        f"average stashed {name}{batch}" for name in "abc" for batch in range(BATCHES)
     ]
 
 
 def test_failed_lane_gives_its_set_back(host):
     class Failing(NotingStep):
-        def run_stashed(self, kept, weights):
-            raise ArithmeticError("made up")
+        def run_stashed(self, stashed, weights):
+            raise ArithmeticError("simulated")
 
     log = []
     offloaded = Offload(Failing(log), NotingLane(log), host)
     for name in "abc":
-        offloaded.advance(name, (0.5,))
+        offloaded.enqueue_update(name, (0.5,))
     host.drain(TIMEOUT_SECONDS)
     assert isinstance(host.take_error(), ArithmeticError)
     assert offloaded._free.qsize() == 2
@@ -97,20 +99,20 @@ def test_failed_lane_gives_its_set_back(host):
 
 def test_copies_that_cannot_be_queued_give_their_set_back(host):
     class Failing(NotingStep):
-        def stash(self, sources, batch, scratch):
-            raise ArithmeticError("made up")
+        def stash(self, sources, batch, memory):
+            raise ArithmeticError("simulated")
 
     offloaded = Offload(Failing([]), NotingLane([]), host)
     with pytest.raises(ArithmeticError):
-        offloaded.advance("a", (0.5,))
+        offloaded.enqueue_update("a", (0.5,))
     assert offloaded._free.qsize() == 2
 
 
 def test_optimizer_does_not_wait_for_the_averaging():
     gate = Gate()
     host, source = GatedLane(run=gate), NotingLane([])
-    Offload(NotingStep([]), source, host).advance("a", (0.5,))
-    host.order_writer()  # returns, though nothing is averaged
+    Offload(NotingStep([]), source, host).enqueue_update("a", (0.5,))
+    host.order_writer()  # returns, although nothing is averaged
     assert source.reads == [True]
     gate.open()
     host.close(TIMEOUT_SECONDS)
