@@ -1,9 +1,9 @@
-"""An evaluation job beside a running training: every new snapshot gets its best EMA length.
+"""An evaluation job beside a running training: find the best EMA length at every new snapshot.
 
     python examples/follow_training.py --out follow
 
-The training is a process of its own, as it would be on a cluster: this one sees the snapshot folder and nothing else.
-Whatever it evaluates is in follow/sweep.jsonl; killed and started again with --attach, it goes on from there.
+The training is a process of its own, as on a cluster. The evaluation shares nothing with it but the snapshot folder.
+Every result is in follow/sweep.jsonl; an evaluation that was killed continues from there with --attach.
 
     nitrous-ema plot follow/sweep.jsonl --out follow.png
 """
@@ -35,7 +35,7 @@ def make_batch(count: int, seed: int, noise: float) -> tuple[Tensor, Tensor]:
     return x, torch.sin(5 * x) + noise * torch.randn(count, 1, generator=generator)
 
 
-# ---- the training, which knows nothing of the evaluation
+# ---- the training process, which is independent of the evaluation
 
 
 def train(snapshots: Path, steps: int, every: int) -> None:
@@ -52,18 +52,18 @@ def train(snapshots: Path, steps: int, every: int) -> None:
             ema.update()
 
 
-# ---- the evaluation, which knows the folder and the architecture
+# ---- the evaluation process, which needs the folder and the architecture
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module) -> float:
-    """Distance from the truth on inputs that were not trained on; the same ones for every average."""
+    """Return the mean squared error on held-out inputs, the same ones for every average."""
     x, y = make_batch(2000, seed=10**9, noise=0.0)
     return nn.functional.mse_loss(model(x), y).item()
 
 
 def newest(snapshots: Path) -> tuple[str, int] | None:
-    """Run and step of the newest snapshot."""
+    """Return run and step of the newest snapshot, None if there is no snapshot yet."""
     try:
         found = SnapshotStore(snapshots).get()
     except SnapshotNotFound:
@@ -74,11 +74,11 @@ def newest(snapshots: Path) -> tuple[str, int] | None:
 def follow(out: Path, training: subprocess.Popen[bytes] | None, done: tuple[str, int] | None = None) -> None:
     model = make_model()
     while True:
-        # Asked before the folder is looked at, so that a last snapshot is not missed.
+        # Polled before the folder is listed: a snapshot that is written in between is then seen in the next turn.
         is_over = training is None or training.poll() is not None
         found = newest(out / "snapshots")
         if found is not None and found != done:
-            done = found  # where evaluating takes longer than a snapshot's distance, those in between are left out
+            done = found  # if an evaluation takes longer than the time between two snapshots, some are skipped
             run, step = found
             table = sweep(
                 out / "snapshots",
@@ -100,7 +100,7 @@ def follow(out: Path, training: subprocess.Popen[bytes] | None, done: tuple[str,
 
 
 def wait(training: subprocess.Popen[bytes], seconds: float = 0.5) -> None:
-    with suppress(subprocess.TimeoutExpired):  # look again
+    with suppress(subprocess.TimeoutExpired):  # the training is still running
         training.wait(timeout=seconds)
 
 
@@ -109,8 +109,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("follow"), help="folder for all files (./follow)")
     parser.add_argument("--steps", type=int, default=4000, help="steps to train (4000)")
     parser.add_argument("--every", type=int, default=100, help="steps between snapshots (100)")
-    parser.add_argument("--attach", action="store_true", help="train nothing; evaluate the newest snapshot there is")
-    parser.add_argument("--train", action="store_true", help="train only; this is how the evaluation starts it")
+    parser.add_argument("--attach", action="store_true", help="evaluate the newest snapshot; train nothing")
+    parser.add_argument("--train", action="store_true", help="train only (the evaluation starts this process)")
     options = parser.parse_args()
     snapshots = options.out / "snapshots"
     if options.train:
@@ -119,7 +119,7 @@ def main() -> int:
     if options.attach:
         follow(options.out, None)
         return 0
-    earlier = newest(snapshots)  # of another training, if there is one
+    earlier = newest(snapshots)  # of an earlier training in the same folder
     command = [sys.executable, __file__, "--train", f"--out={options.out}"]
     command += [f"--steps={options.steps}", f"--every={options.every}"]
     with subprocess.Popen(command) as training:
