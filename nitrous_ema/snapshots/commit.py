@@ -166,6 +166,7 @@ class Committer:
         try:
             header = self._finish(descriptor, lambda: self._fill(descriptor, layout, stamp, chunks))
             self._publish(temporary, final, stamp.step)
+        # After Ctrl-C as well: other processes remove a temporary file only once its writer is dead.
         except BaseException:
             with contextlib.suppress(OSError):
                 self.files.unlink(temporary)
@@ -188,8 +189,10 @@ class Committer:
     def _fill(
         self, descriptor: int, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]
     ) -> Header:
+        # The size of the header does not depend on the checksums, so the data can be written before it.
         data_begin = header_bytes(layout, stamp)
         file_bytes = data_begin + layout.data_bytes
+        # A full disk is then noticed before any byte is written.
         reserve(self.files, descriptor, file_bytes)
         crc32, is_paced = [0] * len(layout.chunks), True
         for chunk, begin, view in _matched(layout, chunks()):
@@ -204,6 +207,7 @@ class Committer:
     def _publish(self, temporary: Path, final: Path, step: int) -> None:
         try:
             rename_to_new(self.files, temporary, final)
+        # Not an OSError any more, which would have the file written a second time.
         except FileExistsError as error:
             raise _taken(final, step) from error
 

@@ -58,6 +58,7 @@ class DiskSpace:
             OSError: ``ENOSPC``: the file does not fit even then.
         """
         free_bytes = self.free_bytes()
+        # A disk that does not report its free space is written to: a failed write then shows that it is full.
         if free_bytes is not None and free_bytes < needed_bytes:
             self.reclaim()
             free_bytes = self.free_bytes()

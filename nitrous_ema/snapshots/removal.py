@@ -195,6 +195,7 @@ class SnapshotRemover:
         # Whichever process gave the folders their names, and whether or not it lived to sync them (REMOVE-1).
         self._sync_root("nothing was removed")
         freed_bytes, failure = 0, None
+        # The first failure is raised after all folders were tried: one of them must not keep the others on disk.
         for folder in claimed:
             try:
                 freed_bytes += self._remove(folder)
@@ -267,6 +268,7 @@ class SnapshotRemover:
         except FileNotFoundError:
             return 0
         except OSError as error:
+            # The file stays; the next ``remove_hidden``, or the next run that starts, tries again.
             if error.errno in _IN_USE:
                 return 0
             raise
@@ -276,6 +278,7 @@ class SnapshotRemover:
         try:
             self.files.remove_folder(folder)
         except OSError as error:
+            # Not empty: a file is still open, or another process writes or has written to the folder (REMOVE-6).
             if error.errno not in _IN_USE and not isinstance(error, FileNotFoundError):
                 raise
 
