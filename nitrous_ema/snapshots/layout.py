@@ -122,6 +122,7 @@ class Layout:
         for name, numbers in (("gammas", self.gammas), ("sigma_rels", self.sigma_rels)):
             if not is_tuple_of(numbers, float) or not all(map(math.isfinite, numbers)):
                 raise ValueError(f"{name} is {numbers!r}; expected a tuple of finite floats")
+        # The square of a profile with an exponent of -0.5 or less has no finite integral (profile.py).
         if not all(-0.5 < gamma <= MAX_GAMMA for gamma in self.gammas):
             raise ValueError(f"gammas is {self.gammas!r}; expected exponents in (-0.5, {MAX_GAMMA:g}]")
         if not self.gammas or len(self.gammas) != len(self.sigma_rels):
@@ -160,6 +161,7 @@ class Layout:
     @functools.cached_property
     def copied(self) -> tuple[TensorRecord, ...]:
         """Copied tensors in the order of their section: largest elements first, which aligns all of them."""
+        # sorted() is stable, so that tensors with elements of one size stay in file order.
         copied = (record for record in self.records if record.role == "copied")
         return tuple(sorted(copied, key=lambda record: -_copied_item_bytes(record)))
 
@@ -214,7 +216,7 @@ class Layout:
                 section.begin + span.begin * item_bytes,
                 section.begin + span.end * item_bytes,
             )
-            for profile, section in zip(range(len(self.gammas)), self.sections, strict=False)
+            for profile, section in zip(range(len(self.gammas)), self.sections, strict=False)  # without the copied ones
             for record, span in zip(self.averaged, self.average_spans, strict=True)
         ]
         if self.padding_bytes:

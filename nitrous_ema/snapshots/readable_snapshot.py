@@ -148,6 +148,7 @@ def _sources(snapshot: Snapshot) -> list[Source]:
     """Return one source per section of the file: the profiles, then the copied tensors if there are any."""
     layout, checksums = snapshot.layout, snapshot.headers[0].crc32
     sources: list[Source] = []
+    # No chunk lies across two sections, so each section has consecutive checksums of its own.
     first_chunk = 0
     for section, (begin, end) in enumerate(layout.sections):
         num_chunks = -(-(end - begin) // layout.chunk_bytes)

@@ -13,8 +13,7 @@ IMPORT-2  The legacy folder is only read.                   test_old_folder_is_l
 IMPORT-3  Snapshots that exist are not written again, and   test_interrupted_import_continues_where_it_stopped,
     snapshots that were removed from a finished import are  test_pruned_snapshots_are_not_imported_again
     not restored.
-IMPORT-4  Memory holds one buffer of a chunk, for models    test_import_holds_one_chunk_at_a_time
-    of any size.
+IMPORT-4  Memory holds one chunk, for models of any size.   test_import_holds_one_chunk_at_a_time
 """
 
 from __future__ import annotations
@@ -130,10 +129,7 @@ def plan_import(
         SnapshotError: A folder cannot be read, or the disk lacks space for the new snapshots.
     """
     if old.root.resolve() in (new.root.resolve(), *new.root.resolve().parents):
-        raise ValueError(
-            f"{new.root} is the folder to import or lies inside it; the imported folder is only read. "
-            "Choose another folder for the snapshots."
-        )
+        raise ValueError(f"{new.root} is the imported folder or inside it, which is only read. Choose another folder.")
     intact, damaged = _intact(old.snapshots(exclude=exclude))
     if not intact:
         reason = damaged[0] if damaged else f"every step of {old.root} is excluded."
@@ -170,7 +166,6 @@ def plan_import(
     return planned
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The legacy folder
 
 
@@ -248,7 +243,6 @@ def _check_finite(chunk: memoryview, dtype: str, path: Path) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The new folder
 
 

@@ -140,6 +140,7 @@ class LegacyFolder:
                 path=self.root,
                 nearest=(),
             )
+        # A file name has only a position in the list of profiles: a list of another length would give a wrong length.
         highest = max(max(profiles) for profiles in paths.values())
         if highest + 1 != len(self.gammas):
             raise ValueError(
@@ -174,7 +175,7 @@ def files_by_step(root: str | os.PathLike[str]) -> dict[int, dict[int, Path]]:
 class LegacySnapshot:
     """The averages of one step, as a ``SnapshotView``. Files are opened when an attribute needs them."""
 
-    t_first = None
+    t_first = None  # not recorded in these files
 
     def __init__(self, step: int, paths: Mapping[int, Path], gammas: Sequence[float], run: str) -> None:
         self.run = run
@@ -216,7 +217,7 @@ class LegacySnapshot:
             SnapshotDamaged: A file is invalid, or its tensors differ from the first file's.
         """
         for source in self.averages:
-            _loaded(source)
+            _load_for(source)
 
     @cached_property
     def records(self) -> tuple[TensorRecord, ...]:
@@ -251,6 +252,7 @@ class LegacySnapshot:
 
     @property
     def _copied_records(self) -> tuple[TensorRecord, ...]:
+        # The order of Layout.copied: an import copies these bytes into that section as they are.
         copied = (each for each in self.records if each.role == "copied")
         return tuple(sorted(copied, key=lambda each: -DTYPE_BYTES[each.dtype]))
 
@@ -293,7 +295,7 @@ class _Reader:
         self._source = source
         self._position = 0  # of read_into()
         self._lock = threading.Lock()
-        self._flats: Iterator[torch.Tensor] | None = None  # mapped at the first read; guarded by _lock
+        self._tensors: Iterator[torch.Tensor] | None = None  # mapped at the first read; guarded by _lock
         # Appended to under _lock and never changed otherwise, so that read_at() may index verified tensors without it.
         self._begins: list[int] = []  # of the verified tensors, in elements
         self._verified: list[torch.Tensor] = []
@@ -318,10 +320,10 @@ class _Reader:
     def _verify_until(self, begin: int, end: int) -> int:
         """Verify all tensors before element ``end``, and return the index of the tensor with element ``begin``."""
         with self._lock:
-            if self._flats is None:
-                self._flats = _flats(self._source)
+            if self._tensors is None:
+                self._tensors = _flat_tensors(self._source)
             while not self._begins or self._begins[-1] + len(self._verified[-1]) < end:
-                flat = next(self._flats)
+                flat = next(self._tensors)
                 self._begins.append(self._begins[-1] + len(self._verified[-1]) if self._begins else 0)
                 self._verified.append(flat)
             return bisect_right(self._begins, begin) - 1
@@ -338,12 +340,12 @@ class _Loaded(NamedTuple):
     """Names of tensors that replace the file's own tensors, which were verified already."""
 
 
-def _loaded(source: LegacySource) -> _Loaded:
+def _load_for(source: LegacySource) -> _Loaded:
     """Load the file of a source, and check that it holds the source's tensors."""
     loaded = _load(source.path)
     for record in source.records:
         tensor = loaded.tensors.get(record.name)
-        if tensor is None or tuple(tensor.shape) != record.shape or _code(tensor) != record.dtype:
+        if tensor is None or tuple(tensor.shape) != record.shape or _dtype_code(tensor) != record.dtype:
             raise _damaged(
                 source.path,
                 f"{brief(repr(record.name))} is missing, or differs in shape or type from the first file of this step",
@@ -351,11 +353,11 @@ def _loaded(source: LegacySource) -> _Loaded:
     return loaded
 
 
-def _flats(source: LegacySource) -> Iterator[torch.Tensor]:
+def _flat_tensors(source: LegacySource) -> Iterator[torch.Tensor]:
     """Yield the tensors of a source, flat and verified, in the source's type or in a type that converts to it."""
     import torch
 
-    tensors, checksums, repaired = _loaded(source)
+    tensors, checksums, repaired = _load_for(source)
     verified: set[int] = set()  # addresses of storages; tied tensors share one
     for record in source.records:
         tensor = tensors[record.name]
@@ -365,6 +367,7 @@ def _flats(source: LegacySource) -> Iterator[torch.Tensor]:
                 verify_storage(tensor, checksums)
             except ValueError as error:
                 raise _damaged(source.path, f"{brief(repr(record.name))}: {error}") from error
+        # Only to resolve lazy conjugation: _load() has compared the size with the file's.
         plain = plain_tensor(tensor, file_bytes=tensor.numel() * tensor.element_size())
         if source.dtype == "U8":
             yield plain.reshape(-1).view(torch.uint8)
@@ -378,7 +381,7 @@ def _load(path: Path) -> _Loaded:
 
     try:
         file_bytes, state = path.stat().st_size, load_torch_file(path)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:  # the folder listed this file, so a missing file is damage
         raise _damaged(path, str(error)) from error
     except OSError as error:
         raise SnapshotError(f"{path} cannot be read: {error}", path=path) from error
@@ -400,7 +403,7 @@ def _load(path: Path) -> _Loaded:
         checksums = locate_storages(path, mapped)
     except (ValueError, OSError) as error:
         raise _damaged(path, str(error)) from error
-    if not any(_is_averaged(_code(tensor)) for tensor in tensors.values()):
+    if not any(_is_averaged(_dtype_code(tensor)) for tensor in tensors.values()):
         raise _damaged(path, f"it has no floating-point tensor whose name starts with {_PREFIX!r}")
     try:
         repaired = _repaired_counters(tensors, checksums, _step_of(path))
@@ -420,6 +423,7 @@ def _repaired_counters(tensors: Mapping[str, torch.Tensor], checksums: Checksums
     repaired = {}
     for name, tensor in tensors.items():
         module, _, attribute = name.rpartition("num_batches_tracked")
+        # A scalar beside running_mean is the counter of a batch norm; any other floating-point tensor is averaged.
         is_counter = attribute == "" and tensor.dim() == 0 and f"{module}running_mean" in tensors
         if is_counter and tensor.is_floating_point():
             verify_storage(tensor, checksums)
@@ -434,9 +438,9 @@ def _record(name: str, tensor: torch.Tensor) -> TensorRecord:
     return TensorRecord(
         name=name,
         keys=(name,),
-        dtype=_code(tensor),
+        dtype=_dtype_code(tensor),
         shape=tuple(tensor.shape),
-        role="averaged" if _is_averaged(_code(tensor)) else "copied",
+        role="averaged" if _is_averaged(_dtype_code(tensor)) else "copied",
     )
 
 
@@ -449,7 +453,7 @@ def _step_of(path: Path) -> int:
     return int(path.name.split(".")[1])
 
 
-def _code(tensor: torch.Tensor) -> str:
+def _dtype_code(tensor: torch.Tensor) -> str:
     return CODES[str(tensor.dtype).removeprefix("torch.")]
 
 

@@ -312,7 +312,7 @@ def test_refused_import_writes_nothing(old, tmp_path, prepare, error, message):
 
 @pytest.mark.parametrize("new", ["old", "old/new"])
 def test_old_folder_takes_no_snapshots(old, tmp_path, new):
-    with pytest.raises(ValueError, match="the imported folder is only read"):
+    with pytest.raises(ValueError, match="is the imported folder or inside it"):
         planned(old, tmp_path / new)
     assert run_cli(old, tmp_path / new) == 2
 
