@@ -109,8 +109,8 @@ class RetainingWriter:
         """
         with self._turn(stamp):
             if self._may_drop:
-                # A resumed run may find more snapshots than a byte budget allows: it drops them before it writes. If
-                # that fails, so does the call after the write, which reports the failure.
+                # A resumed run may find more snapshots than a byte budget allows: it drops them before it writes. An
+                # error is not reported here, since the call after the write succeeds or fails in the same way.
                 if self._lineage != stamp.lineage:
                     self._apply_rule(stamp, layout, header_bytes(layout, stamp) + layout.data_bytes)
                 self._remove_hidden()

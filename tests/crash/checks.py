@@ -1,4 +1,4 @@
-"""What must hold on every disk that a crash may leave, and the campaigns that look at all of them.
+"""The conditions that must hold on every disk that a crash may leave, and campaigns that check them on all disks.
 
 The oracle reads names and bytes from the disk by itself. It knows what each file was meant to hold, and which run
 continued which. The store must return exactly what the oracle finds.
@@ -44,7 +44,7 @@ class Tally:
     distinct: int = 0
     """Disks that differ in a name or a byte; readers were run on each."""
     restarts: int = 0
-    """Those that differ in a name, or in bytes under a final name; a writer was restarted on each."""
+    """Disks that differ in a name, or in bytes under a final name; a writer was restarted on each."""
     second: int = 0
     """Distinct disks after a second crash, of the restarted writer."""
 

@@ -60,7 +60,7 @@ class Player:
         self.subject.processes.start()
 
     def prepare(self) -> None:
-        """As at construction of an EMA."""
+        """Prepare the store, as the construction of an EMA does."""
         self.store.prepare()
         self.disk.promise(str(ROOT), b"")
 
@@ -118,7 +118,7 @@ class Player:
             raise Violation(f"hidden are {[path.name for path in found]}, expected {count} of them")
 
     def close(self, run: str = A) -> None:
-        """As at the end of training."""
+        """Close the run, as the end of training does."""
         self.store.close_run(run)
         self.disk.promise(f"{ROOT}/closed-{run}", b"")
 
