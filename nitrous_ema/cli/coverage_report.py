@@ -279,14 +279,14 @@ def coverage_lines(found: dict[str, Any]) -> list[str]:
     profiles = ", ".join(f"{each:.4g}" for each in found["sigma_rels"])
     lines = [f"supported lengths at step {found['step']}, from {pluralize(found['snapshots'], 'snapshot')}:"]
     for each in found["within"]:
-        lines += paragraph(f"  profile error up to {100 * each['profile_error']:g} %", _stretches(each["lengths"]))
+        lines += paragraph(f"  up to {100 * each['profile_error']:g} % profile error  ", _stretches(each["lengths"]))
         if _ends(each["lengths"]) != _ends(each["with_little_rounding"]):
             lines += paragraph(
-                "                         ",
+                "                          ",
                 f"{_stretches(each['with_little_rounding'])} with a {found['checkpoint_dtype']} rounding error of up "
                 f"to {found['rounding_limit']:g} of a weight",
             )
-    return [*lines, f"  tracked                  sigma_rel {profiles}"]
+    return [*lines, f"  tracked                   sigma_rel {profiles}"]
 
 
 def _ends(stretches: Sequence[Sequence[float]]) -> list[tuple[float, float]]:

@@ -178,8 +178,8 @@ def _no_such_step(store: SnapshotStore, history: Listing, step: int, existing: S
     sides = [max((s for s in existing if s < step), default=None), min((s for s in existing if s > step), default=None)]
     nearest = tuple(side for side in sides if side is not None)
     return SnapshotNotFound(
-        f"{store.root} has no snapshot of step {step} in the history of run {history.lineage[-1][0]}; the nearest "
-        f"steps are {' and '.join(map(str, nearest))}. Nothing was changed.",
+        f"{store.root} has no snapshot of step {step} in the history of run {history.lineage[-1][0]}; nearest steps: "
+        f"{' and '.join(map(str, nearest))}. Nothing was changed.",
         path=store.root,
         nearest=nearest,
     )

@@ -220,15 +220,15 @@ def _bound(found: dict[str, Any]) -> str:
     if found["lower_bound"]["of"] == "steps":
         goal = f"of up to {percent(found['error'])}"
         if any(target["worst_before"] > found["error"] for target in found["targets"]):
-            goal = f"as close to {percent(found['error'])} as all snapshots allow"
+            goal = "as close to the limit as all snapshots allow"
         optimal = ", which is the minimum" if count <= bound else ""
         least = pluralize(round(bound), "snapshot")
         return f"Errors in the wanted range {goal} need at least {least}; this choice has {count}{optimal}."
     optimal = ", which is the minimum" if worst <= bound * (1 + 1e-6) else ""
     least = percent(bound, rounded_down=True)
     return (
-        f"No {count} of these snapshots have a largest error below {least} in the wanted range; this choice has "
-        f"{percent(worst)}{optimal}."
+        f"No choice of {pluralize(count, 'snapshot')} has a largest error below {least} in the wanted range; this "
+        f"choice has {percent(worst)}{optimal}."
     )
 
 

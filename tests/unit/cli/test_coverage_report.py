@@ -52,7 +52,7 @@ def test_covered_lengths_are_those_of_the_snapshots(tmp_path, capsys):
 
 def test_rounding_narrows_what_is_covered_if_snapshots_are_stored_coarsely(tmp_path, capsys):
     fine = text_of(capsys, folder_of(tmp_path / "fine"))
-    assert "profile error up to 1 % sigma_rel 0.0376 to 0.177" in fine
+    assert "up to 1 % profile error sigma_rel 0.0376 to 0.177" in fine
     assert "rounding error" not in fine
     coarse = inspected(capsys, folder_of(tmp_path / "coarse", dtype="F16"))["covered"]["within"][1]
     (wide,), (narrow,) = coarse["lengths"], coarse["with_little_rounding"]
@@ -62,7 +62,9 @@ def test_rounding_narrows_what_is_covered_if_snapshots_are_stored_coarsely(tmp_p
 
 
 def test_folder_with_too_few_snapshots_supports_the_tracked_lengths_only(tmp_path, capsys):
-    assert "up to 1 % sigma_rel 0.05 to 0.05; 0.0" not in (out := text_of(capsys, folder_of(tmp_path / "s", [100])))
+    assert "up to 1 % profile error sigma_rel 0.05 to 0.05; 0.0" not in (
+        out := text_of(capsys, folder_of(tmp_path / "s", [100]))
+    )
     assert "tracked sigma_rel 0.05, 0.1" in out
     assert inspected(capsys, tmp_path)["covered"] is None
 
@@ -145,7 +147,9 @@ def test_causes_of_errors_are_reported_with_a_remedy(tmp_path, capsys, steps, si
 
 def test_coarse_storage_is_reported_with_its_remedy(tmp_path, capsys):
     (found,) = inspected(capsys, folder_of(tmp_path / "s", dtype="BF16"), "--sigma-rel", "0.035")["asked"]
-    assert any("stored as BF16 is amplified" in each and 'Store them as "F32"' in each for each in found["warnings"])
+    assert any(
+        "stored as BF16 is amplified" in each and "Store snapshots as float32" in each for each in found["warnings"]
+    )
 
 
 def test_missing_step_is_not_found_and_bad_lengths_are_usage_errors(tmp_path, capsys):

@@ -253,7 +253,7 @@ def test_next_prune_deletes_what_an_interrupted_one_has_hidden(folder, capsys, m
         (["--keep", "3", "--sigma-rel", "0.2-0.4"], 2, "0.2887"),
         (["--keep", "3", "--sigma-rel", "0.2"], 2, "such as 0.03-0.25"),
         (["--keep", "3", "--pin", "x"], 2, "list of steps"),
-        (["--keep", "3", "--pin", "70"], 3, "the nearest steps are 60 and 80"),
+        (["--keep", "3", "--pin", "70"], 3, "nearest steps: 60 and 80"),
         (["--keep", "3", "--unpin", "500"], 3, "200"),
         (["--keep", "3", "--grace", "-1"], 2, "seconds"),
         (["--keep", "3", "--run", NEWEST], 3, RUN.partition("-")[0]),  # what stands behind that is random

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nitrous_ema import search
 from nitrous_ema.errors import ResultsError
 from nitrous_ema.search.results import ResultsFile, read_table
 from tests.support.small_snapshots import Recorded
@@ -194,6 +195,10 @@ def test_direction_of_the_last_line_counts_for_all(tmp_path):
     for each in (row(0.1, 5.0), row(0.2, 3.0), row(0.15, 4.0, maximize=True)):
         file.add(each)
     assert read_table(file.path).best.value == 5.0
+
+
+def test_read_table_is_a_name_of_the_package():
+    assert search.read_table is read_table
 
 
 def test_table_of_an_empty_file_is_refused(tmp_path):
