@@ -37,7 +37,7 @@ VARIANTS = (
     Variant(
         name='one kernel, read="copied"', moved=lambda own, profiles: 3 * own + _moves_averages(profiles)
     ),  # copied, then read
-    Variant(name="one kernel, kept first", moved=lambda own, profiles: 3 * own + _moves_averages(profiles)),
+    Variant(name="one kernel, stashed first", moved=lambda own, profiles: 3 * own + _moves_averages(profiles)),
     Variant(name='offload="host"', moved=lambda own, profiles: own),  # and as many over the bus
 )
 
