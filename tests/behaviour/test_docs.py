@@ -12,7 +12,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 
+from nitrous_ema import PostHocEMA
+from nitrous_ema.cli import main
 from nitrous_ema.profile import sigma_rel_to_gamma
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,6 +128,44 @@ def test_the_design_page_lists_every_table_of_invariants():
         for name in set(re.findall(r"^([A-Z]+)-\d+  ", docstring, re.MULTILINE)):
             found[name] = path.relative_to(PACKAGE).as_posix()
     assert rows == found
+
+
+# Printed output
+
+
+@pytest.fixture(scope="module")
+def like_the_demo(tmp_path_factory):
+    """A folder that holds nitrous-demo/snapshots: 40 snapshots at the demo's steps, of a smaller model."""
+    folder = tmp_path_factory.mktemp("printed")
+    model = torch.nn.Linear(4, 4)
+    with PostHocEMA(model, checkpoint_folder=folder / "nitrous-demo/snapshots", checkpoint_every_num_steps=90,
+                    update_every=90) as ema:  # fmt: skip
+        for _ in range(3600):
+            ema.update()
+    return folder
+
+
+def comparable(text: str) -> str:
+    """A text without what depends on the model's size, on the run and on the width of lines."""
+    text = re.sub(r"[\d.]+ [KMG]?i?B\b", "SIZE", re.sub(r"\d{8}T[\d.]+-[0-9a-f]{8}", "RUN", text))
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("command", ["inspect", "prune"])
+def test_output_shown_for_the_demo_is_what_the_commands_print(like_the_demo, monkeypatch, capsys, command):
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    arguments, shown = re.search(rf"^\$ nitrous-ema ({command} .*)\n((?:.*\n)*?)```$", page, re.MULTILINE).groups()
+    monkeypatch.chdir(like_the_demo)
+    assert main(arguments.split()) == 0
+    printed = capsys.readouterr()
+    assert comparable(shown.removeprefix("...\n")) in comparable(printed.out + printed.err)
+
+
+def test_lengths_shown_in_the_quickstart_are_what_inspect_prints(like_the_demo, capsys):
+    page = (ROOT / "docs" / "quickstart.md").read_text()
+    shown = re.search(r"^supported lengths .*\n(?:  .*\n)+", page, re.MULTILINE)[0]
+    assert main(["inspect", str(like_the_demo / "nitrous-demo/snapshots")]) == 0
+    assert comparable(shown) in comparable(capsys.readouterr().out)
 
 
 # The tour
