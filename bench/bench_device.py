@@ -11,7 +11,7 @@ Tables:
            made small enough for the copy of the snapshot to take longer than three steps, if it is not already
 
 A contestant is set up when it is its turn and is gone before the next: in each round it meets only the floor or the
-training without EMA. One that fails, for instance for want of memory, is reported below its table; the rest goes on, and
+training without EMA. One that fails, for example for want of memory, is reported below its table. The rest goes on, and
 the command then ends with 1. With --json, everything so far is written after each table.
 """
 

@@ -1,4 +1,4 @@
-"""The step of copied tensors (buffers of integers, what a filter copies): their present values are taken over."""
+"""The step of copied tensors: an update stores their present values. Also ``copy_each``, a copy of many tensors."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ _ALIGNED_BYTES = 16
 
 
 class CopiedTensorsStep:
-    """The ``Step`` of one group of copied tensors: one batch; weights mean nothing.
+    """The ``AveragingStep`` of one group of copied tensors: one batch, and weights have no effect.
 
     Args:
         group: Its buffer must not be replaced while this object is used.
     """
 
     def __init__(self, group: CopiedGroup) -> None:
-        self._kept = group.values()
+        self._stored = group.values()
         self.batches = ((0, group.flat.numel()),)
-        sizes = [math.prod(value.shape) * value.dtype.itemsize for value in self._kept]
+        sizes = [math.prod(value.shape) * value.dtype.itemsize for value in self._stored]
         self._begins = list(accumulate((-(-size // _ALIGNED_BYTES) * _ALIGNED_BYTES for size in sizes), initial=0))
 
     def sources(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors of this group as they are now."""
+        """Return the tensors of this group as they are now."""
         return list(tensors)
 
     def run(self, sources: list[Tensor], weights: Sequence[float], batches: Sequence[int] | None = None) -> None:
-        """Take them over."""
-        copy_each(self._kept, sources)
+        """Store their values."""
+        copy_each(self._stored, sources)
 
     def stash_bytes(self, batch: int) -> int:
-        """Scratch that ``keep`` needs."""
+        """Return the bytes of scratch that ``stash`` needs."""
         return self._begins[-1]
 
     def stash(self, sources: list[Tensor], batch: int, scratch: Tensor) -> list[Tensor]:
-        """Copy them to scratch on the current stream."""
+        """Copy their values to scratch, on the current stream."""
         views = []
-        for begin, value in zip(self._begins, self._kept, strict=False):
+        for begin, value in zip(self._begins, self._stored, strict=False):
             num_bytes = math.prod(value.shape) * value.dtype.itemsize
             views.append(scratch[begin : begin + num_bytes].view(value.dtype).view(value.shape))
         copy_each(views, sources, non_blocking=True)
         return views
 
-    def run_stashed(self, kept: list[Tensor], weights: Sequence[float]) -> None:
-        """Take them over from there."""
-        self.run(kept, weights)
+    def run_stashed(self, stashed: list[Tensor], weights: Sequence[float]) -> None:
+        """Store values from scratch."""
+        self.run(stashed, weights)
 
 
-# What one call takes on every device. CUDA's has no uint16, uint32 and uint64 (ATen/native/cuda/
+# Types that one foreach call takes on every device. CUDA's has no uint16, uint32 and uint64 (ATen/native/cuda/
 # ForeachBinaryOpList.cu, AT_DISPATCH_SOURCE_TYPES); XPU's had no float8 (intel/torch-xpu-ops, issue 4006).
 _IN_ONE_CALL = frozenset(
     {
@@ -66,16 +66,16 @@ _IN_ONE_CALL = frozenset(
 def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor], *, non_blocking: bool = False) -> None:
     """Copy each source into its target.
 
-    A call for each pair of types: one call for several types launches a kernel per tensor.
+    One call is made for each pair of types, since a call for several types launches a kernel per tensor.
     """
     by_types: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
-        to, of = by_types.setdefault((target.dtype, source.dtype), ([], []))
-        to.append(target)
-        of.append(source)
-    for types, (to, of) in by_types.items():
+        into, out_of = by_types.setdefault((target.dtype, source.dtype), ([], []))
+        into.append(target)
+        out_of.append(source)
+    for types, (into, out_of) in by_types.items():
         if _IN_ONE_CALL.issuperset(types):
-            torch._foreach_copy_(to, of, non_blocking=non_blocking)
+            torch._foreach_copy_(into, out_of, non_blocking=non_blocking)
         else:
-            for target, source in zip(to, of, strict=True):
+            for target, source in zip(into, out_of, strict=True):
                 target.copy_(source, non_blocking=non_blocking)

@@ -1,19 +1,19 @@
-"""The averages: a few flat buffers in file order, and named views on them.
+"""The memory of the averages: a few flat buffers in file order, and named views of them.
 
-A *profile's flat space* is all averaged tensors of the model back to back, in the model's order, in elements; it is the
-same for every profile and is what a snapshot file's section holds. It is cut into *groups*: maximal runs of tensors
-that share a device, their parameters' device and an accumulation type (float64 where the tensor is float64, float32
-otherwise). Each group has one flat buffer per profile, so that writing a snapshot copies buffers, not tensors.
+A *profile's flat space* is all averaged tensors of the model back to back, in the model's order, in elements. It is the
+same for every profile, and a section of a snapshot file holds exactly this space. It is cut into *groups*: maximal runs
+of tensors that share a device, their parameters' device and an accumulation type (float64 where the tensor is float64,
+float32 otherwise). Each group has one flat buffer per profile, so that writing a snapshot copies buffers, not tensors.
 
-A tensor lies in its buffer in its parameter's own memory order (channels_last, transposed), so that averaging runs over
-both as flat memory; files are row-major, and ``pieces`` gives strided views where the two differ. A parameter that is
-expanded or has holes is averaged in row-major order. complex64 counts as pairs of float32, in groups of its own: a
+An average has its parameter's own memory order (channels_last, transposed), so that averaging runs over both as flat
+memory. Files are row-major, and ``pieces`` yields strided views where the two orders differ. A parameter that is
+expanded or has gaps is averaged in row-major order. complex64 counts as pairs of float32, in groups of its own: a
 complex view must begin at an even element, and ``torch.save`` refuses tensors of two types that share their memory.
 
 Copied tensors lie in byte buffers, one per run of tensors with one device and type, in the order of the file's last
 section.
 
-A little longer than the house's 300 lines: the same cut of a range serves reading and writing.
+Longer than the house's 300 lines because the same cut of a range serves reading and writing.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Group:
     first: int
     """Index of its first tensor among the averaged ones."""
     begin: int
-    """Where it begins in a profile's flat space, in elements."""
+    """Its first element in a profile's flat space."""
     tensors: list[AveragedTensor]
     flats: list[Tensor]
     """One buffer per profile, 1-d; its last tensor's end is its size."""
     together: Tensor | None = None
-    """In host memory, the same as [profiles, elements], as long as no buffer was moved (``share_memory_``)."""
+    """In host memory: all buffers as one [profiles, elements] view, while none was moved (``share_memory_``)."""
 
     @property
     def numel(self) -> int:
@@ -57,7 +57,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AveragedTensor:
-    """Where one tensor lies in its group's buffers."""
+    """The place of one averaged tensor in its group's buffers."""
 
     tracked: TrackedTensor
     begin: int
@@ -75,23 +75,23 @@ class CopiedGroup:
 
     device: torch.device
     begin: int
-    """Where it begins among all copied tensors, in bytes."""
+    """Its first byte among all copied tensors."""
     tensors: list[tuple[TrackedTensor, int, int]]
     """Each with its first and last byte, relative to the group."""
     flat: Tensor  # uint8
 
     def values(self) -> list[Tensor]:
-        """Views with the model's types and shapes."""
+        """Return the copied values, as views with the model's types and shapes."""
         return [self.flat[begin:end].view(tracked.dtype).view(tracked.shape) for tracked, begin, end in self.tensors]
 
 
 class FlatBuffers:
-    """Averages of every profile, and the copied tensors.
+    """The averages of every profile, and the copied tensors.
 
     Args:
         tracked: The model's tensors, in its order.
         layout: Order of the tensors in snapshot files, which is the order here.
-        device: Where the averages live; by default each with its parameter.
+        device: Device of the averages; by default each average is on its parameter's device.
     """
 
     def __init__(self, tracked: Sequence[TrackedTensor], layout: Layout, device: torch.device | None = None) -> None:
@@ -106,35 +106,41 @@ class FlatBuffers:
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """The devices that hold averages or copies, each once."""
+        """The devices that hold averages or copied tensors, each once."""
         averaged = [group.device for group in self.groups]
         return tuple(dict.fromkeys([*averaged, *(group.device for group in self.copy_groups)]))
 
     def average(self, profile: int, name: str) -> Tensor:
-        """The average of one tensor, a view with the parameter's shape and memory order."""
+        """Return the average of one tensor, as a view with the parameter's shape and memory order."""
         group, tensor = self._places[name]
         view = group.flats[profile][tensor.begin : tensor.end].as_strided(tensor.shape, tensor.strides)
         return torch.view_as_complex(view) if tensor.tracked.dtype.is_complex else view
 
     def averages(self, profile: int) -> Iterator[tuple[TrackedTensor, Tensor]]:
-        """Every averaged tensor with its average."""
+        """Yield every averaged tensor with its average."""
         for tracked in self.averaged:
             yield tracked, self.average(profile, tracked.name)
 
     def copies(self) -> Iterator[tuple[TrackedTensor, Tensor]]:
-        """Every copied tensor with the value that was kept."""
+        """Yield every copied tensor with its stored value."""
         for group in self.copy_groups:
             yield from zip((tracked for tracked, _, _ in group.tensors), group.values(), strict=True)
 
     def pieces(
         self, profile: int, begin: int, end: int, device: torch.device | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """Elements ``[begin, end)`` of a profile's flat space as the file has them, in pieces; of one device if given.
+        """Yield elements ``[begin, end)`` of a profile's flat space in the order of the file, piece by piece.
+
+        Args:
+            profile: Index of the profile.
+            begin: First element.
+            end: End of the range.
+            device: Only pieces on this device; None for all.
 
         Yields:
             (first element relative to ``begin``, view of the accumulation type). The file has the elements of a view
-            in its row-major order. Neighbours that are row-major here as well come as one 1-d view; a tensor in another
-            order comes as a few views that are not contiguous, at most one more than twice its axes.
+            in the view's row-major order. Neighbours that are row-major in memory are one 1-d view. A tensor in another
+            memory order is a few views that are not contiguous: at most one more than twice its number of axes.
         """
         for group in self.groups:
             if device is not None and group.device != device:
@@ -144,7 +150,7 @@ class FlatBuffers:
                 yield group.begin + first - begin, view
 
     def copied_pieces(self, begin: int, end: int, device: torch.device | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Bytes ``[begin, end)`` of the copied tensors: (first byte relative to ``begin``, 1-d uint8 view)."""
+        """Yield bytes ``[begin, end)`` of the copied tensors: (first byte relative to ``begin``, 1-d uint8 view)."""
         for group in self.copy_groups:
             if device is not None and group.device != device:
                 continue
@@ -153,15 +159,15 @@ class FlatBuffers:
                 yield low - begin, group.flat[low - group.begin : high - group.begin]
 
     def fill(self, profile: int, begin: int, values: Tensor) -> None:
-        """Write row-major elements from ``begin`` on into a profile: the reverse of ``pieces``."""
+        """Write row-major elements into a profile, from element ``begin`` on: the reverse of ``pieces``."""
         for first, view in self.pieces(profile, begin, begin + values.numel()):
             view.copy_(values[first : first + view.numel()].view(view.shape))
 
     def fill_copied(self, begin: int, values: Tensor) -> None:
-        """Write bytes from ``begin`` on of the copied tensors: the reverse of ``copied_pieces``.
+        """Write bytes of the copied tensors, from byte ``begin`` on: the reverse of ``copied_pieces``.
 
         Args:
-            begin: Relative to the first of them; negative where padding stands before it in a file.
+            begin: Relative to the first copied byte; negative where padding precedes it in a file.
             values: 1-d uint8.
         """
         for group in self.copy_groups:
@@ -170,9 +176,10 @@ class FlatBuffers:
                 group.flat[low - group.begin : high - group.begin].copy_(values[low - begin : high - begin])
 
     def to(self, device: torch.device) -> None:
-        """Move every buffer. Views taken before keep the old ones."""
+        """Move every buffer to a device. Views taken before still show the old buffers."""
         for group in self.groups:
             group.device, group.flats = device, [flat.to(device) for flat in group.flats]
+            # flat.to() returns the same buffers where they are in host memory already.
             group.together = group.together if device.type == "cpu" else None
         for copies in self.copy_groups:
             copies.device, copies.flat = device, copies.flat.to(device)
@@ -184,6 +191,7 @@ class FlatBuffers:
             dtype = accumulation_dtype(tracked.dtype)
             was_complex = bool(groups) and groups[-1].tensors[-1].tracked.dtype.is_complex
             is_other = tracked.dtype.is_complex != was_complex
+            # The parameters of a group share a device as well, so that one step can read all of them.
             moved = bool(groups) and groups[-1].tensors[-1].tracked.live().device != tracked.live().device
             if not groups or is_other or moved or (groups[-1].device, groups[-1].dtype) != (place, dtype):
                 begin = groups[-1].begin + groups[-1].numel if groups else 0
@@ -213,7 +221,7 @@ class FlatBuffers:
 def snapshot_layout(
     tracked: Sequence[TrackedTensor], gammas: Sequence[float], sigma_rels: Sequence[float], dtype: torch.dtype
 ) -> Layout:
-    """What all snapshots of these tensors and profiles have in common; averages are stored as ``dtype``."""
+    """Return the layout of snapshots of these tensors and profiles, with averages stored as ``dtype``."""
     return Layout(
         records=tuple(tensor.record for tensor in tracked),
         gammas=tuple(gammas),
@@ -223,12 +231,12 @@ def snapshot_layout(
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays; everything else is averaged in float32, whatever the parameters are."""
+    """Return the type in which a parameter of type ``dtype`` is averaged: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def memory_order(tensor: Tensor, like: AveragedTensor) -> Tensor:
-    """A live tensor as flat memory in the order of its average: a view where it is dense that way, else a copy."""
+    """Return a live tensor as flat memory in the order of its average: a view where it is stored so, else a copy."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     if real.stride() != like.strides:
         real = torch.empty_strided(like.shape, like.strides, dtype=real.dtype, device=real.device).copy_(real)
@@ -236,12 +244,12 @@ def memory_order(tensor: Tensor, like: AveragedTensor) -> Tensor:
 
 
 def _buffers(group: Group, profiles: int) -> tuple[list[Tensor], Tensor | None]:
-    """Zeros for every profile, and all of them as one tensor where there is one."""
+    """Return zeros for every profile, and in host memory also one tensor of all profiles."""
     if group.device.type != "cpu":
         return [torch.zeros(group.numel, dtype=group.dtype, device=group.device) for _ in range(profiles)], None
     row = -(-group.numel // _ROW_ELEMENTS_CPU) * _ROW_ELEMENTS_CPU
     together = torch.zeros((profiles, row), dtype=group.dtype, device="cpu")[:, : group.numel]
-    # A storage for each, by way of numpy: torch.save of a view writes the whole of its storage.
+    # Each profile gets a storage of its own, by way of numpy: torch.save of a view writes the view's whole storage.
     return [torch.from_numpy(flat.numpy()) for flat in together], together
 
 
@@ -255,8 +263,8 @@ def _placed(tracked: TrackedTensor, begin: int) -> AveragedTensor:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory exactly, in some order of the axes."""
-    expected = 1
+    """Return whether the elements fill their memory without gaps or overlaps, in some order of the axes."""
+    expected = 1  # the stride of the next axis, if the axes before it are filled
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride != expected:
             return False
@@ -265,7 +273,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _row_major_views(group: Group, profile: int, begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
-    """Cut ``[begin, end)`` of a group, as a file has it, into views of its buffer: (first element, view)."""
+    """Cut ``[begin, end)`` of a group, in the order of a file, into views of its buffer: (first element, view)."""
     flat, run = group.flats[profile], begin
     index = max(bisect_right(group.tensors, begin, key=lambda tensor: tensor.begin) - 1, 0)
     while index < len(group.tensors) and (tensor := group.tensors[index]).begin < end:
@@ -285,8 +293,8 @@ def _row_major_views(group: Group, profile: int, begin: int, end: int) -> Iterat
 def _boxes(tensor: Tensor, begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
     """Cut elements ``[begin, end)`` of a tensor, counted in row-major order, into views: (first element, view).
 
-    That is the rest of a row, whole rows, and the start of a row, where a row is all that one index of the first axis
-    selects; what there is of a row is cut in the same way.
+    The views are the rest of a row, whole rows, and the start of a row, where a row is everything that one index of the
+    first axis selects. Parts of a row are cut in the same way, one axis further.
     """
     if begin < end and end - begin == tensor.numel():
         yield begin, tensor
@@ -301,7 +309,7 @@ def _boxes(tensor: Tensor, begin: int, end: int) -> Iterator[tuple[int, Tensor]]
 
 
 def _boxes_of_row(tensor: Tensor, row: int, begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
-    """The same for a range that lies in one row of so many elements."""
+    """Cut a range that lies in one row of ``row`` elements, as ``_boxes`` does."""
     if begin < end:
         start = begin - begin % row
         for first, view in _boxes(tensor[start // row], begin - start, end - start):

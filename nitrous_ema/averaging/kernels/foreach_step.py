@@ -1,21 +1,21 @@
-"""One averaging step over a group of averages: every profile moves towards the parameters, from one read of them.
+"""One averaging step over a group of averages: every profile moves towards the parameters, which are read once.
 
-A group is walked in *batches*: pieces of its flat memory small enough that the second profile finds the parameters in
-cache (CPU), and large enough that launches do not count (accelerators). A batch is also the unit that waits for a
-snapshot copy of the same range, and bounds the scratch through which parameters go that cannot be read directly, so
-that no full-size copy of them is ever made.
+A group is processed in *batches*: pieces of its flat memory. On the CPU a batch is small enough that the second profile
+finds the parameters in cache; on accelerators it is large enough that launches do not count. A batch is also the unit
+that waits for a snapshot copy of the same range. And it bounds the scratch for parameters that cannot be read directly,
+so that no full-size copy of the parameters is ever made.
 
-Through scratch go, in *runs* of neighbours, parameters of another type than the average (foreach lerp takes one type)
-and, on the CPU, small ones: its foreach lerp is a loop over tensors, and one ``cat`` and one lerp per run of small
-tensors take a sixth of the time (measured, 1000 tensors of 1000 elements).
+Two kinds of parameters are copied to scratch first, in *runs* of neighbours: those of another type than the average
+(foreach lerp takes one type), and on the CPU small ones. The CPU's foreach lerp is a loop over tensors; one ``cat`` and
+one lerp per run of small tensors take a sixth of its time (measured, 1000 tensors of 1000 elements).
 
-On the CPU, all profiles move by one lerp per run, where their buffers allow it: half the calls, and one read of the
-parameters (``test_step.py``: ``test_profiles_that_move_together_get_the_bits_of_a_lerp_each``).
+On the CPU, all profiles move by one lerp per run where their buffers allow it. That halves the calls and reads the
+parameters once (``test_foreach_step.py``: ``test_profiles_that_move_together_get_the_bits_of_a_lerp_each``).
 
-The arithmetic of an element depends on nothing but its own average, its parameter and the weight: however the work is
-cut, the bits are the same (``test_step.py``: ``test_batch_size_does_not_change_a_bit``).
+The arithmetic of an element depends on its own average, its parameter and the weight only. The cut into batches and
+runs changes no bit (``test_foreach_step.py``: ``test_batch_size_does_not_change_a_bit``).
 
-A little longer than the house's 300 lines: the interface of a step stands with the one that every device has.
+Longer than the house's 300 lines because the interface of a step stands with its implementation for every device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 from nitrous_ema.averaging.kernels.copied_step import copy_each
 from nitrous_ema.averaging.kernels.flat_buffers import Group, memory_order
 
-_BATCH_ELEMENTS_CPU = 1 << 20  # 2^18 takes 5 to 15 % longer, 2^16 20 %; larger ones nothing less
+_BATCH_ELEMENTS_CPU = 1 << 20  # 2^18 takes 5 to 15 % longer, 2^16 20 %; larger batches are not faster
 _BATCH_ELEMENTS_ACCELERATOR = 1 << 23
 _ALIGNED_BYTES = 16
 _SMALL_ELEMENTS_CPU = 1 << 14  # gathered with its neighbours; limits of 2^12 to 2^18 were equally fast
@@ -41,7 +41,7 @@ _GATHERED_AT_LEAST = 4  # fewer neighbours are averaged one by one: a ``cat`` ta
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Piece:
-    """A part of one tensor that lies in one batch."""
+    """The part of one tensor that lies in one batch."""
 
     tensor: int
     begin: int
@@ -60,9 +60,9 @@ class _Run:
     """First element, relative to the batch."""
     end: int
     is_direct: bool
-    """Read where it is; otherwise through scratch."""
+    """Whether the parameters are read in place; otherwise they are copied to scratch."""
     is_small: bool
-    """Of small tensors, which are gathered by one ``cat``."""
+    """Whether the run has small tensors, which one ``cat`` gathers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,26 +75,26 @@ class _Batch:
     averages: list[list[Tensor]]
     """Per profile, one 1-d view per run."""
     together: list[Tensor]
-    """One [profiles, elements] view per run; none where the group has no such view."""
+    """One [profiles, elements] view per run; empty where the group has no such view."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ForeachStash:
-    """Parameters of a batch that were copied."""
+    """Stashed parameters of a batch."""
 
     batch: int
     flat: list[Tensor]
-    """Per piece."""
+    """One 1-d tensor per piece."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sources:
-    """Where the parameters of one update are, as flat memory per batch and piece."""
+    """The memory of the parameters that one update reads, per batch and piece."""
 
     tensors: Sequence[Tensor]
-    """The tensors themselves: kept until the update that reads them has run."""
+    """The tensors themselves: a reference that holds their memory until the update has run."""
     flat: list[list[Tensor | None]]
-    """None where a tensor has another memory order than its average and must be permuted when it is read."""
+    """1-d views; None where a tensor has another memory order than its average, and is permuted when it is read."""
 
 
 class AveragingStep(Protocol):
@@ -105,11 +105,11 @@ class AveragingStep(Protocol):
         """First and last element of each batch, relative to the group, in order."""
 
     def sources(self, tensors: Sequence[Tensor]) -> Any:
-        """Where the parameters of one update are; holds them.
+        """Return the memory of the parameters that one update reads, and hold it.
 
         Args:
             tensors: One per tensor of the group, with the shape and type that was tracked. The same objects mean the
-                same places in memory: of parameters, whose storage may be replaced, give an alias.
+                same memory. The storage of a parameter may be replaced, so pass an alias of it.
         """
 
     def run(self, sources: Any, weights: Sequence[float], batches: Sequence[int] | None = None) -> None:
@@ -118,28 +118,28 @@ class AveragingStep(Protocol):
         Args:
             sources: What ``sources`` returned for this update.
             weights: Weight of the parameters per profile, in (0, 1]; at 1 they are copied.
-            batches: Which; None: all.
+            batches: Indices of the batches; None for all.
         """
 
     def stash_bytes(self, batch: int) -> int:
-        """Scratch that ``keep`` needs for a batch, in bytes."""
+        """Return the bytes of scratch that ``stash`` needs for a batch."""
 
     def stash(self, sources: Any, batch: int, scratch: Tensor) -> Any:
         """Copy the parameters of a batch, in their own types, on the current stream.
 
         Args:
             sources: What ``sources`` returned for this update.
-            batch: Which.
+            batch: Index of the batch.
             scratch: uint8, at least ``stash_bytes``, aligned to 16 bytes; on the group's device, or pinned host memory
                 if the group is in host memory.
         """
 
-    def run_stashed(self, kept: Any, weights: Sequence[float]) -> None:
-        """What ``run`` does, to the bit, from the parameters that ``keep`` has copied."""
+    def run_stashed(self, stashed: Any, weights: Sequence[float]) -> None:
+        """Move averages towards stashed parameters, with the same bits as ``run`` would give."""
 
 
 class ForeachStep:
-    """The averaging step of one group.
+    """The averaging step of one group, by foreach calls on any device.
 
     Args:
         group: Its buffers must not be replaced while this object is used.
@@ -161,13 +161,13 @@ class ForeachStep:
         self._flat: list[list[Tensor | None]] = [[None] * len(batch.pieces) for batch in self._batches]
 
     def sources(self, tensors: Sequence[Tensor]) -> Sources:
-        """Flat views on the parameters of this group, made anew only for tensors that were replaced.
+        """Return flat views of this group's parameters, made anew only for tensors that were replaced.
 
         Args:
-            tensors: See ``AveragingStep``; on the group's device, or to be kept only.
+            tensors: See ``AveragingStep``; on the group's device, or on any device if they are only stashed.
         """
         if not are_same(tensors, self._resolved):
-            flat = [list(batch) for batch in self._flat]  # work that is queued keeps reading the old lists
+            flat = [list(batch) for batch in self._flat]  # a copy: queued work still reads the old lists
             for index, (tensor, before) in enumerate(zip(tensors, self._resolved, strict=True)):
                 if tensor is not before:
                     self._resolve(index, tensor, flat)
@@ -196,20 +196,21 @@ class ForeachStep:
             view.copy_(flat, non_blocking=True)
         return _ForeachStash(batch, views)
 
-    def run_stashed(self, kept: _ForeachStash, weights: Sequence[float]) -> None:
-        """Average from what was kept; see ``AveragingStep``."""
-        self._average(self._batches[kept.batch], kept.flat, weights, self._column(weights))
+    def run_stashed(self, stashed: _ForeachStash, weights: Sequence[float]) -> None:
+        """Move averages towards stashed parameters; see ``AveragingStep``."""
+        self._average(self._batches[stashed.batch], stashed.flat, weights, self._column(weights))
 
     def _read(self, sources: Sources, batch: int, permuted: dict[int, Tensor]) -> list[Tensor]:
-        """The parameters of a batch as flat memory, in the order of the averages."""
+        """Return the parameters of a batch as flat memory, in the order of the averages."""
         return [
             flat if flat is not None else self._permuted(sources, piece, permuted)
             for flat, piece in zip(sources.flat[batch], self._batches[batch].pieces, strict=True)
         ]
 
     def _column(self, weights: Sequence[float]) -> Tensor | None:
-        """The weights for a lerp of all profiles at once; None where each must be averaged alone."""
+        """Return the weights for one lerp of all profiles; None where each profile needs a lerp of its own."""
         together = self._group.together
+        # A weight of 1 is a copy, also of nan and inf averages, which a lerp of weight 1 is not.
         if together is None or len(weights) == 1 or 1.0 in weights:
             return None
         if any(row.data_ptr() != flat.data_ptr() for row, flat in zip(together, self._group.flats, strict=True)):
@@ -240,12 +241,12 @@ class ForeachStep:
 
     def _permuted(self, sources: Sources, piece: _Piece, done: dict[int, Tensor]) -> Tensor:
         if piece.tensor not in done:
-            done.clear()  # one temporary at a time
+            done.clear()  # at most one permuted copy exists at a time
             done[piece.tensor] = memory_order(sources.tensors[piece.tensor], self._group.tensors[piece.tensor])
         return done[piece.tensor][piece.begin : piece.end]
 
     def _readable(self, run: _Run, read: list[Tensor]) -> Tensor:
-        """The parameters of a run as one range of the average's type."""
+        """Return the parameters of a run as one range of the average's type."""
         if run.is_direct:
             return read[0]
         if self._scratch is None:
@@ -255,7 +256,7 @@ class ForeachStep:
         if run.is_small and read[0].dtype == scratch.dtype:
             return torch.cat(read, out=scratch)
         if run.is_small:
-            return scratch.copy_(torch.cat(read))  # cat into another type would cast element by element
+            return scratch.copy_(torch.cat(read))  # cat(out=) into another type casts element by element
         copy_each(torch.split(scratch, [tensor.numel() for tensor in read]), read)
         return scratch
 
@@ -281,7 +282,7 @@ class ForeachStep:
         on_cpu = self._group.device.type == "cpu"
 
         def kind(numbered: tuple[int, _Piece]) -> tuple[bool, bool, torch.dtype, int]:
-            """Neighbours of one kind are one run; what is read directly is a run of its own."""
+            """Return the key that groups neighbours into a run; a tensor that is read in place is its own run."""
             number, piece = numbered
             dtype = self._group.tensors[piece.tensor].tracked.dtype
             is_small = on_cpu and piece.end - piece.begin <= _SMALL_ELEMENTS_CPU
@@ -302,12 +303,12 @@ class ForeachStep:
 
 
 def are_same(tensors: Sequence[Tensor], others: Sequence[Tensor | None]) -> bool:
-    """Whether these are the very same objects."""
+    """Return whether the tensors are the very same objects, in the same order."""
     return len(tensors) == len(others) and all(map(operator.is_, tensors, others))
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
-    """The type of a tensor's elements as they are averaged: complex ones are pairs."""
+    """Return the type of a tensor's elements as they are averaged: complex numbers are pairs of float32."""
     return torch.float32 if dtype.is_complex else dtype
 
 

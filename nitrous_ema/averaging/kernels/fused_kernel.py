@@ -1,17 +1,18 @@
 """The averaging kernel: a launch reads every parameter once and moves every profile's average, for all tensors.
 
-Imports Triton, so only ``fused_step`` imports it, and only where the kernel is going to be launched.
+This module imports Triton, so only ``fused_step`` imports it, and only where the kernel will be launched.
 
-**Cut.** A group's flat space is cut on a grid of ``BLOCK_ELEMENTS``; a program averages what one tensor has of one
-block of that grid. ``blocks`` names both, a row per program. ``tensors`` has a row per tensor: where the parameter
-would begin if it had the elements of the group before it as well (an index into the averages is then one into the
-parameter), its first and last element in the group, its type, and how a whole block of it may be accessed. Addresses
-and indices have 64 bits.
+**Cut.** A group's flat space is cut on a grid of ``BLOCK_ELEMENTS``. A program averages the part of one tensor that
+lies in one block of that grid. ``blocks`` has a row per program with both numbers. ``tensors`` has a row per tensor:
+the address that the parameter would have if the group's elements before it preceded it (so that an index into the
+averages is an index into the parameter), its first and last element in the group, its type, and the width of accesses
+to a whole block of it. Addresses and indices have 64 bits.
 
-**Width.** A pointer out of a table has no known alignment, and without one the compiler emits no wide access at all.
-Averages of a whole block are aligned by the grid; whether parameters are, the row says: four elements in one access
-then, else one by one. At a tensor's two ends everything is one by one, under a mask. All three layouts give each
-thread the same elements, so nothing goes through shared memory (``test_averages_move_in_accesses_of_sixteen_bytes``).
+**Width.** A pointer from a table has no known alignment, and without one the compiler emits no wide access at all.
+Averages of a whole block are aligned by the grid. The row records whether the parameter is aligned too: four elements
+per access then, else one. At a tensor's two ends elements are accessed one by one, under a mask. All three layouts give
+each thread the same elements, so no data passes through shared memory
+(``test_averages_move_in_accesses_of_sixteen_bytes``).
 
 **Compiled once.** Numbers that vary are not specialized (Triton compiles anew for 1 and for multiples of 16), floats
 never are, so there is one compiled kernel per number of profiles in a launch, and ``rehearse`` has launched them all
@@ -22,9 +23,9 @@ w * (x - a)`` where w < 1/2, ``x - (x - a) * (1 - w)`` from there on, where w is
 Nothing is contracted to fused multiply-adds (``enable_fp_fusion=False``), so every device and Triton's interpreter
 give the same bits. ``ForeachStep`` uses the same formula and the same w, but torch's own kernels are contracted (on
 CUDA by nvcc's default, on the CPU by hand: ``lerp_vec`` in ATen/native/Lerp.h): they add the exact product where this
-kernel adds the rounded one. What the two round last differs by at most half a unit in the last place *of the product*:
-one update by the one and by the other may differ in an average's last bit, and in more only where the sum nearly
-cancels. Where w is 1 both copy the bits.
+kernel adds the rounded one. The sums differ by at most half a unit in the last place *of the product*: one update by
+the two steps may differ in an average's last bit, and in more bits only where the sum nearly cancels. Where w is 1
+both copy the bits of the parameter.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ from triton.backends import backends
 
 BLOCK_ELEMENTS = 2048
 MOST_PROFILES = 4
-"""Profiles in one launch; more take another one, which reads the parameters again."""
+"""Profiles in one launch; more profiles need another launch, which reads the parameters again."""
 NUM_WARPS = 4
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Types of parameters; the kernel knows them by their place here."""
+"""Types of parameters; the kernel distinguishes them by their index here."""
 _VECTOR_ELEMENTS = 4
 
 
@@ -144,7 +145,7 @@ def _move_masked(average, parameter, weight, mask):
 
 @triton.jit
 def _between(average, parameter, weight):
-    # torch.lerp's two forms: each is exact at the end that it is nearer to.
+    # torch.lerp's two forms: each is exact at the end (weight 0 or 1) that it is nearer to.
     difference = parameter - average
     near_average = average + weight * difference
     near_parameter = parameter - difference * (1.0 - weight)
@@ -153,17 +154,17 @@ def _between(average, parameter, weight):
 
 
 def can_compile_for(backend: str) -> bool:
-    """Whether kernels run on devices of this backend of Triton; under its interpreter they run on none."""
+    """Return whether kernels can run on devices of this backend of Triton; under its interpreter they run on none."""
     return isinstance(average_blocks, triton.JITFunction) and backend in backends
 
 
 def knows(dtype: torch.dtype) -> bool:
-    """Whether parameters of this type can be read, for float32 averages; complex64 as pairs of float32."""
+    """Return whether the kernel reads parameters of this type, for float32 averages; complex64 as pairs of float32."""
     return dtype in (*SOURCE_DTYPES, torch.complex64)
 
 
 def row(parameter: Tensor, begin: int, end: int) -> tuple[int, int, int, int, int]:
-    """What the kernel needs to know of a tensor.
+    """Return a tensor's row of the kernel's table.
 
     Args:
         parameter: Real, with its average's memory order.
@@ -176,12 +177,12 @@ def row(parameter: Tensor, begin: int, end: int) -> tuple[int, int, int, int, in
 
 
 def table(rows: Sequence[tuple[int, int, int, int, int]]) -> Tensor:
-    """Rows for a launch, on the host."""
+    """Return rows as the table of a launch, on the host."""
     return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5)
 
 
 def cut(ranges: Sequence[tuple[int, int]]) -> Tensor:
-    """Blocks of tensors with these first and last elements in the group, in order: int32 [blocks, 2], on the host."""
+    """Return the blocks of tensors with these element ranges in the group, in order: int32 [blocks, 2], on the host."""
     parts = []
     for index, (begin, end) in enumerate(ranges):
         if begin < end:
@@ -201,7 +202,7 @@ def launch(
     flats: Sequence[Tensor],
     weights: Sequence[float],
 ) -> None:
-    """Average a range of blocks on the current device's current stream, in as many launches as the profiles take.
+    """Average a range of blocks on the current device's current stream, in one launch per ``MOST_PROFILES`` profiles.
 
     Args:
         tensors: Table of the tensors from ``first_tensor`` on, on the device.
@@ -223,7 +224,7 @@ def launch(
             first_tensor,
             first_block,
             *buffers,
-            *buffers[:1] * (MOST_PROFILES - count),  # not touched
+            *buffers[:1] * (MOST_PROFILES - count),  # never accessed by a kernel with fewer PROFILES
             *(ctypes.c_float(weight).value for weight in numbers),  # Triton's interpreter rounds only some uses of it
             *[1.0] * (MOST_PROFILES - count),
             PROFILES=count,
@@ -234,19 +235,20 @@ def launch(
 
 
 def rehearse(device: torch.device, num_profiles: int) -> None:
-    """Compile and launch all that updates of so many profiles will launch; blocks until the averages were compared.
+    """Compile and launch every kernel that updates of so many profiles need; block until the averages are compared.
 
     Args:
-        device: Where; the current one.
+        device: The current device.
         num_profiles: At least 1.
 
     Raises:
         RuntimeError: The averages are wrong.
-        Exception: Whatever Triton raises where it cannot compile or launch.
+        Exception: Any error of Triton where it cannot compile or launch.
     """
     sources, rows, begin = [], [], 0
     for dtype in SOURCE_DTYPES:
-        for numel in (2 * BLOCK_ELEMENTS, 1):  # whole blocks and ends, the next one off the grid of wide accesses
+        # Whole blocks, and then one element, which moves the next tensor off the grid of wide accesses.
+        for numel in (2 * BLOCK_ELEMENTS, 1):
             sources.append(torch.linspace(-1, 1, numel, dtype=torch.float32, device=device).to(dtype))
             rows.append(row(sources[-1], begin, begin + numel))
             begin += numel
@@ -261,4 +263,4 @@ def rehearse(device: torch.device, num_profiles: int) -> None:
         for flat, weight in zip(flats, weights, strict=True)
     )
     if not worst <= 2.0**-22:
-        raise RuntimeError(f"its averages of numbers between -1 and 1 are wrong by {worst}")
+        raise RuntimeError(f"averages of numbers between -1 and 1 are wrong by {worst}")

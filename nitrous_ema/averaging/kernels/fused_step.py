@@ -1,23 +1,24 @@
 """The averaging step of one group by one launch: every parameter is read once, and all profiles move.
 
-Where Triton and the device allow it, this takes the place of ``ForeachStep``, whose foreach calls read the parameters
-once per profile and take many launches. It needs averages in float32 and parameters in float32, bfloat16 or float16
-(complex64 counts as pairs) that lie in their averages' memory order; an update in which some do not is left to
-``ForeachStep``, whole. ``fused_kernel.py`` says which bits the two may differ in; ``run`` and ``run_stashed`` of one
-update never differ.
+Where Triton and the device allow it, this step replaces ``ForeachStep``, whose foreach calls read the parameters once
+per profile and need many launches. It needs averages in float32, and parameters in float32, bfloat16 or float16
+(complex64 counts as pairs) in their averages' memory order. An update with any other parameter is left to
+``ForeachStep`` as a whole. The docstring of ``fused_kernel`` describes the bits in which the two steps may differ;
+``run`` and ``run_stashed`` of one update never differ.
 
-F1  New addresses go to the device from pinned memory, on     nothing_waits_for_new_addresses
-    the stream of the launch; the host does not wait.
-F2  A table is read on the stream that uploaded it and on     tables_stay_on_their_stream
-    no other, so that the allocator may give its memory       kept_parameters_are_found_from_the_stream_
-    away once it is dropped; ``keep`` uploads nothing.         that_averages_them
-F3  What was kept gives the bits that ``run`` would have.     kept_parameters_give_the_bits_of_run
+FUSED-1  New addresses are copied to the device from pinned   nothing_waits_for_new_addresses
+         memory, on the stream of the launch; the host does
+         not wait.
+FUSED-2  A table is read only on the stream that uploaded     tables_stay_on_their_stream
+         it, so that the allocator may reuse its memory once  stashed_parameters_are_found_from_the_stream_
+         it is dropped; ``stash`` uploads nothing.             that_averages_them
+FUSED-3  Stashed parameters give the bits of ``run``.         stashed_parameters_give_the_bits_of_run
 
-These are cases of ``test_fused_step.py``, in ``tests/fused_step_cases.py``.
+The tests are cases of ``test_fused_step.py``, in ``tests/support/fused_step_cases.py``.
 
-That pinned memory may be dropped at once as well: torch gives it to nobody before the copy has run (events of the
-caching host allocator, recorded by ``copy_``: ATen/native/cuda/Copy.cu and ATen/core/CachingHostAllocator.h).
-Parameters and averages are held by whoever queues the step.
+The pinned memory may be dropped at once as well: torch does not reuse it before the copy has run (events of the caching
+host allocator, recorded by ``copy_``: ATen/native/cuda/Copy.cu and ATen/core/CachingHostAllocator.h). The caller that
+queues the step holds parameters and averages.
 """
 
 from __future__ import annotations
@@ -38,31 +39,31 @@ from nitrous_ema.errors import warn
 
 _BATCH_ELEMENTS = 1 << 23
 _ALIGNED_BYTES = 16
-_OLDEST_CAPABILITY = (8, 0)  # what Triton supports, says its README; bfloat16 needs it too
+_OLDEST_CAPABILITY = (8, 0)  # the oldest that Triton's README lists; bfloat16 needs it too
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Addresses:
-    """Where the parameters of one update are."""
+    """The addresses of the parameters that one update reads."""
 
     tensors: Sequence[Tensor]
     rows: Tensor
-    """For the kernel, on the host; pinned where that helps."""
+    """The kernel's table, on the host; pinned where the device copies from pinned memory."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _FusedStash:
-    """Parameters of a batch that were copied."""
+    """Stashed parameters of a batch."""
 
     batch: int
     rows: Tensor
-    """Of the batch's tensors; on the host, pinned where that helps."""
+    """The kernel's table of the batch's tensors, on the host; pinned as that of ``_Addresses``."""
     scratch: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Launch:
-    """What averages one batch."""
+    """The tensors and blocks of one batch: first, and the one after the last."""
 
     first_tensor: int
     last_tensor: int
@@ -71,10 +72,10 @@ class _Launch:
 
 
 def step_for(group: Group) -> AveragingStep:
-    """The fastest averaging step that a group's device and types allow.
+    """Return the fastest averaging step that a group's device and types allow.
 
-    The first of a device and number of profiles compiles the kernel, compares what it computes, and waits for that. A
-    kernel that fails is told once, and ``ForeachStep`` takes its place.
+    The first call for a device and number of profiles compiles the kernel, compares its results, and waits for both. If
+    the kernel fails, one warning is issued and ``ForeachStep`` is used.
     """
     if _is_candidate(group) and _works(group.flats[0].device, len(group.flats)):
         from nitrous_ema.averaging.kernels.fused_kernel import knows
@@ -104,14 +105,14 @@ class FusedStep:
         self._plain = ForeachStep(group, batch_elements)
         self.batches = self._plain.batches
         self._found: Sequence[Tensor] | None = None
-        self._rows: Tensor | None = None  # of those places; None where the kernel cannot read them
-        self._uploaded: tuple[Tensor, Any, Tensor] | None = None  # rows, the stream of F2, table
+        self._rows: Tensor | None = None  # the table of _found; None where the kernel cannot read one of them
+        self._uploaded: tuple[Tensor, Any, Tensor] | None = None  # rows, the stream of FUSED-2, table
         blocks = fused_kernel.cut([(tensor.begin, tensor.end) for tensor in group.tensors])
         self._launches = [self._launch_of(blocks, *batch) for batch in self.batches]
         self._blocks = blocks.to(self._device)
 
     def sources(self, tensors: Sequence[Tensor]) -> Any:
-        """Where the parameters of this group are now; see ``AveragingStep``."""
+        """Return the addresses of this group's parameters; see ``AveragingStep``."""
         if self._found is None or not are_same(tensors, self._found):
             self._found, self._rows = [*tensors], self._find(tensors)
         return self._plain.sources(tensors) if self._rows is None else _Addresses(tensors, self._rows)
@@ -128,7 +129,7 @@ class FusedStep:
                 self._kernel.launch(table, self._blocks, 0, *blocks, self._group.flats, weights)
 
     def stash_bytes(self, batch: int) -> int:
-        """Scratch that ``keep`` needs; see ``AveragingStep``."""
+        """Return the bytes of scratch that ``stash`` needs; see ``AveragingStep``."""
         launch = self._launches[batch]
         return self._plain.stash_bytes(batch) + _ALIGNED_BYTES * (launch.last_tensor - launch.first_tensor)
 
@@ -142,7 +143,7 @@ class FusedStep:
             like = self._group.tensors[index]
             flat = memory_order(sources.tensors[index].detach(), like)
             begin, end = max(like.begin, low), max(min(like.end, high), low)
-            # Placed as the average is, so that the copy may be read in wide accesses.
+            # The stash is aligned as the average is, so that the kernel can read it in wide accesses.
             place = _aligned(place) + begin * flat.itemsize % _ALIGNED_BYTES
             views.append(scratch[place : place + (end - begin) * flat.itemsize].view(flat.dtype))
             read.append(flat[begin - like.begin : end - like.begin])
@@ -151,25 +152,26 @@ class FusedStep:
         torch._foreach_copy_(views, read)
         return _FusedStash(batch, self._pinned(self._kernel.table(rows)), scratch)
 
-    def run_stashed(self, kept: Any, weights: Sequence[float]) -> None:
-        """Average from what was kept; see ``AveragingStep``."""
-        if not isinstance(kept, _FusedStash):
-            self._plain.run_stashed(kept, weights)
+    def run_stashed(self, stashed: Any, weights: Sequence[float]) -> None:
+        """Move averages towards stashed parameters; see ``AveragingStep``."""
+        if not isinstance(stashed, _FusedStash):
+            self._plain.run_stashed(stashed, weights)
             return
-        launch = self._launches[kept.batch]
+        launch = self._launches[stashed.batch]
         with _current(self._device):
-            table = kept.rows.to(self._device, non_blocking=True)
+            # Uploaded here and not in stash(): the table must be read on the stream that uploads it (FUSED-2).
+            table = stashed.rows.to(self._device, non_blocking=True)
             blocks = launch.first_block, launch.last_block
             self._kernel.launch(table, self._blocks, launch.first_tensor, *blocks, self._group.flats, weights)
 
     def _table(self, rows: Tensor, stream: Any) -> Tensor:
-        """The rows on the device."""
+        """Return the rows on the device; uploaded once for each stream that launches."""
         if self._uploaded is None or self._uploaded[0] is not rows or self._uploaded[1] != stream:
             self._uploaded = rows, stream, rows.to(self._device, non_blocking=True)
         return self._uploaded[2]
 
     def _find(self, tensors: Sequence[Tensor]) -> Tensor | None:
-        """A row per tensor for the kernel; None if it cannot read one of them."""
+        """Return a row per tensor for the kernel; None if it cannot read one of the tensors."""
         rows = []
         for tensor, like in zip(tensors, self._group.tensors, strict=True):
             real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -191,7 +193,7 @@ class FusedStep:
 
 @functools.cache
 def _works(device: torch.device, num_profiles: int) -> bool:
-    """Whether the kernel does what it should; where it fails, why is told, once."""
+    """Return whether the kernel computes right averages on a device; warn, once, with the reason if it does not."""
     try:
         from nitrous_ema.averaging.kernels import fused_kernel
 
@@ -199,18 +201,18 @@ def _works(device: torch.device, num_profiles: int) -> bool:
             return False
         with _current(device):
             fused_kernel.rehearse(device, num_profiles)
-    except Exception as error:  # of Triton, a compiler that it calls, the driver: whatever it is, training goes on
+    except Exception as error:  # Triton, its compilers and the driver raise any class, and training must go on
         warn(
-            f"The fused averaging kernel does not work on {device}: {type(error).__name__}: {str(error)[:500]}. "
-            "Averaging by torch's own operations instead, which takes more time on the device, and gives the same "
-            "averages but for rounding. A release of triton that fits this torch and its driver avoids that."
+            f"the fused averaging kernel does not work on {device}: {type(error).__name__}: {str(error)[:500]}. "
+            "The EMA uses torch's own operations instead, which take more time on the device and give the same "
+            "averages up to rounding. Install a release of triton that fits this torch and its driver."
         )
         return False
     return True
 
 
 def _is_candidate(group: Group) -> bool:
-    """Whether the kernel might work for a group, as far as can be told without Triton."""
+    """Return whether the kernel may work for a group, without importing Triton."""
     return (
         group.numel > 0
         and all(type(flat) is Tensor and flat.data_ptr() % _ALIGNED_BYTES == 0 for flat in group.flats)
@@ -220,7 +222,7 @@ def _is_candidate(group: Group) -> bool:
 
 
 def triton_backend(device: torch.device) -> str | None:
-    """Triton's name for what compiles for a device; None where it has nothing that could be tried."""
+    """Return the name of Triton's backend for a device; None where Triton has no backend to try."""
     if device.type == "cuda" and torch.cuda.is_available():
         if torch.version.hip is not None:
             return "amd"
@@ -229,7 +231,7 @@ def triton_backend(device: torch.device) -> str | None:
 
 
 def _runs(batches: Sequence[int]) -> list[tuple[int, int]]:
-    """First and last of each run of neighbours."""
+    """Return the first and last batch of each run of neighbouring batches."""
     runs: list[tuple[int, int]] = []
     for batch in batches:
         if runs and batch == runs[-1][1] + 1:
@@ -241,7 +243,7 @@ def _runs(batches: Sequence[int]) -> list[tuple[int, int]]:
 
 @contextmanager
 def _current(device: torch.device) -> Iterator[Any]:
-    """Make a device the current one, and give its current stream: Triton launches there."""
+    """Make a device the current one, and yield its current stream: Triton launches on both."""
     module = torch.get_device_module(device)
     with nullcontext() if device.type == "cpu" else module.device(device):
         yield module.current_stream()

@@ -1,11 +1,11 @@
-"""The model's tensors as they are now, found again at every update and checked where something has moved.
+"""The model's tensors as they are now: found again at every update, and checked where something has moved.
 
 Objects, storages and submodules may be replaced between two updates (``.to()``, ``load_state_dict(assign=True)``,
-``p.data = ...``). Checking a thousand tensors one by one costs milliseconds; asking whether they are the same objects
-with the same memory (address, strides, elements) costs a tenth of that, and nearly always they are.
+``p.data = ...``). Checking a thousand tensors one by one takes milliseconds. Comparing objects and memory (address,
+strides, elements) with the last update's takes a tenth of that, and nearly always nothing has changed.
 
-Nobody else needs to compare: whoever prepares something for the tensors may keep it for as long as ``find`` returns the
-very same mapping, and must hold their memory meanwhile, or another tensor may come to lie at the same address.
+No other module compares tensors. Work prepared for the tensors stays valid as long as ``find`` returns the very same
+mapping. Such work must hold the tensors' memory, or another tensor may be allocated at the same address.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ from nitrous_ema.averaging.model.trackability import check_gathered
 from nitrous_ema.averaging.model.tracking import TrackedTensor, canonical_tensors
 from nitrous_ema.errors import UntrackableModelError, warn
 
-_lent: list[frozenset[int]] = []  # ids of tensors that hold averages for now, of each average_parameters() block
+# Ids of tensors that hold averages at the moment: one set for each average_parameters() block that is entered.
+_holding_averages: list[frozenset[int]] = []
 
 
 @contextmanager
 def holding_averages(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """In here these tensors of a model hold averages, which are nobody's weights."""
+    """Mark tensors of a model for the duration of the block: they hold averages instead of weights."""
     identities = frozenset(map(id, tensors))
-    _lent.append(identities)
+    _holding_averages.append(identities)
     try:
         yield
     finally:
-        _lent.remove(identities)
+        _holding_averages.remove(identities)
 
 
 def hold_averages(tensors: Iterable[Tensor]) -> bool:
-    """Whether one of these tensors holds an average for now."""
-    return bool(_lent) and not frozenset().union(*_lent).isdisjoint(map(id, tensors))
+    """Return whether one of these tensors holds an average instead of weights at the moment."""
+    return bool(_holding_averages) and not frozenset().union(*_holding_averages).isdisjoint(map(id, tensors))
 
 
 class LiveTensors:
-    """Every averaged or copied tensor of a model.
+    """The averaged and copied tensors of a model, found anew at each update.
 
     Args:
         model: The online model, wrapped or not.
@@ -60,14 +61,15 @@ class LiveTensors:
         self._by_name: Mapping[str, Tensor] = {}
 
     def find(self) -> Mapping[str, Tensor]:
-        """Tensors by canonical name; the very same mapping as long as nothing has moved.
+        """Return the tensors by canonical name; the very same mapping as long as nothing has moved.
 
         Raises:
-            UntrackableModelError: One is gone, has another shape or type, or became something that cannot be averaged;
-                its submodule was replaced; its values may be stale.
+            UntrackableModelError: A tensor is gone, has another shape or type, or can no longer be averaged; or its
+                submodule was replaced; or its values may be stale.
         """
         self._structure.check()
-        check_gathered(self._tracked[0].holder)  # the hooks in question are on every submodule
+        check_gathered(self._tracked[0].holder)  # Megatron hooks every submodule, so one module is enough
+        # Dictionaries instead of getattr: a thousand attribute lookups on modules take a millisecond.
         found = [holder[kind].get(attribute) for holder, kind, attribute in self._places]
         if self._are_known(found):
             return self._by_name
@@ -79,10 +81,12 @@ class LiveTensors:
     def _are_known(self, found: Sequence[Tensor | None]) -> bool:
         if len(found) != len(self._found) or not all(map(operator.is_, found, self._found)):
             return False
+        # The same objects may have new memory: p.data = ... and .to() replace only the storage.
         return _memory(self._found) == self._memory
 
 
 def _memory(tensors: Sequence[Tensor]) -> list[list[object]]:
+    # map() with C functions: no Python code runs per tensor.
     return [
         list(map(Tensor.data_ptr, tensors)),
         list(map(Tensor.stride, tensors)),
@@ -91,7 +95,9 @@ def _memory(tensors: Sequence[Tensor]) -> list[list[object]]:
 
 
 class StructureCheck:
-    """Notices that a submodule was replaced, or a tensor added: what is tracked would no longer be the model.
+    """The check that no submodule was replaced and no tensor added since tracking began.
+
+    After such a change the tracked tensors would no longer be the model.
 
     Args:
         model: The online model, wrapped or not.
@@ -101,23 +107,25 @@ class StructureCheck:
     def __init__(self, model: Module, tracked: Sequence[TrackedTensor]) -> None:
         self._model = model
         self._tracked = tracked
-        self._note()
+        self._record()
 
     def check(self) -> None:
-        """Compare with when tracking began. Wrapping a submodule is no change.
+        """Compare the model with its structure when tracking began. Wrapping a submodule is not a change.
 
         Raises:
-            UntrackableModelError: A tracked tensor belongs to a submodule that is not in the model any more.
+            UntrackableModelError: A tracked tensor belongs to a submodule that is no longer in the model.
         """
-        is_as_noted = self._children == self._noted_children and list(map(len, self._tensors)) == self._noted_counts
-        if is_as_noted and all(tensors[name] is None for tensors, name in self._empty):
+        same_children = self._children == self._recorded_children
+        same_counts = list(map(len, self._tensors)) == self._recorded_counts
+        if same_children and same_counts and all(tensors[name] is None for tensors, name in self._empty):
             return
+        # Something changed, perhaps only by a wrapper (torch.compile of a submodule): names and tensors decide.
         now = canonical_tensors(self._model, persistent_only=False)
         for tensor in self._tracked:
             if tensor.role != "skipped" and now.get(tensor.name) is not tensor.live():
                 raise UntrackableModelError(
                     f"the submodule that holds {tensor.name!r} was replaced since tracking began. Make a new EMA after "
-                    "changing the model (and load its state where the shapes still agree).",
+                    "changing the model, and load the old EMA's state into it where the shapes still agree.",
                     name=tensor.name,
                 )
         known = {key for tensor in self._tracked for key in tensor.keys}
@@ -127,14 +135,14 @@ class StructureCheck:
                 f"{added[0]!r} and {len(added) - 1} more tensors were added since tracking began and are not averaged. "
                 "Make a new EMA after changing the model."
             )
-        self._note()
+        self._record()
 
-    def _note(self) -> None:
-        """As lists, which Python compares without a loop of ours: a thousand modules take a tenth of a millisecond."""
+    def _record(self) -> None:
+        """Record the structure as lists, which Python compares in C: 0.1 ms for a thousand modules."""
         modules = list(self._model.modules())
         self._children = [module._modules for module in modules]
-        self._noted_children = [dict(children) for children in self._children]
+        self._recorded_children = [dict(children) for children in self._children]
         self._tensors = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
-        self._noted_counts = list(map(len, self._tensors))
-        # register_buffer("mean", None), to be set later.
+        self._recorded_counts = list(map(len, self._tensors))
+        # register_buffer("mean", None) leaves a name whose tensor may come later without a change of any count.
         self._empty = [(tensors, name) for tensors in self._tensors for name, value in tensors.items() if value is None]

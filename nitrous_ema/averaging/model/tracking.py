@@ -55,7 +55,7 @@ _WRAPPER_ATTRIBUTES = frozenset(attribute for _, _, attribute in _WRAPPERS)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrackedTensor:
-    """A tensor of the model and its role. The live tensor is looked up at every use, since it may have been replaced."""
+    """A tensor of the model and its role; the live tensor is looked up at every use, since it may be replaced."""
 
     name: str
     """Canonical name: the first of ``keys``."""

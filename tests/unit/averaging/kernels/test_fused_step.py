@@ -57,8 +57,8 @@ def test_averages_on_the_cpu_are_moved_by_torch(group):
 
 
 @needs_triton
-def test_kernel_that_cannot_run_is_told_once_and_not_used(on_nvidia, group):
-    with pytest.warns(NitrousWarning, match=r"kernel does not work on cpu: .* Averaging by torch's own operations"):
+def test_kernel_that_cannot_run_is_warned_of_once_and_not_used(on_nvidia, group):
+    with pytest.warns(NitrousWarning, match=r"kernel does not work on cpu: .* The EMA uses torch's own operations"):
         assert type(step_for(group)) is ForeachStep
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -245,12 +245,12 @@ def test_uninitialized_lazy_parameter_is_refused_by_name():
 
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.Module()])
 def test_model_without_weights_is_refused(model):
-    with pytest.raises(UntrackableModelError, match="nothing to average"):
+    with pytest.raises(UntrackableModelError, match="no tensor to average"):
         track(model)
 
 
 def test_model_that_is_filtered_empty_is_refused():
-    with pytest.raises(UntrackableModelError, match="nothing to average"):
+    with pytest.raises(UntrackableModelError, match="no tensor to average"):
         track(nn.Linear(2, 2), TrackingPolicy(ignore_names=["weight", "bias"]))
 
 
