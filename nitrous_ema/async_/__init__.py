@@ -1,7 +1,7 @@
-"""Everything that runs beside the training loop: the background service and the synthesis process.
+"""Work beside the training loop: ``AsyncPostHocEMA`` averages on lanes of its own, ``synthesize_worker`` is a process.
 
-Looked up when first used: ``python -m nitrous_ema.async_.synthesize_worker`` must find its module not imported yet,
-and runs without torch.
+Read ``ema.py`` first. The names are looked up when they are first used, for two reasons. ``python -m
+nitrous_ema.async_.synthesize_worker`` requires that its module is not imported yet, and the worker runs without torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ else:
 
     def __getattr__(name: str) -> object:
         if name == "synthesize_worker":
-            return import_module("nitrous_ema.async_.synthesize_worker")  # the import system keeps it here
+            return import_module("nitrous_ema.async_.synthesize_worker")  # and sets this attribute
         if name == "AsyncPostHocEMA":
             return import_module("nitrous_ema.async_.ema").AsyncPostHocEMA
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,9 @@
-"""Products of matrices on one thread each, whoever calls.
+"""Limit numpy's matrix products to one thread each while the engine runs.
 
-Threads of our own compute one tile each. A BLAS that divides a product among its threads again would hold them up, and
-its results depend on how it divides. In a process of our own, variables of the environment say so before numpy is
-loaded; in the user's process this is the way. Where the library is none of those known here, nothing happens.
+Each thread of the engine computes one tile. A BLAS library that divided a product among threads of its own would
+compete with them, and its results would depend on the division. The synthesis process sets environment variables before
+numpy is loaded. In the user's process numpy is loaded already, so this module calls the functions of the BLAS library.
+For an unknown library it does nothing.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy as np  # noqa: F401 - its library is what this is about
+import numpy as np  # noqa: F401 - loads the BLAS library that this module limits
 
-# What numpy's own packages link, what distributions do, and what conda may: (read, set).
+# Functions that read and set the number of threads: of numpy's own packages, of distributions, and of conda (MKL).
 _NAMES = (
     ("scipy_openblas_get_num_threads64_", "scipy_openblas_set_num_threads64_"),
     ("scipy_openblas_get_num_threads", "scipy_openblas_set_num_threads"),
@@ -26,18 +27,21 @@ _NAMES = (
 )
 
 _lock = threading.Lock()
-_users = 0  # guarded by _lock, as is the next
-_before = 1
+_users = 0  # guarded by _lock; contexts that are entered
+_threads_before = 1  # guarded by _lock; to be restored when the last context is left
 
 
 @contextmanager
 def one_thread_per_product() -> Iterator[None]:
-    """Have numpy's matrix products use no threads of their own. May be entered several times at once."""
-    global _users, _before
+    """Limit numpy's matrix products to one thread in all threads of this process. May be entered several times at once.
+
+    The number of threads belongs to the whole process: the last context that is left restores it.
+    """
+    global _users, _threads_before
     read, write = _library()
     with _lock:
         if _users == 0:
-            _before = read()
+            _threads_before = read()
             write(1)
         _users += 1
     try:
@@ -46,15 +50,16 @@ def one_thread_per_product() -> Iterator[None]:
         with _lock:
             _users -= 1
             if _users == 0:
-                write(_before)
+                write(_threads_before)
 
 
 @functools.cache
 def _library() -> tuple[Callable[[], int], Callable[[int], object]]:
-    """How many threads a product uses: to read, and to set."""
+    """Return the functions that read and set the number of threads of a product; without effect if unknown."""
     linked = sys.modules.get("numpy._core._multiarray_umath") or sys.modules["numpy.core._multiarray_umath"]
     try:
-        library = ctypes.CDLL(linked.__file__ or "")  # what is looked up in it is also searched in what it links
+        # A name that is looked up in numpy's extension module is also searched in the libraries that it links.
+        library = ctypes.CDLL(linked.__file__ or "")
     except OSError:
         return (lambda: 1), (lambda _: None)
     for read, write in _NAMES:

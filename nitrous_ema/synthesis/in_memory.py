@@ -1,4 +1,4 @@
-"""Averages in memory, for callers that want arrays rather than files."""
+"""Synthesize averages into arrays in memory, for callers that need no files."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ class Synthesized:
     """Averages of one target step, in memory."""
 
     plan: Plan
-    """What they are made of."""
+    """The plan that they were computed from."""
     flats: tuple[NDArray[np.floating], ...]
-    """One flat array per output; tensors back to back as in ``plan.target.average_spans``."""
+    """One flat array per output, with its tensors back to back as in ``plan.target.average_spans``."""
     copied: bytes
-    """The target's copied tensors; ``plan.target.copied_spans`` says where each one lies."""
+    """The target's copied tensors, each at its place in ``plan.target.copied_spans``."""
 
     def averaged(self, output: int) -> dict[str, NDArray[np.generic]]:
-        """The averaged tensors of one output, as views in the model's shapes, by canonical name.
+        """Return the averaged tensors of one output by canonical name, as views in the model's shapes.
 
-        Complex tensors are complex; other types of the model are not restored.
+        Complex tensors are complex. All others have the type of the flat array, not that of the model.
+
+        Args:
+            output: Index of the output.
         """
         flat = self.flats[output]
         records = [record for record in self.plan.target.records if record.role == "averaged"]
@@ -63,20 +66,20 @@ def synthesize(
 
     Args:
         snapshots: The snapshot folder, or a store opened on it.
-        gammas: Exponents of the averages wanted, or
-        sigma_rels: their lengths as fractions of the training time, in (0, 12 ** -0.5).
-        step: The target, a step with a committed snapshot; by default the newest.
+        gammas: Requested lengths as exponents, or
+        sigma_rels: as fractions of the training time, in (0, 12 ** -0.5). Exactly one of the two.
+        step: The target step, which must have a committed snapshot; by default the newest.
         run: The run whose lineage is read; by default the newest.
-        exclude: Steps to leave out, damaged ones for example.
-        tolerance: Relative profile error that may be added to save reading; 0 reads all snapshots.
+        exclude: Steps of snapshots to ignore, for example damaged ones.
+        tolerance: Relative profile error that may be added to read fewer snapshots; 0 reads all.
         dtype: Type of the arrays, float32 or float64.
-        memory_bytes: Memory to stay within while reading, beside the result.
-        threads: At most so many; by default one for each core this process may use.
+        memory_bytes: Memory budget for reading and computing, in bytes; the result is not counted.
+        threads: Maximum number of threads; by default one for each core this process may use.
         accumulate: Type of products and sums, "float64" or "float32".
 
     Raises:
         ValueError: A length is outside its domain, or the budget is too small.
-        SnapshotError: No such snapshot, a damaged one, or snapshots that do not belong together.
+        SnapshotError: There is no such snapshot, one is damaged, or snapshots do not belong together.
     """
     plan = plan_from_store(
         snapshots, gammas=gammas, sigma_rels=sigma_rels, step=step, run=run, exclude=exclude, tolerance=tolerance
@@ -92,7 +95,7 @@ def synthesize_plan(
     threads: int | None = None,
     accumulate: Accumulate = "float64",
 ) -> Synthesized:
-    """Synthesize the averages of a plan in memory; arguments and errors are those of synthesize()."""
+    """Synthesize the averages of a plan in memory; arguments and errors as in synthesize()."""
     flats = tuple(np.empty(plan.elements, dtype=dtype) for _ in plan.gammas)
 
     def take(begin_element: int, block: NDArray[np.floating], /) -> None:

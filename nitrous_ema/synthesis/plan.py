@@ -1,4 +1,9 @@
-"""What to read, and with which weights, for the averages that are wanted."""
+"""Plan a synthesis: which columns to read, and with which weights, for the requested averages.
+
+A *column* is one profile of one snapshot, as large as the model. An average is a weighted sum of columns, and its
+profile is the same weighted sum of their profiles. So a plan can be computed from the headers of the snapshots alone.
+``snapshot_selection`` chooses the snapshots and solves for the weights; ``streaming`` reads the columns.
+"""
 
 from __future__ import annotations
 
@@ -23,54 +28,54 @@ from nitrous_ema.synthesis.snapshot_selection import DEFAULT_TOLERANCE, ColumnSe
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Column:
-    """One profile of one snapshot, that is read."""
+    """One profile of one snapshot, which a plan reads."""
 
     step: int
-    """Its snapshot's step."""
+    """Step of the snapshot."""
     t: float
-    """Its snapshot's training time."""
+    """Training time of the snapshot."""
     gamma: float
-    """Exponent of its profile."""
+    """Exponent of the profile."""
     source: Source
-    """Its numbers on disk."""
+    """The column's numbers on disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Plan:
-    """Averages to synthesize at one step, and the columns that give them."""
+    """Averages of one target step, and the weighted columns that they are sums of."""
 
     target: SnapshotView
-    """The snapshot at whose step the averages end; it gives the copied tensors."""
+    """The target snapshot: the averages end at its step, and its copied tensors go into every output."""
     sigma_rels: tuple[float, ...]
-    """The averages' lengths, as fractions of the training time."""
+    """Length of each output, as a fraction of the training time."""
     gammas: tuple[float, ...]
     """The same lengths as exponents."""
     columns: tuple[Column, ...]
-    """What is read, ascending in time; columns that no output needs are left out."""
+    """The columns to read, ascending in time; each has a weight that is not 0 in some output."""
     weights: NDArray[np.float64]
-    """Shape [columns, outputs]."""
+    """Weight of each column in each output, shape [columns, outputs]."""
     report: SynthesisReport
-    """How close the averages come to what was asked, and how much they amplify the rounding of what is read."""
+    """Profile error of each output, and its amplification of the rounding errors of the columns."""
     steps: tuple[int, ...]
     """Steps of the snapshots that are read, ascending."""
     lower_bound: int
-    """No fewer of the candidates give all averages within the tolerance; 1 where snapshots differ in their profiles."""
+    """No fewer of the candidates give all outputs within the tolerance; 1 where snapshots differ in their profiles."""
     candidates: int
-    """Snapshots that were chosen from."""
+    """Number of snapshots that the selection chose from."""
     tolerance: float
-    """What the squared error of each average may exceed that from all snapshots by, as its root."""
+    """Root of the amount by which the squared error of an output may exceed that with all snapshots."""
     profile_error_of_all: NDArray[np.float64]
     """Relative profile error of each output with all snapshots."""
     least_error_l2: NDArray[np.float64]
     """``weight_l2`` with the weights of least error: above the report's where tolerance was spent on rounding."""
     excluded: tuple[int, ...] = ()
-    """Steps left out on request."""
+    """Steps that were ignored on request, ascending."""
     trainer: Mapping[str, str | int | float] = field(default_factory=dict)
     """The process that wrote the newest snapshot: ``host``, ``pid``, ``started`` (seconds since 1970)."""
 
     @property
     def elements(self) -> int:
-        """Numbers in one average."""
+        """Numbers in the averaged tensors of one output."""
         return self.target.average_spans[-1][1]
 
     @property
@@ -80,11 +85,15 @@ class Plan:
         return sum(column.source.num_bytes for column in self.columns) + (copied.num_bytes if copied else 0)
 
     def condition(self) -> float:
-        """How nearly the columns' profiles depend on each other; NaN for more than 1024 (``posthoc.coverage``)."""
+        """Return the condition number of the columns' profiles; NaN for more than 1024 (``posthoc.coverage``)."""
         return condition([column.t for column in self.columns], [column.gamma for column in self.columns])
 
     def only(self, indices: Sequence[int]) -> Plan:
-        """The same plan for some of its averages: what is read stays."""
+        """Return the same plan for some of its outputs.
+
+        The columns and weights stay as they are. A new plan for these outputs alone might read other snapshots, and
+        outputs that are written in several passes or that exist already would differ from one synthesis of all.
+        """
         chosen = list(indices)
         per_output = {each.name: getattr(self.report, each.name) for each in fields(self.report)}
         per_output = {name: values[chosen] for name, values in per_output.items() if name != "warnings"}
@@ -110,54 +119,55 @@ def plan_synthesis(
 ) -> Plan:
     """Choose the columns and solve for the weights of averages that end at the target's step.
 
-    The snapshots up to the target's training time are candidates. Of these the fewest are read that give all averages
-    together within the tolerance, with weights that sum to 1; columns that get weight 0 in every output (all but one,
-    where the length wanted is itself tracked) are not read. What tolerance is left buys less rounding, where weights
-    would amplify it (``choose_columns`` says how).
+    Candidates are the snapshots up to the target's training time. The plan reads the fewest of them that give all
+    averages together within the tolerance, with weights that sum to 1. It does not read columns whose weight is 0 in
+    every output: for a tracked length all columns but one. The remaining tolerance is spent on smaller weights where
+    the weights would amplify rounding errors (see ``choose_columns``).
 
     Args:
-        snapshots: Committed snapshots of one lineage, ascending in time; the target among them.
-        target: The snapshot at whose step the averages end.
-        gammas: Exponents of the averages wanted, or
-        sigma_rels: their lengths as fractions of the training time, in (0, 12 ** -0.5). Exactly one of the two.
-        excluded: Steps that were left out of ``snapshots`` on request, to be told with the result.
-        tolerance: Relative profile error that may be added to that from all snapshots, >= 0; the two add as their
-            squares do. 0 reads all snapshots.
+        snapshots: Committed snapshots of one lineage, ascending in time, including the target.
+        target: The target snapshot: the averages end at its step.
+        gammas: Requested lengths as exponents, or
+        sigma_rels: as fractions of the training time, in (0, 12 ** -0.5). Exactly one of the two.
+        excluded: Steps that were left out of ``snapshots`` on request; recorded in the plan.
+        tolerance: Relative profile error that may be added to that with all snapshots, >= 0. The two errors add as
+            their squares do. 0 reads all snapshots.
 
     Raises:
         ValueError: Both or neither of gammas and sigma_rels, or one outside its domain; or a negative tolerance.
-        TypeError: A single length, or text, where a sequence belongs.
-        SnapshotMismatch: Two of the snapshots, that are needed together, hold different tensors.
+        TypeError: A single length or text instead of a sequence.
+        SnapshotMismatch: The target has no averaged tensors, or two of the chosen snapshots hold different tensors.
 
     Source:
         Karras et al. 2023, arXiv:2312.02696, Algorithm 3.
     """
     lengths = lengths_of(gammas, sigma_rels)
     if not target.average_spans:
-        raise SnapshotMismatch(f"{target.path} holds no averaged tensor; there is nothing to sum.", path=target.path)
-    candidates = [moment for moment in snapshots if moment.t <= target.t and moment.gammas]
-    choice = choose_columns(
-        [moment.t for moment in candidates],
-        [moment.gammas for moment in candidates],
+        raise SnapshotMismatch(f"{target.path}: the snapshot has no averaged tensors to synthesize.", path=target.path)
+    candidates = [view for view in snapshots if view.t <= target.t and view.gammas]
+    selection = choose_columns(
+        [view.t for view in candidates],
+        [view.gammas for view in candidates],
         target.t,
         [gamma for _, gamma in lengths],
         tolerance=tolerance,
     )
-    chosen = [(candidates[place], profile) for place, profile in choice.places]
-    check_same_tensors(target, [moment for moment, _ in chosen])
+    chosen = [(candidates[place], profile) for place, profile in selection.places]
+    # Only the chosen snapshots have to fit together: the first steps of a run may belong to another architecture.
+    check_same_tensors(target, [view for view, _ in chosen])
     return Plan(
         target=target,
         sigma_rels=tuple(sigma_rel for sigma_rel, _ in lengths),
         gammas=tuple(gamma for _, gamma in lengths),
-        columns=tuple(_column(moment, profile) for moment, profile in chosen),
-        weights=choice.weights,
-        report=_report(choice, chosen, target, lengths),
-        steps=tuple(dict.fromkeys(moment.step for moment, _ in chosen)),
-        lower_bound=choice.selection.lower_bound,
-        candidates=choice.selection.candidates,
+        columns=tuple(_column(view, profile) for view, profile in chosen),
+        weights=selection.weights,
+        report=_report(selection, chosen, target, lengths),
+        steps=tuple(dict.fromkeys(view.step for view, _ in chosen)),
+        lower_bound=selection.steps.lower_bound,
+        candidates=selection.steps.candidates,
         tolerance=float(tolerance),
-        profile_error_of_all=choice.selection.profile_error_of_all,
-        least_error_l2=choice.least_error_l2,
+        profile_error_of_all=selection.steps.profile_error_of_all,
+        least_error_l2=selection.least_error_l2,
         excluded=tuple(sorted(excluded)),
     )
 
@@ -176,28 +186,32 @@ def plan_from_store(
 
     Args:
         store: The folder, or a store opened on it.
-        gammas: Exponents of the averages wanted, or
-        sigma_rels: their lengths, as in plan_synthesis().
-        step: The target: a step with a committed snapshot; by default the newest one.
+        gammas: Requested lengths as exponents, or
+        sigma_rels: as fractions of the training time; as in plan_synthesis().
+        step: The target step, which must have a committed snapshot; by default the newest.
         run: The run whose lineage is read; by default the newest.
-        exclude: Steps to leave out, damaged ones for example.
+        exclude: Steps of snapshots to ignore, for example damaged ones.
         tolerance: As in plan_synthesis().
 
     Raises:
-        ValueError, TypeError: As plan_synthesis(); also where the target step is excluded.
-        SnapshotNotFound: There is no such snapshot or run; names the nearest steps.
+        ValueError, TypeError: As plan_synthesis(); also if the target step is excluded.
+        SnapshotNotFound: There is no such snapshot or run; the message names the nearest steps.
         SnapshotDamaged: A snapshot that is not excluded has a wrong size or header.
         SnapshotMismatch: As plan_synthesis().
     """
     if step is not None and step in exclude:
-        raise ValueError(f"step {step} is the target and is excluded; ask for another step, or do not exclude it.")
-    lengths_of(gammas, sigma_rels)  # a wrong length is told before a folder of thousands of snapshots is listed
+        raise ValueError(
+            f"step {step} is the target step and is excluded. Choose another target step, or do not exclude it."
+        )
+    lengths_of(gammas, sigma_rels)  # an invalid length is reported before thousands of snapshots are listed
     if not isinstance(store, SnapshotStore):
         store = SnapshotStore(store)
     snapshots = store.snapshots(run, exclude=exclude)
     target = next((each for each in reversed(snapshots) if step in (None, each.step)), None)
     if target is None:
-        store.get(step, run, exclude=exclude)  # raises, naming what there is; if not, it was committed a moment ago
+        # get() raises with the nearest steps. If it does not raise, the snapshot was committed after the listing, so
+        # the folder is listed again.
+        store.get(step, run, exclude=exclude)
         return plan_from_store(
             store, gammas=gammas, sigma_rels=sigma_rels, step=step, run=run, exclude=exclude, tolerance=tolerance
         )
@@ -216,12 +230,16 @@ def plan_at(
     """Plan the averages that end at one of the snapshots of a listing.
 
     Args:
-        target: The snapshot at whose step the averages end.
-        snapshots: All of its history, ascending by step, as ``SnapshotStore.snapshots`` lists them.
-        gammas: As in plan_synthesis(); so are all others, and what is raised.
-        sigma_rels: Lengths.
+        target: The target snapshot.
+        snapshots: Its whole history, ascending by step, as ``SnapshotStore.snapshots`` lists it; not empty.
+        gammas: Requested lengths as exponents, or
+        sigma_rels: as fractions of the training time.
         excluded: Steps that were left out of the listing.
         tolerance: Relative profile error that may be added.
+
+    Raises:
+        ValueError, TypeError, SnapshotMismatch: As plan_synthesis().
+        SnapshotError: A snapshot was written by several ranks.
     """
     plan = plan_synthesis(
         [stored_snapshot_view(snapshot) for snapshot in snapshots if snapshot.t <= target.t],
@@ -235,44 +253,53 @@ def plan_at(
 
 
 def lengths_of(gammas: Sequence[float] | None, sigma_rels: Sequence[float] | None) -> list[tuple[float, float]]:
-    """(sigma_rel, gamma) of each average asked for; the given one of the two is kept to the bit."""
+    """Return (sigma_rel, gamma) of each requested length.
+
+    Only the missing one of the two is computed. The other is unchanged to the bit, because file names contain it.
+
+    Raises:
+        ValueError: Both or neither of gammas and sigma_rels, no length, or one outside its domain.
+        TypeError: A single length or text instead of a sequence.
+    """
     lengths: list[tuple[float, float]] = []
     if (gammas is None) == (sigma_rels is None):
-        raise ValueError("gammas and sigma_rels: exactly one of them says which averages are wanted.")
-    for name, given in (("gammas", gammas), ("sigma_rels", sigma_rels)):
-        if given is not None:
-            check_sequence(name, given)
+        raise ValueError(
+            f"pass exactly one of gammas and sigma_rels; got {'neither' if gammas is None else 'both'} of them."
+        )
+    for name, sequence in (("gammas", gammas), ("sigma_rels", sigma_rels)):
+        if sequence is not None:
+            check_sequence(name, sequence)
     if gammas is not None:
         lengths = [(float(gamma_to_sigma_rel(gamma)), float(gamma)) for gamma in gammas]
     elif sigma_rels is not None:
         lengths = [(float(sigma_rel), float(sigma_rel_to_gamma(sigma_rel))) for sigma_rel in sigma_rels]
     if not lengths:
-        raise ValueError("no length is asked for; give at least one sigma_rel or gamma.")
+        raise ValueError("no length was requested; pass at least one sigma_rel or gamma.")
     return lengths
 
 
 def _report(
-    choice: ColumnSelection,
+    selection: ColumnSelection,
     chosen: Sequence[tuple[SnapshotView, int]],
     target: SnapshotView,
     lengths: Sequence[tuple[float, float]],
 ) -> SynthesisReport:
     return synthesis_report(
-        choice.t,
-        choice.gamma,
+        selection.t,
+        selection.gamma,
         np.full(len(lengths), target.t, dtype=np.float64),
         np.array([gamma for _, gamma in lengths], dtype=np.float64),
-        weights=choice.weights,
+        weights=selection.weights,
         checkpoint_dtype=_coarsest(chosen),
         t_first=target.t_first,
     )
 
 
-def _column(moment: SnapshotView, profile: int) -> Column:
-    return Column(step=moment.step, t=moment.t, gamma=moment.gammas[profile], source=moment.averages[profile])
+def _column(view: SnapshotView, profile: int) -> Column:
+    return Column(step=view.step, t=view.t, gamma=view.gammas[profile], source=view.averages[profile])
 
 
 def _coarsest(chosen: Sequence[tuple[SnapshotView, int]]) -> str:
-    """The stored type with the largest rounding error among the chosen columns."""
-    found = {moment.averages[profile].dtype for moment, profile in chosen}
+    """Return the stored type with the largest rounding error among the chosen columns."""
+    found = {view.averages[profile].dtype for view, profile in chosen}
     return next(code for code in ("BF16", "F16", "F32", "F64") if code in found)

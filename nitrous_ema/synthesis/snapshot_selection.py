@@ -1,4 +1,4 @@
-"""Which of the snapshots to read, and with which weights: the part of a plan that knows numbers only."""
+"""Choose which snapshots to read, and with which weights: the part of a plan that works on numbers alone."""
 
 from __future__ import annotations
 
@@ -11,39 +11,40 @@ from numpy.typing import NDArray
 from nitrous_ema.posthoc import Selection, least_amplifying_weights, select_mixed_steps, solve_weights
 
 DEFAULT_TOLERANCE = 1e-3
+"""Relative profile error that reading fewer snapshots may add by default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ColumnSelection:
-    """Columns to read, ascending in time."""
+    """The columns to read, ascending in time, and their weights."""
 
     places: tuple[tuple[int, int], ...]
-    """Of each column: where its snapshot stands in what was given, and which of its profiles it is."""
+    """Index of each column's snapshot among the candidates, and index of its profile in that snapshot."""
     t: NDArray[np.float64]
-    """Time of each column."""
+    """Training time of each column."""
     gamma: NDArray[np.float64]
     """Exponent of each column."""
     weights: NDArray[np.float64]
     """Shape [columns, outputs]; each column has a weight that is not 0."""
     least_error_l2: NDArray[np.float64]
-    """``|w|_2`` that the weights of least error would have, per output."""
-    selection: Selection
-    """The steps that were chosen."""
+    """``|w|_2`` of the weights of least error, per output."""
+    steps: Selection
+    """The selection of snapshots, with its lower bound."""
 
 
 def choose_columns(
     t: Sequence[float], gammas: Sequence[Sequence[float]], t_r: float, gammas_r: Sequence[float], *, tolerance: float
 ) -> ColumnSelection:
-    """The fewest snapshots that give all outputs within a tolerance, then the weights that amplify rounding least.
+    """Choose the fewest snapshots that give all outputs within a tolerance, then solve for their weights.
 
-    The squared error of each output exceeds that with all snapshots by at most ``tolerance**2``. What the choice of
-    steps leaves of that goes to weights of smaller norm where the norm is above 1, and nowhere else.
+    The squared error of each output exceeds that with all snapshots by at most ``tolerance**2``. Tolerance that the
+    choice of snapshots leaves over is spent on weights of smaller norm, but only for outputs whose norm is above 1.
 
     Args:
-        t: Times of the snapshots, ascending, up to ``t_r``.
-        gammas: Exponents of each one's profiles.
-        t_r: Time at which the averages end.
-        gammas_r: Their exponents.
+        t: Training times of the candidate snapshots, ascending, up to ``t_r``.
+        gammas: Exponents of each candidate's profiles.
+        t_r: Training time at which the averages end.
+        gammas_r: Exponents of the averages.
         tolerance: Relative profile error that may be added, >= 0. 0 takes all snapshots and the least error.
 
     Raises:
@@ -59,6 +60,7 @@ def choose_columns(
         weights = least_amplifying_weights(t_i, gamma_i, *outputs, within=within)
     else:
         weights = solve_weights(t_i, gamma_i, *outputs)
+    # A column costs as much to read as a model. Where a requested length is tracked, all weights but one are exactly 0.
     needed = np.flatnonzero(np.any(weights != 0.0, axis=1))
     return ColumnSelection(
         places=tuple(places[column] for column in needed),
@@ -66,5 +68,5 @@ def choose_columns(
         gamma=gamma_i[needed],
         weights=weights[needed],
         least_error_l2=selection.weight_l2,
-        selection=selection,
+        steps=selection,
     )

@@ -1,20 +1,20 @@
-"""Many snapshots in, many averages out, in one pass and in constant memory, on all cores.
+"""Read many snapshots and compute many averages in one pass, in constant memory, on all cores.
 
-The flat element space is cut into tiles on one fixed grid, the tail of the last one filled with zeros. A tile is the
-work of one thread from the first byte to the last, and of one order of operations: the columns in groups of
-GROUP_COLUMNS, the outputs in groups of GROUP_OUTPUTS, one product of matrices for each two groups, their sums in
-float64 (or float32). So for the same columns, lengths and type of sums no bit depends on threads, memory budget, or on
-which part of the model is computed: results of BLAS depend on the shape of a product, and nothing else is left that
-could differ. Outputs that the budget does not allow at once take another pass over the snapshots, in whole groups.
+The flat element space is cut into tiles on one fixed grid; the tail of the last tile is filled with zeros. One thread
+computes a whole tile, always in the same order of operations: the columns in groups of GROUP_COLUMNS, the outputs in
+groups of GROUP_OUTPUTS, one matrix product for each pair of groups, their sums in float64 (or float32). So for the same
+columns, lengths and type of sums, no bit depends on the threads, on the memory budget, or on the part of the model that
+is computed. BLAS results depend on the shape of a product, and all products have the same shape. Outputs that do not
+fit into the memory budget take another pass over the snapshots, in whole groups.
 
-Threads get blocks of neighbouring tiles, so that each read is long enough. The system is asked to read ahead of them
-(``sources``); the first block of a new part of a file may wait for the disk, the others find it in memory.
+Threads get blocks of neighboring tiles, so that each read is long enough. The system is asked to read ahead of them
+(``snapshots.reading``): the first block of a new part of a file may wait for the disk, the following blocks do not.
 
-who           touches                                        ordered by
-calling       progress; blocks, where it wants them itself   takes finished blocks in their order
-one thread    a workspace; the tiles of one block; its       claims the workspace from a queue, for a block
-              stretch of each output
-all threads   descriptors, checksums                         ``sources``
+thread        touches                                        ordered by
+calling       progress; tiles, with ``on_calling_thread``    takes finished blocks in their order
+one worker    a workspace; the tiles of one block; its       claims the workspace from a queue, for one block
+              range of each output
+all workers   descriptors, checksums                         locks of ``snapshots.reading``
 
 Longer than the house's 300 lines because the order of operations that the bits depend on belongs on one page.
 """
@@ -42,48 +42,47 @@ from nitrous_ema.synthesis.plan import Column, Plan
 
 DEFAULT_MEMORY_BYTES = 1 << 30
 
-TILE_ELEMENTS = (
-    1 << 14
-)  # with 32 columns the float64 tile is 4 MiB; 8 Ki to 32 Ki were equally fast, 2 Ki up to 25 % slower
+# With 32 columns the float64 tile is 4 MiB. Measured: 8 Ki to 32 Ki were equally fast, 2 Ki up to 25 % slower.
+TILE_ELEMENTS = 1 << 14
 GROUP_COLUMNS = 32
 GROUP_OUTPUTS = 32
-_OUTPUTS_PER_PASS = 4 * GROUP_OUTPUTS  # at most: each has an open file
+_OUTPUTS_PER_PASS = 4 * GROUP_OUTPUTS  # at most: each output is an open file
 _MAX_BLOCK_ELEMENTS = 1 << 16  # measured with 32 columns: 256 Ki was 1.3 times slower, 1 Mi up to twice
 _FIXED_BYTES = 4 << 20  # copied tensors, running checksums
 # For each name of a tensor: its places in files, as text and as objects. Measured were 1.9 kB, 0.7 kB for each profile
-# and 8 (1 + profiles) copies of the name, the most of it while headers are read (bench.tables_memory).
+# and 8 (1 + profiles) copies of the name, most of it while headers are read (bench.tables_memory).
 _TENSOR_BYTES, _PROFILE_BYTES, _NAME_COPIES = 2048, 768, 9
-_CONSUMER_BYTES = 3 << 20  # per thread: what outputs.py rounds and writes at a time, packed matrices of BLAS
-_COPY_BYTES = 1 << 20
+_CONSUMER_BYTES = 3 << 20  # per thread: values that the writer rounds and writes at a time, packed matrices of BLAS
+_COPY_BYTES = 1 << 20  # of copied tensors, at a time
 
 Accumulate = Literal["float64", "float32"]
 """Type of sums and products."""
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes read so far and the bytes there are to read, on the calling thread."""
+"""Called with the bytes read so far and the bytes to read, on the calling thread."""
 
 
 class Consumer(Protocol):
-    """Takes all outputs, tile after tile."""
+    """Receives all outputs, tile by tile."""
 
     def __call__(self, begin_element: int, block: NDArray[np.floating], /) -> None:
         """Take the elements from ``begin_element`` on, shape [outputs, elements].
 
-        Called by several threads at once and in no order, each element once, unless ``stream`` is told otherwise. The
-        array is reused as soon as this returns.
+        Several threads call this at once and in no order, each element once; ``stream`` has an option for one thread.
+        The array is reused as soon as this returns.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class BlockSizes:
-    """What a memory budget allows."""
+    """Threads and blocks that fit into a memory budget."""
 
     threads: int
-    """Blocks computed at a time."""
+    """Number of blocks computed at a time."""
     block_elements: int
     """Elements per block; a multiple of TILE_ELEMENTS."""
     memory_bytes: int
-    """What these take at most."""
+    """Upper bound of the memory that they take."""
 
 
 def stream(
@@ -97,66 +96,69 @@ def stream(
     elements: tuple[int, int] | None = None,
     on_calling_thread: bool = False,
 ) -> None:
-    """Read every column of a plan once, verify it, and hand the outputs to a consumer.
+    """Read every column of a plan once, verify its checksums, and pass the outputs to a consumer.
 
     Args:
-        plan: What to read, with which weights.
-        consumer: Gets tiles that cover the flat space without gaps, in the type of the sums.
-        memory_bytes: Memory to stay within, whatever the model and the number of columns.
-        progress: Told of the bytes read.
-        threads: At most so many; by default one for each core this process may use.
+        plan: The columns and their weights.
+        consumer: Receives tiles that cover the flat space without gaps, in the type of the sums.
+        memory_bytes: Memory budget in bytes, whatever the sizes of the model and of the plan.
+        progress: Called with the bytes read and the bytes to read.
+        threads: Maximum number of threads; by default one for each core this process may use.
         accumulate: Type of products and sums.
-        elements: Only the tiles that hold some of this half-open range; all of them by default. Read is what is
-            needed to verify these.
-        on_calling_thread: Call the consumer on this thread, in order.
+        elements: Compute only the tiles that overlap this half-open range; all tiles by default. Whole chunks around
+            them are read, which verifying them needs.
+        on_calling_thread: Call the consumer on the calling thread, in order.
 
     Raises:
-        ValueError: The budget is too small for this many outputs, or threads is less than 1.
-        SnapshotDamaged: A chunk's checksum is wrong. What was handed out before is to be thrown away.
+        ValueError: The budget is too small for the number of outputs, or threads is less than 1.
+        SnapshotDamaged: A chunk's checksum does not match. The caller must discard all tiles that it received.
     """
     sizes = engine_sizes(plan, memory_bytes, threads=threads, accumulate=accumulate)
-    units = _units(plan, sizes.block_elements, elements or (0, plan.elements))
+    blocks = _blocks(plan, sizes.block_elements, elements or (0, plan.elements))
     row_bytes = sum(element_bytes(column.source) for column in plan.columns)
-    total, done = sum(unit.num_elements for unit in units) * row_bytes, 0
+    total, done = sum(block.num_elements for block in blocks) * row_bytes, 0
     with (
         one_thread_per_product(),
         OpenFiles(column.source.path for column in plan.columns) as files,
         ThreadPoolExecutor(sizes.threads, thread_name_prefix="synthesis") as pool,
     ):
         engine = _Engine(plan, sizes, files, accumulate, None if on_calling_thread else consumer)
-        waiting: deque[tuple[_Unit, Future[list[_Tile]]]] = deque()
-        left = iter(units)
+        waiting: deque[tuple[_Block, Future[list[_Tile]]]] = deque()
+        remaining = iter(blocks)
         try:
             while True:
-                while len(waiting) < 2 * sizes.threads and (unit := next(left, None)) is not None:
-                    waiting.append((unit, pool.submit(engine.compute, unit)))
+                # Two blocks per thread: a thread that finishes has work while this thread consumes. More would hold
+                # finished tiles that the memory budget does not count.
+                while len(waiting) < 2 * sizes.threads and (block := next(remaining, None)) is not None:
+                    waiting.append((block, pool.submit(engine.compute, block)))
                 if not waiting:
                     break
-                unit, future = waiting.popleft()
+                block, future = waiting.popleft()
                 for begin, tile in future.result():
                     consumer(begin, tile)
-                done += unit.num_elements * row_bytes
+                done += block.num_elements * row_bytes
                 if progress is not None:
                     progress(done, total)
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)  # the files are closed next
+            pool.shutdown(wait=True, cancel_futures=True)  # threads must not read from the files, which close next
 
 
 def stream_copied(plan: Plan, take: Callable[[int, memoryview], None]) -> None:
-    """Read the target's copied tensors once, verified, and hand them on in order.
+    """Read the target's copied tensors once, verify their checksums, and pass them on in order.
 
     Args:
-        plan: Its target's snapshot is read.
-        take: Called with the offset in the copied section and the bytes from there on, consecutively; no number lies
-            across two calls. The memory is reused as soon as it returns.
+        plan: The plan whose target snapshot is read.
+        take: Called with the offset in the copied section and the bytes from there on, consecutively. No number is
+            divided between two calls. The memory is reused as soon as this returns.
 
     Raises:
-        SnapshotDamaged: A chunk's checksum is wrong.
+        SnapshotDamaged: A chunk's checksum does not match.
     """
     source = plan.target.copied
     if source is None:
         return
-    # Tensors are aligned to their first one, which comes after up to 7 bytes of padding.
+    # The section begins with up to 7 bytes of padding, and tensors are aligned to the first of them. With a first piece
+    # that is longer by the padding, no number of up to 8 bytes lies across two pieces.
     first_piece = _COPY_BYTES + min((begin for begin, _ in plan.target.copied_spans.values()), default=0) % 8
     buffer = memoryview(bytearray(first_piece))
     with OpenFiles([source.path]) as files:
@@ -171,37 +173,46 @@ def stream_copied(plan: Plan, take: Callable[[int, memoryview], None]) -> None:
 def engine_sizes(
     plan: Plan, memory_bytes: int, *, threads: int | None = None, accumulate: Accumulate = "float64"
 ) -> BlockSizes:
-    """How many threads compute blocks of which size within a memory budget.
+    """Return the threads and the block size that fit into a memory budget, more threads before longer blocks.
+
+    Args:
+        plan: The columns and outputs.
+        memory_bytes: Memory budget, in bytes.
+        threads: Maximum number of threads; by default one for each core this process may use.
+        accumulate: Type of products and sums.
 
     Raises:
-        ValueError: Not even one tile fits; the message says how much is needed. Or threads or accumulate is wrong.
+        ValueError: Not even one tile fits, and the message contains the bytes needed; or threads or accumulate is
+            invalid.
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads: {threads}; expected 1 or more.")
     if accumulate not in ("float64", "float32"):
         raise ValueError(f"accumulate: {accumulate!r}; expected 'float64' or 'float32'.")
     most_tiles = max(1, min(-(-plan.elements // TILE_ELEMENTS), _MAX_BLOCK_ELEMENTS // TILE_ELEMENTS))
-    wanted = threads or available_cores()
-    wanted = max(1, min(wanted, -(-plan.elements // (most_tiles * TILE_ELEMENTS))))
+    most_threads = max(1, min(threads or available_cores(), -(-plan.elements // (most_tiles * TILE_ELEMENTS))))
     fixed = _fixed_bytes(plan)
     smallest, per_tile = _workspace_bytes(plan, len(plan.gammas), accumulate)
     needed = fixed + smallest + per_tile
     if memory_bytes < needed:
+        outputs, columns = pluralize(len(plan.gammas), "output"), pluralize(len(plan.columns), "column")
         raise ValueError(
-            f"memory: {memory_bytes} bytes are too few for {pluralize(len(plan.gammas), 'output')} of "
-            f"{pluralize(len(plan.columns), 'column')} at once and the names of "
-            f"{pluralize(len(plan.target.records), 'tensor')}; at least {needed} bytes ({-(-needed >> 20)} MiB) are "
-            "needed. Allow more memory, or ask for fewer averages at once."
+            f"memory budget too small: {outputs} from {columns} ({pluralize(len(plan.target.records), 'tensor')}) need "
+            f"at least {needed} bytes ({-(-needed >> 20)} MiB), got {memory_bytes} bytes. "
+            "Raise --memory (memory_bytes=) or request fewer lengths per run."
         )
-    used = min(wanted, (memory_bytes - fixed) // (smallest + per_tile))
+    used = min(most_threads, (memory_bytes - fixed) // (smallest + per_tile))
     tiles = min(most_tiles, ((memory_bytes - fixed) // used - smallest) // per_tile)
     return BlockSizes(used, tiles * TILE_ELEMENTS, fixed + used * (smallest + tiles * per_tile))
 
 
 def passes(plan: Plan, memory_bytes: int, *, accumulate: Accumulate = "float64") -> list[range]:
-    """The outputs that are made while the snapshots are read once, for as few readings as a memory budget allows.
+    """Divide the outputs into as few passes over the snapshots as a memory budget allows.
 
-    No bit depends on it: all but the last consist of whole groups of GROUP_OUTPUTS.
+    No bit depends on the division: all passes but the last consist of whole groups of GROUP_OUTPUTS.
+
+    Returns:
+        The indices of the outputs of each pass.
     """
     total, fixed = len(plan.gammas), _fixed_bytes(plan)
     at_once = GROUP_OUTPUTS
@@ -212,12 +223,12 @@ def passes(plan: Plan, memory_bytes: int, *, accumulate: Accumulate = "float64")
 
 
 def available_cores() -> int:
-    """Cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fixed_bytes(plan: Plan) -> int:
-    """Memory whatever is computed at a time: what there is once, and what is known of each tensor and column."""
+    """Return the memory that does not depend on threads and blocks, most of it for tensor names and columns."""
     profiles, sources = len(plan.target.gammas), [column.source for column in plan.columns]
     keys = [key for record in plan.target.records for key in record.keys]
     named = _TENSOR_BYTES + profiles * _PROFILE_BYTES
@@ -226,10 +237,11 @@ def _fixed_bytes(plan: Plan) -> int:
 
 
 def _workspace_bytes(plan: Plan, outputs: int, accumulate: Accumulate) -> tuple[int, int]:
-    """Memory of one thread: whatever the size of its blocks, and for each tile of them."""
+    """Return the memory of one thread: the part that does not depend on its blocks, and the part for each tile."""
     group, item = min(GROUP_COLUMNS, len(plan.columns)), np.dtype(accumulate).itemsize
     fixed = group * TILE_ELEMENTS * (item + 4) + min(outputs, GROUP_OUTPUTS) * TILE_ELEMENTS * item + _CONSUMER_BYTES
-    # Sums of the block while its groups come; and finished ones, of which two per thread wait for the calling thread.
+    # Three times the sums: those of the block in work, which wait for its next group of columns, and those of two
+    # finished blocks per thread, which wait for the calling thread.
     return fixed, TILE_ELEMENTS * (group * _widest(plan.columns) + 3 * outputs * item)
 
 
@@ -237,42 +249,55 @@ _Tile = tuple[int, NDArray[np.floating]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Unit:
-    """A block: what is read of it, and which of that is computed."""
+class _Block:
+    """Neighboring tiles: the elements to read, and the tiles of them to compute."""
 
     begin: int
+    """First element."""
     num_elements: int
+    """Number of elements that are read."""
     tiles: range
-    """First elements of the tiles that are wanted."""
+    """First elements of the tiles that are computed."""
 
 
-def _units(plan: Plan, block_elements: int, wanted: tuple[int, int]) -> list[_Unit]:
-    """Blocks that cover the wanted tiles and whole chunks around them."""
+def _blocks(plan: Plan, block_elements: int, requested: tuple[int, int]) -> list[_Block]:
+    """Return blocks that cover the requested tiles, and the whole chunks around them."""
+    # A checksum covers a chunk, so tiles are verified only if all bytes of their chunks are read.
     whole = max(TILE_ELEMENTS, *(each.source.chunk_bytes // element_bytes(each.source) for each in plan.columns))
-    begin, end = wanted[0] // whole * whole, min(-(-wanted[1] // whole) * whole, plan.elements)
-    units: list[_Unit] = []
-    for first in range(begin, end if wanted[0] < wanted[1] else begin, block_elements):
+    begin, end = requested[0] // whole * whole, min(-(-requested[1] // whole) * whole, plan.elements)
+    blocks: list[_Block] = []
+    for first in range(begin, end if requested[0] < requested[1] else begin, block_elements):
         last = min(first + block_elements, end)
-        tiles = range(max(first, wanted[0] // TILE_ELEMENTS * TILE_ELEMENTS), min(last, wanted[1]), TILE_ELEMENTS)
-        units.append(_Unit(first, last - first, tiles))
-    return units
+        tiles = range(max(first, requested[0] // TILE_ELEMENTS * TILE_ELEMENTS), min(last, requested[1]), TILE_ELEMENTS)
+        blocks.append(_Block(first, last - first, tiles))
+    return blocks
 
 
 class _Workspace:
-    """Memory of one thread."""
+    """Buffers of one thread, allocated once and reused for all its blocks."""
 
     def __init__(self, plan: Plan, sizes: BlockSizes, accumulate: Accumulate) -> None:
         group, outputs = min(GROUP_COLUMNS, len(plan.columns)), len(plan.gammas)
+        # With several groups of columns, the sums of all tiles of a block wait for the next group. With one group,
+        # each tile is finished at once, and one buffer is enough.
         tiles = sizes.block_elements // TILE_ELEMENTS if len(plan.columns) > GROUP_COLUMNS else 1
         self.raw = np.empty((group, sizes.block_elements * _widest(plan.columns)), dtype=np.uint8)
         self.wide = np.empty((group, TILE_ELEMENTS), dtype=accumulate)
         self.scratch = np.empty((group, TILE_ELEMENTS), dtype=np.uint32)
         self.product = np.empty((min(outputs, GROUP_OUTPUTS), TILE_ELEMENTS), dtype=accumulate)
-        self.sums = np.empty((tiles, outputs, TILE_ELEMENTS), dtype=accumulate)  # one will do where no group follows
+        self.sums = np.empty((tiles, outputs, TILE_ELEMENTS), dtype=accumulate)
 
 
 class _Engine:
-    """What the threads share. Only read once they run, but for the queue and what ``sources`` guards."""
+    """State that the threads share: constant while they run, but for the queue and the readers, which lock themselves.
+
+    Args:
+        plan: The columns and their weights.
+        sizes: Threads and block size.
+        files: The files of the columns.
+        accumulate: Type of products and sums.
+        consumer: Receives the tiles on the computing threads; None returns them from ``compute``.
+    """
 
     def __init__(
         self, plan: Plan, sizes: BlockSizes, files: OpenFiles, accumulate: Accumulate, consumer: Consumer | None
@@ -287,22 +312,22 @@ class _Engine:
             )
             for begin in range(0, len(plan.columns), GROUP_COLUMNS)
         ]
-        self._free: SimpleQueue[_Workspace] = SimpleQueue()
+        self._free_workspaces: SimpleQueue[_Workspace] = SimpleQueue()
         for _ in range(sizes.threads):
-            self._free.put(_Workspace(plan, sizes, accumulate))
+            self._free_workspaces.put(_Workspace(plan, sizes, accumulate))
 
-    def compute(self, unit: _Unit) -> list[_Tile]:
-        """Hand a block's tiles to the consumer; or return them, where there is none."""
-        space = self._free.get()
+    def compute(self, block: _Block) -> list[_Tile]:
+        """Read a block and compute its tiles. Pass them to the consumer, or return them if there is no consumer."""
+        space = self._free_workspaces.get()
         finished: list[_Tile] = []
         try:
             for group, (columns, runs, weights) in enumerate(self._groups):
                 for row, (column, reader) in zip(space.raw, columns, strict=False):
                     width = element_bytes(column.source)
-                    reader.read_at(unit.begin * width, row[: unit.num_elements * width].data)
-                for begin in unit.tiles:
-                    sums = space.sums[(begin - unit.begin) // TILE_ELEMENTS % len(space.sums)]
-                    inside, end = begin - unit.begin, min(begin - unit.begin + TILE_ELEMENTS, unit.num_elements)
+                    reader.read_at(block.begin * width, row[: block.num_elements * width].data)
+                for begin in block.tiles:
+                    sums = space.sums[(begin - block.begin) // TILE_ELEMENTS % len(space.sums)]
+                    inside, end = begin - block.begin, min(begin - block.begin + TILE_ELEMENTS, block.num_elements)
                     _widen_tile(runs, space, inside, end)
                     _multiply(weights, space, sums, is_first=group == 0)
                     if group + 1 < len(self._groups):
@@ -312,21 +337,23 @@ class _Engine:
                     else:
                         finished.append((begin, sums[:, : end - inside].copy()))
         finally:
-            self._free.put(space)
+            self._free_workspaces.put(space)
         return finished
 
 
 def _widen_tile(runs: Sequence[tuple[str, int, int]], space: _Workspace, begin: int, end: int) -> None:
-    """Convert one tile of a group, stretches of columns of one type at a time."""
+    """Convert one tile of a group of columns, neighboring columns of one type at a time."""
     for dtype, first, last in runs:
         width, count = DTYPE_BYTES[dtype], end - begin
         stored = space.raw[first:last, begin * width : end * width]
         widen(stored, dtype, space.wide[first:last, :count], scratch=space.scratch[first:last, :count])
-    space.wide[:, end - begin :] = 0.0
+    space.wide[:, end - begin :] = 0.0  # the product always has a whole tile's shape, which its bits depend on
 
 
 def _multiply(weights: NDArray[np.floating], space: _Workspace, sums: NDArray[np.floating], *, is_first: bool) -> None:
-    with np.errstate(invalid="ignore", over="ignore", under="ignore"):  # weights that diverged give what they give
+    """Add the products of one group of columns with all groups of outputs to the sums of a tile."""
+    # A model that diverged has infinite or NaN weights, and so have its averages; that is not an error here.
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         for first in range(0, len(weights), GROUP_OUTPUTS):
             some, summed = weights[first : first + GROUP_OUTPUTS], sums[first : first + GROUP_OUTPUTS]
             product = summed if is_first else space.product[: len(some)]
@@ -336,7 +363,7 @@ def _multiply(weights: NDArray[np.floating], space: _Workspace, sums: NDArray[np
 
 
 def _runs(columns: Sequence[Column]) -> Iterator[tuple[str, int, int]]:
-    """Neighbours of one stored type: the type, the first one, the one after the last."""
+    """Yield ranges of neighboring columns of one stored type: the type, the first column, the column after the last."""
     first = 0
     for dtype, run in groupby(columns, key=lambda column: column.source.dtype):
         last = first + sum(1 for _ in run)
@@ -345,4 +372,5 @@ def _runs(columns: Sequence[Column]) -> Iterator[tuple[str, int, int]]:
 
 
 def _widest(columns: Sequence[Column]) -> int:
+    """Return the bytes of one element in the widest stored type."""
     return max((element_bytes(column.source) for column in columns), default=1)

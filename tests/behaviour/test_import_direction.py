@@ -316,7 +316,11 @@ def _small_house(folder: Path) -> Path:
         ("nitrous_ema.cli.prune", ["torch"]),
         ("nitrous_ema.cli.plot", ["torch", "matplotlib"]),
         ("nitrous_ema.search.sweep", ["torch"]),
-        ("nitrous_ema.async_.synthesize_worker", ["torch", "nitrous_ema.averaging", "nitrous_ema.async_.lanes"]),
+        ("nitrous_ema.synthesis", ["torch", "numpy"]),
+        (
+            "nitrous_ema.async_.synthesize_worker",
+            ["torch", "numpy", "nitrous_ema.averaging", "nitrous_ema.async_.lanes"],
+        ),
     ],
 )
 def test_importing_a_light_module_does_not_load(module, absent):

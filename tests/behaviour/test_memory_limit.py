@@ -18,7 +18,7 @@ MIB = 1 << 20
 ELEMENTS, STEPS, LENGTHS = 6 * MIB, range(1, 9), 8
 BUDGET, STACK = 32 * MIB, 9 * MIB  # a thread's stack counts as memory, used or not
 
-# RLIMIT_DATA, not RLIMIT_AS: the libraries' address space is large and mostly nobody's memory.
+# RLIMIT_DATA, not RLIMIT_AS: libraries reserve a large address space, most of which takes no memory.
 CODE = """
 import json, resource, sys
 from pathlib import Path
@@ -27,7 +27,7 @@ from nitrous_ema.synthesis.outputs.writer import write_outputs
 from nitrous_ema.synthesis.plan import plan_from_store
 
 root, out, lengths, allowed, budget = sys.argv[1:]
-np.ones((64, 64)) @ np.ones((64, 64))  # what the library of products takes for itself
+np.ones((64, 64)) @ np.ones((64, 64))  # memory that the BLAS library allocates for itself
 plan = plan_from_store(root, sigma_rels=json.loads(lengths), tolerance=0)
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 limit = int(status["VmData"].split()[0]) * 1024 + int(allowed)

@@ -1,4 +1,4 @@
-"""Averages in parts, by processes that know nothing of each other."""
+"""Averages in parts, written by processes that do not communicate."""
 
 from __future__ import annotations
 
@@ -77,18 +77,18 @@ def test_part_of_a_killed_process_is_missing_and_made_later(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        ((), "which steps the averages end"),
-        (("--step=all",), "which steps the averages end"),
+        ((), "Pass the target steps"),
+        (("--step=all",), "Pass the target steps"),
         (("--step=1000", "--format=pt"), "written in parts"),
         (("--follow",), "its own pace"),
     ],
 )
-def test_parts_that_may_not_fit_together_are_wrong_usage(folder, tmp_path, arguments, said):
+def test_parts_that_may_not_fit_together_are_wrong_usage(folder, tmp_path, arguments, message):
     status, lines, stderr = ended(start(folder, tmp_path / "out", "--part=1/2", *arguments))
     assert (status, lines) == (2, [])
-    assert said in stderr
+    assert message in stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -1,7 +1,7 @@
-"""What is in an output file, and where: the tensors, their order, the header, and what the metadata say.
+"""The layout of an output file: its tensors, their order and places, the header and its metadata.
 
-Offsets count from the first byte of the tensors, so they are the same for all averages of a plan; only the headers
-differ.
+Offsets count from the first byte of the tensors. So they are the same for all averages of a plan, and one layout serves
+all of them; only the metadata in the headers differ.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from nitrous_ema._base.dtypes import DTYPE_BYTES
 from nitrous_ema._version import __version__
 from nitrous_ema.errors import NitrousError
-from nitrous_ema.snapshots.bounded_json import as_json
+from nitrous_ema.snapshots.bounded_json import json_bytes
 from nitrous_ema.snapshots.layout import TensorRecord, entry_json, tensor_entry
 from nitrous_ema.synthesis.float_conversion import FLOAT_TYPES
 from nitrous_ema.synthesis.plan import Plan
@@ -31,46 +31,51 @@ class OutputEntry:
     """One tensor in an output file."""
 
     key: str
+    """Its name in the file; tied tensors are stored under each of their keys."""
     record: TensorRecord
+    """The tensor of the target snapshot."""
     dtype: str
+    """Its type in the file, as a safetensors code."""
     begin: int
-    """Offset in the file's data, in bytes."""
+    """First byte, counted from the first byte of the tensors."""
     end: int
+    """Byte after the last."""
 
     @property
-    def described(self) -> dict[str, Any]:
-        """What the header says of it."""
+    def header_entry(self) -> dict[str, Any]:
+        """The entry of this tensor in the header."""
         return tensor_entry(self.dtype, self.record.shape, self.begin, self.end)
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of the source that lies in the output as one piece."""
+    """A range of the source that the output holds in one piece."""
 
     begin: int
-    """In elements of the flat average, or in bytes of the copied section."""
+    """First element of the flat average, or first byte of the copied section."""
     end: int
+    """The element or byte after the last."""
     stored: str
     """Type in the source; float64 for averages."""
     dtype: str
     """Type in the output."""
     offset: int
-    """In the file's data, in bytes."""
+    """First byte in the output, counted from the first byte of the tensors."""
 
     @property
     def end_offset(self) -> int:
-        """Where an average's stretch ends."""
+        """Byte in the output after the last, for a range of the flat average."""
         return self.offset + (self.end - self.begin) * DTYPE_BYTES[self.dtype]
 
 
 class OutputLayout:
-    """The tensors of one file for each average of a plan.
+    """The tensors of an output file; the same for every average of a plan.
 
     Args:
         plan: The averages.
-        dtype: Type of the real floating tensors; None gives each the model's own.
-        tied_once: Leave out all keys but the first of tied tensors.
-        names: Only these tensors; None means all.
+        dtype: Type of the real floating tensors, as a safetensors code; None keeps each in the model's own.
+        tied_once: Store tied tensors under their first key only (``.pt`` files store the sharing itself).
+        names: Canonical names of the tensors to store; None stores all.
 
     Raises:
         NitrousError: A tensor has a type that averages cannot be rounded to.
@@ -84,11 +89,21 @@ class OutputLayout:
         self.copied = _copied_segments(plan, self.entries)
         self._averaged = sorted(_averaged_segments(plan, self.entries), key=lambda segment: segment.begin)
         self._begins = [segment.begin for segment in self._averaged]
-        self._ends = list(accumulate((segment.end for segment in self._averaged), max))  # no earlier one ends later
+        # Segments of tied tensors overlap, so ends are not ascending. The running maximum shows where a search
+        # backwards can stop: no earlier segment ends after it.
+        self._ends = list(accumulate((segment.end for segment in self._averaged), max))
         self.elements = (self._begins[0], self._ends[-1]) if self._averaged else (0, 0)
 
     def averaged(self, begin_element: int, end_element: int) -> Iterator[tuple[Segment, int, int]]:
-        """What of a part of the flat average goes where: (segment, begin, end), in elements."""
+        """Divide a range of the flat average among the segments of the file.
+
+        Args:
+            begin_element: First element of the range.
+            end_element: Element after the last.
+
+        Yields:
+            A segment, and the first element and the element after the last that lie in both it and the range.
+        """
         for index in reversed(range(bisect_left(self._begins, end_element))):
             if self._ends[index] <= begin_element:
                 return
@@ -98,27 +113,28 @@ class OutputLayout:
                 yield segment, begin, end
 
     def header(self, metadata: dict[str, str]) -> bytes:
-        """What stands in a file before these tensors."""
-        text = as_json({"__metadata__": metadata})[:-1] + self._described + b"}"
+        """Return the bytes of a file before its tensors."""
+        text = json_bytes({"__metadata__": metadata})[:-1] + self._entries_json + b"}"
         text += b" " * (-(len(text) + 8) % _DATA_ALIGNMENT_BYTES)
         return len(text).to_bytes(8, "little") + text
 
-    def are_named_by(self, header: dict[str, Any]) -> bool:
-        """Whether a header that was read names these tensors, where they lie, and no other."""
+    def matches_header(self, header: dict[str, Any]) -> bool:
+        """Return whether a header that was read has exactly these tensors, at the same places."""
         return len(header) == len(self.entries) + 1 and all(
-            header.get(entry.key) == entry.described for entry in self.entries
+            header.get(entry.key) == entry.header_entry for entry in self.entries
         )
 
     @cached_property
-    def _described(self) -> bytes:
-        """The tensors in a header, the same in all: thousands of them take megabytes."""
-        return b"".join(entry_json(entry.key, entry.described) for entry in self.entries)
+    def _entries_json(self) -> bytes:
+        """The tensors in a header, without its metadata. Kept for all outputs: thousands of tensors take megabytes."""
+        return b"".join(entry_json(entry.key, entry.header_entry) for entry in self.entries)
 
 
 def _entries(plan: Plan, dtype: str | None, *, tied_once: bool, names: Collection[str] | None) -> list[OutputEntry]:
-    """The tensors of an output in the order of their bytes: large elements first, which aligns all of them.
+    """Return the tensors of an output in the order of their bytes: large elements first, which aligns all of them.
 
-    Further keys of tied tensors come last, so that the others keep the order of the flat average.
+    Further keys of tied tensors come last among those of their element size. So the other tensors keep the order of the
+    flat average, and their segments can be joined.
     """
     named = [
         (key, record, dtype if dtype is not None and _is_real(record) else record.dtype)
@@ -136,7 +152,7 @@ def _entries(plan: Plan, dtype: str | None, *, tied_once: bool, names: Collectio
 
 
 def _is_real(record: TensorRecord) -> bool:
-    """Whether a tensor's floating numbers can be rounded to another type."""
+    """Return whether a tensor has real floating numbers, which can be rounded to another type."""
     return record.dtype in FLOAT_TYPES or (record.role == "averaged" and record.dtype != "C64")
 
 
@@ -150,12 +166,13 @@ def _averaged_segments(plan: Plan, entries: Sequence[OutputEntry]) -> list[Segme
         code = "F32" if entry.dtype == "C64" else entry.dtype
         if code not in FLOAT_TYPES:
             raise NitrousError(
-                f"{entry.key!r} has type {code} in the model, which averages cannot be rounded to; "
-                "choose the type of the output (--dtype bfloat16)."
+                f"{entry.key!r} has type {code} in the model; averages cannot be rounded to this type. "
+                "Choose a type for the output, for example --dtype bfloat16."
             )
         begin, end = spans[entry.record.name]
         new = Segment(begin, end, "F64", code, entry.begin)
         last = segments[-1] if segments else None
+        # Neighbors in the source and in the file become one segment: one write instead of one for each tensor.
         if last is not None and (last.end, last.dtype, last.end_offset) == (begin, code, new.offset):
             segments[-1] = replace(last, end=end)
         else:
@@ -172,10 +189,16 @@ def _copied_segments(plan: Plan, entries: Sequence[OutputEntry]) -> list[Segment
 
 
 def metadata_of(plan: Plan, index: int, accumulate: str) -> dict[str, str]:
-    """What an output is made of, and how. Values are strings, numbers as repr, lists as JSON."""
+    """Return the metadata of one output: its recipe and accuracy. Values are strings; numbers as repr, lists as JSON.
+
+    Args:
+        plan: The averages.
+        index: Which output of the plan.
+        accumulate: Type of products and sums.
+    """
     target, report = plan.target, plan.report
     return {
-        "format": "pt",  # transformers refuses files that do not say so
+        "format": "pt",  # transformers refuses files without this entry
         "library_version": __version__,
         "run": target.run,
         "step": repr(target.step),
@@ -199,7 +222,7 @@ def metadata_of(plan: Plan, index: int, accumulate: str) -> dict[str, str]:
 
 
 def _names(plan: Plan, role: str) -> Iterator[str]:
-    """Keys that the model's state_dict has, of the tensors with this role."""
+    """Yield the ``state_dict`` keys of the tensors with this role."""
     for record in plan.target.records:
         if record.role == role and record.persistent:
             yield from record.keys

@@ -1,8 +1,9 @@
-"""Which outputs are there already: whole, of the same recipe, with the same tensors.
+"""Decide which outputs can be reused: files that exist, are whole, and have the same recipe and the same tensors.
 
-An output gets its name when it is durable, so a file with the right header and the right size is whole. Its header says
-what it was made of; the numbers that follow from that (errors, amplification) are not compared: another machine's solve
-may differ in their last digit.
+An output gets its name when it is durable, so a file with the right header and the right size is whole. The *recipe* is
+the metadata in its header that determines the average: run, step, length, snapshots read, tolerance and so on. Numbers
+that follow from the recipe (errors, amplification) are not compared, because the solve on another machine may differ in
+their last digit.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from nitrous_ema.synthesis.outputs.reader import read_header
 from nitrous_ema.synthesis.outputs.shards import index_path, index_text, part_names, part_path
 from nitrous_ema.synthesis.plan import Plan
 
-_FOLLOWS_FROM_THE_RECIPE = ("library_version", "profile_error", "weight_l1", "weight_l2", "rounding", "lower_bound")
+_DERIVED_FROM_RECIPE = ("library_version", "profile_error", "weight_l1", "weight_l2", "rounding", "lower_bound")
 
 
 @dataclass(frozen=True, slots=True)
 class ExpectedOutput:
-    """One file that a plan gives."""
+    """One file that the writer will write for a plan."""
 
     path: Path
-    """Where it belongs; the name of its part, if it is one."""
+    """The file; the file of one part if the average is written in parts."""
     num_bytes: int
-    """Its size; of a ``.pt`` file that of its numbers, which is hardly less."""
-    is_there: bool
-    """Whether such a file exists, and its index if this is the part that writes it. Never so for ``.pt`` files, which
-    do not say what they are made of."""
+    """Size of the file; for a ``.pt`` file of its numbers, which is slightly less."""
+    is_reusable: bool
+    """Whether this file exists already, with its index if this is the part that writes the index. Always False for
+    ``.pt`` files, which do not record their recipe."""
 
 
 def expected_outputs(
@@ -44,59 +45,58 @@ def expected_outputs(
     parts: int = 1,
     in_parts: bool = False,
 ) -> list[ExpectedOutput]:
-    """The files that ``write_outputs``, or ``write_shard``, will write for a plan. Reads headers, writes nothing.
+    """Return the files that ``write_outputs`` or ``write_shard`` will write for a plan. Reads headers, writes nothing.
 
     Args:
         plan: The averages.
-        paths: One per output, as given to the writer.
-        dtype: As given to the writer; so are ``accumulate``, ``part`` and ``parts``.
+        paths: One per output, as passed to the writer.
+        dtype: As passed to the writer, like ``accumulate``, ``part`` and ``parts``.
         accumulate: Type of products and sums.
-        part: Which part.
-        parts: Of how many.
-        in_parts: Whether ``write_shard`` will write them.
+        part: Index of the part, counted from 0.
+        parts: Number of parts.
+        in_parts: Whether ``write_shard`` will write the files.
 
     Raises:
         NitrousError: A tensor has a type that averages cannot be rounded to.
     """
     names = part_names(plan, dtype, parts) if in_parts else None
-    contents = {
+    layouts = {
         suffix: OutputLayout(plan, dtype, tied_once=suffix == ".pt", names=names[part] if names else None)
         for suffix in {path.suffix for path in paths}
     }
     expected: list[ExpectedOutput] = []
     for index, path in enumerate(paths):
         file = part_path(path, part, parts) if names else path
-        content, metadata = contents[path.suffix], metadata_of(plan, index, accumulate)
+        layout, metadata = layouts[path.suffix], metadata_of(plan, index, accumulate)
         if path.suffix == ".pt":
-            expected.append(ExpectedOutput(file, content.data_bytes, False))
+            expected.append(ExpectedOutput(file, layout.data_bytes, False))
             continue
-        is_there = _is_whole(file, content, metadata)
-        if is_there and names and part == 0:
-            is_there = _holds(index_path(path), index_text(plan, dtype, names, path).encode())
-        expected.append(ExpectedOutput(file, len(content.header(metadata)) + content.data_bytes, is_there))
+        is_reusable = _matches(file, layout, metadata)
+        if is_reusable and names and part == 0:
+            is_reusable = _has_content(index_path(path), index_text(plan, dtype, names, path).encode())
+        expected.append(ExpectedOutput(file, len(layout.header(metadata)) + layout.data_bytes, is_reusable))
     return expected
 
 
-def _is_whole(path: Path, contents: OutputLayout, metadata: dict[str, str]) -> bool:
-    """Whether a file has this recipe and these tensors, and their bytes."""
+def _matches(path: Path, layout: OutputLayout, metadata: dict[str, str]) -> bool:
+    """Return whether a file has this recipe, these tensors, and as many bytes as they need."""
     try:
         found, data_begin, file_bytes = read_header(path)
     except (OSError, ValueError):
         return False
     if type(found) is not dict or type(found.get("__metadata__")) is not dict:
         return False
-    is_made_so = _recipe(found["__metadata__"]) == _recipe(metadata)
-    return file_bytes - data_begin == contents.data_bytes and is_made_so and contents.are_named_by(found)
+    has_recipe = _recipe(found["__metadata__"]) == _recipe(metadata)
+    return file_bytes - data_begin == layout.data_bytes and has_recipe and layout.matches_header(found)
 
 
 def _recipe(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What metadata say of how an average is made."""
-    return {key: value for key, value in metadata.items() if key not in _FOLLOWS_FROM_THE_RECIPE}
+    return {key: value for key, value in metadata.items() if key not in _DERIVED_FROM_RECIPE}
 
 
-def _holds(path: Path, content: bytes) -> bool:
+def _has_content(path: Path, content: bytes) -> bool:
     try:
         with open_regular(path) as file:
-            return file.read(len(content) + 1) == content
+            return file.read(len(content) + 1) == content  # one byte more, so that a longer file differs
     except (OSError, ValueError):
         return False

@@ -1,7 +1,8 @@
-"""Which part of an average is in which file, where several processes write it.
+"""Divide an average into parts, for several processes that each write one file of it.
 
-Parts end where tensors end, in the order of the flat average, and are about equally long; each process reads hardly
-more than its part. Everything here is a function of the plan and the number of parts, so nobody has to be asked.
+Parts end where tensors end, in the order of the flat average, and have about the same size. So each process reads
+hardly more than its part of the snapshots. All functions here depend on the plan and the number of parts alone, so the
+processes agree without communicating.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ INDEX_SUFFIX = ".safetensors.index.json"
 
 
 def part_names(plan: Plan, dtype: str | None, parts: int) -> list[frozenset[str]]:
-    """The tensors of each part, by canonical name.
+    """Return the canonical names of the tensors of each part.
 
-    A tensor goes to the part in which its middle lies. So where one is longer than a part, some parts have none.
+    A tensor belongs to the part that contains its middle. If a tensor is longer than a part, some parts are empty.
+
+    Args:
+        plan: The averages.
+        dtype: Type of the real floating tensors; None keeps each in the model's own.
+        parts: Number of parts.
     """
     sizes: dict[str, int] = {}
     for entry in OutputLayout(plan, dtype).entries:
@@ -32,24 +38,30 @@ def part_names(plan: Plan, dtype: str | None, parts: int) -> list[frozenset[str]
     names: list[list[str]] = [[] for _ in range(parts)]
     total, begin = max(sum(sizes.values()), 1), 0
     for name in order:
-        middle = 2 * begin + sizes[name]
+        middle = 2 * begin + sizes[name]  # doubled, and so is total below: whole numbers have no rounding
         names[min(middle * parts // (2 * total), parts - 1)].append(name)
         begin += sizes[name]
     return [frozenset(each) for each in names]
 
 
 def part_path(path: Path, part: int, parts: int) -> Path:
-    """The file of one part of ``<stem>.safetensors``."""
+    """Return the path of one part of ``<stem>.safetensors``; ``part`` counts from 0."""
     return path.with_name(f"{path.name.removesuffix('.safetensors')}-{part + 1:05d}-of-{parts:05d}.safetensors")
 
 
 def index_path(path: Path) -> Path:
-    """The file that says where each tensor of ``<stem>.safetensors`` is."""
+    """Return the path of the index, which names the file of each tensor of ``<stem>.safetensors``."""
     return path.with_name(path.name.removesuffix(".safetensors") + INDEX_SUFFIX)
 
 
 def index_text(plan: Plan, dtype: str | None, names: Sequence[frozenset[str]], path: Path) -> str:
-    """What stands in it.
+    """Return the content of the index, as transformers and diffusers read it.
+
+    Args:
+        plan: The averages.
+        dtype: Type of the real floating tensors; None keeps each in the model's own.
+        names: The tensors of each part, from ``part_names``.
+        path: ``<stem>.safetensors``.
 
     Source:
         huggingface_hub, serialization/_base.py: ``weight_map`` and ``metadata.total_size``, in bytes.

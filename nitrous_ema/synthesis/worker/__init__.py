@@ -1,1 +1,1 @@
-"""TODO: one sentence."""
+"""The inside of the synthesis process, and the code that starts it from Python. Start with ``runner.py``."""

@@ -1,14 +1,16 @@
-"""Averages of a training that goes on: made as its snapshots are committed, until it has ended.
+"""Follow a training run: synthesize at each snapshot as it is committed, until training has ended.
 
-One history is followed: that of the newest run in the folder when its first snapshot is found, or of the one that was
-asked for. A later run that continues it (its lineage says so) takes its place; an unrelated one does not, and is told.
+The follower polls the snapshot folder, because the trainer may run on another machine and does not know about it. It
+follows one history: that of the requested run, or of the newest run when the first snapshot is found. A later run whose
+lineage contains the followed run takes its place. An unrelated later run is logged once and ignored. The invariants
+make polling cheap, and make sure that no snapshot that was committed before the end is missed.
 
-W1  Whether training has ended is asked before the folder is looked at, so what was committed before its end is seen.
-                                    test_snapshot_committed_and_run_closed_while_another_is_made
-W2  What has not changed is not read again: between looks, names are listed and nothing is opened.
-                                                  test_nothing_is_opened_while_nothing_changes
-W3  A listing that raced with a commit differs from the next one, since it was taken of the names before.
-                                                  test_snapshot_committed_during_a_look_is_made_at_the_next
+FOLLOW-1  Whether training has ended is checked before the folder is listed, so a snapshot that was committed before the
+    end is listed.                           test_snapshot_committed_and_run_closed_while_another_is_synthesized
+FOLLOW-2  Unchanged files are not read again: between changes, names are listed and no file is opened.
+                                             test_nothing_is_opened_while_nothing_changes
+FOLLOW-3  Names are listed before the history, so a commit between the two changes the names of the next poll.
+                                             test_snapshot_committed_during_a_poll_is_synthesized_at_the_next
 """
 
 from __future__ import annotations
@@ -26,107 +28,112 @@ from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.synthesis.worker.inputs import StoredSnapshots
 from nitrous_ema.synthesis.worker.reporting import log
 
-_ATTEMPTS = 3  # at reading snapshots that are removed meanwhile
+# Retention may drop a snapshot between its listing and its reading. After three failures in a row the error is raised
+# instead of trying forever.
+_ATTEMPTS = 3
 
 
 @dataclass(kw_only=True)
 class RunFollower:
-    """Follows one history.
+    """Follows one history and synthesizes at its snapshots.
 
     Args:
-        snapshots: The folder; only looked at from here.
-        steps: Steps that are wanted; all, also those that are there already; or the newest and all that come.
-        make: Called with each snapshot at which averages end, ascending by step.
-        idle_seconds: End when nothing new has come for so long.
-        look_every_seconds: Wait so long between looks.
-        wait: Waits; tests put a gate here.
-        clock: Seconds.
+        snapshots: The folder; only the follower lists it while it runs.
+        steps: Target steps; "all" includes every snapshot that exists already, None the newest of them and all later
+            ones.
+        synthesize: Called with each target snapshot, ascending by step.
+        idle_seconds: End after this time without a new snapshot; None waits without a limit.
+        look_every_seconds: Time between two polls.
+        wait: Waits for a number of seconds; tests replace it.
+        clock: Returns seconds; tests replace it.
     """
 
     snapshots: StoredSnapshots
     steps: Sequence[int] | Literal["all"] | None
-    make: Callable[[Snapshot], None]
+    synthesize: Callable[[Snapshot], None]
     idle_seconds: float | None = None
     look_every_seconds: float = 2.0
     wait: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.monotonic
     _done: set[tuple[str, int]] = field(default_factory=set)
-    """Run and step of what needs no more work."""
+    """Run and step of the snapshots that need no more work."""
     _names: frozenset[str] = frozenset()
-    """What stood in the folder when it was listed last."""
+    """Names in the folder at the last listing of the history."""
     _unrelated: set[str] = field(default_factory=set)
+    """Runs that do not continue the followed run; each is logged once."""
     _failures: int = 0
+    """Snapshots in a row that were dropped before they were read."""
 
     def follow(self) -> None:
-        """Make averages until training has ended, or all steps that were listed are there.
+        """Synthesize until training has ended, or until all listed steps are done.
 
         Raises:
-            SnapshotNotFound: It has ended without any snapshot, or without some of the listed steps.
-            NitrousError: Whatever ``make`` raises; also a damaged snapshot that is not excluded.
+            SnapshotNotFound: Training ended without a snapshot, or without a snapshot of a listed step.
+            NitrousError: As ``synthesize``; also a damaged snapshot that is not excluded.
         """
-        heard = self.clock()
+        last_news = self.clock()
         store = self.snapshots.store
-        yet = "" if store.files.exists(store.root) else ", which is not there yet"
-        log(f"waiting for snapshots in {store.root}{yet}")
+        missing = "" if store.files.exists(store.root) else " (the folder does not exist yet)"
+        log(f"waiting for snapshots in {store.root}{missing}")
         while True:
-            over = self._why_over(heard)
-            if self._look():
-                heard = self.clock()
-            elif over is None and not self._has_all():
+            end = self._why_ended(last_news)  # before the poll: FOLLOW-1
+            if self._poll():
+                last_news = self.clock()
+            elif end is None and not self._has_all():
                 self.wait(self.look_every_seconds)
             else:
                 break
-        log(f"ended: {over or 'all steps that were asked for are there'}")
-        self._check_complete(over)
+        log(f"stopped following: {end or 'all requested steps are done'}")
+        self._check_complete(end)
 
-    def _why_over(self, heard: float) -> str | None:
-        """Why no more snapshots are expected, if so."""
+    def _why_ended(self, last_news: float) -> str | None:
+        """Return why no more snapshots are expected; None while they are."""
         listed = self.snapshots.listed
         if self.snapshots.is_closed:
             return f"run {self.snapshots.lineage[-1][0]} is closed"
         if listed and process_state(trainer := listed[-1].stamp.trainer) == "gone":
-            return f"the trainer, process {trainer['pid']} of this machine, is gone"
-        if self.idle_seconds is not None and self.clock() - heard >= self.idle_seconds:
-            return f"nothing new has come for {self.idle_seconds:g} seconds"
+            return f"the trainer (process {trainer['pid']} of this machine) has ended"
+        if self.idle_seconds is not None and self.clock() - last_news >= self.idle_seconds:
+            return f"no new snapshot for {self.idle_seconds:g} seconds (--idle)"
         return None
 
-    def _look(self) -> bool:
-        """Make what is new; False if there is nothing, and nothing that may have to be tried again."""
-        names = self._listed_names()
-        if self._without_known(names) == self._without_known(self._names):
+    def _poll(self) -> bool:
+        """Synthesize at new snapshots. Return False if there is no new one, and none has to be tried again."""
+        names = self._list_names()  # before the history: FOLLOW-3
+        if self._without_listed(names) == self._without_listed(self._names):
             return False
         self._names = names
-        self._list()
+        self._list_history()
         due = self._due()
         for target in due:
             try:
-                self.make(target)
-            except SnapshotNotFound as error:  # dropped by whoever writes there
+                self.synthesize(target)
+            except SnapshotNotFound as error:  # retention dropped it, or a snapshot that it needs
                 self._failures += 1
                 if self._failures == _ATTEMPTS:
                     raise
-                log(f"{error} Looking again.")
-                self._names = frozenset()
+                log(f"{error} Listing the folder again.")
+                self._names = frozenset()  # the next poll sees a change, and plans with the snapshots that remain
                 return True
             self._failures = 0
             self._done.add((target.run, target.step))
         return bool(due)
 
-    def _list(self) -> None:
-        """List the history again, or that of a run which continues it."""
+    def _list_history(self) -> None:
+        """List the followed history again, or that of a run which continues it."""
         snapshots = self.snapshots
         followed = snapshots.lineage[-1][0] if snapshots.lineage else None
         with suppress(SnapshotNotFound):
             if followed is None:
-                snapshots.look()
+                snapshots.refresh()
                 self._begin()
                 return
-            if snapshots.asked_run is None:
-                followed = self._continued(followed)
-            snapshots.look(followed)
+            if snapshots.requested_run is None:
+                followed = self._find_continuation(followed)
+            snapshots.refresh(followed)
 
     def _begin(self) -> None:
-        """Decide what of the snapshots that are there already is wanted."""
+        """Mark the existing snapshots that need no work, at the first listing that found any."""
         listed = self.snapshots.listed
         if not listed:
             return
@@ -134,57 +141,67 @@ class RunFollower:
             self._done.update((each.run, each.step) for each in listed[:-1])
         log(f"following run {self.snapshots.lineage[-1][0]} from step {listed[-1].step} on")
 
-    def _continued(self, followed: str) -> str:
-        """The newest run that continues the one that was followed; that one itself if there is none."""
+    def _find_continuation(self, followed: str) -> str:
+        """Return the newest run whose lineage contains the followed run; the followed run if there is no such run."""
         runs = {known[1] for name in self._names if "/" not in name and (known := parse_folder_name(name))}
         for run in sorted(runs - self._unrelated, reverse=True):
-            if run <= followed:
+            if run <= followed:  # run ids sort by their start, and only a later run can continue this one
                 break
-            with suppress(SnapshotNotFound):  # it has nothing whole yet
+            with suppress(SnapshotNotFound):  # the run has no complete snapshot yet
                 lineage = max((each.stamp.lineage for each in self.snapshots.store.snapshots(run)), key=len)
                 if followed in dict(lineage):
-                    log(f"run {run} continues run {followed}; following it")
+                    log(f"run {run} continues run {followed}; following run {run}")
                     return run
                 self._unrelated.add(run)
-                log(f"run {run} does not continue run {followed} and is not followed")
+                log(f"run {run} does not continue run {followed}; ignoring run {run}")
         return followed
 
     def _due(self) -> list[Snapshot]:
-        wanted = self.steps if isinstance(self.steps, list) else None
+        """Return the listed snapshots at which averages are requested and not done, ascending by step."""
+        steps = self._listed_steps
         return [
             each
             for each in self.snapshots.listed
-            if (each.run, each.step) not in self._done and (wanted is None or each.step in wanted)
+            if (each.run, each.step) not in self._done and (steps is None or each.step in steps)
         ]
 
-    def _listed_names(self) -> frozenset[str]:
-        """Names in the folder, and of the files of each snapshot."""
+    def _list_names(self) -> frozenset[str]:
+        """Return the names in the folder, and those of the rank files in folders that are not listed yet."""
         files, root = self.snapshots.store.files, self.snapshots.store.root
         names: set[str] = set()
         with suppress(FileNotFoundError, NotADirectoryError):
             names.update(files.list(root))
-        known = {each.paths[0].parent.name for each in self.snapshots.listed}
-        for name in [name for name in names if name not in known and parse_folder_name(name)]:
+        listed = {each.paths[0].parent.name for each in self.snapshots.listed}
+        # A snapshot is committed by the name of its file, so the names of folders alone would not show the commit.
+        for name in [name for name in names if name not in listed and parse_folder_name(name)]:
             with suppress(FileNotFoundError, NotADirectoryError):
                 names.update(f"{name}/{file}" for file in files.list(root / name) if parse_rank_file_name(file))
         return frozenset(names)
 
-    def _without_known(self, names: frozenset[str]) -> set[str]:
-        """Names but for the files of snapshots that were listed."""
-        known = {each.paths[0].parent.name for each in self.snapshots.listed}
-        return {name for name in names if name.partition("/")[0] not in known or "/" not in name}
+    def _without_listed(self, names: frozenset[str]) -> set[str]:
+        """Return the names without the files of listed snapshots, which ``_list_names`` leaves out as well."""
+        listed = {each.paths[0].parent.name for each in self.snapshots.listed}
+        return {name for name in names if name.partition("/")[0] not in listed or "/" not in name}
+
+    @property
+    def _listed_steps(self) -> Sequence[int] | None:
+        """The target steps if they were listed one by one; None otherwise."""
+        return None if isinstance(self.steps, str) else self.steps
 
     def _has_all(self) -> bool:
-        return isinstance(self.steps, list) and set(self.steps) <= {step for _, step in self._done}
+        return self._listed_steps is not None and not self._missing_steps()
 
-    def _check_complete(self, over: str | None) -> None:
+    def _missing_steps(self) -> list[int]:
+        """Return the listed target steps that are not done, ascending."""
+        return sorted({*(self._listed_steps or ())}.difference(step for _, step in self._done))
+
+    def _check_complete(self, end: str | None) -> None:
         root = self.snapshots.store.root
         if not self.snapshots.listed:
-            raise SnapshotNotFound(f"{root}: {over}, and there is no snapshot at all.", path=root, nearest=())
-        if not self._has_all() and isinstance(self.steps, list):
-            missing = sorted(set(self.steps) - {step for _, step in self._done})
+            raise SnapshotNotFound(f"{root}: no snapshot was found; {end}.", path=root, nearest=())
+        if missing := self._missing_steps():
             raise SnapshotNotFound(
-                f"{root}: {over}, and there is no snapshot of step {', '.join(map(str, missing))}.",
+                f"{root}: no snapshot of step {', '.join(map(str, missing))} was found; {end}.",
                 path=root,
                 nearest=(),
             )

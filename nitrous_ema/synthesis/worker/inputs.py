@@ -1,4 +1,8 @@
-"""The snapshots that the synthesis process reads: a folder of ours, or one of ``{i}.{step}.pt`` files."""
+"""The snapshots that the synthesis process reads: a snapshot folder, or a folder of ``{i}.{step}.pt`` files.
+
+``StoredSnapshots`` and ``LegacySnapshots`` have the same methods: ``targets`` selects the snapshots at which averages
+end, ``plan`` plans the averages of one of them.
+"""
 
 from __future__ import annotations
 
@@ -15,149 +19,188 @@ from nitrous_ema.synthesis.plan import Plan, plan_at, plan_synthesis
 
 if TYPE_CHECKING:
     from nitrous_ema.snapshots.legacy.folder import LegacySnapshot
+    from nitrous_ema.synthesis.worker.arguments import WorkerConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestedAverages:
-    """Averages, wherever they end."""
+    """The averages to synthesize at every target step."""
 
     sigma_rels: Sequence[float] | None
+    """Lengths as fractions of the training time; None where ``gammas`` has them."""
     gammas: Sequence[float] | None
+    """Lengths as exponents; None where ``sigma_rels`` has them."""
     exclude: Collection[int]
+    """Steps of snapshots that are ignored."""
     tolerance: float
+    """Relative profile error that reading fewer snapshots may add; 0 reads all."""
+
+
+def open_inputs(config: WorkerConfig) -> StoredSnapshots | LegacySnapshots:
+    """Return the snapshots that a config names; a folder of ``{i}.{step}.pt`` files is listed here.
+
+    Raises:
+        ValueError: The tracked profiles of a folder of ``{i}.{step}.pt`` files are invalid.
+        SnapshotNotFound: A folder of ``{i}.{step}.pt`` files does not exist or is empty.
+    """
+    requested = RequestedAverages(
+        sigma_rels=config.sigma_rels, gammas=config.gammas, exclude=config.exclude, tolerance=config.tolerance
+    )
+    if config.is_legacy:
+        return LegacySnapshots(
+            config.snapshots, requested, sigma_rels=config.tracked_sigma_rels, gammas=config.tracked_gammas
+        )
+    return StoredSnapshots(config.snapshots, requested, config.run)
 
 
 class StoredSnapshots:
-    """One training history in a folder of ours, as it was when it was last looked at.
+    """The history of one run in a snapshot folder, as of the last ``refresh``.
 
     Args:
         root: The folder.
-        wanted: The averages.
-        run: Its last run; by default the newest there is.
+        requested: The averages.
+        run: Run at which the history ends; None is the newest run.
     """
 
-    def __init__(self, root: Path, wanted: RequestedAverages, run: str | None) -> None:
+    def __init__(self, root: Path, requested: RequestedAverages, run: str | None) -> None:
         self.store = SnapshotStore(root)
-        self.wanted = wanted
-        self.asked_run = run
+        self.requested = requested
+        self.requested_run = run
         self.listed: list[Snapshot] = []
-        """Ascending by step."""
+        """Snapshots of the history, ascending by step; empty before the first ``refresh``."""
 
     @property
     def lineage(self) -> Lineage:
-        """Of the history that was listed; empty if there is none."""
+        """Lineage of the listed history; empty while no snapshot is listed."""
         return max((each.stamp.lineage for each in self.listed), key=len, default=())
 
     @property
     def is_closed(self) -> bool:
-        """Whether its last run has said that it writes no more."""
+        """Whether the last run of the history has been closed: it will write no more snapshots."""
         return bool(self.lineage) and self.store.files.exists(self.store.root / f"closed-{self.lineage[-1][0]}")
 
-    def look(self, run: str | None = None) -> None:
-        """List what there is, of another run if one is given."""
-        self.listed = self.store.snapshots(run or self.asked_run, exclude=self.wanted.exclude)
-
-    def targets(self, steps: Sequence[int] | Literal["all"] | None) -> list[Snapshot]:
-        """Snapshots at which averages end: of these steps, all, or the newest.
+    def refresh(self, run: str | None = None) -> None:
+        """List the history again; that of another run if one is passed.
 
         Raises:
-            ValueError: A step is excluded.
-            SnapshotNotFound: There is no such snapshot; names the nearest steps.
+            SnapshotNotFound: There is no such run.
+            SnapshotDamaged: A snapshot that is not excluded has a wrong size or header.
         """
-        _check_not_excluded(steps, self.wanted.exclude)
-        self.look()
-        found = {each.step: each for each in self.listed}
-        newest = max(found, default=None)
-        wanted: Sequence[int | None] = [newest]
-        if steps is not None and (found or steps != "all"):
-            wanted = sorted(found) if steps == "all" else steps
-        for step in wanted:
-            if step not in found:
-                # Raises, naming what there is; if not, it was committed a moment ago.
-                self.store.get(step, self.asked_run, exclude=self.wanted.exclude)
+        self.listed = self.store.snapshots(run or self.requested_run, exclude=self.requested.exclude)
+
+    def targets(self, steps: Sequence[int] | Literal["all"] | None) -> list[Snapshot]:
+        """List the history and return the snapshots at which averages end.
+
+        Args:
+            steps: Target steps; "all" selects every snapshot, None the newest.
+
+        Raises:
+            ValueError: A target step is excluded.
+            SnapshotNotFound: A target step has no snapshot; the message names the nearest steps.
+        """
+        _check_not_excluded(steps, self.requested.exclude)
+        self.refresh()
+        by_step = {each.step: each for each in self.listed}
+        newest = max(by_step, default=None)
+        selected: Sequence[int | None] = [newest]
+        if steps is not None and (by_step or steps != "all"):
+            selected = sorted(by_step) if steps == "all" else steps
+        for step in selected:
+            if step not in by_step:
+                # get() raises with the nearest steps. If it does not raise, the snapshot was committed after the
+                # listing, so the history is listed again.
+                self.store.get(step, self.requested_run, exclude=self.requested.exclude)
                 return self.targets(steps)
-        return [found[step] for step in wanted if step is not None]
+        return [by_step[step] for step in selected if step is not None]
 
     def plan(self, target: Snapshot) -> Plan:
-        """What to read for the averages that end there."""
-        wanted = self.wanted
+        """Plan the averages that end at a snapshot of the listed history; raises as ``plan_at``."""
+        requested = self.requested
         return plan_at(
             target,
             self.listed,
-            sigma_rels=wanted.sigma_rels,
-            gammas=wanted.gammas,
-            excluded=wanted.exclude,
-            tolerance=wanted.tolerance,
+            sigma_rels=requested.sigma_rels,
+            gammas=requested.gammas,
+            excluded=requested.exclude,
+            tolerance=requested.tolerance,
         )
 
     def steps(self) -> set[int]:
-        """Steps of which there is something in the folder, whole or not."""
+        """Return the steps of all snapshot folders, including incomplete snapshots."""
         names = map(parse_folder_name, self.store.files.list(self.store.root))
         return {known[0] for known in names if known}
 
     def unrelated_runs(self) -> list[str]:
-        """Runs that have no part in this history."""
+        """Return the runs in the folder that are not part of the listed history."""
         runs = {known[1] for name in self.store.files.list(self.store.root) if (known := parse_folder_name(name))}
+        # Decided by names where that is enough: the store opens every file for its answer.
         if runs <= dict(self.lineage).keys():
-            return []  # without opening every file again
-        return self.store.unrelated_runs(self.asked_run)
+            return []
+        return self.store.unrelated_runs(self.requested_run)
 
 
 class LegacySnapshots:
-    """A folder of nitrous-ema 0.0.1 or ema-pytorch, which knows no runs.
+    """A folder of nitrous-ema 0.0.1 or ema-pytorch: ``{i}.{step}.pt`` files, without runs.
 
     Args:
         root: The folder.
-        wanted: The averages.
-        sigma_rels: Its profiles, or
-        gammas: the same as exponents.
+        requested: The averages.
+        sigma_rels: Tracked profiles of the folder, or
+        gammas: the same profiles as exponents. Exactly one of the two.
+
+    Raises:
+        ValueError: Both or neither of sigma_rels and gammas, or one outside its domain.
+        SnapshotNotFound: The folder does not exist or has no snapshot.
     """
 
-    is_closed = True  # nothing follows it, and nothing tells
+    is_closed = True  # such a folder does not record whether training has ended, and is not followed
 
     def __init__(
         self,
         root: Path,
-        wanted: RequestedAverages,
+        requested: RequestedAverages,
         *,
         sigma_rels: Sequence[float] | None,
         gammas: Sequence[float] | None,
     ) -> None:
         from nitrous_ema.snapshots.legacy.folder import LegacyFolder
 
-        self.wanted = wanted
+        self.requested = requested
         self._folder = LegacyFolder(root, sigma_rels=sigma_rels, gammas=gammas)
-        self._moments = self._folder.snapshots(exclude=wanted.exclude)
+        self._snapshots = self._folder.snapshots(exclude=requested.exclude)
 
     def targets(self, steps: Sequence[int] | Literal["all"] | None) -> list[LegacySnapshot]:
-        """As StoredSnapshots.targets()."""
-        _check_not_excluded(steps, self.wanted.exclude)
+        """Return the snapshots at which averages end; arguments and errors as ``StoredSnapshots.targets``."""
+        _check_not_excluded(steps, self.requested.exclude)
         if steps == "all":
-            return self._moments
-        return [self._folder.get(step, exclude=self.wanted.exclude) for step in ([None] if steps is None else steps)]
+            return self._snapshots
+        selected = [None] if steps is None else steps
+        return [self._folder.get(step, exclude=self.requested.exclude) for step in selected]
 
     def plan(self, target: Any) -> Plan:
-        """What to read for the averages that end there."""
-        wanted = self.wanted
+        """Plan the averages that end at a snapshot of the folder; raises as ``plan_synthesis``."""
+        requested = self.requested
         return plan_synthesis(
-            self._moments,
+            self._snapshots,
             target=target,
-            sigma_rels=wanted.sigma_rels,
-            gammas=wanted.gammas,
-            excluded=wanted.exclude,
-            tolerance=wanted.tolerance,
+            sigma_rels=requested.sigma_rels,
+            gammas=requested.gammas,
+            excluded=requested.exclude,
+            tolerance=requested.tolerance,
         )
 
     def steps(self) -> set[int]:
-        """As StoredSnapshots.steps()."""
+        """Return the steps of all files in the folder."""
         return {*self._folder.steps}
 
     def unrelated_runs(self) -> list[str]:
-        """None."""
+        """Return an empty list: the folder has no runs."""
         return []
 
 
 def _check_not_excluded(steps: Sequence[int] | Literal["all"] | None, exclude: Collection[int]) -> None:
     for step in steps if steps not in (None, "all") else ():
         if step in exclude:
-            raise ValueError(f"step {step} is a target and is excluded; ask for another step, or do not exclude it.")
+            raise ValueError(
+                f"step {step} is a target step and is excluded. Choose another target step, or do not exclude it."
+            )

@@ -1,14 +1,19 @@
-"""A synthesis process, as the process that started it sees it.
+"""A synthesis process, seen from the process that started it.
 
-what                         guarded by
-lines of stdout              _came; read by anybody                 test_outputs_come_while_the_worker_goes_on
-end of stdout                the same                               test_outputs_end_with_the_error_of_the_worker
-what stderr said             one thread writes; read after it has   test_failure_of_a_launched_job_is_an_exception
-                             ended, but for ``warnings``
-failure of the callback      the same                               test_error_of_the_progress_callback_is_raised
+A worker whose pipes are full stops until they are read, and the caller may not read for a long time. So two threads of
+the job drain stdout and stderr from the start. They store the output records, the last messages and the error of the
+progress callback; the methods of ``Job`` wait for these.
 
-J1  Both pipes are drained all the time, whatever the callback does or whoever reads: a worker with much to say does
-    not stop for a reader.                                          test_worker_with_much_to_say_is_not_held_up
+shared field                 guarded by                             test
+lines of stdout              _changed                               test_outputs_come_while_the_worker_runs
+end of stdout                _changed                               test_outputs_end_with_the_error_of_the_worker
+text of stderr               written by one thread; read after it   test_failure_of_a_launched_job_is_an_exception
+                             has ended, except by ``warnings``
+error of the callback        written by one thread; read after it   test_error_of_the_progress_callback_is_raised
+                             has ended
+
+JOB-1  Both pipes are drained all the time, even if the callback raises and no caller reads: the worker never waits for
+    a reader.                                                       test_worker_with_long_messages_is_not_held_up
 """
 
 from __future__ import annotations
@@ -29,32 +34,33 @@ from nitrous_ema.errors import WorkerError
 from nitrous_ema.synthesis.worker.output_record import Output
 from nitrous_ema.synthesis.worker.reporting import PROGRESS, WARNING
 
-_KEPT_STDERR_CHARACTERS = 16_000
+_STDERR_CHARACTERS = 16_000  # the end of stderr has the error; a worker that runs for days must not fill the memory
 _KILL_AFTER_SECONDS = 10.0
 _CANCELLED = (-signal.SIGTERM, -signal.SIGKILL, exit_status.INTERRUPTED)
 
 ProgressCallback = Callable[[int, int], object]
-"""Called with the bytes read so far and those to read, on a thread of the job."""
+"""Called with the bytes read so far and the bytes to read, on a thread of the job."""
 
 
 class Job:
-    """A synthesis process. It goes on if nobody waits for it, while this process lives.
+    """A synthesis process. It runs on its own while this process runs; no method needs to be called.
 
-    Once this process is gone the worker ends when it next has something to tell; averages that are written stay.
+    After this process has ended, the worker ends at its next write to a pipe. Averages that were written remain.
 
     Args:
         process: The worker, with pipes.
-        progress: Called on a thread of the job. If it raises, it is called no more, and result() raises its error.
+        progress: Called on a thread of the job. After the first error it is not called again, and result() raises
+            that error.
     """
 
     def __init__(self, process: subprocess.Popen[str], progress: ProgressCallback | None = None) -> None:
         self._process = process
         self._progress = progress
-        self._came = threading.Condition()
-        self._lines: list[str] = []
-        self._has_all = False
-        self._stderr = ""
-        self._callback_error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._lines: list[str] = []  # guarded by _changed; only grows
+        self._has_all = False  # guarded by _changed
+        self._stderr = ""  # written by the stderr thread
+        self._callback_error: BaseException | None = None  # written by the stderr thread
         self._is_cancelled = False
         self._drains = [
             threading.Thread(target=self._drain_stdout, name="synthesize-stdout", daemon=True),
@@ -64,19 +70,19 @@ class Job:
             drain.start()
 
     def done(self) -> bool:
-        """Whether the process has ended, well or not."""
+        """Return whether the process has ended, successfully or not."""
         return self._process.poll() is not None
 
     def outputs(self, timeout: float | None = None) -> Iterator[Output]:
-        """The averages as they come, each once it is durable; all of them, from the first on, at each call.
+        """Iterate over the outputs, each as soon as it is durable. Every call begins with the first output.
 
         Args:
-            timeout: Seconds to wait for each, for ever by default. The process goes on after a timeout.
+            timeout: Seconds to wait for each output; None waits without a limit. The process continues after a timeout.
 
         Raises:
-            TimeoutError: None has come for so long.
-            ValueError: As result(), after the last one; so is the other.
-            WorkerError: The worker failed or was cancelled.
+            TimeoutError: No further output was reported within the timeout.
+            ValueError: As result(), after the last output.
+            WorkerError: The worker failed or was cancelled; raised after the last output.
         """
         timeout = clamp_timeout(timeout)
         for index in count():
@@ -87,22 +93,25 @@ class Job:
         self.result(timeout)
 
     def _line(self, index: int, timeout: float | None) -> str | None:
-        """A line of stdout, waited for; None if there is no such line."""
-        with self._came:
-            if not self._came.wait_for(lambda: index < len(self._lines) or self._has_all, timeout):
-                raise TimeoutError(f"the synthesis has written nothing more after {timeout} seconds; it goes on.")
+        """Wait for a line of stdout and return it; None if stdout ends before it."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: index < len(self._lines) or self._has_all, timeout):
+                raise TimeoutError(
+                    f"the synthesis process has reported no further output within {timeout} seconds; it is still "
+                    "running. Wait again, or cancel() it."
+                )
             return self._lines[index] if index < len(self._lines) else None
 
     def result(self, timeout: float | None = None) -> list[Output]:
-        """Wait for the process and return what it wrote: by step, and in the order of the lengths asked for.
+        """Wait for the process and return its outputs: by step, then in the order of the requested lengths.
 
         Args:
-            timeout: Seconds to wait, for ever by default. The process goes on after a timeout.
+            timeout: Seconds to wait; None waits without a limit. The process continues after a timeout.
 
         Raises:
-            TimeoutError: It has not ended yet.
-            ValueError: It found an argument to be wrong; the message is its own.
-            WorkerError: It failed or was cancelled; has ``exit_code`` and the last of its ``stderr``.
+            TimeoutError: The process has not ended yet.
+            ValueError: The process rejected an argument; the message is the one that it printed.
+            WorkerError: The process failed or was cancelled; has ``exit_code`` and the end of its ``stderr``.
         """
         timeout = clamp_timeout(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -111,9 +120,15 @@ class Job:
             for drain in self._drains:
                 drain.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            raise TimeoutError(f"the synthesis has not ended after {timeout} seconds; it goes on.") from None
+            raise TimeoutError(
+                f"the synthesis process has not ended after {timeout} seconds; it is still running. Wait again, or "
+                "cancel() it."
+            ) from None
         if any(drain.is_alive() for drain in self._drains):
-            raise TimeoutError(f"the synthesis has ended, but not its output after {timeout} seconds; wait again.")
+            raise TimeoutError(
+                f"the synthesis process has ended, but its output was not read completely within {timeout} seconds. "
+                "Call result() again."
+            )
         if status == exit_status.USAGE:
             raise ValueError(_last_message(self._stderr))
         if status != 0:
@@ -124,14 +139,14 @@ class Job:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the worker warned of; complete when result() has returned."""
+        """Warnings of the worker so far; complete when result() has returned."""
         return tuple(line.removeprefix(WARNING) for line in self._stderr.splitlines() if line.startswith(WARNING))
 
     def cancel(self, timeout: float = _KILL_AFTER_SECONDS) -> None:
-        """End the process and wait until it has ended; outputs that are already written stay.
+        """Terminate the process and wait until it has ended. Outputs that were already written remain.
 
         Args:
-            timeout: Seconds it gets for cleaning up before it is killed.
+            timeout: Seconds for the process to remove its temporary files before it is killed.
         """
         self._is_cancelled = True
         self._process.terminate()
@@ -143,40 +158,43 @@ class Job:
 
     def _why_ended(self, status: int) -> str:
         if self._is_cancelled and status in _CANCELLED:
-            return "the synthesis was cancelled; outputs that were written stay."
+            return "the synthesis process was cancelled. Outputs that were already written remain."
         if status < 0:
-            more = " The system does that where memory runs out." if status == -signal.SIGKILL else ""
-            return f"the synthesis process was ended by {_signal_name(-status)}.{more} Outputs that were written stay."
-        return f"the synthesis process ended with status {status}: {_last_message(self._stderr)}"
+            reason = " The system kills processes when memory runs out." if status == -signal.SIGKILL else ""
+            return (
+                f"the synthesis process was terminated by {_signal_name(-status)}.{reason} "
+                "Outputs that were already written remain."
+            )
+        return f"the synthesis process failed with exit status {status}: {_last_message(self._stderr)}"
 
     def _drain_stdout(self) -> None:
         try:
             with _pipe(self._process.stdout) as pipe:
                 for line in pipe:
-                    with self._came:
+                    with self._changed:
                         self._lines.append(line)
-                        self._came.notify_all()
+                        self._changed.notify_all()
         finally:
-            with self._came:
+            with self._changed:
                 self._has_all = True
-                self._came.notify_all()
+                self._changed.notify_all()
 
     def _drain_stderr(self) -> None:
         with _pipe(self._process.stderr) as pipe:
             for line in pipe:
                 if line.startswith(PROGRESS):
-                    self._tell_progress(line)
+                    self._report_progress(line)
                 else:
-                    self._stderr = (self._stderr + line)[-_KEPT_STDERR_CHARACTERS:]
-        self._process.wait()  # else Python warns of a job that nobody waited for
+                    self._stderr = (self._stderr + line)[-_STDERR_CHARACTERS:]
+        self._process.wait()  # else Popen issues a ResourceWarning if the caller drops the job without result()
 
-    def _tell_progress(self, line: str) -> None:
+    def _report_progress(self, line: str) -> None:
         if self._progress is None or self._callback_error is not None:
             return
-        told = json.loads(line)["progress"]
+        progress = json.loads(line)["progress"]
         try:
-            self._progress(told["done"], told["total"])
-        except BaseException as error:
+            self._progress(progress["done"], progress["total"])
+        except BaseException as error:  # stored, not raised: this thread must go on draining stderr (JOB-1)
             self._callback_error = error
 
 
@@ -193,9 +211,9 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
 
 
 def _last_message(stderr: str) -> str:
-    """What the worker said last; the whole traceback where it ended in one."""
+    """Return the last line of stderr, or the whole traceback if stderr ends in one."""
     _, traceback, rest = stderr.rpartition("Traceback (most recent call last):")
     if traceback:
         return traceback + rest.rstrip()
     lines = stderr.strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "no message on stderr"

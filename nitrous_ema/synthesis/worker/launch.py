@@ -1,4 +1,4 @@
-"""The synthesis process, started from Python."""
+"""Start the synthesis process from Python: ``launch`` turns its arguments into a command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 _MODULE = "nitrous_ema.async_.synthesize_worker"
-_OF_ANOTHER_JOB = ("RANK", "WORLD_SIZE")  # a training's under torchrun: the worker would write its part only
+# Removed from the environment of the worker: in a training process under torchrun these belong to the training, and the
+# worker would write only one part of each average.
+_OF_ANOTHER_JOB = ("RANK", "WORLD_SIZE")
 
 
 def launch(
@@ -49,71 +51,74 @@ def launch(
 ) -> Job:
     """Start a process that synthesizes averages from a snapshot folder into files.
 
-    It reads the folder only: no GPU, no trainer, no code of the user's. It uses the same installation of this package
-    as this process.
+    The process reads only the snapshot folder. It needs no GPU, no trainer and no code of the user. It uses the same
+    installation of this package as the calling process.
 
     Args:
         snapshots: The snapshot folder.
-        out: Folder of the outputs, ``step-<step>-sigma-<sigma_rel>.<format>``; or a template of their names with the
-            fields run, step, t, sigma_rel and gamma: ``averages/{run}/{step:09d}-{sigma_rel}.safetensors``. Folders
-            are made if they are not there.
+        out: Output folder, for files ``step-<step>-sigma-<sigma_rel>.<format>``; or a template of file names with the
+            fields run, step, t, sigma_rel and gamma: ``averages/{run}/{step:09d}-{sigma_rel}.safetensors``. Missing
+            folders are created.
         sigma_rels: Lengths as fractions of the training time, in (0, 12 ** -0.5), or
         gammas: lengths as exponents. Exactly one of the two.
-        step: Step at which the averages end, one with a committed snapshot; the newest by default. Or
-        steps: several of them, or "all".
-        run: Run whose snapshots are read, with its ancestors; the newest by default.
-        exclude: Steps to leave out, damaged ones for example.
+        step: Target step, one with a committed snapshot; the newest by default. Or
+        steps: several target steps, or "all".
+        run: Run whose snapshots are read, together with its ancestors; the newest run by default.
+        exclude: Steps of snapshots to ignore, for example damaged ones.
         tolerance: Relative profile error that may be added to read fewer snapshots, 1e-3 by default; 0 reads all.
         dtype: Type of floating tensors, by name or as torch's: "float32", "bfloat16" or "bf16", "float16", "float64";
             by default as in the model.
         format: "safetensors" (default), or "pt" for a dict of tensors that ``torch.load(weights_only=True)`` reads.
-        memory: Memory to stay within, in bytes or as "1GiB" (the default).
-        threads: At most so many; by default one for each core the process may use.
+        memory: Memory limit, in bytes or as text such as "1GiB" (the default).
+        threads: Maximum number of threads; by default one for each core that the process may use.
         accumulate: Type of products and sums, "float64" (default) or "float32".
-        skip_existing: Leave outputs that are there, whole and of the same recipe. ``.pt`` files are always made anew.
-        dry_run: Write nothing; the outputs say what would be read and written, and how good it would be.
-        follow: Go on with new snapshots until the run is closed or its trainer, a process of this machine, is gone.
-            Without steps it begins with the newest one there is. Skips what exists.
-        idle: With follow, also end when nothing new has come for so many seconds.
-        look_every: With follow, seconds between looks at the folder, 2 by default.
-        progress: Called with the bytes read and those to read, on a thread of the job; starts anew with each step, and
-            with each pass over the snapshots where there are more lengths than one makes (128, or less memory).
-        tracked_sigma_rels: The profiles, in their order, of a folder of nitrous-ema 0.0.1 or ema-pytorch; or
-        tracked_gammas: the same as exponents.
-        nice: Low priority: "auto" (while the trainer lives on this machine), "always" or "never".
+        skip_existing: Reuse outputs that exist, are whole and have the same recipe. ``.pt`` files are always written.
+        dry_run: Write nothing; the outputs report what would be read and written, and the expected accuracy.
+        follow: Wait for new snapshots until the run is closed or its trainer, a process of this machine, has ended.
+            Without steps the first target is the newest existing snapshot. Implies skip_existing.
+        idle: With follow, end after this many seconds without a new snapshot.
+        look_every: With follow, seconds between two polls of the folder, 2 by default.
+        progress: Called with the bytes read and the bytes to read, on a thread of the job. It restarts with each target
+            step, and with each pass over the snapshots if one pass cannot make all lengths (at most 128 per pass, fewer
+            with less memory).
+        tracked_sigma_rels: Tracked profiles, in their order, of a folder of nitrous-ema 0.0.1 or ema-pytorch; or
+        tracked_gammas: the same profiles as exponents.
+        nice: Low priority: "auto" (while the trainer runs on this machine), "always" or "never".
         python: The interpreter.
 
     Returns:
-        The job; its result() waits, its outputs() are there as they come.
+        The job: its result() waits for the process, its outputs() iterates over outputs as they are written.
 
     Raises:
-        ValueError: Both or neither of ``sigma_rels`` and ``gammas``, or both of ``step`` and ``steps``; nothing in one
-            of them. Other wrong arguments are told by result().
-        TypeError: A single number, or text, where a sequence belongs; ``progress`` cannot be called.
+        ValueError: Both or neither of ``sigma_rels`` and ``gammas``, or both of ``step`` and ``steps``, or an empty
+            sequence. The process checks all other arguments, and result() raises what it reports.
+        TypeError: A single number or text instead of a sequence, or a ``progress`` that cannot be called.
     """
     if (sigma_rels is None) == (gammas is None):
-        raise ValueError("sigma_rels and gammas: exactly one of them says which averages are wanted.")
+        raise ValueError(
+            f"pass exactly one of sigma_rels and gammas; got {'neither' if gammas is None else 'both'} of them."
+        )
     _check_callable(progress)
     if step is not None and steps is not None:
-        raise ValueError("step and steps: at most one of them says where the averages end.")
+        raise ValueError("pass at most one of step and steps; got both of them.")
     is_all = isinstance(steps, str) and steps == "all"
-    ends = [step] if step is not None else None if is_all else steps
+    target_steps = [step] if step is not None else None if is_all else steps
     tracked = {"sigma-rels": tracked_sigma_rels, "gammas": tracked_gammas}
-    _check_sequences(sigma_rels=sigma_rels, gammas=gammas, exclude=exclude, steps=ends)
+    _check_sequences(sigma_rels=sigma_rels, gammas=gammas, exclude=exclude, steps=target_steps)
     _check_sequences(tracked_sigma_rels=tracked_sigma_rels, tracked_gammas=tracked_gammas)
     option, lengths = ("--sigma-rel", sigma_rels) if sigma_rels is not None else ("--gamma", gammas)
     arguments = [
-        f"{option}={_listed(() if lengths is None else lengths)}",
+        f"{option}={_format_numbers(() if lengths is None else lengths)}",
         f"--out={absolute(out)}",
         f"--nice={nice}",
     ]
-    if is_all or ends is not None:
-        arguments.append(f"--step={'all' if ends is None else ','.join(map(_plain, ends))}")
+    if is_all or target_steps is not None:
+        arguments.append(f"--step={'all' if target_steps is None else ','.join(map(_format_step, target_steps))}")
     optional = {"run": run, "dtype": dtype, "format": format, "memory": memory, "tolerance": tolerance}
     optional |= {"threads": threads, "accumulate": accumulate, "idle": idle, "look-every": look_every}
     arguments += [f"--{name}={value}" for name, value in optional.items() if value is not None]
-    arguments += [f"--exclude={_plain(excluded)}" for excluded in exclude]
-    arguments += [f"--{name}={_listed(given)}" for name, given in tracked.items() if given is not None]
+    arguments += [f"--exclude={_format_step(excluded)}" for excluded in exclude]
+    arguments += [f"--{name}={_format_numbers(values)}" for name, values in tracked.items() if values is not None]
     flags = {"skip-existing": skip_existing, "dry-run": dry_run, "follow": follow}
     arguments += [f"--{name}" for name, is_set in flags.items() if is_set]
     arguments += ["--progress-json"] if progress is not None else []
@@ -121,32 +126,32 @@ def launch(
     return Job(_start(command), progress)
 
 
-def _listed(lengths: Iterable[float]) -> str:
-    return ",".join(repr(float(length)) for length in lengths)
+def _format_numbers(numbers: Iterable[float]) -> str:
+    return ",".join(repr(float(number)) for number in numbers)
 
 
-def _plain(step: Any) -> str:
-    """A step as text; one of an array or a tensor too."""
+def _format_step(step: Any) -> str:
+    """Return a step as text. Elements of arrays and tensors print their number alone."""
     return str(step.item() if hasattr(step, "item") else step)
 
 
 def _check_sequences(**sequences: Any) -> None:
-    for name, given in sequences.items():
-        if given is None:
+    for name, sequence in sequences.items():
+        if sequence is None:
             continue
-        check_sequence(name, given)
-        if name != "exclude" and isinstance(given, Sized) and len(given) == 0:
+        check_sequence(name, sequence)
+        if name != "exclude" and isinstance(sequence, Sized) and len(sequence) == 0:
             raise ValueError(f"{name} is empty; expected at least one number.")
 
 
 def _check_callable(progress: object) -> None:
     if progress is not None and not callable(progress):
-        raise TypeError(f"progress is {progress!r}; expected a function of the bytes read and those to read.")
+        raise TypeError(f"progress is {progress!r}; expected a function of the bytes read and the bytes to read.")
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:
-    # The child imports the package that this process runs, wherever that lies and whatever the working directory
-    # holds: `python -m` looks there first.
+    # The worker must import the package that this process runs. `python -m` looks in the working directory first, so
+    # the worker starts in the folder that contains this package.
     home = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(part for part in (home, os.environ.get("PYTHONPATH")) if part)
     environment = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER_JOB}

@@ -1,6 +1,6 @@
-"""What outputs are called: in a folder by step and length, or by a template such as ``{run}/step-{step}.safetensors``.
+"""File names of outputs: by step and length in a folder, or by a template such as ``{run}/step-{step}.safetensors``.
 
-Braces hold the name of a field, with a format if wanted (``{step:09d}``); doubled, they stand for themselves.
+Braces hold the name of a field, with an optional format (``{step:09d}``). Doubled braces stand for themselves.
 """
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ _DOUBLED = str.maketrans({"{": "{{", "}": "}}"})
 
 
 class TargetSnapshot(Protocol):
-    """What names are made of: a snapshot."""
+    """The properties of a target snapshot that can be part of a name."""
 
     @property
     def step(self) -> int:
-        """Number of update() calls."""
+        """Number of update() calls before the snapshot."""
 
     @property
     def t(self) -> float:
-        """Training time."""
+        """Training time at the snapshot."""
 
     @property
     def run(self) -> str:
-        """Run that wrote it."""
+        """Run that wrote the snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputNames:
-    """The name of every output.
+    """The name of every output, from ``--out`` and ``--format``.
 
     Args:
         out: A folder, or a template.
-        format: Kind of file, "safetensors" or "pt"; by default as the template's name ends, else safetensors.
+        format: File format, "safetensors" or "pt"; None follows the suffix of the template, else safetensors.
 
     Raises:
-        ValueError: Nothing, a field that does not exist, or a template that does not end as the format says.
+        ValueError: ``out`` is empty or looks like one file, the template has an unknown field or an invalid format, or
+            its suffix contradicts ``format``.
     """
 
     out: str
@@ -51,29 +52,30 @@ class OutputNames:
     def __post_init__(self) -> None:
         if not self.out:
             raise ValueError(
-                "--out is empty; expected a folder or a template of names ('.' for the working directory)."
+                "--out is empty; expected a folder ('.' for the working directory) or a template of file names."
             )
         fields = self.fields
-        if not fields and os.path.splitext(self.out)[1] in _SUFFIXES.values() and not os.path.isdir(self.out):
+        stem, suffix = os.path.splitext(self.out)
+        if not fields and suffix in _SUFFIXES.values() and not os.path.isdir(self.out):
             raise ValueError(
-                f"--out {self.out!r} looks like one file; expected a folder, or a name with a field for what there may "
-                f"be several of, as in '{os.path.splitext(self.out)[0]}-{{sigma_rel}}{os.path.splitext(self.out)[1]}'."
+                f"--out {self.out!r} looks like a single file; expected a folder, or a name with a field that differs "
+                f"between outputs, such as '{stem}-{{sigma_rel}}{suffix}'."
             )
         if unknown := [field for field in fields if field not in FIELDS]:
-            there = ", ".join(f"{{{field}}}" for field in FIELDS)
+            known = ", ".join(f"{{{field}}}" for field in FIELDS)
             raise ValueError(
-                f"--out {self.out!r}: unknown field {{{unknown[0]}}}; there are {there}. "
+                f"--out {self.out!r}: unknown field {{{unknown[0]}}}; expected one of {known}. "
                 "Write {{ and }} for braces that belong to a name."
             )
-        suffix = os.path.splitext(self.out)[1]
         if fields and suffix not in ([_SUFFIXES[self.format]] if self.format else _SUFFIXES.values()):
             expected = _SUFFIXES[self.format] if self.format else " or ".join(_SUFFIXES.values())
-            raise ValueError(f"--out {self.out!r}: the name of a file is expected to end in {expected}.")
-        self._filled(dict.fromkeys(FIELDS, 0) | {"run": ""})  # a format that does not fit is told now
+            raise ValueError(f"--out {self.out!r}: the file name is expected to end in {expected}.")
+        # Values of each field's type: an invalid format is reported before any snapshot is read.
+        self._fill(dict.fromkeys(FIELDS, 0) | {"run": ""})
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Fields of the template; none if it is a folder."""
+        """Fields of the template; empty for a folder."""
         try:
             return tuple(name for _, name, _, _ in Formatter().parse(self.out) if name is not None)
         except ValueError as error:
@@ -82,25 +84,25 @@ class OutputNames:
             ) from None
 
     def of(self, target: TargetSnapshot, lengths: Sequence[tuple[float, float]]) -> list[Path]:
-        """Paths of the averages that end at one snapshot.
+        """Return the paths of the averages that end at one snapshot, in the order of the lengths.
 
         Args:
-            target: The snapshot.
-            lengths: Of each average its sigma_rel and its gamma.
+            target: The target snapshot.
+            lengths: sigma_rel and gamma of each average.
         """
         if self.fields:
             known = {"run": target.run, "step": target.step, "t": target.t}
-            return [Path(self._filled({**known, "sigma_rel": each[0], "gamma": each[1]})) for each in lengths]
-        from nitrous_ema.synthesis.outputs.writer import output_name
+            return [Path(self._fill({**known, "sigma_rel": each[0], "gamma": each[1]})) for each in lengths]
+        from nitrous_ema.synthesis.outputs.writer import output_name  # loads numpy, which must wait for thread limits
 
-        folder, suffix = Path(self._filled({})), _SUFFIXES[self.format or "safetensors"]
+        folder, suffix = Path(self._fill({})), _SUFFIXES[self.format or "safetensors"]
         return [folder / output_name(target.step, sigma_rel, suffix) for sigma_rel, _ in lengths]
 
     def of_all(self, targets: Sequence[TargetSnapshot], lengths: Sequence[tuple[float, float]]) -> list[list[Path]]:
-        """The same for several snapshots.
+        """Return the paths of the averages of several snapshots, one list per snapshot.
 
         Raises:
-            ValueError: Two averages would have one name.
+            ValueError: The template gives two averages the same name.
         """
         paths = [self.of(target, lengths) for target in targets]
         owners: dict[Path, str] = {}
@@ -109,12 +111,12 @@ class OutputNames:
                 owner = f"sigma_rel {sigma_rel!r} at step {target.step}"
                 if owners.setdefault(path, owner) != owner:
                     raise ValueError(
-                        f"--out {self.out!r} gives {owners[path]} and {owner} one name, {path}; expected a name for "
-                        "each: use {sigma_rel} or {gamma}, and {step} where there are several."
+                        f"--out {self.out!r} gives {owners[path]} and {owner} the same name, {path}. Add "
+                        "{sigma_rel} or {gamma} to the template, and {step} if averages end at several steps."
                     )
         return paths
 
-    def _filled(self, values: dict[str, object]) -> str:
+    def _fill(self, values: dict[str, object]) -> str:
         try:
             return self.out.format_map(values)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -122,6 +124,10 @@ class OutputNames:
 
 
 def absolute(out: str | os.PathLike[str]) -> str:
-    """A folder or template that means the same in any working directory; what is empty stays so, to be refused."""
-    given = os.fspath(out)
-    return given if not given or os.path.isabs(given) else os.path.join(os.getcwd().translate(_DOUBLED), given)
+    """Return a folder or template that means the same in any working directory.
+
+    Braces of the working directory are doubled, so that they do not become fields. An empty name stays empty, and
+    ``OutputNames`` refuses it.
+    """
+    name = os.fspath(out)
+    return name if not name or os.path.isabs(name) else os.path.join(os.getcwd().translate(_DOUBLED), name)

@@ -1,7 +1,7 @@
-"""Which part of the work is this process's, where several share it.
+"""Which part of every output this process writes, where several processes share the work.
 
-They need not talk to each other: what is whose follows from the plan and their number. torchrun tells every process its
-number by the environment; ``--part`` does where something else starts them.
+The processes do not communicate: the parts follow from the plan and the number of processes. torchrun passes each
+process its rank in the environment; other launchers pass ``--part``.
 """
 
 from __future__ import annotations
@@ -13,36 +13,40 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class WorkPartition:
-    """One process among some."""
+    """The part of one process among several."""
 
     index: int
-    """Counted from 0."""
+    """Which part, counted from 0."""
     parts: int
-    """How many there are."""
+    """Number of parts, and of processes."""
     on_this_machine: int
-    """How many of them share this machine's cores."""
+    """Number of processes that share this machine's cores."""
 
 
 WHOLE = WorkPartition(0, 1, 1)
+"""The partition of a process that works alone: it writes whole files."""
 
 
 def parse_part(text: str) -> WorkPartition:
-    """Read ``2/4``: the second of four, as in the names of files.
+    """Parse ``2/4``: the second of four parts, counted from 1 as in the names of the files.
 
     Raises:
-        ValueError: Not such a part.
+        ValueError: The text does not name such a part.
     """
     found = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise ValueError(f"{text!r} is no part; expected one such as 2/4, from 1/4 to 4/4")
+        raise ValueError(f"{text!r} is not a part; expected for example 2/4, from 1/4 to 4/4")
     return WorkPartition(int(found[1]) - 1, int(found[2]), 1)
 
 
 def part_of_process(environment: Mapping[str, str]) -> WorkPartition:
-    """What torchrun says; the whole work where it says nothing.
+    """Return the part that torchrun's environment variables assign to this process; ``WHOLE`` without torchrun.
+
+    Args:
+        environment: Environment variables; ``RANK``, ``WORLD_SIZE`` and ``LOCAL_WORLD_SIZE`` are read.
 
     Raises:
-        ValueError: Its variables have no meaning.
+        ValueError: The variables are not numbers that torchrun sets.
 
     Source:
         torch.distributed.run, "Environment Variables".
@@ -51,15 +55,15 @@ def part_of_process(environment: Mapping[str, str]) -> WorkPartition:
         return WHOLE
     words = [environment[name] for name in ("RANK", "WORLD_SIZE")] + [environment.get("LOCAL_WORLD_SIZE", "1")]
     if not all(re.fullmatch("[0-9]{1,5}", word) for word in words):
-        raise _meaningless(words)
-    rank, world_size, local = map(int, words)
-    if not (rank < world_size and local >= 1):
-        raise _meaningless(words)
-    return WorkPartition(rank, world_size, local) if world_size > 1 else WHOLE
+        raise _invalid_environment(words)
+    rank, world_size, local_world_size = map(int, words)
+    if not (rank < world_size and local_world_size >= 1):
+        raise _invalid_environment(words)
+    return WorkPartition(rank, world_size, local_world_size) if world_size > 1 else WHOLE
 
 
-def _meaningless(words: list[str]) -> ValueError:
+def _invalid_environment(words: list[str]) -> ValueError:
     return ValueError(
-        "RANK={}, WORLD_SIZE={}, LOCAL_WORLD_SIZE={} in the environment: expected the numbers that torchrun sets. "
-        "Unset them, or say --part 1/1 to write whole files.".format(*words)
+        "RANK={}, WORLD_SIZE={}, LOCAL_WORLD_SIZE={} in the environment are not numbers as torchrun sets them. "
+        "Unset these variables, or pass --part 1/1 to write whole files.".format(*words)
     )

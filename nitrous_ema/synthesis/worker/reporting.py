@@ -1,4 +1,4 @@
-"""What the synthesis process says to people, and to the process that started it, on stderr."""
+"""What the synthesis process prints on stderr: log lines for users, progress for users or for the starting process."""
 
 from __future__ import annotations
 
@@ -14,89 +14,107 @@ if TYPE_CHECKING:
     from nitrous_ema.synthesis.plan import Plan
 
 WARNING = "synthesize: warning: "
-"""How a line begins that warns of the averages that are going to be written."""
+"""Start of a line that warns about the averages that are going to be written."""
 PROGRESS = '{"progress": '
-"""How a line begins that tells the progress to a program."""
+"""Start of a line that reports the progress to a program."""
 
 _TEXT_SECONDS = 0.5
 _JSON_SECONDS = 0.1
 
 
 def log(line: str) -> None:
-    """Tell something."""
+    """Print one line to stderr, with the name of this program."""
     to_stderr(f"synthesize: {line}\n")
 
 
 def log_plan(plan: Plan, condition: float) -> None:
-    """Tell what is read, and how good the averages will be."""
-    target = plan.target
+    """Print what a plan reads and how accurate its averages will be, with the plan's warnings.
+
+    Args:
+        plan: The averages that are going to be written.
+        condition: Condition number of the plan's columns.
+    """
+    target, report = plan.target, plan.report
     log(
         f"step {target.step} of run {target.run}: {pluralize(len(plan.gammas), 'average')} from "
         f"{pluralize(len(plan.columns), 'column')} of {pluralize(len(plan.steps), 'snapshot')}, "
         f"{format_bytes(plan.bytes_to_read)} to read"
     )
-    report = plan.report
     log(
-        f"profile error {max(report.profile_error):.2g}; rounding of a weight {max(report.rounding):.1e}, "
+        f"profile error {max(report.profile_error):.2g}; rounding error of a weight {max(report.rounding):.1e}, "
         f"{max(report.weight_l2):.3g} times that of one snapshot; condition {condition:.3g}"
     )
     if plan.tolerance > 0:
         log(
-            f"tolerance {plan.tolerance:g}: {len(plan.steps)} of {plan.candidates} snapshots, not less than "
-            f"{plan.lower_bound} give all averages so well; with all, profile error "
-            f"{max(plan.profile_error_of_all):.2g}; at the least error, rounding times {max(plan.least_error_l2):.3g}"
+            f"using {len(plan.steps)} of {plan.candidates} snapshots ({plan.lower_bound} is the proven minimum for "
+            f"tolerance {plan.tolerance:g}); profile error with all snapshots {max(plan.profile_error_of_all):.2g}; "
+            f"rounding amplification without the tolerance {max(plan.least_error_l2):.3g}"
         )
-    for warning in plan.report.warnings:
+    for warning in report.warnings:
         to_stderr(f"{WARNING}{warning}\n")
 
 
 class TextProgress:
-    """Bytes read, rate and time left: one line that is written over on a terminal, lines elsewhere."""
+    """Progress as text: bytes read, rate and remaining time. On a terminal one line is overwritten."""
 
     def __init__(self) -> None:
-        self._began = self._told = time.monotonic()
+        self._began = self._printed = time.monotonic()
         self._on_terminal = sys.stderr.isatty()
 
     def __call__(self, done: int, total: int) -> None:
-        """Tell it, if that is due."""
+        """Print the progress if it is complete, or if the last line is old enough.
+
+        Args:
+            done: Bytes read so far.
+            total: Bytes to read.
+        """
         now = time.monotonic()
-        if done < total and now - self._told < _TEXT_SECONDS:
+        if done < total and now - self._printed < _TEXT_SECONDS:
             return
-        self._told = now
+        self._printed = now
         rate = done / max(now - self._began, 1e-9)
-        left = f"{(total - done) / rate:.0f} s left" if done < total else f"{now - self._began:.1f} s"
-        line = (
-            f"read {format_bytes(done)} of {format_bytes(total)} ({done / total:.0%}), {format_bytes(rate)}/s, {left}"
-        )
+        remaining = f"{(total - done) / rate:.0f} s left" if done < total else f"{now - self._began:.1f} s"
+        line = f"read {format_bytes(done)} of {format_bytes(total)} ({done / total:.0%}), {format_bytes(rate)}/s, "
+        line += remaining
         to_stderr(f"\r{line}\x1b[K" if self._on_terminal else f"{line}\n")
 
     def end(self) -> None:
-        """Leave the line."""
+        """End the overwritten line, so that the next log line begins on its own."""
         if self._on_terminal:
             to_stderr("\n")
 
 
 class JsonProgress:
-    """The same as lines of JSON."""
+    """Progress as lines of JSON, which a job parses.
+
+    Args:
+        step: The target step.
+    """
 
     def __init__(self, step: int) -> None:
         self._step = step
-        self._told = -_JSON_SECONDS
+        self._printed = -_JSON_SECONDS
 
     def __call__(self, done: int, total: int) -> None:
-        """Tell it, if that is due."""
+        """Print the progress if it is complete, or if the last line is old enough; arguments as ``TextProgress``."""
         now = time.monotonic()
-        if done < total and now - self._told < _JSON_SECONDS:
+        if done < total and now - self._printed < _JSON_SECONDS:
             return
-        self._told = now
+        self._printed = now
         to_stderr(f"{PROGRESS}{json.dumps({'step': self._step, 'done': done, 'total': total})}}}\n")
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: every line is complete."""
 
 
 def progress_of(step: int, *, as_json: bool, as_text: bool) -> TextProgress | JsonProgress | None:
-    """How the progress at one step is told, if it is."""
+    """Return the progress display for one target step; None if progress was not requested and stderr is no terminal.
+
+    Args:
+        step: The target step.
+        as_json: Lines of JSON, which take precedence.
+        as_text: Text, even if stderr is not a terminal.
+    """
     if as_json:
         return JsonProgress(step)
     return TextProgress() if as_text or sys.stderr.isatty() else None

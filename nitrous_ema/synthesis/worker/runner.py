@@ -1,14 +1,15 @@
-"""The averages of one plan after the other: written, kept where they are there already, or foretold.
+"""Runs the plans of the synthesis process one after the other: writes, reuses or (in a dry run) plans their outputs.
 
-stdout gets one JSON object for each average, in the order in which they were asked for; others parse these.
+Each plan is checked before anything is written. Outputs that exist already are reused with ``--skip-existing``. stdout
+gets one JSON object for each output, in the order of the requested lengths; other programs parse these objects.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from nitrous_ema._base import exit_status
@@ -21,68 +22,79 @@ from nitrous_ema.synthesis.outputs.reuse import ExpectedOutput, expected_outputs
 from nitrous_ema.synthesis.outputs.writer import check_outputs, write_outputs, write_shard
 from nitrous_ema.synthesis.plan import Plan
 from nitrous_ema.synthesis.streaming import available_cores
+from nitrous_ema.synthesis.worker.arguments import WorkerConfig
 from nitrous_ema.synthesis.worker.output_record import RecordWriter
 from nitrous_ema.synthesis.worker.partition import WorkPartition
 from nitrous_ema.synthesis.worker.reporting import log, log_plan, progress_of
 
 _NICENESS = 10
-_LOWEST_BEST_EFFORT = 7  # of ionice; the idle class could wait for ever beside a busy trainer
+# The lowest level of ionice's best-effort class. The idle class could wait forever beside a busy trainer.
+_LOWEST_BEST_EFFORT = 7
 
 
 class SynthesisRunner:
-    """Makes averages as the command line says.
+    """Synthesizes the averages of plans into files, as a config requests.
 
     Args:
-        options: The command line.
-        part: Which part of them.
+        config: The command line.
+        part: The part of each output that this process writes.
     """
 
-    def __init__(self, options: argparse.Namespace, part: WorkPartition) -> None:
-        self._options = options
+    def __init__(self, config: WorkerConfig, part: WorkPartition) -> None:
+        self._config = config
         self._part = part
         self._began = time.monotonic()
-        self._dtype = dtype_code(options.dtype)
-        self._threads: int | None = options.threads
+        self._dtype = dtype_code(config.dtype)
+        self._threads = config.threads
         if self._threads is None and part.on_this_machine > 1:
             self._threads = max(1, available_cores() // part.on_this_machine)
 
-    def make(self, plan: Plan, paths: Sequence[Path]) -> None:
-        """Make the averages of a plan, but for those that are to be kept.
+    def run(self, plan: Plan, paths: Sequence[Path]) -> None:
+        """Write the averages of a plan that cannot be reused, and print a record of every output.
+
+        Args:
+            plan: Averages of one target step.
+            paths: The file of each average.
 
         Raises:
-            UsageError: They cannot be made as asked.
+            UsageError: The averages cannot be written as requested.
             NitrousError: As ``write_outputs``.
         """
-        options = self._options
-        memory, expected = self._checked(plan, paths), self._expected(plan, paths)
+        memory_bytes, expected = self._check(plan, paths), self._expected(plan, paths)
         condition = plan.condition()
-        lines = RecordWriter(plan, self._part, expected, memory, condition, self._began)
-        missing = [index for index, each in enumerate(expected) if not (options.skip_existing and each.is_there)]
+        records = RecordWriter(plan, self._part, expected, memory_bytes, condition, self._began)
+        reuses = self._config.skip_existing
+        missing = [index for index, output in enumerate(expected) if not (reuses and output.is_reusable)]
         if len(missing) < len(paths):
-            log(f"step {plan.target.step}: {len(paths) - len(missing)} of {len(paths)} averages are there already")
+            log(f"step {plan.target.step}: reusing {len(paths) - len(missing)} of {len(paths)} averages")
         if missing:
             log_plan(plan.only(missing), condition)
-        if options.dry_run:
+        if self._config.dry_run:
             size = sum(expected[index].num_bytes for index in missing)
-            log(f"dry run: {format_bytes(size)} to write, at most {format_bytes(memory)} of memory; nothing is written")
+            log(
+                f"dry run: would write {format_bytes(size)}, using at most {format_bytes(memory_bytes)} of memory; "
+                "nothing was written"
+            )
             for index in missing:
-                lines.add(index, "planned")
+                records.add(index, "planned")
         elif missing:
-            self._write(plan, paths, missing, lines)
-        lines.end()
+            self._write(plan, paths, missing, records)
+        records.end()
 
-    def _checked(self, plan: Plan, paths: Sequence[Path]) -> int:
-        """The memory that it will take at most, if it can be done."""
+    def _check(self, plan: Plan, paths: Sequence[Path]) -> int:
+        """Return an upper bound of the memory that the outputs need; raise if they cannot be written as requested."""
         with exit_status.usage_errors():
             if self._part.parts > 1 and any(path.suffix != ".safetensors" for path in paths):
-                raise ValueError("--format: only .safetensors files are written in parts; choose that, or one process.")
+                raise ValueError(
+                    "--format: only .safetensors files can be written in parts. Choose safetensors, or one process."
+                )
             return check_outputs(
                 plan,
                 paths,
                 dtype=self._dtype,
-                memory_bytes=self._options.memory,
+                memory_bytes=self._config.memory_bytes,
                 threads=self._threads,
-                accumulate=self._options.accumulate,
+                accumulate=self._config.accumulate,
             )
 
     def _expected(self, plan: Plan, paths: Sequence[Path]) -> list[ExpectedOutput]:
@@ -91,33 +103,33 @@ class SynthesisRunner:
             plan,
             paths,
             dtype=self._dtype,
-            accumulate=self._options.accumulate,
+            accumulate=self._config.accumulate,
             part=part.index,
             parts=part.parts,
             in_parts=part.parts > 1,
         )
 
-    def _write(self, plan: Plan, paths: Sequence[Path], missing: Sequence[int], lines: RecordWriter) -> None:
-        options, part = self._options, self._part
-        _give_way(options.nice, plan.trainer)
+    def _write(self, plan: Plan, paths: Sequence[Path], missing: Sequence[int], records: RecordWriter) -> None:
+        config, part = self._config, self._part
+        _lower_priority(config.nice, plan.trainer)
         for folder in dict.fromkeys(paths[index].parent for index in missing):
             _make_folder(folder)
-        progress = progress_of(plan.target.step, as_json=options.progress_json, as_text=options.progress)
-        chosen = plan.only(missing), [paths[index] for index in missing]
-        how = {
-            "dtype": self._dtype,
-            "memory_bytes": options.memory,
-            "progress": progress,
-            "committed": lambda index, path: lines.add(missing[index], "written"),
-            "threads": self._threads,
-            "accumulate": options.accumulate,
-        }
+        progress = progress_of(plan.target.step, as_json=config.json_progress, as_text=config.text_progress)
+        write: Callable[..., None] = write_outputs
+        if part.parts > 1:
+            write = partial(write_shard, part=part.index, parts=part.parts)
         try:
-            with _refusals_told():
-                if part.parts > 1:
-                    write_shard(*chosen, part=part.index, parts=part.parts, **how)
-                else:
-                    write_outputs(*chosen, **how)
+            with _with_remedy():
+                write(
+                    plan.only(missing),
+                    [paths[index] for index in missing],
+                    dtype=self._dtype,
+                    memory_bytes=config.memory_bytes,
+                    progress=progress,
+                    committed=lambda index, path: records.add(missing[index], "written"),
+                    threads=self._threads,
+                    accumulate=config.accumulate,
+                )
         finally:
             if progress is not None:
                 progress.end()
@@ -125,34 +137,36 @@ class SynthesisRunner:
 
 def _make_folder(folder: Path) -> None:
     try:
-        with _refusals_told(but=(FileExistsError, NotADirectoryError)):
+        with _with_remedy(except_for=(FileExistsError, NotADirectoryError)):
             folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise NitrousError(
-            f"{folder} cannot be the folder of the averages: it, or what should hold it, is a file. "
-            "Choose another --out."
+            f"{folder} cannot be the output folder: this path, or one of its parents, is a file. Choose another --out."
         ) from error
 
 
 @contextmanager
-def _refusals_told(but: tuple[type[OSError], ...] = ()) -> Iterator[None]:
-    """What the system refuses is told with a remedy; what concerns no file (stdout) passes."""
+def _with_remedy(except_for: tuple[type[OSError], ...] = ()) -> Iterator[None]:
+    """Turn an OSError about a file into a NitrousError with a remedy.
+
+    Errors without a file name pass: they come from stdout, whose closed pipe has an exit status of its own.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None or isinstance(error, but):
+        if error.filename is None or isinstance(error, except_for):
             raise
         raise NitrousError(f"{error.filename} cannot be written: {error.strerror}. {remedy(error)}") from error
 
 
-def _give_way(when: str, trainer: Mapping[str, str | int | float]) -> None:
-    """Lower this process's priority, so that a training on the same machine does not notice it."""
+def _lower_priority(when: str, trainer: Mapping[str, str | int | float]) -> None:
+    """Lower the CPU and I/O priority of this process, so that it does not slow down training on the same machine."""
     if when == "never" or (when == "auto" and process_state(trainer) != "alive"):
         return
     import psutil
 
     process = psutil.Process()
-    with suppress(psutil.Error, OSError):
+    with suppress(psutil.Error, OSError):  # lower priority is a courtesy: a system that refuses it is no failure
         process.nice(max(_NICENESS, process.nice()))
         if hasattr(process, "ionice"):
             process.ionice(psutil.IOPRIO_CLASS_BE, _LOWEST_BEST_EFFORT)

@@ -99,7 +99,7 @@ def test_lengths_are_read_as_they_are_written(text, lengths):
         "0,1e-9,...,1",
     ],
 )
-def test_lists_that_mean_nothing_are_refused(text):
+def test_invalid_lists_are_refused(text):
     with pytest.raises(ValueError, match=r"number|lead|miss"):
         worker.parse_lengths(text)
 
@@ -116,9 +116,9 @@ def test_stdout_is_one_json_object_per_output_and_nothing_else(folder, tmp_path)
     assert [line["sigma_rel"] for line in lines] == [0.06, 0.07, 0.08, 0.09]
     expected = synthesize(folder, sigma_rels=[0.06, 0.07, 0.08, 0.09], exclude=[300])
     plan = plan_from_store(folder, sigma_rels=[0.06, 0.07, 0.08, 0.09], exclude=[300])
-    told = condition([column.t for column in plan.columns], [column.gamma for column in plan.columns])
-    assert [line["condition"] for line in lines] == [told] * 4
-    assert f"condition {told:.3g}\n" in done.stderr
+    expected_condition = condition([column.t for column in plan.columns], [column.gamma for column in plan.columns])
+    assert [line["condition"] for line in lines] == [expected_condition] * 4
+    assert f"condition {expected_condition:.3g}\n" in done.stderr
     for index, line in enumerate(lines):
         assert line["path"] == str(out / f"step-1000-sigma-{line['sigma_rel']!r}.safetensors")
         tensors = safetensors.numpy.load_file(line["path"])
@@ -131,7 +131,7 @@ def test_stdout_is_one_json_object_per_output_and_nothing_else(folder, tmp_path)
         assert (line["columns"], line["bytes_read"]) == (10, 10 * 500 * 4 + 8)
     assert sorted(each.name for each in out.iterdir()) == sorted(Path(line["path"]).name for line in lines)
     assert "read 19.5 KiB of 19.5 KiB (100%)" in done.stderr
-    assert "tolerance 0.001: 5 of 9 snapshots, not less than 5 give all averages so well" in done.stderr
+    assert "using 5 of 9 snapshots (5 is the proven minimum for tolerance 0.001); profile error with all" in done.stderr
 
 
 def run_inside(script: str, *arguments, **options) -> subprocess.Popen[str]:
@@ -149,7 +149,7 @@ def run_inside(script: str, *arguments, **options) -> subprocess.Popen[str]:
 RUN = "runpy.run_module('nitrous_ema.async_.synthesize_worker', run_name='__main__', alter_sys=True)"
 
 
-def test_process_needs_neither_torch_nor_the_trainer_and_gives_way_to_it(tmp_path):
+def test_process_needs_neither_torch_nor_the_trainer_and_lowers_its_priority(tmp_path):
     me = psutil.Process()
     trainer = {"host": socket.gethostname(), "pid": me.pid, "started": me.create_time()}
     write_run(tmp_path, layout_of([record("w", (50,))]), [10, 20], trainer=trainer)
@@ -167,7 +167,7 @@ def test_process_needs_neither_torch_nor_the_trainer_and_gives_way_to_it(tmp_pat
 
 
 def test_process_imports_nothing_that_it_does_not_need(folder, tmp_path):
-    """What would be paid for in each launch(): torch, what starts such processes, what asks about trainers."""
+    """Imports that would slow down each launch(): torch, modules that start processes or look for a trainer."""
     unneeded = ("torch", "subprocess", "psutil", "asyncio", "multiprocessing", "safetensors", "matplotlib", "email")
     script = f"""
     try:
@@ -194,7 +194,7 @@ def test_interrupted_process_leaves_nothing_half_written(folder, tmp_path, numbe
     """
     process = run_inside(script, folder, "--sigma-rel", "0.07,0.08", "--out", out)
     while not (line := process.stderr.readline()).startswith("half-written"):
-        assert line, "the worker ended before it came to the gate"
+        assert line, "the worker ended before it reached the gate"
     assert line == "half-written: 2\n"
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=TIMEOUT)
@@ -216,7 +216,7 @@ def main(capsys, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "required"),
         (["--sigma-rel", "0.1"], "--out"),
@@ -224,17 +224,17 @@ def main(capsys, *arguments):
         (["--sigma-rel", "0.1,x", "--out", "OUT"], "'x' is not a number"),
         (["--sigma-rel", "0.1", "--gamma", "3", "--out", "OUT"], "not allowed with"),
         (["--sigma-rel", "0.1", "--out", "OUT", "--dtype", "int8"], "invalid choice"),
-        (["--sigma-rel", "0.1", "--out", "OUT", "--memory", "1KiB"], "at least"),
+        (["--sigma-rel", "0.1", "--out", "OUT", "--memory", "1KiB"], "need at least"),
         (["--sigma-rel", "0.1", "--out", "OUT", "--memory", "lots"], "is not an amount of bytes"),
         (["--sigma-rel", "0.1", "--out", "OUT", "--step", "500", "--exclude", "500"], "is excluded"),
         (["--sigma", "0.1", "--out", "OUT"], "required"),
     ],
 )
-def test_wrong_usage_ends_with_2(folder, tmp_path, capsys, arguments, said):
+def test_wrong_usage_ends_with_2(folder, tmp_path, capsys, arguments, message):
     out = tmp_path / "out"
     status, err = main(capsys, folder, *(out if each == "OUT" else each for each in arguments))
     assert status == 2
-    assert said in err
+    assert message in err
     assert not out.exists()
 
 
@@ -247,7 +247,7 @@ def test_missing_snapshot_ends_with_3(folder, tmp_path, capsys):
     assert main(capsys, tmp_path, *options)[0] == 3
 
 
-def test_damaged_snapshot_ends_with_4_and_can_be_left_out(tmp_path, capsys):
+def test_damaged_snapshot_ends_with_4_and_can_be_excluded(tmp_path, capsys):
     write_run(tmp_path, layout_of([record("w", (50,))]), [100, 200, 300])
     path = snapshot_file(tmp_path, 200)
     content = bytearray(path.read_bytes())
@@ -260,14 +260,14 @@ def test_damaged_snapshot_ends_with_4_and_can_be_left_out(tmp_path, capsys):
 
 
 @pytest.fixture
-def listens_to_ctrl_c():
-    """As in a process that a shell started in the foreground, whoever started this one."""
+def handles_ctrl_c():
+    """As in a process that a shell started in the foreground, however this process was started."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_interrupts_right_after_the_first_do_not_disturb_the_cleaning_up(listens_to_ctrl_c):
+def test_interrupts_right_after_the_first_do_not_disturb_the_cleaning_up(handles_ctrl_c):
     now, before = [0.0], [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with worker._interruptible(clock=lambda: now[0]):
         with pytest.raises(KeyboardInterrupt):
@@ -293,7 +293,7 @@ def test_unwritable_output_folder_ends_with_1(folder, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     status, err = main(capsys, folder, "--sigma-rel", "0.1", "--out", tmp_path / "out")
     assert status == 1
-    assert f"{tmp_path / 'out'} cannot be the folder of the averages" in err
+    assert f"{tmp_path / 'out'} cannot be the output folder" in err
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_unwritable_output_folder_ends_with_1(folder, tmp_path, capsys):
         ("n" * 300 + "{sigma_rel}", "File name too long", "Choose a shorter name"),
     ],
 )
-def test_output_that_cannot_get_its_name_is_told_with_a_remedy_before_the_work(
+def test_output_that_cannot_get_its_name_is_reported_with_a_remedy_before_the_work(
     folder, tmp_path, capsys, name, found, do
 ):
     (tmp_path / "0.08.safetensors").mkdir()
@@ -315,9 +315,9 @@ def test_output_that_cannot_get_its_name_is_told_with_a_remedy_before_the_work(
     assert [path.name for path in tmp_path.iterdir()] == ["0.08.safetensors"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody knows for certain that a process is gone")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it is not certain that a process has ended")
 @pytest.mark.parametrize("more", [(), ("--part", "2/2")])
-def test_what_a_killed_worker_left_goes_with_the_next(folder, tmp_path, capsys, more):
+def test_files_of_a_killed_worker_are_removed_by_the_next(folder, tmp_path, capsys, more):
     code = "import sys; from pathlib import Path; from nitrous_ema._base.temporary_files import *; "
     code += "path = Path(sys.argv[1]); path.with_name(temporary_name(path.name)).touch()"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "old.pt")], check=True, timeout=TIMEOUT, cwd=ROOT)
@@ -327,7 +327,7 @@ def test_what_a_killed_worker_left_goes_with_the_next(folder, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize(("unread", "written"), [(("stdout",), [0.07]), (("stdout", "stderr"), [])], ids=str)
-def test_reader_that_left_ends_the_work_and_leaves_nothing_half_written(folder, tmp_path, unread, written):
+def test_closed_stdout_ends_the_work_and_leaves_nothing_half_written(folder, tmp_path, unread, written):
     """As where the process that launched it has ended."""
     out, (read, write) = tmp_path / "out", os.pipe()
     os.close(read)
@@ -341,19 +341,19 @@ def test_reader_that_left_ends_the_work_and_leaves_nothing_half_written(folder, 
     assert [path.name for path in out.glob("*")] == [f"step-1000-sigma-{length}.safetensors" for length in written]
 
 
-def test_help_is_no_failure(capsys):
+def test_help_ends_with_0(capsys):
     assert worker.main(["--help"]) == 0
     assert "--sigma-rel" in capsys.readouterr().out
 
 
-def test_runs_left_out_and_doubts_are_told(tmp_path, capsys):
+def test_ignored_runs_and_warnings_are_logged(tmp_path, capsys):
     layout = layout_of([record("w", (50,))])
     old = write_run(tmp_path, layout, [100, 200], run=run_id(1))
     new = write_run(tmp_path, layout, [50], run=run_id(2))
     status, err = main(capsys, tmp_path, "--sigma-rel", "0.2", "--out", tmp_path / "out")
     assert status == 0
     assert f"step 50 of run {new}" in err
-    assert f"left out unrelated runs (--run takes one of them): {old}" in err
+    assert f"ignoring unrelated runs (select one with --run): {old}" in err
     assert "warning: " in err
     status, err = main(capsys, tmp_path, "--sigma-rel", "0.2", "--out", tmp_path / "out", "--run", old)
     assert f"step 200 of run {old}" in err
@@ -408,7 +408,7 @@ def test_failure_of_a_launched_job_is_an_exception(folder, tmp_path):
     assert "nearest" in e.value.stderr
     with pytest.raises(ValueError, match=r"sigma_rel has 0\.9"):
         wrong.result(timeout=TIMEOUT)
-    with pytest.raises(ValueError, match="exactly one"):
+    with pytest.raises(ValueError, match="exactly one of sigma_rels and gammas; got neither"):
         launch(folder, out=tmp_path)
 
 
@@ -419,7 +419,7 @@ def interpreter(tmp_path: Path, script: str) -> Path:
     return path
 
 
-def test_worker_with_much_to_say_is_not_held_up(tmp_path):
+def test_worker_with_long_messages_is_not_held_up(tmp_path):
     python = interpreter(tmp_path, "head -c 3000000 /dev/zero | tr '\\0' x >&2; echo >&2; echo the end >&2; exit 1")
     with pytest.raises(WorkerError, match="the end") as e:
         launch(tmp_path, sigma_rels=[0.1], out=tmp_path, python=python).result(timeout=TIMEOUT)

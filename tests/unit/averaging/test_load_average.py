@@ -1,4 +1,4 @@
-"""Averages into models of every wrapping; what is wrong with a file is in test_synthesis.py and tests/fuzz."""
+"""Load averages into models of every wrapping. Damaged files are in test_synthesis.py and tests/fuzz."""
 
 from __future__ import annotations
 
@@ -121,17 +121,17 @@ def test_number_too_large_for_the_model_is_refused(tmp_path, suffix):
     assert model.weight.tolist() == [[-float("inf"), 65504.0]]
 
 
-def test_parts_of_different_types_are_no_average(trained, tmp_path):
+def test_parts_of_different_types_are_refused(trained, tmp_path):
     plan = plan_from_store(trained / "s", sigma_rels=[0.07])
     for part in range(3):
         write_shard(plan, [tmp_path / "a.safetensors"], part=part, parts=3, dtype="F64" if part == 0 else None)
-    with pytest.raises(SnapshotDamaged, match=r"tensors have \d+ bytes, and they have \d+: not all of one --dtype"):
+    with pytest.raises(SnapshotDamaged, match=r"tensors of \d+ bytes, and the files contain \d+: .* different --dtype"):
         load_average(Model(), tmp_path / "a.safetensors.index.json")
     write_shard(plan, [tmp_path / "a.safetensors"], part=0, parts=3)
     load_average(Model(), tmp_path / "a.safetensors.index.json")
 
 
-def test_average_in_parts_is_told_where_its_plain_name_is_asked_for(trained):
+def test_missing_file_of_an_average_in_parts_is_reported_with_its_index(trained):
     with pytest.raises(SnapshotNotFound, match=r"written in parts: load .*parts\.safetensors\.index\.json"):
         load_average(Model(), trained / "parts.safetensors")
 
@@ -183,7 +183,7 @@ def _less(model):
         (_sharded, "'phase' of the model is a Sharded, not a plain tensor"),
     ],
 )
-def test_refused_average_touches_nothing_and_says_what_to_do(trained, file, change, message):
+def test_refused_average_changes_nothing_and_names_the_remedy(trained, file, change, message):
     model = Model()
     change(model)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -196,10 +196,10 @@ def test_refused_average_touches_nothing_and_says_what_to_do(trained, file, chan
     assert all(torch.equal(tensor, before[name]) for name, tensor in plain.items())
 
 
-def test_what_is_no_module_and_no_file_is_told(trained):
+def test_wrong_model_and_wrong_path_are_named(trained):
     with pytest.raises(TypeError, match=r"model is 'net'; expected a torch.nn.Module"):
         load_average("net", trained / "average.safetensors")
-    with pytest.raises(SnapshotNotFound, match=r"is a folder; expected one average"):
+    with pytest.raises(SnapshotNotFound, match=r"is a folder; expected the file of one average"):
         load_average(Model(), trained)
 
 
@@ -233,7 +233,7 @@ def test_average_is_loaded_after_an_ema_has_read_the_model(trained, tmp_path):
         gate.wait_entered()
         waiting = threading.Thread(target=load_average, args=(model, trained / "average.safetensors"))
         order_writer = lane.order_writer
-        lane.order_writer = lambda: (gate.open(), order_writer())  # so that whoever does not wait is too early
+        lane.order_writer = lambda: (gate.open(), order_writer())  # a loader that does not wait writes too early
         waiting.start()
         waiting.join(TIMEOUT_SECONDS)
         gate.open()
@@ -241,7 +241,7 @@ def test_average_is_loaded_after_an_ema_has_read_the_model(trained, tmp_path):
     assert torch.equal(read[0], before)
 
 
-def test_not_strictly_takes_what_both_have(trained):
+def test_without_strict_the_tensors_of_both_are_loaded(trained):
     model, expected = Model(), read_average(trained / "average.safetensors")
     _more(model)
     del model.phase
@@ -277,7 +277,7 @@ def test_average_of_an_old_folder_of_a_wrapped_model_loads_into_the_plain_one(tm
     assert torch.equal(model.weight, expected)
 
 
-def test_names_that_leave_a_doubt_are_refused(tmp_path):
+def test_ambiguous_names_are_refused(tmp_path):
     both = nn.ModuleDict({"module": nn.Linear(2, 2), "a": nn.Linear(2, 2)})
     names = {"module.weight": torch.ones(2, 2), "weight": torch.zeros(2, 2), "bias": torch.zeros(2)}
     path = written(tmp_path / "a.safetensors", names)

@@ -29,5 +29,5 @@ def test_threads_of_the_library_are_what_they_were_when_the_last_user_is_gone():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=60, check=True)
     found = done.stdout.split()
     if found[0] == "1":
-        pytest.skip("numpy's library is none that is known here, or has no threads")
+        pytest.skip("numpy's BLAS library is unknown, or has no threads")
     assert found == ["3", "1", "1", "1", "3", "3"]

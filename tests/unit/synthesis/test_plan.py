@@ -1,4 +1,4 @@
-"""What is read for which averages: the fewest snapshots within the tolerance, and what is told of the choice."""
+"""Which snapshots a plan reads: the fewest within the tolerance; and the numbers that the plan reports."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def outputs_at(step, lengths=LENGTHS):
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-3])
 def test_fewest_steps_are_read_and_solved_on(folder, tolerance):
     plan = plan_from_store(folder, sigma_rels=LENGTHS, tolerance=tolerance)
-    gammas, wanted = sigma_rel_to_gamma(PAIR), sigma_rel_to_gamma(LENGTHS)
-    chosen = select_steps(list(STEPS), gammas, STEPS[-1], wanted, tolerance=tolerance)
+    gammas, requested = sigma_rel_to_gamma(PAIR), sigma_rel_to_gamma(LENGTHS)
+    chosen = select_steps(list(STEPS), gammas, STEPS[-1], requested, tolerance=tolerance)
     assert plan.steps == tuple(np.array(STEPS)[chosen.places])
     assert (plan.lower_bound, plan.candidates, plan.tolerance) == (chosen.lower_bound, 60, tolerance)
     assert len(plan.columns) == 2 * len(plan.steps) < 2 * len(STEPS)
@@ -74,7 +74,7 @@ def test_averages_are_those_of_the_steps_read(folder):
     np.testing.assert_allclose(result.flats, result.plan.weights.T @ columns, rtol=1e-12)
 
 
-def test_tolerance_left_over_buys_less_amplification_and_says_so(tmp_path):
+def test_remaining_tolerance_is_spent_on_less_amplification(tmp_path):
     write_run(tmp_path, layout(TRIPLE, checkpoint_dtype="F16"), range(1, 201))
     plan = plan_from_store(tmp_path, sigma_rels=(0.015, 0.04))
     assert plan.report.weight_l2[1] < 0.3 * plan.least_error_l2[1]
@@ -84,7 +84,7 @@ def test_tolerance_left_over_buys_less_amplification_and_says_so(tmp_path):
 
 
 def test_snapshots_that_are_not_read_need_not_fit(tmp_path):
-    """A run that began with another model: its first steps are told only where they are wanted."""
+    """A run that began with another model: its first steps are an error only where they are needed."""
     run = run_id()
     write_run(tmp_path, layout(shape=(3,)), [1], run=run)
     write_run(tmp_path, layout(), range(2, 61), run=run)

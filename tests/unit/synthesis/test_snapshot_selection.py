@@ -15,28 +15,28 @@ TIMES = [float(t) for t in range(1, 101)]
 
 def test_tracked_length_is_one_column_of_the_target():
     for tolerance in (0, 1e-3):
-        choice = choose_columns(TIMES, [PAIR] * 100, 100, [PAIR[1]], tolerance=tolerance)
-        assert choice.places == ((99, 1),)
-        np.testing.assert_array_equal(choice.weights, [[1.0]])
+        selection = choose_columns(TIMES, [PAIR] * 100, 100, [PAIR[1]], tolerance=tolerance)
+        assert selection.places == ((99, 1),)
+        np.testing.assert_array_equal(selection.weights, [[1.0]])
 
 
 @pytest.mark.parametrize("tolerance", [0, 1e-3, 1e-1])
 def test_weights_belong_to_the_columns_they_stand_beside(tolerance):
-    gammas, wanted = [PAIR] * 50 + [TRIPLE] * 50, sigma_rel_to_gamma([0.06, 0.2])
-    choice = choose_columns(TIMES, gammas, 100, wanted.tolist(), tolerance=tolerance)
-    assert [(TIMES[step], gammas[step][profile]) for step, profile in choice.places] == list(
-        zip(choice.t, choice.gamma, strict=True)
+    gammas, requested = [PAIR] * 50 + [TRIPLE] * 50, sigma_rel_to_gamma([0.06, 0.2])
+    selection = choose_columns(TIMES, gammas, 100, requested.tolist(), tolerance=tolerance)
+    assert [(TIMES[step], gammas[step][profile]) for step, profile in selection.places] == list(
+        zip(selection.t, selection.gamma, strict=True)
     )
-    outputs = np.full(2, 100.0), wanted
-    report = synthesis_report(choice.t, choice.gamma, *outputs, weights=choice.weights)
-    limit = np.hypot(choice.selection.profile_error_of_all, tolerance)
+    outputs = np.full(2, 100.0), requested
+    report = synthesis_report(selection.t, selection.gamma, *outputs, weights=selection.weights)
+    limit = np.hypot(selection.steps.profile_error_of_all, tolerance)
     assert (report.profile_error <= limit * (1 + 1e-6)).all()
     if tolerance == 0:
-        np.testing.assert_array_equal(choice.weights, solve_weights(choice.t, choice.gamma, *outputs))
+        np.testing.assert_array_equal(selection.weights, solve_weights(selection.t, selection.gamma, *outputs))
 
 
 def test_columns_stand_in_the_order_of_time():
-    choice = choose_columns(TIMES, [TRIPLE] * 100, 100, sigma_rel_to_gamma([0.04, 0.2]).tolist(), tolerance=1e-2)
-    assert (np.diff(choice.t) >= 0).all()
-    assert choice.places == tuple(sorted(choice.places))
-    assert choice.least_error_l2[0] > 1.2 * np.linalg.norm(choice.weights[:, 0])
+    selection = choose_columns(TIMES, [TRIPLE] * 100, 100, sigma_rel_to_gamma([0.04, 0.2]).tolist(), tolerance=1e-2)
+    assert (np.diff(selection.t) >= 0).all()
+    assert selection.places == tuple(sorted(selection.places))
+    assert selection.least_error_l2[0] > 1.2 * np.linalg.norm(selection.weights[:, 0])

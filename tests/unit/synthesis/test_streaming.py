@@ -106,7 +106,7 @@ def test_no_bit_depends_on_threads_memory_or_open_files(tmp_path, monkeypatch, a
 
 
 def least_bytes(plan, accumulate="float64"):
-    """What the refusal of a budget says is needed."""
+    """The bytes that the refusal of a budget asks for."""
     with pytest.raises(ValueError, match="at least") as refused:
         engine_sizes(plan, 1, accumulate=accumulate)
     return int(str(refused.value).split("at least ")[1].split()[0])
@@ -224,11 +224,11 @@ def test_consumers_get_every_tile_once(tmp_path):
 def test_progress_grows_to_all_bytes_on_the_calling_thread(tmp_path):
     plan, seen = plan_of(tmp_path, TILE_ELEMENTS * 13), []
 
-    def tell(done, total):
+    def record(done, total):
         assert threading.current_thread() is threading.main_thread()
         seen.append((done, total))
 
-    stream(plan, lambda *_: None, progress=tell, threads=2)
+    stream(plan, lambda *_: None, progress=record, threads=2)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert seen[-1] == (plan.bytes_to_read, plan.bytes_to_read)
 
@@ -245,7 +245,7 @@ def test_error_of_a_consumer_ends_all_threads(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "value"), [("threads", 0), ("accumulate", "float16")])
-def test_wrong_option_is_told(tmp_path, name, value):
+def test_wrong_option_is_refused(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"{name}: '?{value}'?; expected"):
         stream(plan_of(tmp_path), lambda *_: None, **{name: value})
 
@@ -290,7 +290,7 @@ def test_memory_stays_within_the_budget(tmp_path, accumulate, lengths):
 
 
 @pytest.mark.parametrize(("letters", "profiles"), [(12, 1), (12, 4), (70, 2)])
-def test_what_is_known_of_many_tensors_is_counted(tmp_path, letters, profiles):
+def test_memory_for_the_names_of_many_tensors_is_counted(tmp_path, letters, profiles):
     """From the first look at the folder on."""
     records = [record(f"{place:0{letters}}", (3,)) for place in range(2000)]
     write_run(tmp_path, layout_of(records, sigma_rels=(0.05, 0.1, 0.15, 0.2)[:profiles]), range(100, 600, 100))
@@ -311,17 +311,17 @@ def test_what_is_known_of_many_tensors_is_counted(tmp_path, letters, profiles):
     assert peak < engine_sizes(plan, 1 << 30, threads=1).memory_bytes
 
 
-def test_a_budget_that_is_too_small_is_told_with_what_is_needed(tmp_path):
+def test_budget_that_is_too_small_is_refused_with_the_bytes_needed(tmp_path):
     plan = plan_of(tmp_path)
     with pytest.raises(
         ValueError,
-        match=r"1000 bytes are too few for 3 outputs of 20 columns at once and the names of 1 tensor; at least",
+        match=r"memory budget too small: 3 outputs from 20 columns \(1 tensor\) need at least \d+ bytes .*, got 1000 bytes",
     ):
         stream(plan, lambda *_: None, memory_bytes=1000)
     needed = least_bytes(plan)
     sizes = engine_sizes(plan, needed)
     assert (sizes.threads, sizes.block_elements, sizes.memory_bytes) == (1, TILE_ELEMENTS, needed)
-    with pytest.raises(ValueError, match="too few"):
+    with pytest.raises(ValueError, match="memory budget too small"):
         engine_sizes(plan, needed - 1)
 
 

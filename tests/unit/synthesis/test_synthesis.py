@@ -176,7 +176,7 @@ def test_time_is_what_the_mathematics_uses_and_step_what_selects(tmp_path):
     np.testing.assert_allclose(result.flats[0], expected, atol=1e-12)
 
 
-# What does not belong together
+# Snapshots that do not belong together
 
 
 def test_step_without_a_snapshot_names_the_nearest(tmp_path):
@@ -188,11 +188,11 @@ def test_step_without_a_snapshot_names_the_nearest(tmp_path):
 
 @pytest.mark.parametrize("lengths", [{}, {"gammas": [5.0], "sigma_rels": [0.1]}, {"sigma_rels": []}])
 def test_lengths_are_given_one_way(tmp_path, lengths):
-    with pytest.raises(ValueError, match=r"gammas and sigma_rels|no length"):
+    with pytest.raises(ValueError, match=r"exactly one of gammas and sigma_rels|no length"):
         plan_from_store(tmp_path, **lengths)
 
 
-def test_length_outside_its_domain_is_told_before_the_folder_is_read(tmp_path):
+def test_length_outside_its_domain_is_refused_before_the_folder_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"sigma_rel has 0\.3"):
         plan_from_store(tmp_path / "nowhere", sigma_rels=[0.3])
 
@@ -274,7 +274,7 @@ def test_file_that_shrinks_while_it_is_read_is_damage(tmp_path):
 
 def test_excluded_target_is_refused(tmp_path):
     write_run(tmp_path, plain_layout(8), STEPS)
-    with pytest.raises(ValueError, match="is the target and is excluded"):
+    with pytest.raises(ValueError, match="is the target step and is excluded"):
         plan_from_store(tmp_path, sigma_rels=LENGTHS, step=500, exclude=[500])
 
 
@@ -385,9 +385,11 @@ def test_copied_numbers_come_whole_across_pieces(tmp_path, dtype, monkeypatch):
     assert np.array_equal(safetensors.numpy.load_file(path)["fixed"], values.astype({"F16": "f2", "F32": "f4"}[dtype]))
 
 
-def test_value_too_large_for_the_type_is_told(tmp_path):
+def test_value_too_large_for_the_type_is_refused(tmp_path):
     write_run(tmp_path, plain_layout(8), [100], averages=lambda step: [np.full(8, 1e5)] * 2)
-    with pytest.raises(NitrousError, match=r"100000.0 is too large for F16; choose a wider type"):
+    with pytest.raises(
+        NitrousError, match=r"the value 100000.0 is too large for F16. Choose a type with a larger range"
+    ):
         written(tmp_path, tmp_path / "out", [0.05], dtype="F16")
 
 
@@ -400,7 +402,7 @@ def test_skipped_tensors_are_named_and_absent(tmp_path):
         assert file.metadata()["skipped"] == '["frozen"]'
 
 
-def test_metadata_says_what_an_output_is_made_of(tmp_path):
+def test_metadata_has_the_recipe_of_an_output(tmp_path):
     run = write_run(tmp_path, plain_layout(8), STEPS)
     (path,) = written(tmp_path, tmp_path / "out", [0.08], exclude=[300], step=900)
     plan = plan_from_store(tmp_path, sigma_rels=[0.08], exclude=[300], step=900, tolerance=0)
@@ -417,33 +419,33 @@ def test_metadata_says_what_an_output_is_made_of(tmp_path):
 
 
 class FullDisk(FileSystem):
-    """Takes a number of bytes, then has no room."""
+    """Takes a number of bytes, then has no space."""
 
-    def __init__(self, room: int) -> None:
-        self.room = room
+    def __init__(self, space: int) -> None:
+        self.space = space
 
     def write_at(self, descriptor, buffer, offset):
-        if self.room <= 0:
+        if self.space <= 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        count = super().write_at(descriptor, memoryview(buffer)[: max(1, self.room)], offset)
-        self.room -= count
+        count = super().write_at(descriptor, memoryview(buffer)[: max(1, self.space)], offset)
+        self.space -= count
         return count
 
 
-@pytest.mark.parametrize("room", [0, 10, 5000])
-def test_full_disk_is_told_and_the_old_file_stays(tmp_path, room):
+@pytest.mark.parametrize("space", [0, 10, 5000])
+def test_full_disk_is_reported_and_the_old_file_stays(tmp_path, space):
     write_run(tmp_path, plain_layout(2000), STEPS)
     out = tmp_path / "out"
     out.mkdir()
     (out / "0.08.safetensors").write_text("old")
     with pytest.raises(OSError, match=r"No space left on device.*0\.08\.safetensors"):
-        written(tmp_path, out, [0.08], files=FullDisk(room))
+        written(tmp_path, out, [0.08], files=FullDisk(space))
     assert [each.name for each in out.iterdir()] == ["0.08.safetensors"]
     assert (out / "0.08.safetensors").read_text() == "old"
 
 
 class SmallDisk(FileSystem):
-    """Has no room for a file as large as that, and nothing may be read first."""
+    """Has no space for a file of that size; nothing may be written before that is reported."""
 
     def preallocate(self, descriptor, size_bytes):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -452,7 +454,7 @@ class SmallDisk(FileSystem):
         raise AssertionError("written to a full disk")
 
 
-def test_disk_that_is_too_small_is_told_before_anything_is_computed(tmp_path):
+def test_disk_that_is_too_small_is_reported_before_anything_is_computed(tmp_path):
     write_run(tmp_path, plain_layout(2000), STEPS)
     with pytest.raises(OSError, match=r"No space left on device.*0\.08\.safetensors"):
         written(tmp_path, tmp_path / "out", [0.08], files=SmallDisk())
@@ -460,7 +462,7 @@ def test_disk_that_is_too_small_is_told_before_anything_is_computed(tmp_path):
 
 
 class Pacer(FileSystem):
-    """Knows what the disk was told to begin with; takes so many hints."""
+    """Records the hints to begin writing; accepts the first few of them."""
 
     def __init__(self, takes: int) -> None:
         self.parts = []
@@ -476,7 +478,7 @@ class Pacer(FileSystem):
 
 
 @pytest.mark.parametrize(("takes", "parts"), [(9, [(0, 40_000), (40_000, 40_000)]), (0, [(0, 40_000)])])
-def test_disk_is_told_to_begin_while_the_average_is_computed(tmp_path, monkeypatch, takes, parts):
+def test_disk_begins_to_write_while_the_average_is_computed(tmp_path, monkeypatch, takes, parts):
     monkeypatch.setattr("nitrous_ema.synthesis.outputs.writer._WRITEBACK_BYTES", 40_000)
     monkeypatch.setattr("nitrous_ema.synthesis.streaming.TILE_ELEMENTS", 8192)
     write_run(tmp_path, plain_layout(25_000), STEPS)
@@ -595,10 +597,10 @@ def test_skipped_tensors_keep_what_the_model_has(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"\x10", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]", b"\x0a\0\0\0\0\0\0\0" + b'{"a": {}} ']
 )
-def test_file_that_is_no_average_is_named(tmp_path, suffix, content):
+def test_file_that_is_not_an_average_is_named(tmp_path, suffix, content):
     path = tmp_path / f"x{suffix}"
     path.write_bytes(content)
-    with pytest.raises(SnapshotDamaged, match="not a synthesized average"):
+    with pytest.raises(SnapshotDamaged, match="not a synthesized average, or damaged: "):
         load_average(nn.Linear(2, 3), path)
 
 

@@ -56,8 +56,8 @@ def test_header_names_every_tensor_and_is_aligned(contents):
 
 def test_other_tensors_are_not_taken_for_these(contents):
     header = json.loads(contents.header({})[8:])
-    assert contents.are_named_by(header)
-    assert not contents.are_named_by({**header, "more": header["t0"]})
-    assert not contents.are_named_by({name: each for name, each in header.items() if name != "t0"})
+    assert contents.matches_header(header)
+    assert not contents.matches_header({**header, "more": header["t0"]})
+    assert not contents.matches_header({name: each for name, each in header.items() if name != "t0"})
     for changed in ({"dtype": "F16"}, {"shape": [7, 1]}, {"data_offsets": [0, 28]}):
-        assert not contents.are_named_by({**header, "t0": {**header["t0"], **changed}})
+        assert not contents.matches_header({**header, "t0": {**header["t0"], **changed}})

@@ -29,25 +29,25 @@ def paths_in(folder):
     return [folder / "short.safetensors", folder / "long.safetensors"]
 
 
-def are_there(plan, folder, **how):
-    return [each.is_there for each in expected_outputs(plan, paths_in(folder), **how)]
+def reusable(plan, folder, **how):
+    return [each.is_reusable for each in expected_outputs(plan, paths_in(folder), **how)]
 
 
-def test_what_was_written_is_there_and_has_the_size_foretold(plan, tmp_path):
-    assert are_there(plan, tmp_path) == [False, False]
-    foretold = expected_outputs(plan, paths_in(tmp_path))
+def test_written_output_is_reusable_and_has_the_expected_size(plan, tmp_path):
+    assert reusable(plan, tmp_path) == [False, False]
+    expected = expected_outputs(plan, paths_in(tmp_path))
     write_outputs(plan.only([1]), paths_in(tmp_path)[1:])
-    assert are_there(plan, tmp_path) == [False, True]
-    assert foretold[1].num_bytes == foretold[1].path.stat().st_size
+    assert reusable(plan, tmp_path) == [False, True]
+    assert expected[1].num_bytes == expected[1].path.stat().st_size
 
 
 @pytest.mark.parametrize(
     "other", [{"tolerance": 0}, {"step": 900}, {"exclude": [300]}, {"sigma_rels": [0.06, 0.1]}, {"tolerance": 2e-2}]
 )
-def test_another_recipe_is_not_there(plan, tmp_path, other):
+def test_output_of_another_recipe_is_not_reusable(plan, tmp_path, other):
     write_outputs(plan, paths_in(tmp_path))
     changed = plan_from_store(tmp_path / "snapshots", **{"sigma_rels": [0.06, 0.09], "tolerance": 1e-2, **other})
-    assert are_there(changed, tmp_path)[1] is False
+    assert reusable(changed, tmp_path)[1] is False
 
 
 @pytest.mark.parametrize(
@@ -55,56 +55,56 @@ def test_another_recipe_is_not_there(plan, tmp_path, other):
     [({}, {"dtype": "F16"}), ({}, {"accumulate": "float32"}), ({"dtype": "BF16"}, {"dtype": "F16"})],
     ids=["smaller", "sums", "of the same size"],
 )
-def test_another_type_is_not_there(plan, tmp_path, before, how):
+def test_output_of_another_type_is_not_reusable(plan, tmp_path, before, how):
     write_outputs(plan, paths_in(tmp_path), **before)
-    assert are_there(plan, tmp_path, **how) == [False, False]
+    assert reusable(plan, tmp_path, **how) == [False, False]
     write_outputs(plan, paths_in(tmp_path), **how)
-    assert are_there(plan, tmp_path, **how) == [True, True]
+    assert reusable(plan, tmp_path, **how) == [True, True]
 
 
-@pytest.mark.parametrize("spoil", ["cut", "empty", "garbage", "folder", "pipe", "longer"])
-def test_what_is_not_whole_is_not_there(plan, tmp_path, spoil):
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "folder", "pipe", "longer"])
+def test_damaged_output_is_not_reusable(plan, tmp_path, damage):
     write_outputs(plan, paths_in(tmp_path))
     path = paths_in(tmp_path)[0]
     content = path.read_bytes()
     path.unlink()
-    if spoil == "folder":
+    if damage == "folder":
         path.mkdir()
-    elif spoil == "pipe":
+    elif damage == "pipe":
         os.mkfifo(path)
     else:
         made = {"cut": content[:-1], "empty": b"", "garbage": bytes(len(content)), "longer": content + b"x"}
-        path.write_bytes(made[spoil])
-    assert are_there(plan, tmp_path) == [False, True]
+        path.write_bytes(made[damage])
+    assert reusable(plan, tmp_path) == [False, True]
 
 
-def test_torch_files_never_count_as_there(plan, tmp_path):
+def test_torch_file_is_never_reusable(plan, tmp_path):
     path = tmp_path / "average.pt"
     write_outputs(plan.only([0]), [path])
     (found,) = expected_outputs(plan.only([0]), [path])
-    assert not found.is_there
+    assert not found.is_reusable
 
 
-def test_part_is_there_with_its_index_only(plan, tmp_path):
+def test_first_part_is_reusable_only_with_its_index(plan, tmp_path):
     for part in (0, 1):
         write_shard(plan, paths_in(tmp_path), part=part, parts=2)
-        assert are_there(plan, tmp_path, part=part, parts=2, in_parts=True) == [True, True]
+        assert reusable(plan, tmp_path, part=part, parts=2, in_parts=True) == [True, True]
     index = index_path(paths_in(tmp_path)[0])
     index.write_text(json.dumps({"weight_map": {}}))
-    assert are_there(plan, tmp_path, part=0, parts=2, in_parts=True) == [False, True]
-    assert are_there(plan, tmp_path, part=1, parts=2, in_parts=True) == [True, True]
+    assert reusable(plan, tmp_path, part=0, parts=2, in_parts=True) == [False, True]
+    assert reusable(plan, tmp_path, part=1, parts=2, in_parts=True) == [True, True]
 
 
-def test_numbers_that_another_machine_may_solve_otherwise_do_not_count(plan, tmp_path):
+def test_numbers_that_another_machine_may_solve_differently_are_not_compared(plan, tmp_path):
     write_outputs(plan, paths_in(tmp_path))
     path = paths_in(tmp_path)[0]
     size = int.from_bytes(path.read_bytes()[:8], "little")
     header, data = path.read_bytes()[8 : 8 + size], path.read_bytes()[8 + size :]
-    told = json.loads(header)
-    told["__metadata__"]["weight_l1"] = "1.0000000000000002"
-    text = json.dumps(told).encode()
+    changed = json.loads(header)
+    changed["__metadata__"]["weight_l1"] = "1.0000000000000002"
+    text = json.dumps(changed).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    assert are_there(plan, tmp_path) == [True, True]
+    assert reusable(plan, tmp_path) == [True, True]
 
 
 def test_part_of_a_plan_has_the_numbers_of_the_whole(plan):

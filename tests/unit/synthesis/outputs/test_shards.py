@@ -77,10 +77,10 @@ def test_parts_have_the_bits_of_one_file(tmp_path, parts, dtype):
 
 
 def test_files_have_the_names_that_others_expect(tmp_path):
-    plan, paths, told = plan_of(tmp_path / "in"), paths_in(tmp_path / "out"), []
-    write_shard(plan, paths, part=1, parts=2, committed=lambda index, path: told.append((index, path.name)))
-    assert told == [(0, "average-0.06-00002-of-00002.safetensors"), (1, "average-0.09-00002-of-00002.safetensors")]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [name for _, name in told]
+    plan, paths, reported = plan_of(tmp_path / "in"), paths_in(tmp_path / "out"), []
+    write_shard(plan, paths, part=1, parts=2, committed=lambda index, path: reported.append((index, path.name)))
+    assert reported == [(0, "average-0.06-00002-of-00002.safetensors"), (1, "average-0.09-00002-of-00002.safetensors")]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [name for _, name in reported]
     write_shard(plan, paths, part=0, parts=2)
     assert (tmp_path / "out" / "average-0.06.safetensors.index.json").exists()
 
@@ -121,8 +121,8 @@ def test_model_takes_all_parts(tmp_path):
     for part in range(3):
         write_shard(plan, paths, part=part, parts=3)
     write_outputs(plan, paths)
-    told = load_average(model, paths[0].with_name(paths[0].name + ".index.json"))
-    assert told["sigma_rel"] == "0.06"
+    reported = load_average(model, paths[0].with_name(paths[0].name + ".index.json"))
+    assert reported["sigma_rel"] == "0.06"
     expected = safetensors.torch.load_file(paths[0])
     assert all(torch.equal(each, expected[name]) for name, each in model.state_dict().items())
 
@@ -149,10 +149,10 @@ def test_parts_of_different_averages_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"{}", b'{"weight_map": {}}', b'{"weight_map": {"a": "../a"}}', b'{"weight_map": {"a": 1}}']
 )
-def test_file_that_is_no_index_is_named(tmp_path, content):
+def test_file_that_is_not_an_index_is_named(tmp_path, content):
     path = tmp_path / "x.safetensors.index.json"
     path.write_bytes(content)
-    with pytest.raises(SnapshotDamaged, match="not a synthesized average"):
+    with pytest.raises(SnapshotDamaged, match="not a synthesized average, or damaged: "):
         load_average(nn.Linear(2, 2), path)
 
 
@@ -165,5 +165,5 @@ def test_part_that_does_not_exist_is_refused(tmp_path, part, parts):
 
 def test_only_safetensors_are_written_in_parts(tmp_path):
     paths = [path.with_suffix(".pt") for path in paths_in(tmp_path / "out")]
-    with pytest.raises(ValueError, match=r"only .safetensors files are written in parts"):
+    with pytest.raises(ValueError, match=r"only .safetensors files can be written in parts"):
         write_shard(plan_of(tmp_path / "in"), paths, part=0, parts=1)

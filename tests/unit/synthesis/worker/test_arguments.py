@@ -5,7 +5,7 @@ import pytest
 from nitrous_ema._base.options import parse_steps
 from nitrous_ema.synthesis.worker.arguments import parse_arguments
 
-GIVEN = ["snapshots", "--sigma-rel", "0.1", "--out", "out"]
+REQUIRED = ["snapshots", "--sigma-rel", "0.1", "--out", "out"]
 
 
 @pytest.mark.parametrize(
@@ -24,16 +24,16 @@ def test_steps_are_read_as_lengths_are(text, steps):
 
 
 @pytest.mark.parametrize("text", ["bfloat16", "bf16", "torch.bfloat16"])
-def test_types_have_the_names_that_people_use(text):
-    assert parse_arguments([*GIVEN, "--dtype", text]).dtype == "bfloat16"
+def test_types_have_their_usual_names(text):
+    assert parse_arguments([*REQUIRED, "--dtype", text]).dtype == "bfloat16"
 
 
-def test_steps_to_leave_out_are_lists_as_everywhere():
-    assert parse_arguments([*GIVEN, "--exclude", "100,200", "--exclude", "7"]).exclude == [100, 200, 7]
+def test_excluded_steps_are_lists_as_everywhere():
+    assert parse_arguments([*REQUIRED, "--exclude", "100,200", "--exclude", "7"]).exclude == (100, 200, 7)
 
 
 @pytest.mark.parametrize("text", ["", "x", "1.5", "-1", "100,all", "1,2,...", "0,1,...,1000000"])
-def test_lists_that_are_no_steps_are_refused(text):
+def test_lists_that_are_not_steps_are_refused(text):
     with pytest.raises(ValueError, match=r"number|step"):
         parse_steps(text)
 
@@ -42,29 +42,29 @@ def test_lists_that_are_no_steps_are_refused(text):
     ("arguments", "steps"),
     [
         ([], None),
-        (["--step", "200", "--step", "100,200"], [200, 100]),
+        (["--step", "200", "--step", "100,200"], (200, 100)),
         (["--step", "200", "--step", "all"], "all"),
     ],
 )
 def test_several_step_options_add_up(arguments, steps):
-    assert parse_arguments([*GIVEN, *arguments]).step == steps
+    assert parse_arguments([*REQUIRED, *arguments]).steps == steps
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["--sigma-rels", "0.05", "--run", "r"], "know no runs"),
-        (["--gammas", "5", "--follow"], "nothing tells"),
-        (["--follow", "--dry-run"], "snapshots to come"),
-        (["--idle", "5"], "only with --follow"),
+        (["--sigma-rels", "0.05", "--run", "r"], "has no runs"),
+        (["--gammas", "5", "--follow"], "does not record when it is complete"),
+        (["--follow", "--dry-run"], "cannot plan future snapshots"),
+        (["--idle", "5"], "--idle requires --follow"),
         (["--follow", "--idle", "0"], "above 0"),
         (["--follow", "--look-every", "-1"], "above 0"),
-        (["--part", "5/4"], "no part"),
+        (["--part", "5/4"], "is not a part"),
         (["--step", "1.5"], "is not a step"),
     ],
 )
-def test_options_that_contradict_each_other_are_wrong_usage(arguments, said, capsys):
+def test_options_that_contradict_each_other_are_wrong_usage(arguments, message, capsys):
     with pytest.raises(SystemExit) as e:
-        parse_arguments([*GIVEN, *arguments])
+        parse_arguments([*REQUIRED, *arguments])
     assert e.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -31,12 +31,12 @@ def this_process():
 
 @dataclass
 class Training:
-    """What happens in the folder, one thing at each wait between two looks."""
+    """A training process, played by a list: one event in the folder at each wait between two polls."""
 
     root: Path
     run: str = field(default_factory=lambda: run_id(1))
-    happens: list = field(default_factory=list)
-    made: list = field(default_factory=list)
+    events: list = field(default_factory=list)
+    done: list = field(default_factory=list)
     now: float = 0.0
 
     def __post_init__(self):
@@ -50,16 +50,16 @@ class Training:
 
     def wait(self, seconds):
         self.now += seconds
-        if not self.happens:
-            pytest.fail("it waits although nothing more will happen")
-        self.happens.pop(0)()
+        if not self.events:
+            pytest.fail("the follower waits although no event remains")
+        self.events.pop(0)()
 
-    def follow(self, steps=None, *, make=None, run=None, exclude=(), **more):
-        wanted = RequestedAverages(sigma_rels=[0.07], gammas=None, exclude=exclude, tolerance=0)
+    def follow(self, steps=None, *, synthesize=None, run=None, exclude=(), **more):
+        requested = RequestedAverages(sigma_rels=[0.07], gammas=None, exclude=exclude, tolerance=0)
         follower = RunFollower(
-            snapshots=StoredSnapshots(self.root, wanted, run),
+            snapshots=StoredSnapshots(self.root, requested, run),
             steps=steps,
-            make=make or (lambda target: self.made.append(target.step)),
+            synthesize=synthesize or (lambda target: self.done.append(target.step)),
             wait=self.wait,
             clock=lambda: self.now,
             **more,
@@ -73,68 +73,68 @@ def training(tmp_path):
     return Training(tmp_path / "snapshots")
 
 
-def test_snapshots_are_made_as_they_come_until_the_run_is_closed(training, capsys):
+def test_averages_follow_each_commit_until_the_run_is_closed(training, capsys):
     training.commit(100, 200)
-    training.happens = [lambda: training.commit(300), lambda: None, lambda: training.commit(400, 500), training.close]
+    training.events = [lambda: training.commit(300), lambda: None, lambda: training.commit(400, 500), training.close]
     training.follow()
-    assert training.made == [200, 300, 400, 500]
-    assert f"ended: run {training.run} is closed" in capsys.readouterr().err
+    assert training.done == [200, 300, 400, 500]
+    assert f"stopped following: run {training.run} is closed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("steps", "made"), [(None, [200, 300]), ("all", [100, 200, 300]), ([100, 300], [100, 300])])
-def test_steps_say_what_of_the_beginning_is_made(training, steps, made):
+@pytest.mark.parametrize(("steps", "done"), [(None, [200, 300]), ("all", [100, 200, 300]), ([100, 300], [100, 300])])
+def test_steps_select_which_existing_snapshots_are_done(training, steps, done):
     training.commit(100, 200)
-    training.happens = [lambda: training.commit(300), training.close]
+    training.events = [lambda: training.commit(300), training.close]
     training.follow(steps)
-    assert training.made == made
+    assert training.done == done
 
 
-def test_listed_steps_end_it_when_the_last_of_them_is_made(training):
+def test_following_ends_with_the_last_listed_step(training):
     training.commit(100)
-    training.happens = [lambda: training.commit(200), lambda: training.commit(300)]
+    training.events = [lambda: training.commit(200), lambda: training.commit(300)]
     training.follow([100, 300])
-    assert training.made == [100, 300]
+    assert training.done == [100, 300]
 
 
-def test_listed_steps_that_never_came_are_an_error(training):
+def test_listed_step_without_a_snapshot_is_an_error(training):
     training.commit(100)
-    training.happens = [training.close]
-    with pytest.raises(SnapshotNotFound, match="closed, and there is no snapshot of step 150, 300"):
+    training.events = [training.close]
+    with pytest.raises(SnapshotNotFound, match="no snapshot of step 150, 300 was found; run .* is closed"):
         training.follow([100, 150, 300])
-    assert training.made == [100]
+    assert training.done == [100]
 
 
-def test_snapshot_committed_and_run_closed_while_another_is_made(training):
-    def make(target):
-        training.made.append(target.step)
+def test_snapshot_committed_and_run_closed_while_another_is_synthesized(training):
+    def synthesize(target):
+        training.done.append(target.step)
         if target.step == 100:
             training.commit(200)
             training.close()
 
     training.commit(100)
-    training.follow(make=make)
-    assert training.made == [100, 200]
+    training.follow(synthesize=synthesize)
+    assert training.done == [100, 200]
 
 
-def test_snapshot_committed_during_a_look_is_made_at_the_next(training, monkeypatch):
-    """The file comes after the names were listed and the history was."""
+def test_snapshot_committed_during_a_poll_is_synthesized_at_the_next(training, monkeypatch):
+    """The file is committed after the names and the history were listed."""
     training.commit(100)
     listed = SnapshotStore.snapshots
 
     def late(self, *arguments, **options):
         found = listed(self, *arguments, **options)
-        if not training.made:
+        if not training.done:
             training.commit(200)
         return found
 
     def close():
-        assert training.made == [100, 200]  # without any further change of the folder
+        assert training.done == [100, 200]  # without any further change of the folder
         training.close()
 
     monkeypatch.setattr(SnapshotStore, "snapshots", late)
-    training.happens = [close]
+    training.events = [close]
     training.follow()
-    assert not training.happens
+    assert not training.events
 
 
 def test_nothing_is_opened_while_nothing_changes(training, monkeypatch):
@@ -142,47 +142,51 @@ def test_nothing_is_opened_while_nothing_changes(training, monkeypatch):
     calls = []
     listed = SnapshotStore.snapshots
     monkeypatch.setattr(SnapshotStore, "snapshots", lambda *a, **k: calls.append(1) or listed(*a, **k))
-    training.happens = [lambda: None] * 5 + [training.close]
+    training.events = [lambda: None] * 5 + [training.close]
     training.follow()
     assert len(calls) <= 3  # at the start, and for the closing mark
 
 
-def test_it_waits_for_the_first_snapshot_and_for_the_folder(training):
+def test_follower_waits_for_the_first_snapshot_and_for_the_folder(training):
     training.root.rmdir()
-    training.happens = [lambda: None, lambda: training.commit(100), training.close]
+    training.events = [lambda: None, lambda: training.commit(100), training.close]
     training.follow()
-    assert training.made == [100]
+    assert training.done == [100]
 
 
-def test_trainer_that_is_gone_ends_it(training, capsys):
+def test_following_ends_with_the_trainer(training, capsys):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        who = {"host": socket.gethostname(), "pid": process.pid, "started": psutil.Process(process.pid).create_time()}
-        write_run(training.root, LAYOUT, [100], run=training.run, trainer=who)
-        training.happens = [lambda: None, lambda: process.communicate(b"\n", timeout=TIMEOUT)]
+        trainer = {
+            "host": socket.gethostname(),
+            "pid": process.pid,
+            "started": psutil.Process(process.pid).create_time(),
+        }
+        write_run(training.root, LAYOUT, [100], run=training.run, trainer=trainer)
+        training.events = [lambda: None, lambda: process.communicate(b"\n", timeout=TIMEOUT)]
         training.follow()
-    assert training.made == [100]
-    assert f"the trainer, process {who['pid']} of this machine, is gone" in capsys.readouterr().err
+    assert training.done == [100]
+    assert f"the trainer (process {trainer['pid']} of this machine) has ended" in capsys.readouterr().err
 
 
-def test_silence_ends_it_where_the_trainer_is_on_another_host(training, capsys):
+def test_idle_time_ends_it_where_the_trainer_is_on_another_host(training, capsys):
     write_run(training.root, LAYOUT, [100], run=training.run, trainer={"host": "far", "pid": 1, "started": 1.0})
-    training.happens = [lambda: None] * 20
+    training.events = [lambda: None] * 20
     training.follow(idle_seconds=10)
-    assert training.made == [100]
+    assert training.done == [100]
     assert training.now == 10
-    assert "nothing new has come for 10 seconds" in capsys.readouterr().err
+    assert "no new snapshot for 10 seconds (--idle)" in capsys.readouterr().err
 
 
-def test_silence_before_the_first_snapshot_is_an_error(training):
-    training.happens = [lambda: None] * 20
-    with pytest.raises(SnapshotNotFound, match="no snapshot at all"):
+def test_idle_time_before_the_first_snapshot_is_an_error(training):
+    training.events = [lambda: None] * 20
+    with pytest.raises(SnapshotNotFound, match="no snapshot was found; no new snapshot for 10 seconds"):
         training.follow(idle_seconds=10)
 
 
 def test_run_that_continues_is_followed_and_an_unrelated_one_is_not(training, capsys):
     other, next_run = run_id(2), run_id(3)
     training.commit(100, 200)
-    training.happens = [
+    training.events = [
         lambda: training.commit(50, run=other),
         lambda: training.commit(150, 300, run=next_run, lineage=[(training.run, 100), (next_run, None)]),
         lambda: training.close(training.run),
@@ -190,27 +194,27 @@ def test_run_that_continues_is_followed_and_an_unrelated_one_is_not(training, ca
         lambda: training.close(next_run),
     ]
     training.follow()
-    assert training.made == [200, 150, 300, 400]
-    said = capsys.readouterr().err
-    assert f"run {next_run} continues run {training.run}" in said
-    assert said.count(f"run {other} does not continue run {training.run}") == 1
+    assert training.done == [200, 150, 300, 400]
+    err = capsys.readouterr().err
+    assert f"run {next_run} continues run {training.run}" in err
+    assert err.count(f"run {other} does not continue run {training.run}") == 1
 
 
-def test_run_that_was_asked_for_is_not_left(training):
+def test_requested_run_is_followed_to_its_end(training):
     next_run = run_id(3)
     training.commit(100)
-    training.happens = [
+    training.events = [
         lambda: training.commit(150, run=next_run, lineage=[(training.run, 100), (next_run, None)]),
         training.close,
     ]
     training.follow(run=training.run)
-    assert training.made == [100]
+    assert training.done == [100]
 
 
-def test_snapshot_dropped_while_it_was_read_is_tried_again_then_passed_over(training):
+def test_snapshot_dropped_while_it_is_read_is_tried_again_then_skipped(training):
     attempts = []
 
-    def make(target):
+    def synthesize(target):
         attempts.append(target.step)
         if target.step == 100:
             if len(attempts) == 2:
@@ -218,28 +222,28 @@ def test_snapshot_dropped_while_it_was_read_is_tried_again_then_passed_over(trai
             raise SnapshotNotFound("gone.", path=training.root, nearest=())
 
     training.commit(100, 200)
-    training.happens = [training.close]
-    training.follow("all", make=make)
+    training.events = [training.close]
+    training.follow("all", synthesize=synthesize)
     assert attempts == [100, 100, 200]
 
 
-def test_snapshot_that_cannot_be_read_again_and_again_is_an_error(training):
-    def make(target):
+def test_repeated_failure_to_read_a_snapshot_is_an_error(training):
+    def synthesize(target):
         raise SnapshotNotFound("gone.", path=training.root, nearest=())
 
     training.commit(100)
     with pytest.raises(SnapshotNotFound, match="gone"):
-        training.follow(make=make)
+        training.follow(synthesize=synthesize)
 
 
-def test_damaged_snapshot_ends_it_and_can_be_left_out(training):
+def test_damaged_snapshot_ends_it_and_can_be_excluded(training):
     training.commit(100, 200)
     damage(snapshot_file(training.root, 100), at=0.05)
     with pytest.raises(SnapshotDamaged):
         training.follow("all")
-    training.happens = [training.close]
+    training.events = [training.close]
     training.follow("all", exclude=[100])
-    assert training.made == [200]
+    assert training.done == [200]
 
 
 # The processes

@@ -28,7 +28,7 @@ def test_folder_without_snapshots_has_no_targets(tmp_path, steps):
         opened(tmp_path).targets(steps)
 
 
-def test_step_that_is_not_there_is_told_with_its_neighbours(tmp_path):
+def test_missing_step_is_reported_with_the_nearest_steps(tmp_path):
     write_run(tmp_path, LAYOUT, [100, 200, 300])
     with pytest.raises(SnapshotNotFound, match="100 and 200"):
         opened(tmp_path).targets([300, 150])
@@ -36,7 +36,7 @@ def test_step_that_is_not_there_is_told_with_its_neighbours(tmp_path):
         opened(tmp_path, exclude=[200]).targets([200])
 
 
-def test_snapshot_committed_between_listing_and_asking_is_found(tmp_path, monkeypatch):
+def test_snapshot_committed_after_the_listing_is_found(tmp_path, monkeypatch):
     write_run(tmp_path, LAYOUT, [100])
     listed = SnapshotStore.snapshots
 
@@ -62,18 +62,18 @@ def test_plan_of_a_target_is_that_of_its_step(tmp_path):
     assert plan.weights.tolist() == expected.weights.tolist()
 
 
-def test_closed_and_unrelated_are_said_of_the_newest_run(tmp_path):
+def test_closed_and_unrelated_refer_to_the_newest_run(tmp_path):
     old = write_run(tmp_path, LAYOUT, [100], run=run_id(1))
     new = write_run(tmp_path, LAYOUT, [50], run=run_id(2))
     SnapshotStore(tmp_path).close_run(old)
     newest, other = opened(tmp_path), opened(tmp_path, run=old)
-    newest.look()
-    other.look()
+    newest.refresh()
+    other.refresh()
     assert (newest.is_closed, newest.unrelated_runs()) == (False, [old])
     assert (other.is_closed, other.unrelated_runs()) == (True, [new])
 
 
-def test_steps_to_leave_out_that_are_not_there_are_known(tmp_path):
+def test_excluded_steps_without_a_snapshot_are_reported(tmp_path):
     write_run(tmp_path, LAYOUT, [100, 200, 300])
     told = unknown_exclusions([200, 7, 5], opened(tmp_path, exclude=[200, 7, 5]).steps())
     assert told == "--exclude: there is no snapshot of step 5, 7"

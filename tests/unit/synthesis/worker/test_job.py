@@ -29,20 +29,20 @@ def interpreter(tmp_path: Path, script: str) -> Path:
 
 
 def line_of(folder, tmp_path) -> str:
-    """What the real worker would say."""
+    """The record that the real worker prints."""
     (output,) = launch(folder, sigma_rels=[0.07], out=tmp_path / "once", dry_run=True).result(TIMEOUT)
     fields = {name: getattr(output, name) for name in output.__slots__}
     return repr({**fields, "path": str(output.path)})
 
 
-def test_outputs_come_while_the_worker_goes_on(folder, tmp_path):
+def test_outputs_come_while_the_worker_runs(folder, tmp_path):
     os.mkfifo(tmp_path / "gate")
     script = f"import json\nprint(json.dumps({line_of(folder, tmp_path)}), flush=True)\nopen('{tmp_path}/gate').read()"
     job = launch(folder, sigma_rels=[0.07], out=tmp_path, python=interpreter(tmp_path, script))
     outputs = job.outputs(timeout=TIMEOUT)
     assert next(outputs).sigma_rel == 0.07
     assert not job.done()
-    with pytest.raises(TimeoutError, match="nothing more after"):
+    with pytest.raises(TimeoutError, match="no further output within"):
         list(job.outputs(timeout=0.01))
     (tmp_path / "gate").write_text("")
     assert list(outputs) == []
@@ -67,32 +67,37 @@ def test_any_time_can_be_waited(folder, tmp_path, timeout):
 
 
 @pytest.mark.parametrize(
-    ("end", "said"),
+    ("end", "message"),
     [
         (lambda job: job.cancel(), "was cancelled"),
         (lambda job: job.cancel(float("inf")), "was cancelled"),
-        (lambda job: job._process.kill(), "was ended by SIGKILL. The system does that where memory runs out"),
-        (lambda job: job._process.send_signal(64), "was ended by SIGRTMAX"),
-        (lambda job: job._process.send_signal(63), "was ended by signal 63"),
+        (
+            lambda job: job._process.kill(),
+            r"was terminated by SIGKILL\. The system kills processes when memory runs out",
+        ),
+        (lambda job: job._process.send_signal(64), "was terminated by SIGRTMAX"),
+        (lambda job: job._process.send_signal(63), "was terminated by signal 63"),
     ],
 )
-def test_job_that_was_ended_says_by_what(folder, tmp_path, end, said):
+def test_terminated_job_reports_the_signal(folder, tmp_path, end, message):
     os.mkfifo(tmp_path / "gate")
     script = "import sys\nprint('synthesize: warning: something else', file=sys.stderr)\n"
     script += f"print('begun', flush=True)\nopen('{tmp_path}/gate').read()"
     job = launch(folder, sigma_rels=[0.07], out=tmp_path, python=interpreter(tmp_path, script))
     assert job._line(0, TIMEOUT) == "begun\n"
     end(job)
-    with pytest.raises(WorkerError, match=said):
+    with pytest.raises(WorkerError, match=message):
         job.result(TIMEOUT)
 
 
-def test_progress_is_told_in_bytes_up_to_all_of_them(folder, tmp_path):
-    told = []
-    job = launch(folder, sigma_rels=[0.07], out=tmp_path, progress=lambda *numbers: told.append(numbers), tolerance=0)
+def test_progress_is_reported_in_bytes_up_to_all_of_them(folder, tmp_path):
+    reported = []
+    job = launch(
+        folder, sigma_rels=[0.07], out=tmp_path, progress=lambda *numbers: reported.append(numbers), tolerance=0
+    )
     job.result(TIMEOUT)
-    assert told[-1] == (10 * 2 * 500 * 4,) * 2
-    assert all(type(number) is int for numbers in told for number in numbers)
+    assert reported[-1] == (10 * 2 * 500 * 4,) * 2
+    assert all(type(number) is int for numbers in reported for number in numbers)
     assert "progress" not in job._stderr
 
 
@@ -110,7 +115,7 @@ def test_error_of_the_progress_callback_is_raised(folder, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
-def test_job_that_nobody_waits_for_ends_without_a_warning(folder, tmp_path):
+def test_abandoned_job_ends_without_a_warning(folder, tmp_path):
     process = launch(folder, sigma_rels=[0.07], out=tmp_path / "out")._process
     drains = [each for each in threading.enumerate() if each.name == "synthesize-stderr"]
     for drain in drains:

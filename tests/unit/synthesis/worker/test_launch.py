@@ -32,12 +32,12 @@ def test_several_steps_and_lengths_come_in_their_order(folder, tmp_path):
     assert all(max(each.steps_read) <= each.step and each.path.exists() for each in outputs)
 
 
-def test_all_steps_may_be_asked_for(folder, tmp_path):
+def test_all_steps_may_be_requested(folder, tmp_path):
     outputs = launch(folder, sigma_rels=[0.1], steps="all", out=tmp_path, exclude=[500], dry_run=True).result(TIMEOUT)
     assert [each.step for each in outputs] == [step for step in range(100, 1100, 100) if step != 500]
 
 
-def test_dry_run_foretells_what_is_then_written_and_touches_nothing(folder, tmp_path):
+def test_dry_run_estimates_the_outputs_and_writes_nothing(folder, tmp_path):
     what = {"sigma_rels": [0.06, 0.1], "out": tmp_path / "out", "memory": "64MiB"}
     planned = launch(folder, dry_run=True, **what).result(TIMEOUT)
     assert not (tmp_path / "out").exists()
@@ -49,7 +49,7 @@ def test_dry_run_foretells_what_is_then_written_and_touches_nothing(folder, tmp_
     assert 0 < written[0].memory_bytes <= 64 << 20
 
 
-def test_existing_outputs_are_kept_and_told_in_their_place(folder, tmp_path):
+def test_existing_outputs_are_reused_and_reported_in_their_place(folder, tmp_path):
     what = {"out": tmp_path, "skip_existing": True, "tolerance": 0}
     launch(folder, sigma_rels=[0.07, 0.09], **what).result(TIMEOUT)
     before = {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
@@ -73,9 +73,9 @@ def test_process_of_a_training_under_torchrun_writes_whole_files(folder, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "said"),
+    ("arguments", "error", "message"),
     [
-        ({"step": 1, "steps": [2]}, ValueError, "at most one"),
+        ({"step": 1, "steps": [2]}, ValueError, "at most one of step and steps"),
         ({"steps": 5}, TypeError, "steps is 5"),
         ({"steps": "some"}, TypeError, "steps is 'some'"),
         ({"steps": []}, ValueError, "steps is empty"),
@@ -83,12 +83,12 @@ def test_process_of_a_training_under_torchrun_writes_whole_files(folder, tmp_pat
         ({"progress": 5}, TypeError, "progress is 5"),
     ],
 )
-def test_wrong_steps_are_told_at_once(folder, tmp_path, arguments, error, said):
-    with pytest.raises(error, match=said):
+def test_wrong_steps_are_reported_at_once(folder, tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message):
         launch(folder, sigma_rels=[0.1], out=tmp_path, **arguments)
 
 
-def test_no_lengths_are_told_at_once(folder, tmp_path):
+def test_missing_lengths_are_reported_at_once(folder, tmp_path):
     with pytest.raises(ValueError, match="sigma_rels is empty"):
         launch(folder, sigma_rels=[], out=tmp_path)
 

@@ -38,7 +38,7 @@ def test_out_is_a_folder_or_a_template(out, format, first):
 
 
 @pytest.mark.parametrize(
-    ("out", "format", "said"),
+    ("out", "format", "message"),
     [
         ("", None, "is empty"),
         (absolute(""), None, "is empty"),
@@ -52,17 +52,17 @@ def test_out_is_a_folder_or_a_template(out, format, first):
         ("out/average.safetensors", None, "expected a folder, or a name with a field"),
     ],
 )
-def test_template_that_names_no_file_is_refused(out, format, said):
+def test_invalid_template_is_refused(out, format, message):
     with pytest.raises(ValueError, match="--out") as e:
         OutputNames(out, format)
-    assert said in str(e.value)
+    assert message in str(e.value)
 
 
 @pytest.mark.parametrize(
     ("out", "steps"), [("{step}.pt", (1,)), ("{sigma_rel}.pt", (1, 2)), ("{step}-{sigma_rel:.0f}.pt", (1,))]
 )
 def test_template_that_gives_two_averages_one_name_is_refused(out, steps):
-    with pytest.raises(ValueError, match="one name"):
+    with pytest.raises(ValueError, match="the same name"):
         names(out, steps=steps)
 
 

@@ -13,8 +13,8 @@ def test_parts_are_counted_from_1_as_files_are(text, part):
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "1/", "a/b", "-1/4", "1/0"])
-def test_what_is_no_part_is_refused(text):
-    with pytest.raises(ValueError, match="no part"):
+def test_text_that_is_not_a_part_is_refused(text):
+    with pytest.raises(ValueError, match="is not a part"):
         parse_part(text)
 
 
@@ -33,6 +33,6 @@ def test_process_of_torchrun_knows_its_part(environment, part):
 
 
 @pytest.mark.parametrize(("rank", "world_size", "local"), [("4", "4", "1"), ("x", "4", "1"), ("0", "4", "0")])
-def test_numbers_without_a_meaning_are_refused_with_the_remedy(rank, world_size, local):
+def test_invalid_environment_is_refused_with_the_remedy(rank, world_size, local):
     with pytest.raises(ValueError, match="--part 1/1"):
         part_of_process({"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": local})
