@@ -1,9 +1,13 @@
-"""All that can be computed before a snapshot is read: public names, each from the module that defines it.
+"""The mathematics of post-hoc EMA: weights of snapshots, their errors, and which snapshots to read or to keep.
 
-``solve_weights`` gives the average of any length as a weighted sum of snapshots, ``synthesis_report`` says how good
-that is, ``select_steps`` (``select_mixed_steps`` where snapshots differ in their profiles) finds the fewest snapshots
-that are good enough, ``least_amplifying_weights`` those weights that are good enough and amplify rounding least, and
-``retain`` the snapshots worth keeping.
+Read ``least_squares.py`` first: every other module here builds on its fit per interval between snapshots.
+
+- ``solve_weights`` returns the weights with which snapshots sum to an average of any length.
+- ``synthesis_report`` returns the profile error and the rounding error of this sum.
+- ``select_steps`` finds the fewest snapshots within a tolerance; ``select_mixed_steps`` does so for snapshots with
+  different profiles.
+- ``least_amplifying_weights`` returns the weights within a tolerance that amplify rounding least.
+- ``retain`` chooses the snapshots to keep after training.
 """
 
 from __future__ import annotations

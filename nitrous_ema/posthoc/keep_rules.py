@@ -1,7 +1,8 @@
-"""Which snapshots to keep while training goes on, by what the averages lose.
+"""Retention during training: rules that choose which snapshots to drop, by the error this adds to averages.
 
-The squared error of an average is a sum over the intervals between kept times, so what a step is worth is known
-exactly: the cost of the interval that its going would leave, less that of the two it would join.
+The squared error of an average is a sum over the intervals between snapshot times. So the error added by dropping a
+step is known without a solve: the cost of the joined interval, less the costs of the two intervals it joins. Retention
+after training is in ``pruning``.
 """
 
 from __future__ import annotations
@@ -21,52 +22,53 @@ from nitrous_ema.profile import FloatArray, exponents, gamma_to_sigma_rel, numbe
 __all__ = ["Keep", "KeepAll", "KeepBytes", "KeepCount", "KeepGeometric", "KeepRule", "keep_rule", "wanted_lengths"]
 
 Times = Sequence[float] | FloatArray
-"""In the run's own unit."""
+"""Training times, in the unit of the run."""
 
-_LENGTHS = 16
+_LENGTHS = 16  # requested lengths over the range
+# The default range ends at 2.5 times the longest tracked length, but at most at 0.25.
 _LONGEST, _REACH = 0.25, 2.5
-_LEAST_SNAPSHOTS = 3
+_MIN_SNAPSHOTS = 3  # two to keep, and one being written
 
 
 @runtime_checkable
 class KeepRule(Protocol):
-    """Tells which kept steps go. It has no memory: what is kept is all it looks at."""
+    """A rule that chooses the steps to drop. It has no state: it depends on the existing steps alone."""
 
     def drop(
         self, t: Times, *, gammas: Sequence[float], snapshot_bytes: int, pinned: Collection[int] = ()
     ) -> tuple[int, ...]:
-        """Places in ``t`` of the steps to drop.
+        """Return the places in ``t`` of the steps to drop.
 
         Args:
-            t: Times of all kept steps, ascending; the last one is the newest and is never dropped.
+            t: Times of all existing steps, ascending; the last one is the newest and is never dropped.
             gammas: Exponents of the tracked profiles.
-            snapshot_bytes: Size of a snapshot on disk; of the largest, if they differ.
+            snapshot_bytes: Size of a snapshot on disk; of the largest snapshot, if sizes differ.
             pinned: Places of steps that are never dropped.
         """
 
     def check(self, gammas: Sequence[float], snapshot_bytes: int) -> None:
-        """Raise ValueError if it makes no sense for these profiles and snapshots of this size."""
+        """Raise ValueError if the rule cannot work with these profiles or with snapshots of this size."""
 
     def most_snapshots(self, snapshot_bytes: int) -> int | None:
-        """How many are on disk at once at most, with the one being written; None if there is no bound."""
+        """Return the largest number of snapshots on disk at once, with the one being written; None if unbounded."""
 
 
 Keep = KeepRule | int | str
-"""What users may say: a rule; ``"all"``; a number of snapshots; or an amount of bytes such as ``"100GB"``."""
+"""Values of ``keep=``: a rule; ``"all"``; a number of snapshots; or an amount of bytes such as ``"100GB"``."""
 
 
 def keep_rule(keep: Keep) -> KeepRule:
-    """The rule that is meant.
+    """Return the rule for a value of ``keep=``.
 
     Raises:
-        TypeError: It is nothing that can be meant.
-        ValueError: It is a number or an amount that makes no sense.
+        TypeError: The value has an unsupported type.
+        ValueError: The text is neither ``"all"`` nor an amount of bytes, or the number or amount is out of range.
     """
     if isinstance(keep, KeepRule) and not isinstance(keep, type):
         return keep
-    given: Any = keep  # numpy's integers are fine
-    if not isinstance(keep, bool) and isinstance(given, Integral):
-        return KeepCount(int(given))
+    number: Any = keep  # Any: numpy integers are Integral, which mypy does not accept for int
+    if not isinstance(keep, bool) and isinstance(number, Integral):
+        return KeepCount(int(number))
     if isinstance(keep, str) and keep == "all":
         return KeepAll()
     if isinstance(keep, str) and not keep.strip().isdecimal() and _is_amount(keep):
@@ -92,14 +94,14 @@ class KeepAll:
     def drop(
         self, t: Times, *, gammas: Sequence[float], snapshot_bytes: int, pinned: Collection[int] = ()
     ) -> tuple[int, ...]:
-        """Nothing."""
+        """Drop nothing."""
         return ()
 
     def check(self, gammas: Sequence[float], snapshot_bytes: int) -> None:
-        """It always makes sense."""
+        """Accept all profiles and sizes."""
 
     def most_snapshots(self, snapshot_bytes: int) -> int | None:
-        """Any number."""
+        """Return None: the number is unbounded."""
         return None
 
 
@@ -108,7 +110,7 @@ class KeepGeometric:
     """Keep steps whose times grow by a ratio: O(log t) of them, with the same error at every time."""
 
     ratio: float
-    """Each kept step is at least this many times as late as the one before, > 1. The newest is always kept."""
+    """Least ratio of the times of neighboring kept steps, > 1. The newest step is always kept."""
 
     def __post_init__(self) -> None:
         numbers_between("ratio", self.ratio, 1.0, remedy="1.05 keeps 47 steps per tenfold of training.")
@@ -116,9 +118,10 @@ class KeepGeometric:
     def drop(
         self, t: Times, *, gammas: Sequence[float], snapshot_bytes: int, pinned: Collection[int] = ()
     ) -> tuple[int, ...]:
-        """Steps nearer than the ratio to the last one that stays before them."""
+        """Drop steps that are closer than the ratio to the last kept step before them."""
         dropped, last = [], -np.inf
         for place, time in enumerate(t[:-1]):
+            # 1e-9, because times that grow by exactly the ratio may miss it by a rounding.
             if place in pinned or time >= self.ratio * last * (1 - 1e-9):
                 last = time
             else:
@@ -126,31 +129,32 @@ class KeepGeometric:
         return tuple(dropped)
 
     def check(self, gammas: Sequence[float], snapshot_bytes: int) -> None:
-        """It always makes sense."""
+        """Accept all profiles and sizes."""
 
     def most_snapshots(self, snapshot_bytes: int) -> int | None:
-        """There is no bound: their number grows with the logarithm of the time."""
+        """Return None: the number grows with the logarithm of the time."""
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class KeepCount:
-    """Keep at most a number of steps: with each arrival the one goes that costs least.
+    """Keep at most a number of steps: each new step beyond it drops the step whose loss adds least error.
 
-    It minimizes ``sum (error**2 + loss)**exponent`` over lengths in the range, for the newest step and each pinned one
-    as targets, where ``loss`` is what dropping adds to ``error**2``. It needs not know how long training will be; its
-    worst error was 1.2 to 2.4 times that of the best set of that size. Costs O(steps * lengths) an arrival.
+    The rule minimizes ``sum (error**2 + loss)**exponent`` over lengths in the range, with the newest step and each
+    pinned step as targets. ``loss`` is the error that dropping adds to ``error**2``. The rule does not need to know how
+    long training will be. Its worst error was 1.2 to 2.4 times that of the best set of that size. Each new step costs
+    O(steps * lengths).
     """
 
     count: int
-    """Steps to keep, >= 2. Pinned ones count; if they alone are more, only they and the newest are kept."""
+    """Steps to keep, >= 2, including pinned steps. Where more are pinned, only they and the newest stay."""
     _: KW_ONLY
     sigma_rels: tuple[float, float] | None = None
-    """Shortest and longest length that is wanted later; by default from the shortest tracked one to 2.5 times the
-    longest, but not past 0.25."""
+    """Shortest and longest length that you may request later; by default from the shortest tracked length to 2.5 times
+    the longest, but at most 0.25."""
     exponent: float = 2.0
-    """1 looks at the mean squared error over the range, more at the worst. 1 is better for two profiles and
-    lengths far beyond the longest tracked one."""
+    """1 minimizes the mean squared error over the range; larger exponents give the worst lengths more influence. 1 is
+    better for two profiles and lengths far beyond the longest tracked one."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.count, int) or isinstance(self.count, bool) or self.count < 2:
@@ -160,15 +164,18 @@ class KeepCount:
     def drop(
         self, t: Times, *, gammas: Sequence[float], snapshot_bytes: int, pinned: Collection[int] = ()
     ) -> tuple[int, ...]:
-        """The steps that cost least, one after the other."""
-        return _least_loss(t, self.count, gammas, self.sigma_rels, self.exponent, pinned)
+        """Drop the steps that add least error, one after the other."""
+        return _drops_of_least_loss(t, self.count, gammas, self.sigma_rels, self.exponent, pinned)
 
     def check(self, gammas: Sequence[float], snapshot_bytes: int) -> None:
-        """Also makes the table of costs, which takes a tenth of a second that training need not wait for later."""
+        """Raise ValueError for a range of lengths out of range; also compute the table of costs.
+
+        The table takes a tenth of a second. Computed here, it does not delay training later.
+        """
         _cost(gammas, self.sigma_rels)
 
     def most_snapshots(self, snapshot_bytes: int) -> int | None:
-        """One more is being written, or was dropped and not removed yet."""
+        """Return ``count + 1``: one more snapshot is being written, or has been dropped but not removed yet."""
         return self.count + 1
 
 
@@ -176,12 +183,13 @@ class KeepCount:
 class KeepBytes:
     """Keep as many steps as fit into a number of bytes, chosen as ``KeepCount`` does.
 
-    The budget is for all that one training history has on disk: the next snapshot while it is written, and the one
-    that was dropped last, which stays for readers until then. Only pinned steps can exceed it.
+    The budget covers all snapshots of one training history on disk. This includes the next snapshot while it is being
+    written, and the snapshot dropped last, which stays on disk for readers until then. Only pinned steps can exceed the
+    budget.
     """
 
     budget: int | str
-    """Bytes, room for at least 3 snapshots: a number or an amount such as ``"100GB"`` or ``"1.5TiB"``."""
+    """Bytes, space for at least 3 snapshots: a number, or an amount such as ``"100GB"`` or ``"1.5TiB"``."""
     _: KW_ONLY
     sigma_rels: tuple[float, float] | None = None
     """As in ``KeepCount``."""
@@ -190,49 +198,50 @@ class KeepBytes:
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, (int, str)) or isinstance(self.budget, bool):
-            raise TypeError(f"budget is {self.budget!r}; expected whole bytes, or an amount such as '100GB'.")
+            raise TypeError(f"budget is {self.budget!r}; expected a number of bytes, or an amount such as '100GB'.")
         if self.budget_bytes <= 0:
-            raise ValueError(f"budget is {self.budget!r}; expected more than no bytes.")
+            raise ValueError(f"budget is {self.budget!r}; expected more than 0 bytes.")
         _check_loss(self.sigma_rels, self.exponent)
 
     @property
     def budget_bytes(self) -> int:
-        """The budget as a number."""
+        """The budget as a number of bytes."""
         return parse_bytes(self.budget) if isinstance(self.budget, str) else self.budget
 
     def drop(
         self, t: Times, *, gammas: Sequence[float], snapshot_bytes: int, pinned: Collection[int] = ()
     ) -> tuple[int, ...]:
-        """The steps that cost least, one after the other, until the rest and one more snapshot fit."""
+        """Drop the steps that add least error, one after the other, until the others and one more snapshot fit."""
         count = self.budget_bytes // snapshot_bytes - 1
-        return _least_loss(t, count, gammas, self.sigma_rels, self.exponent, pinned)
+        return _drops_of_least_loss(t, count, gammas, self.sigma_rels, self.exponent, pinned)
 
     def check(self, gammas: Sequence[float], snapshot_bytes: int) -> None:
-        """Room for 3 snapshots: two that stay, and the one that is being written."""
+        """Raise ValueError if fewer than 3 snapshots fit: two to keep, and the one being written."""
         _cost(gammas, self.sigma_rels)
         fit = self.budget_bytes // snapshot_bytes
-        if fit < _LEAST_SNAPSHOTS:
+        if fit < _MIN_SNAPSHOTS:
             raise ValueError(
-                f"keep has a budget of {self.budget_bytes:,} bytes, which holds {fit} snapshots of "
-                f"{snapshot_bytes:,} bytes ({format_bytes(snapshot_bytes)}); expected room for at least {_LEAST_SNAPSHOTS}: "
-                "two that stay, and one that is being written. Raise the budget, store averages in half the bytes "
-                "(checkpoint_dtype=torch.bfloat16), or track fewer profiles."
+                f"keep= has a budget of {self.budget_bytes:,} bytes, which holds {fit} snapshots of "
+                f"{snapshot_bytes:,} bytes ({format_bytes(snapshot_bytes)}); expected space for at least "
+                f"{_MIN_SNAPSHOTS}: two to keep, and one being written. Raise the budget, store averages in half the "
+                "bytes (checkpoint_dtype=torch.bfloat16), or track fewer profiles."
             )
 
     def most_snapshots(self, snapshot_bytes: int) -> int | None:
-        """As many as fit."""
+        """Return the number of snapshots that fit into the budget."""
         return self.budget_bytes // snapshot_bytes
 
 
 def wanted_lengths(gammas: FloatArray, sigma_rels: tuple[float, float] | None) -> FloatArray:
-    """Lengths over a range, evenly spaced in their logarithm, [lengths].
+    """Return lengths over a range, evenly spaced in their logarithm, [lengths].
 
     Args:
-        gammas: Exponents of the tracked profiles, which the default range is made of.
+        gammas: Exponents of the tracked profiles, which determine the default range.
         sigma_rels: Shortest and longest length; default as in ``KeepCount``.
 
     Raises:
-        ValueError: The range makes no sense.
+        TypeError: ``sigma_rels`` is not a pair of numbers.
+        ValueError: A length is out of range, or the shortest length is not first.
     """
     if sigma_rels is None:
         tracked = np.asarray(gamma_to_sigma_rel(gammas))
@@ -246,7 +255,7 @@ def wanted_lengths(gammas: FloatArray, sigma_rels: tuple[float, float] | None) -
             ) from error
         if low > high:
             raise ValueError(f"sigma_rels is {sigma_rels!r}; expected the shortest length first, then the longest.")
-    sigma_rel_to_gamma((low, high))  # says what is wrong with them
+    sigma_rel_to_gamma((low, high))  # raises ValueError for lengths out of range
     return np.unique(np.geomspace(low, high, _LENGTHS)) if low < high else np.array([low])
 
 
@@ -256,7 +265,7 @@ def _check_loss(sigma_rels: tuple[float, float] | None, exponent: float) -> None
         wanted_lengths(np.empty(0), sigma_rels)
 
 
-def _least_loss(
+def _drops_of_least_loss(
     t: Times,
     count: int,
     gammas: Sequence[float],
@@ -264,19 +273,20 @@ def _least_loss(
     exponent: float,
     pinned: Collection[int],
 ) -> tuple[int, ...]:
-    """Places of the steps that go, so that at most ``count`` stay; see ``KeepCount``."""
+    """Return the places of the steps to drop so that at most ``count`` remain; see ``KeepCount``."""
     times = np.asarray(t, dtype=np.float64)
     fixed = np.zeros(times.size, dtype=bool)
     fixed[[*pinned, times.size - 1]] = True
-    kept = np.arange(times.size)
-    if kept.size <= count or fixed.all():
+    remaining = np.arange(times.size)
+    if remaining.size <= count or fixed.all():
         return ()
     cost = _cost(gammas, sigma_rels)
-    while kept.size > count and not fixed[kept].all():
-        score = _scores(cost, times[kept], times[fixed], exponent)
-        score[fixed[kept]] = np.inf
-        kept = np.delete(kept, int(score.argmin()))
-    return tuple(np.setdiff1d(np.arange(times.size), kept).tolist())
+    # One at a time: each drop changes the intervals, and so the scores, of its neighbors.
+    while remaining.size > count and not fixed[remaining].all():
+        score = _scores(cost, times[remaining], times[fixed], exponent)
+        score[fixed[remaining]] = np.inf
+        remaining = np.delete(remaining, int(score.argmin()))
+    return tuple(np.setdiff1d(np.arange(times.size), remaining).tolist())
 
 
 def _cost(gammas: Sequence[float], sigma_rels: tuple[float, float] | None) -> IntervalCost:
@@ -285,7 +295,7 @@ def _cost(gammas: Sequence[float], sigma_rels: tuple[float, float] | None) -> In
 
 
 def _scores(cost: IntervalCost, t: FloatArray, targets: FloatArray, exponent: float) -> FloatArray:
-    """What is left to minimize when each step goes, [steps]; that of the last one means nothing."""
+    """Return the value to minimize if each step is dropped, [steps]; the last step's value has no meaning."""
     log_t = log_ratio(t, t[-1])
     width = np.diff(log_t, prepend=-np.inf)
     alone, joined = cost.of_widths(width), cost.of_widths(width[:-1] + width[1:])
@@ -293,6 +303,7 @@ def _scores(cost: IntervalCost, t: FloatArray, targets: FloatArray, exponent: fl
     for log_t_r in log_ratio(targets, t[-1]):
         weight = cost.weights(log_t, np.full(cost.powers.shape, log_t_r))
         present = alone * weight
+        # A joined interval costs at least its parts, but the interpolated table may violate this by its error.
         loss = joined * weight[1:] - present[:-1] - present[1:]
         scores[:-1] += ((present.sum(0) + np.maximum(loss, 0.0)) ** exponent).sum(1)
     return scores

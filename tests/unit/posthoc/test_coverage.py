@@ -1,4 +1,4 @@
-"""Lengths that come out well, against the dense system of the paper solved for each length by itself."""
+"""Lengths within limits, against the dense system of the paper, solved for each length alone."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_tracked_lengths_are_islands_of_one_snapshot():
     assert first.weight_l2 == pytest.approx(1, abs=0.01)
 
 
-def test_many_snapshots_give_every_length_that_there_is():
+def test_many_snapshots_cover_every_length():
     t_i, gamma_i = columns(np.arange(1, 1501), (0.03, 0.1, 0.25))
     ((stretch,),) = covered_lengths(t_i, gamma_i, 1500.0, limits=[(0.05, NO_LIMIT)])
     assert (stretch.shortest, stretch.longest) == pytest.approx((SHORTEST, LONGEST))
@@ -92,7 +92,7 @@ def test_no_length_is_covered_at_an_end_without_a_snapshot():
     assert covered_lengths(t_i, gamma_i, 2.0) == ((), ())
 
 
-def test_limits_that_are_none_are_named():
+def test_limit_of_zero_is_named():
     t_i, gamma_i = columns([1.0, 2.0], (0.05, 0.1))
     with pytest.raises(ValueError, match="limits has 0"):
         covered_lengths(t_i, gamma_i, 2.0, limits=[(0.0, 1.0)])
@@ -135,5 +135,5 @@ def test_the_widest_gap_adds_most():
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [("F16", 2.1e-4), ("BF16", 1.7e-3)])
-def test_rounding_of_a_type_is_what_storing_numbers_does(dtype, unit):
+def test_rounding_of_a_dtype_matches_stored_numbers(dtype, unit):
     assert rounding_of(dtype) == pytest.approx(unit, rel=0.03)

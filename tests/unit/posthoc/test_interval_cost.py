@@ -52,7 +52,7 @@ def test_wider_interval_costs_at_least_as_much_as_its_parts():
         assert (whole >= parts * (1 - INTERPOLATION_ERROR)).all()
 
 
-def test_target_ignores_what_comes_after_it():
+def test_target_ignores_later_times():
     cost = IntervalCost.of(sigma_rel_to_gamma([0.05, 0.1]), WANTED[:2])
     log_t, log_t_r = np.log([1.0, 2.0, 3.0, 4.0]), np.log([2.0, 2.0])
     np.testing.assert_allclose(cost.errors2(log_t, log_t_r), cost.errors2(log_t[:2], log_t_r))

@@ -11,13 +11,13 @@ LONG = np.longdouble
 
 
 def gram(exponents, start):
-    """Inner products of v**a and v**b over (start, 1], in closed form."""
+    """Return the inner products of v**a and v**b over (start, 1], in closed form."""
     total = exponents[:, None] + exponents[None, :] + LONG(1)
     return (1 - LONG(start) ** total) / total
 
 
 def norm_of_misfit(gamma, power, coefficients, start):
-    """L2 norm over (start, 1] of v**power minus the combination of v**gamma."""
+    """Return the L2 norm over (start, 1] of v**power minus the combination of v**gamma."""
     exponents = np.append(gamma, power).astype(LONG)
     misfit = np.append(-coefficients, 1.0).astype(LONG)
     return float(np.sqrt(np.maximum(misfit @ gram(exponents, start) @ misfit, 0)))
@@ -25,7 +25,7 @@ def norm_of_misfit(gamma, power, coefficients, start):
 
 @pytest.mark.parametrize("ratio", [1.3, 2.0, 10.0, 1e4])
 @pytest.mark.parametrize("gamma", [[6.9], [16.9, 6.9], [29.7, 6.9, 0.7]])
-def test_residual_is_the_norm_of_what_the_coefficients_leave(gamma, ratio):
+def test_residual_is_the_norm_of_the_difference(gamma, ratio):
     t, gamma, power = np.array([1.0, ratio]), np.array(gamma), np.array([1.5, 11.0])
     fits = fit_intervals(t, gamma, power)
     for interval, start in enumerate([0.0, 1 / ratio]):

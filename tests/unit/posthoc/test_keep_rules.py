@@ -1,4 +1,4 @@
-"""Which steps stay as training goes on: against trying every drop, and the numbers of an independent simulation."""
+"""Retention during training, against trying every drop and against the numbers of an independent simulation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def drop(rule, t, sigma_rels=PAIR, *, snapshot_bytes=100, pinned=()):
 
 
 def keep_as_training_goes(rule, arrivals, sigma_rels=PAIR, *, pinned=()):
-    """What is kept after each arrival at the times 1, 2, ..."""
+    """Yield each time 1, 2, ... with the times that are kept after it."""
     kept = []
     for now in range(1, arrivals + 1):
         kept.append(float(now))
@@ -41,18 +41,18 @@ def keep_as_training_goes(rule, arrivals, sigma_rels=PAIR, *, pinned=()):
 
 
 def worst_error(rule, arrivals, sigma_rels, lengths, *, since, every=23):
-    judged = [
+    compared = [
         kept for now, kept in keep_as_training_goes(rule, arrivals, sigma_rels) if now >= since and now % every == 0
     ]
-    return max(errors(kept, sigma_rels, kept[-1], lengths).max() for kept in judged)
+    return max(errors(kept, sigma_rels, kept[-1], lengths).max() for kept in compared)
 
 
-def test_all_means_all():
+def test_keep_all_drops_nothing():
     assert drop(KeepAll(), [1.0, 2.0, 3.0]) == ()
 
 
 def least_score(t, sigma_rels, lengths, targets, exponent, fixed):
-    """The drop that the rule is defined by, each one tried with the solve over the steps that would remain."""
+    """Return the drop that the rule is defined by: each drop is tried, with a solve over the remaining steps."""
     scores = {}
     for place in set(range(len(t))) - fixed:
         rest = np.delete(t, place)
@@ -70,7 +70,7 @@ def least_score(t, sigma_rels, lengths, targets, exponent, fixed):
     unit=st.sampled_from([1.0, 1e12]),
     pin=st.booleans(),
 )
-def test_step_that_costs_least_is_dropped(seed, steps, sigma_rels, exponent, unit, pin):
+def test_step_that_adds_least_error_is_dropped(seed, steps, sigma_rels, exponent, unit, pin):
     rng = np.random.default_rng(seed)
     t = np.cumsum(rng.uniform(0.2, 1, steps)) * unit
     pinned = [int(rng.integers(steps - 1))] if pin else []
@@ -92,7 +92,7 @@ def test_newest_and_pinned_steps_are_never_dropped():
 
 
 def test_pinned_step_stays_a_target():
-    """Pinning alone would keep the step and lose what its averages are made of."""
+    """Keeping the pinned step alone would lose the steps that its averages are made of."""
     rule, lengths = KeepCount(40), np.geomspace(0.03, 0.25, 9)
     *_, (_, pinned) = keep_as_training_goes(rule, 600, TRIPLE, pinned={150.0})
     *_, (_, unpinned) = keep_as_training_goes(rule, 600, TRIPLE)
@@ -131,13 +131,13 @@ def test_geometric_spacing_keeps_pinned_steps():
     assert {5.0, 6.0, 250.0, 300.0} <= set(kept)
 
 
-def test_steps_of_one_time_lose_nothing_and_go_first():
+def test_steps_of_equal_time_are_dropped_first():
     """Snapshots between two updates of a legacy schedule have the time of the last one."""
     assert drop(KeepCount(3), [1.0, 2.0, 2.0, 3.0]) in ((1,), (2,))
     assert drop(KeepCount(2), [4.0, 4.0, 4.0]) in ((0,), (1,))
 
 
-def test_budget_of_bytes_keeps_what_leaves_room_for_one_more():
+def test_budget_of_bytes_leaves_space_for_one_more_snapshot():
     t = [float(time) for time in range(1, 9)]
     for budget, snapshot_bytes, count in ((1000, 200, 4), (1199, 200, 4), (1200, 200, 5), ("1kB", 100, 8)):
         rule = KeepBytes(budget, sigma_rels=(0.05, 0.2))
@@ -147,11 +147,11 @@ def test_budget_of_bytes_keeps_what_leaves_room_for_one_more():
         assert rule.most_snapshots(snapshot_bytes) in (count + 1, 10)
 
 
-def test_snapshots_that_have_outgrown_their_budget_leave_the_newest_and_the_pinned():
+def test_snapshots_larger_than_the_budget_leave_the_newest_and_the_pinned():
     assert drop(KeepBytes(100), [1.0, 2.0, 3.0, 4.0], snapshot_bytes=1000, pinned=[1]) == (0, 2)
 
 
-def test_rules_say_how_many_snapshots_there_may_be():
+def test_rules_know_the_largest_number_of_snapshots():
     assert KeepAll().most_snapshots(100) is None
     assert KeepGeometric(2.0).most_snapshots(100) is None
     assert KeepCount(5).most_snapshots(100) == 6
@@ -159,7 +159,7 @@ def test_rules_say_how_many_snapshots_there_may_be():
 
 
 @pytest.mark.parametrize(
-    ("given", "rule"),
+    ("keep", "rule"),
     [
         ("all", KeepAll()),
         (32, KeepCount(32)),
@@ -168,14 +168,14 @@ def test_rules_say_how_many_snapshots_there_may_be():
         (KeepCount(4, exponent=1), KeepCount(4, exponent=1)),
     ],
 )
-def test_rule_may_be_said_in_short(given, rule):
-    assert keep_rule(given) == rule
+def test_rule_has_short_forms(keep, rule):
+    assert keep_rule(keep) == rule
 
 
-@pytest.mark.parametrize("given", [None, 1.05, True, ["all"], KeepAll])
-def test_what_is_no_rule_is_refused(given):
+@pytest.mark.parametrize("keep", [None, 1.05, True, ["all"], KeepAll])
+def test_other_types_are_refused(keep):
     with pytest.raises(TypeError, match=r"keep is .*; expected 'all', a number of snapshots .* or a rule"):
-        keep_rule(given)
+        keep_rule(keep)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_what_is_no_rule_is_refused(given):
         (lambda: KeepBytes(400, sigma_rels=(0.2, 0.4)), "sigma_rel has 0.4"),
         (lambda: KeepCount(4, exponent=0), "exponent has 0.0"),
         (lambda: KeepBytes("many"), "is not an amount of bytes"),
-        (lambda: KeepBytes(0), "budget is 0; expected more"),
+        (lambda: KeepBytes(0), "budget is 0; expected more than 0 bytes"),
         (lambda: keep_rule("32"), "keep is '32'; expected 'all', a number"),
         (lambda: keep_rule("everything"), "keep is 'everything'; expected 'all', a number"),
         (lambda: KeepCount(4).check((-0.7,), 100), "gammas has -0.7"),
@@ -201,5 +201,5 @@ def test_bad_rule_is_named(make, message):
 
 
 @pytest.mark.parametrize("rule", [KeepAll(), KeepGeometric(1.1), KeepCount(2), KeepBytes(1000)])
-def test_good_rule_is_taken(rule):
+def test_valid_rule_is_accepted(rule):
     rule.check(gammas_of(PAIR), 333)

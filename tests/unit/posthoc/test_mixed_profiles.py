@@ -1,4 +1,4 @@
-"""Steps with profiles of their own: the exact solve says whether the tolerance is kept."""
+"""Selection of steps with different profiles: the exact solve confirms the tolerance."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LENGTHS = sigma_rel_to_gamma([0.05, 0.08, 0.15, 0.2])
 
 
 def exact_errors(t, gammas, places):
-    """Of all averages at these steps."""
+    """Return the errors with all averages at these steps."""
     counts = [len(gammas[place]) for place in places]
     t_i = np.repeat(np.asarray(t, float)[places], counts)
     gamma_i = np.concatenate([gammas[place] for place in places])
@@ -23,7 +23,7 @@ def exact_errors(t, gammas, places):
 
 
 @pytest.mark.parametrize("tolerance", [0, 1e-2, 1e-4])
-def test_steps_with_the_same_profiles_are_chosen_as_ever(tolerance):
+def test_steps_with_the_same_profiles_are_selected_as_by_select_steps(tolerance):
     t = np.arange(1.0, 301)
     mixed = select_mixed_steps(t, [PAIR] * 300, 300, LENGTHS, tolerance=tolerance)
     same = select_steps(t, PAIR, 300, LENGTHS, tolerance=tolerance)
@@ -38,7 +38,7 @@ def test_two_roundings_of_one_profile_are_the_same():
 
 
 @pytest.mark.parametrize(("tolerance", "most"), [(1e-2, 25), (1e-3, 80), (1e-4, 250)])
-def test_run_that_went_on_with_other_profiles_needs_few_steps(tolerance, most):
+def test_run_resumed_with_other_profiles_needs_few_steps(tolerance, most):
     t, gammas = np.arange(1.0, 1001), [PAIR] * 500 + [TRIPLE] * 500
     chosen = select_mixed_steps(t, gammas, 1000, LENGTHS, tolerance=tolerance)
     assert chosen.places.size <= most  # 17, 53, 166 where this was written
@@ -66,7 +66,7 @@ def test_file_that_lacks_a_profile_costs_no_more_than_itself(lacking):
     kinds=st.lists(st.sampled_from([PAIR, TRIPLE, LONG, PAIR[:1], TRIPLE[2:]]), min_size=1, max_size=5, unique=True),
     tolerance=st.sampled_from([0, 1e-3, 1e-2, 0.1]),
 )
-def test_tolerance_is_kept_whatever_the_steps_have(seed, steps, unit, kinds, tolerance):
+def test_tolerance_holds_for_any_mix_of_profiles(seed, steps, unit, kinds, tolerance):
     rng = np.random.default_rng(seed)
     t = np.cumsum(rng.exponential(1, steps) ** 3 + 1e-3) * unit
     gammas = [kinds[k] for k in rng.integers(0, len(kinds), steps)]
@@ -79,7 +79,7 @@ def test_tolerance_is_kept_whatever_the_steps_have(seed, steps, unit, kinds, tol
     np.testing.assert_allclose(chosen.profile_error_of_all, of_all, rtol=1e-6, atol=1e-12)
 
 
-def test_many_kinds_of_steps_are_all_taken():
+def test_more_than_four_groups_select_all_steps():
     kinds = [PAIR, TRIPLE, LONG, PAIR[:1], TRIPLE[2:]]
     chosen = select_mixed_steps(np.arange(1.0, 51), kinds * 10, 50, LENGTHS, tolerance=0.1)
     assert np.array_equal(chosen.places, np.arange(50))
@@ -95,7 +95,9 @@ def test_places_are_those_of_the_given_order_and_later_steps_are_left_out():
 
 
 def test_lists_that_do_not_fit_the_times_are_named():
-    with pytest.raises(ValueError, match=r"\(2,\) times and 1 lists of exponents"):
+    with pytest.raises(
+        ValueError, match=r"t has the shape \(2,\), but gammas has 1 lists of exponents; expected one list"
+    ):
         select_mixed_steps([1.0, 2.0], [PAIR], 2, LENGTHS)
 
 

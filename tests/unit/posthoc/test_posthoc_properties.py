@@ -1,9 +1,9 @@
 """The solve for histories of every kind, against the profiles themselves, integrated in long double.
 
 The oracle knows nothing of intervals, fits or factors: it evaluates the weighted sum of the profiles (Eq. 121) at Gauss
-nodes between all kept times. Two things are asked of every solution: that its distance from the profile wanted is the
-one that is told, and that it is least (what is missed has the same inner product with every given profile, so that no
-change of weights that keeps their sum makes it smaller).
+nodes between all snapshot times. Every solution is checked for two things. Its distance from the requested profile is
+the reported profile error. And the distance is least: the residual has the same inner product with every given profile,
+so no change of weights with the same sum reduces it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Integral:
         self.u, self.quadrature = (edges[:-1, None] + width * (x + 1) / 2).ravel(), (width * wx / 2).ravel()
 
     def missed(self, weights, gamma_r):
-        """What the weighted sum misses of the profile wanted at t_r, at the nodes."""
+        """Return the difference of the weighted sum from the requested profile, at the nodes."""
         found = np.zeros_like(self.u)
         for gamma in np.unique(self.gamma):
             own = self.gamma == gamma
@@ -49,7 +49,7 @@ class Integral:
         return found - (gamma_r + 1) * self.u**gamma_r
 
     def inner_products(self, function):
-        """With every given profile of unit norm, and those norms."""
+        """Return the inner products with every given profile at unit norm, and the norms."""
         norm = (self.gamma + 1) / np.sqrt((2 * self.gamma + 1) * self.t)
         products = np.empty(self.t.size, REAL)
         for gamma in np.unique(self.gamma):
@@ -60,16 +60,16 @@ class Integral:
         return products / norm, norm
 
 
-def assert_least_and_as_told(t_i, gamma_i, t_r, lengths=LENGTHS):
+def assert_least_and_as_reported(t_i, gamma_i, t_r, lengths=LENGTHS):
     gamma_r = sigma_rel_to_gamma(lengths)
-    asked = t_i, gamma_i, np.full(gamma_r.size, t_r), gamma_r
-    weights, told = solve_weights(*asked), synthesis_report(*asked).profile_error
+    arguments = t_i, gamma_i, np.full(gamma_r.size, t_r), gamma_r
+    weights, reported = solve_weights(*arguments), synthesis_report(*arguments).profile_error
     integral = Integral(t_i, gamma_i, t_r)
     for m, gamma in enumerate(gamma_r.astype(REAL)):
         norm, floor = (gamma + 1) / np.sqrt(2 * gamma + 1), SMALLEST * (1 + np.abs(weights[:, m]).sum())
         missed = integral.missed(weights[:, m], gamma)
         distance = np.sqrt((integral.quadrature * missed**2).sum()) / norm
-        assert told[m] == pytest.approx(float(distance), rel=1e-6, abs=floor)
+        assert reported[m] == pytest.approx(float(distance), rel=1e-6, abs=floor)
         products, norms = integral.inner_products(missed / norm)
         common = (products / norms).sum() / (1 / norms**2).sum()  # of the condition that weights sum to 1
         assert np.abs(products - common / norms).max() <= 1e-9 * float(distance) + 10 * floor
@@ -95,28 +95,28 @@ def histories(draw, most):
 
 @given(t=histories(60), sigma_rels=st.sampled_from(PROFILES))
 @settings(deadline=None, max_examples=40)
-def test_solution_is_least_and_as_told(t, sigma_rels):
+def test_solution_is_least_and_as_reported(t, sigma_rels):
     gammas = sigma_rel_to_gamma(sigma_rels)
-    assert_least_and_as_told(np.repeat(t, gammas.size), np.tile(gammas, t.size), t[-1])
+    assert_least_and_as_reported(np.repeat(t, gammas.size), np.tile(gammas, t.size), t[-1])
 
 
 @given(t=histories(40), sigma_rels=st.sampled_from(PROFILES[1:4]), seed=st.integers(0, 2**32))
 @settings(deadline=None, max_examples=40)
-def test_solution_is_least_and_as_told_where_times_lack_profiles(t, sigma_rels, seed):
+def test_solution_is_least_and_as_reported_where_times_lack_profiles(t, sigma_rels, seed):
     gammas, rng = sigma_rel_to_gamma(sigma_rels), np.random.default_rng(seed)
-    there = rng.random((t.size, gammas.size)) < rng.choice([0.3, 0.7, 0.95])
-    there[0, rng.integers(gammas.size)] = True
-    t_i, gamma_i = np.repeat(t, gammas.size)[there.ravel()], np.tile(gammas, t.size)[there.ravel()]
-    assert_least_and_as_told(t_i, gamma_i, t[-1])
+    present = rng.random((t.size, gammas.size)) < rng.choice([0.3, 0.7, 0.95])
+    present[0, rng.integers(gammas.size)] = True
+    t_i, gamma_i = np.repeat(t, gammas.size)[present.ravel()], np.tile(gammas, t.size)[present.ravel()]
+    assert_least_and_as_reported(t_i, gamma_i, t[-1])
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e12])
 @pytest.mark.parametrize("sigma_rels", PROFILES[1:4])
-def test_solution_is_least_and_as_told_for_thousands_of_uneven_steps(sigma_rels, unit):
+def test_solution_is_least_and_as_reported_for_thousands_of_uneven_steps(sigma_rels, unit):
     rng = np.random.default_rng(len(sigma_rels))
     t = np.cumsum(10.0 ** rng.uniform(-2, 1, 3000)) * unit / 1e4
     gammas = sigma_rel_to_gamma(sigma_rels)
-    assert_least_and_as_told(np.repeat(t, gammas.size), np.tile(gammas, t.size), t[-1])
+    assert_least_and_as_reported(np.repeat(t, gammas.size), np.tile(gammas, t.size), t[-1])
 
 
 @given(
@@ -126,8 +126,10 @@ def test_solution_is_least_and_as_told_for_thousands_of_uneven_steps(sigma_rels,
     unit=st.sampled_from([1, 2048, 10**9]),
 )
 @settings(deadline=None, max_examples=40)
-def test_fewer_updates_than_profiles_between_snapshots_are_no_worse_than_told(seed, sigma_rels, updates_between, unit):
-    """The averages are then linearly dependent: the profile of the training is right, with small weights if wanted."""
+def test_fewer_updates_than_profiles_between_snapshots_are_no_worse_than_reported(
+    seed, sigma_rels, updates_between, unit
+):
+    """The averages are then linearly dependent. The profile of the training is still right, also with small weights."""
     rng, updates = np.random.default_rng(seed), 120
     t, gammas = np.cumsum(rng.integers(1, 64, updates)) * float(unit), sigma_rel_to_gamma(sigma_rels)
     shares, snapshots = np.zeros((gammas.size, updates)), []
@@ -139,12 +141,12 @@ def test_fewer_updates_than_profiles_between_snapshots_are_no_worse_than_told(se
             snapshots.append((t_now, shares.copy()))
     t_i, rows = np.repeat([t for t, _ in snapshots], gammas.size), np.concatenate([row for _, row in snapshots])
     outputs = np.full(3, t[-1]), sigma_rel_to_gamma([min(sigma_rels) * 1.1, 0.09, max(sigma_rels) * 0.95])
-    asked = t_i, np.tile(gammas, len(snapshots)), *outputs
-    told, span = synthesis_report(*asked), np.diff(t, prepend=0) / t[-1]
-    within = np.hypot(told.profile_error, 1e-3)
-    quiet = least_amplifying_weights(*asked, within=within)
+    arguments = t_i, np.tile(gammas, len(snapshots)), *outputs
+    report, span = synthesis_report(*arguments), np.diff(t, prepend=0) / t[-1]
+    within = np.hypot(report.profile_error, 1e-3)
+    quiet = least_amplifying_weights(*arguments, within=within)
     assert np.linalg.norm(quiet, axis=0).max() < 5
-    for weights, limit in ((solve_weights(*asked), told.profile_error), (quiet, within)):
+    for weights, limit in ((solve_weights(*arguments), report.profile_error), (quiet, within)):
         for found, error, gamma in zip(weights.T @ rows, limit, outputs[1], strict=True):
             wanted = np.diff((t / t[-1]) ** (gamma + 1), prepend=0)
             off = np.sqrt(((found - wanted) ** 2 / span).sum() * (2 * gamma + 1)) / (gamma + 1)

@@ -1,4 +1,4 @@
-"""Which steps of a finished run stay: against trying every subset, and against an independent dynamic program."""
+"""Retention after training, against trying every subset and against an independent dynamic program."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from nitrous_ema.posthoc.pruning import count_within
 from tests.unit.posthoc.test_keep_rules import PAIR, TRIPLE, errors, gammas_of
 
 
-def test_budget_of_bytes_is_a_number_of_snapshots():
+def test_budget_of_bytes_becomes_a_number_of_snapshots():
     assert count_within(1000, 300) == 3
-    with pytest.raises(ValueError, match="holds 1 snapshots of 600 bytes; expected room for at least 2"):
+    with pytest.raises(ValueError, match="holds 1 snapshots of 600 bytes; expected space for at least 2"):
         count_within(1000, 600)
 
 
 def best_worst_error(t, sigma_rels, lengths, keep, required):
-    """Least worst error over all subsets, before the sum of the weights is made 1."""
+    """Return the least worst error over all subsets, without the condition that weights sum to 1."""
     others = [place for place in range(len(t)) if place not in required]
     return min(
         max(errors(t[sorted({*some, *required})], sigma_rels, t[r], lengths, None).max() for r in required)
@@ -60,7 +60,7 @@ def test_best_32_of_300(sigma_rels, lowest, expected):
     pin=st.booleans(),
     by=st.sampled_from([{"keep": 8}, {"error": 0.02}, {"error": 1e-4}]),
 )
-def test_errors_told_are_those_of_the_solve(seed, steps, sigma_rels, pin, by):
+def test_reported_errors_are_those_of_the_solve(seed, steps, sigma_rels, pin, by):
     rng = np.random.default_rng(seed)
     t = np.cumsum(rng.exponential(1, steps) + 0.01) * 1e6
     pinned = (steps // 2,) if pin else ()
@@ -83,21 +83,24 @@ def test_error_is_met_with_the_fewest_steps():
     assert choice.kept.size == choice.lower_bound == 16
 
 
-def test_what_the_range_leaves_out_is_told():
+def test_lengths_lost_outside_the_range_are_reported():
     choice = retain(np.arange(1, 501), gammas_of(PAIR), keep=32)
     assert choice.sigma_rels[choice.in_range[[0, -1]]] == pytest.approx([0.05, 0.25])
-    (told,) = choice.warnings
-    assert "0.015 (0.04 % -> 17 %)" in told
-    assert "Widen the range" in told
+    (warning,) = choice.warnings
+    assert "become inaccurate at the newest step" in warning
+    assert "0.015 (0.04 % -> 17 %)" in warning
+    assert "Widen the range" in warning
     assert not retain(np.arange(1, 501), gammas_of(PAIR), keep=200, sigma_rels=(0.015, 0.28)).warnings
 
 
-def test_error_that_all_steps_miss_is_told():
+def test_error_limit_that_all_steps_miss_is_reported():
     choice = retain(np.arange(1, 21), gammas_of(PAIR), error=1e-3)
-    assert any("Not even all steps" in told for told in choice.warnings)
+    assert any(
+        "cannot be met at every length in the range, even with all snapshots" in each for each in choice.warnings
+    )
 
 
-def test_a_run_that_is_small_enough_stays_whole():
+def test_run_with_few_snapshots_keeps_all():
     choice = retain([3.0, 1.0, 2.0], gammas_of(PAIR), keep=5)
     assert choice.kept.tolist() == [1, 2, 0]
     assert choice.dropped.size == 0
@@ -106,14 +109,14 @@ def test_a_run_that_is_small_enough_stays_whole():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"keep": 3, "error": 0.1}, "keep is 3 and error is 0.1; expected exactly one"),
-        ({}, "keep is None and error is None"),
-        ({"keep": 1, "pinned": (0,)}, "keep is 1, but 2 steps stay in any case"),
+        ({"keep": 3, "error": 0.1}, "keep=3 and error=0.1: expected exactly one"),
+        ({}, "keep=None and error=None: expected exactly one"),
+        ({"keep": 1, "pinned": (0,)}, "keep is 1, but 2 steps are always kept"),
         ({"keep": 2, "pinned": (5,)}, "pinned has 5; expected places in t, which has 3 steps"),
         ({"error": 0.0}, "error has 0.0"),
         ({"t": [1.0, 1.0], "keep": 2}, "expected a 1-d array of different times"),
     ],
 )
-def test_bad_question_is_named(arguments, message):
+def test_bad_argument_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         retain(**{"t": [1.0, 2.0, 3.0], "gammas": gammas_of(PAIR), **arguments})

@@ -1,4 +1,4 @@
-"""Weights that amplify less: as a dense solve finds them, within the limit, and nothing spent for nothing."""
+"""Weights that amplify less: equal to a dense solve, within the limit, and without needless profile error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nitrous_ema.profile import sigma_rel_to_gamma
 TRIPLE = (0.03, 0.1, 0.25)
 
 
-def question(t, sigma_rels, lengths):
+def arguments_of(t, sigma_rels, lengths):
     gammas, wanted = sigma_rel_to_gamma(sigma_rels), sigma_rel_to_gamma(lengths)
     t = np.asarray(t, np.float64)
     return np.repeat(t, gammas.size), np.tile(gammas, t.size), np.full(wanted.size, t[-1]), wanted
@@ -23,11 +23,11 @@ def norms(weights):
     return np.linalg.norm(weights, axis=0)
 
 
-def errors(asked, weights):
-    return synthesis_report(*asked, weights=weights).profile_error
+def errors(arguments, weights):
+    return synthesis_report(*arguments, weights=weights).profile_error
 
 
-# --- Oracle: the profiles themselves on Gauss nodes, and numpy's dense least squares with a price on the norm ---------
+# --- Oracle: the profiles themselves on Gauss nodes, and numpy's dense least squares with a penalty on the norm -------
 
 
 def sampled(t_i, gamma_i, t_r, gamma_r):
@@ -45,18 +45,18 @@ def least_error_at_norm(own, wanted, norm):
     """The least error of weights with sum 1 and this norm, relative."""
     low, high = -60.0, 10.0
     for _ in range(200):
-        price = np.exp((low + high) / 2)
-        weights = priced(own, wanted, price)
+        penalty = np.exp((low + high) / 2)
+        weights = ridge(own, wanted, penalty)
         low, high = ((low + high) / 2, high) if np.linalg.norm(weights) > norm else (low, (low + high) / 2)
     return np.linalg.norm(own @ weights - wanted) / np.linalg.norm(wanted)
 
 
-def priced(own, wanted, price):
+def ridge(own, wanted, penalty):
     """Ridge: one weight is 1 less the sum of the others, so that no condition is left."""
     differences = own[:, :-1] - own[:, -1:]
     inputs = own.shape[1]
-    ridge = np.sqrt(price) * np.vstack([np.eye(inputs - 1), -np.ones(inputs - 1)])
-    right = np.concatenate([wanted - own[:, -1], np.append(np.zeros(inputs - 1), -np.sqrt(price))])
+    ridge = np.sqrt(penalty) * np.vstack([np.eye(inputs - 1), -np.ones(inputs - 1)])
+    right = np.concatenate([wanted - own[:, -1], np.append(np.zeros(inputs - 1), -np.sqrt(penalty))])
     others = np.linalg.lstsq(np.vstack([differences, ridge]), right, rcond=None)[0]
     return np.append(others, 1 - others.sum())
 
@@ -64,15 +64,15 @@ def priced(own, wanted, price):
 @pytest.mark.parametrize("sigma_rels", [(0.05, 0.1), TRIPLE])
 @pytest.mark.parametrize("length", [0.02, 0.04])
 def test_no_weights_of_that_norm_have_a_smaller_error(sigma_rels, length):
-    t_i, gamma_i, t_r, gamma_r = asked = question([2, 3, 5, 7, 8, 9, 10], sigma_rels, (length,))
-    plain = solve_weights(*asked)
-    within = 2 * errors(asked, plain)
-    found = least_amplifying_weights(*asked, within=within)
+    t_i, gamma_i, t_r, gamma_r = arguments = arguments_of([2, 3, 5, 7, 8, 9, 10], sigma_rels, (length,))
+    plain = solve_weights(*arguments)
+    within = 2 * errors(arguments, plain)
+    found = least_amplifying_weights(*arguments, within=within)
     assert norms(found) < 0.95 * norms(plain)
     own, wanted = sampled(t_i, gamma_i, t_r[0], gamma_r[0])
     best = least_error_at_norm(own, wanted, norms(found)[0])
-    assert errors(asked, found)[0] == pytest.approx(best, rel=1e-6, abs=0)
-    assert 0.9 * within < errors(asked, found)[0] <= within
+    assert errors(arguments, found)[0] == pytest.approx(best, rel=1e-6, abs=0)
+    assert 0.9 * within < errors(arguments, found)[0] <= within
 
 
 # --- What is promised -------------------------------------------------------------------------------------------------
@@ -84,66 +84,70 @@ def test_no_weights_of_that_norm_have_a_smaller_error(sigma_rels, length):
     sigma_rels=st.sampled_from([(0.1,), (0.05, 0.1), TRIPLE, (0.03, 0.06, 0.1, 0.2)]),
     added=st.sampled_from([1e-1, 1e-2, 1e-3, 1e-5]),
 )
-def test_limit_is_kept_and_the_norm_never_grows(seed, steps, unit, sigma_rels, added):
+def test_limit_holds_and_the_norm_never_grows(seed, steps, unit, sigma_rels, added):
     rng = np.random.default_rng(seed)
-    asked = question(np.cumsum(rng.exponential(1, steps) ** 3 + 1e-3) * unit, sigma_rels, rng.uniform(0.015, 0.28, 4))
-    plain = solve_weights(*asked)
-    within = np.hypot(synthesis_report(*asked).profile_error, added)
-    found = least_amplifying_weights(*asked, within=within)
-    assert (errors(asked, found) <= within * (1 + 1e-6)).all()
+    arguments = arguments_of(
+        np.cumsum(rng.exponential(1, steps) ** 3 + 1e-3) * unit, sigma_rels, rng.uniform(0.015, 0.28, 4)
+    )
+    plain = solve_weights(*arguments)
+    within = np.hypot(synthesis_report(*arguments).profile_error, added)
+    found = least_amplifying_weights(*arguments, within=within)
+    assert (errors(arguments, found) <= within * (1 + 1e-6)).all()
     np.testing.assert_allclose(found.sum(0), 1, atol=1e-12 * (1 + np.abs(found).sum(0).max()))
     assert (norms(found) <= norms(plain) * (1 + 1e-12)).all()
-    spent = (found != plain).any(0)
-    assert (norms(plain)[spent] > 1).all()
-    below_one = norms(found) < 1 - 1e-12  # comes for free, or not at all
-    assert (errors(asked, found) <= errors(asked, plain) + 1e-11 * norms(plain))[spent & below_one].all()
+    changed = (found != plain).any(0)
+    assert (norms(plain)[changed] > 1).all()
+    below_one = norms(found) < 1 - 1e-12  # only without added error
+    assert (errors(arguments, found) <= errors(arguments, plain) + 1e-11 * norms(plain))[changed & below_one].all()
 
 
-def test_what_a_choice_of_steps_leaves_of_the_tolerance_buys_a_fifth_of_the_amplification():
+def test_rest_of_the_tolerance_of_a_selection_lowers_amplification_to_a_fifth():
     lengths = (0.015, 0.02, 0.04, 0.2)
     chosen = select_steps(np.arange(1, 2001), sigma_rel_to_gamma(TRIPLE), 2000, sigma_rel_to_gamma(lengths))
-    asked = question(np.arange(1, 2001)[chosen.places], TRIPLE, lengths)
-    found = least_amplifying_weights(*asked, within=np.hypot(chosen.profile_error_of_all, 1e-3))
+    arguments = arguments_of(np.arange(1, 2001)[chosen.places], TRIPLE, lengths)
+    found = least_amplifying_weights(*arguments, within=np.hypot(chosen.profile_error_of_all, 1e-3))
     assert chosen.weight_l2[2] > 5 * norms(found)[2]  # 9.4 and 1.7
-    assert (errors(asked, found) <= 1e-3 * 1.01).all()
+    assert (errors(arguments, found) <= 1e-3 * 1.01).all()
 
 
-def test_where_nothing_is_amplified_nothing_is_spent():
-    asked = question(np.arange(1, 101), (0.05, 0.1), (0.05, 0.06, 0.1, 0.15))
-    np.testing.assert_array_equal(least_amplifying_weights(*asked, within=0.5), solve_weights(*asked))
+def test_no_error_is_added_where_nothing_is_amplified():
+    arguments = arguments_of(np.arange(1, 101), (0.05, 0.1), (0.05, 0.06, 0.1, 0.15))
+    np.testing.assert_array_equal(least_amplifying_weights(*arguments, within=0.5), solve_weights(*arguments))
 
 
-def test_no_more_error_is_spent_than_brings_the_norm_to_one():
-    asked = question(np.arange(1, 101), TRIPLE, (0.04,))
-    found = least_amplifying_weights(*asked, within=0.5)
+def test_no_more_error_is_added_than_lowers_the_norm_to_one():
+    arguments = arguments_of(np.arange(1, 101), TRIPLE, (0.04,))
+    found = least_amplifying_weights(*arguments, within=0.5)
     assert 1 <= norms(found)[0] < 1.1
-    assert errors(asked, found)[0] < 0.1
+    assert errors(arguments, found)[0] < 0.1
 
 
 @pytest.mark.parametrize("within", [0.0, 1e-12])
-def test_limit_that_cannot_be_met_leaves_the_least_error(within):
-    asked = question(np.arange(1, 11), TRIPLE, (0.02, 0.04))
-    np.testing.assert_array_equal(least_amplifying_weights(*asked, within=within), solve_weights(*asked))
+def test_limit_that_cannot_be_met_returns_the_least_error(within):
+    arguments = arguments_of(np.arange(1, 11), TRIPLE, (0.02, 0.04))
+    np.testing.assert_array_equal(least_amplifying_weights(*arguments, within=within), solve_weights(*arguments))
 
 
 @pytest.mark.parametrize("case", ["a time lacks a profile", "many averages"])
-def test_what_is_not_searched_keeps_the_least_error(case):
-    asked = question(np.arange(1, 400 if case == "many averages" else 21), TRIPLE, (0.02, 0.04))
+def test_unsupported_problems_return_the_least_error(case):
+    arguments = arguments_of(np.arange(1, 400 if case == "many averages" else 21), TRIPLE, (0.02, 0.04))
     if case == "a time lacks a profile":
-        asked = (np.delete(asked[0], 7), np.delete(asked[1], 7), *asked[2:])
-    found = least_amplifying_weights(*asked, within=0.1)
-    np.testing.assert_array_equal(found, solve_weights(*asked))
+        arguments = (np.delete(arguments[0], 7), np.delete(arguments[1], 7), *arguments[2:])
+    found = least_amplifying_weights(*arguments, within=0.1)
+    np.testing.assert_array_equal(found, solve_weights(*arguments))
 
 
 def test_outputs_of_several_times_and_any_order_of_inputs_are_found():
-    t_i, gamma_i, _, _ = question(np.arange(1, 21), TRIPLE, (0.02,))
+    t_i, gamma_i, _, _ = arguments_of(np.arange(1, 21), TRIPLE, (0.02,))
     t_r, gamma_r = np.array([20.0, 11.0, 20.0]), sigma_rel_to_gamma([0.02, 0.04, 0.04])
     order = np.random.default_rng(0).permutation(t_i.size)
     found = least_amplifying_weights(t_i[order], gamma_i[order], t_r, gamma_r, within=0.05)
     for m in range(3):
-        there = t_i <= t_r[m]
-        alone = least_amplifying_weights(t_i[there], gamma_i[there], t_r[m : m + 1], gamma_r[m : m + 1], within=0.05)
-        np.testing.assert_allclose(found[np.argsort(order), m][there], alone[:, 0], rtol=1e-6, atol=1e-9)
+        present = t_i <= t_r[m]
+        alone = least_amplifying_weights(
+            t_i[present], gamma_i[present], t_r[m : m + 1], gamma_r[m : m + 1], within=0.05
+        )
+        np.testing.assert_allclose(found[np.argsort(order), m][present], alone[:, 0], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(

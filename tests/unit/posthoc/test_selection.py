@@ -1,4 +1,4 @@
-"""The fewest steps: every subset is tried where that is possible, and the exact solve judges what was chosen."""
+"""Selection of the fewest steps, against trying every subset where possible, and against the exact solve."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ RANGE = tuple(np.linspace(0.05, 0.15, 11))
 
 
 def exact_errors(t, sigma_rels, t_r, lengths):
-    """Errors of the solve, and the norms of its weights."""
+    """Return the errors of the solve, and the norms of its weights."""
     gammas, wanted = sigma_rel_to_gamma(sigma_rels), sigma_rel_to_gamma(lengths)
-    question = np.repeat(t, gammas.size), np.tile(gammas, len(t)), np.full(wanted.size, float(t_r)), wanted
-    weights = solve_weights(*question)
-    return synthesis_report(*question, weights=weights).profile_error, np.linalg.norm(weights, axis=0)
+    inputs = np.repeat(t, gammas.size), np.tile(gammas, len(t)), np.full(wanted.size, float(t_r)), wanted
+    weights = solve_weights(*inputs)
+    return synthesis_report(*inputs, weights=weights).profile_error, np.linalg.norm(weights, axis=0)
 
 
 def selected(t, sigma_rels, lengths, tolerance, t_r=None):
@@ -72,7 +72,7 @@ def test_bound_is_never_above_the_smallest_set_nor_that_above_ours(times, sigma_
     [((0.08,), {1e-2: 3, 1e-3: 10, 1e-4: 31}), ((0.15,), {1e-3: 36, 1e-4: 118}), (RANGE, {1e-3: 36, 1e-4: 118})],
 )
 def test_fewest_of_2000_even_steps(lengths, steps):
-    """Columns are twice as many: the numbers of an independent search (shortest path over all pairs of steps)."""
+    """The numbers of an independent search: a shortest path over all pairs of steps."""
     for tolerance, expected in steps.items():
         chosen = selected(np.arange(1.0, 2001), PAIR, lengths, tolerance)
         assert chosen.places.size == chosen.lower_bound == expected
@@ -80,7 +80,7 @@ def test_fewest_of_2000_even_steps(lengths, steps):
 
 @pytest.mark.parametrize(("steps", "tolerance"), [(2000, 1e-3), (2000, 1e-4), (4000, 1e-3)])
 def test_one_profile_of_thousands_of_steps_is_thinned_down_to_the_bound(steps, tolerance):
-    """No few candidates meet the limit there, so a search that begins with few must not lose its way."""
+    """No small set of candidates meets the limit, so a search that begins on a coarse graph must still converge."""
     chosen = selected(np.arange(1.0, steps + 1), (0.1,), (0.05,), tolerance)
     assert 0.98 * chosen.places.size <= chosen.lower_bound <= chosen.places.size < steps / 4
 
@@ -126,7 +126,7 @@ def test_choice_keeps_the_tolerance_at_the_predicted_error(seed, steps, unit, si
     np.testing.assert_allclose(chosen.weight_l2, norm)
 
 
-def test_tolerance_of_zero_takes_all_steps():
+def test_tolerance_of_zero_selects_all_steps():
     chosen = selected(np.arange(1.0, 51), PAIR, (0.08,), 0)
     assert np.array_equal(chosen.places, np.arange(50))
     assert chosen.lower_bound == 50
@@ -156,31 +156,31 @@ def test_unit_of_time_does_not_matter():
 
 
 def test_tolerance_can_be_met_where_the_steps_begin_late():
-    """All steps together miss by far more than the tolerance: it is what may be added."""
+    """All steps together have a far larger error than the tolerance, which is the error that may be added."""
     t = np.arange(50.0, 201)
     chosen = selected(t, PAIR, (0.2,), 1e-3)
     assert chosen.profile_error_of_all[0] > 1e-2
     assert chosen.places.size < 80  # 64 where this was written
 
 
-def test_of_equally_small_sets_one_amplifies_rounding_least():
+def test_several_smallest_sets_are_compared_by_amplification():
     chosen = selected(np.arange(1.0, 2001), (0.03, 0.1, 0.25), tuple(np.geomspace(0.03, 0.25, 11)), 1e-3)
     assert chosen.ties > 1
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_of_the_sets_of_the_least_size_that_were_judged_the_least_amplifying_is_taken(seed):
-    judged, rng = {}, np.random.default_rng(seed)
+def test_of_the_smallest_evaluated_sets_the_least_amplifying_is_selected(seed):
+    evaluated, rng = {}, np.random.default_rng(seed)
     gammas, wanted = sigma_rel_to_gamma((0.03, 0.1, 0.25)), sigma_rel_to_gamma(np.geomspace(0.03, 0.25, 11))
     solver = Solver.of(np.arange(1, 2001), gammas, 2000, wanted)
     of_all = solver.solve(np.arange(2000))[0] ** 2
 
-    def judge(places):
+    def evaluate(places):
         within = (solver.solve(places)[0] ** 2 <= of_all + 1e-6).all()
-        return judged.setdefault(tuple(places), rng.uniform(1, 9)) if within else None
+        return evaluated.setdefault(tuple(places), rng.uniform(1, 9)) if within else None
 
-    found = fewest_times(solver.question(of_all + 1e-6, of_all), judge)
-    least = {places: value for places, value in judged.items() if len(places) == found.places.size}
+    found = fewest_times(solver.subset_problem(of_all + 1e-6, of_all), evaluate)
+    least = {places: value for places, value in evaluated.items() if len(places) == found.places.size}
     assert found.ties == len(least) > 1
     assert tuple(found.places) == min(least, key=least.get)
 
@@ -192,7 +192,7 @@ def test_4000_steps_and_21_lengths_take_about_a_second():
     assert time.process_time() - started < 10  # 0.6 s where nothing else runs
 
 
-def test_more_steps_than_fit_are_chosen_from_where_they_matter():
+def test_candidates_are_thinned_where_there_are_too_many_steps():
     t = np.arange(1.0, 12001)
     chosen = selected(t, PAIR, (0.08,), 1e-2)
     assert 2000 < chosen.candidates < 12000
@@ -203,7 +203,7 @@ def test_more_steps_than_fit_are_chosen_from_where_they_matter():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([1.0], [7.0], 0.5, [10.0]), "t_r has 0.5, but the earliest given average is of t = 1"),
+        (([1.0], [7.0], 0.5, [10.0]), "t_r has 0.5, but the earliest average in t_i has t = 1"),
         (([], [7.0], 1.0, [10.0]), "0 steps, 1 tracked profiles and 1 outputs; expected at least one of each"),
         (([1.0], [7.0], 1.0, []), "and 0 outputs"),
         (([-1.0], [7.0], 1.0, [10.0]), r"t has -1\.0"),
