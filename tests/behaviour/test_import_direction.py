@@ -1,8 +1,8 @@
-"""Which package may import which, read from the source of every module.
+"""Rules on imports, checked in the source of every module.
 
-Imports between packages go one way, as ``ORDER`` lists them. Inside a package there are no cycles. Both rules hold for
-every import, wherever it stands: at the top of a module, inside a function, or under TYPE_CHECKING. The rules on
-start-up (no torch, nothing of the EMA classes in the worker) leave TYPE_CHECKING out: such an import never runs.
+Imports between packages go one way, in the order of ``ORDER``. Inside a package there are no cycles. Both rules apply
+to every import: at the top of a module, inside a function, or under TYPE_CHECKING. The rules on start-up time (no torch,
+no EMA classes in the worker) ignore imports under TYPE_CHECKING, because they never run.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ ORDER = (
     ("cli", "integrations", "compat"),
     ("__main__",),
 )
-"""A package imports packages of earlier lines only; packages of one line do not import each other."""
+"""A package imports from packages in earlier lines only; packages in one line do not import each other."""
 
 LAZY = ("", "async_")
 """Packages whose names are looked up when they are first used. Only users and the command line import from them."""
 MAY_USE_THE_LIBRARY = ("cli", "integrations", "compat", "__main__")
 
 WITHOUT_TORCH = ("_version", "errors", "_base", "profile", "posthoc", "snapshots", "synthesis", "search", "cli")
-"""No module of these packages imports torch when it is loaded ..."""
+"""Packages whose modules do not import torch when they are loaded, except for ``NEEDS_TORCH``."""
 NEEDS_TORCH = ("_base.torch_dtypes", "cli.demo")
-"""... but these, which no other module of those packages loads."""
+"""Modules of these packages that import torch. No other module of these packages loads them."""
 NEVER_TORCH = ("errors", "_version", "profile", "posthoc", "search")
-"""These do not import torch in a function either."""
+"""Packages that do not import torch inside a function either."""
 WORKER = "async_.synthesize_worker"
 
 
@@ -52,13 +52,13 @@ WORKER = "async_.synthesize_worker"
 class Import:
     importer: str  # relative to the package, "" for its __init__
     target: str  # absolute
-    names: tuple[str, ...]  # of a `from target import names` that are no modules
+    names: tuple[str, ...]  # names in `from target import names`, except for modules
     line: int
     when: Literal["load", "call", "types"]
 
     @property
     def ours(self) -> str | None:
-        """The imported module, relative to the package; None for a module of another library."""
+        """Return the imported module, relative to the package; None for a module of another library."""
         if self.target == PACKAGE:
             return ""
         return self.target.removeprefix(PACKAGE + ".") if self.target.startswith(PACKAGE + ".") else None
@@ -69,7 +69,7 @@ class Import:
 
 @dataclass(frozen=True)
 class House:
-    """All modules of a package, by their names relative to it, and what they import."""
+    """All modules of a package, by their names relative to it, and their imports."""
 
     modules: tuple[str, ...]
     imports: tuple[Import, ...]
@@ -81,13 +81,13 @@ class House:
         return cls(tuple(files), tuple(imports))
 
     def reached_from(self, module: str, *, when: tuple[str, ...]) -> set[str]:
-        """All modules that are loaded with ``module``: ours by absolute name, others by their top name."""
+        """Return all modules that are loaded with ``module``: ours by absolute name, others by top-level name."""
         edges: dict[str, set[str]] = {_absolute(name): set() for name in self.modules}
         for name in self.modules:
             if name:
                 edges[_absolute(name)].add(_absolute(name.rpartition(".")[0]))  # its package is loaded first
         for found in self.imports:
-            # What a lazy package imports on demand is not loaded with it.
+            # A lazy package's imports inside functions run on demand, not when the package is loaded.
             if found.when in (("load",) if found.importer in LAZY else when):
                 edges[_absolute(found.importer)].add(found.target.split(".")[0] if found.ours is None else found.target)
         reached, waiting = set(), [_absolute(module)]
@@ -137,7 +137,7 @@ def _imports(importer: str, file: Path, known: set[str]) -> Iterator[Import]:
 
 
 def _statements(nodes: list[ast.AST], when: str) -> Iterator[tuple[ast.AST, str]]:
-    """Every node below ``nodes``, with when it runs."""
+    """Yield every node below ``nodes``, with the time at which it runs: load, call, or types."""
     for node in nodes:
         yield node, when
         if isinstance(node, ast.If) and _is_type_checking(node.test):
@@ -158,7 +158,7 @@ def _called(call: ast.Call) -> str | None:
 
 
 def direction_faults(house: House) -> list[str]:
-    """Imports between packages that go the wrong way, and packages that ``ORDER`` does not list."""
+    """Return imports between packages against ``ORDER``, and packages that ``ORDER`` does not list."""
     height = {package: line for line, packages in enumerate(ORDER) for package in packages}
     faults = [
         f"{name}: give its package a place in ORDER" for name in house.modules if name and _package(name) not in height
@@ -172,7 +172,7 @@ def direction_faults(house: House) -> list[str]:
 
 
 def cycle_faults(house: House) -> list[str]:
-    """Modules of one package that import each other in a circle."""
+    """Return cycles of imports between modules of one package."""
     graph: dict[str, set[str]] = {name: set() for name in house.modules}
     for found in house.imports:
         same_package = found.ours and _package(found.ours) == _package(found.importer)
@@ -186,7 +186,7 @@ def cycle_faults(house: House) -> list[str]:
 
 
 def lazy_package_faults(house: House) -> list[str]:
-    """Imports that a lazy package makes when it is loaded, and imports from one by our own modules."""
+    """Return imports that a lazy package makes when it is loaded, and imports from lazy packages by our own modules."""
     faults = [
         f"{found} when it is loaded: look it up when it is first used"
         for found in house.imports
@@ -203,7 +203,7 @@ def lazy_package_faults(house: House) -> list[str]:
 
 
 def cost_faults(house: House) -> list[str]:
-    """Modules that load what they are meant to work without."""
+    """Return modules that load libraries or modules they must work without."""
     light = [name for name in house.modules if _package(name) in WITHOUT_TORCH and name not in NEEDS_TORCH]
     faults = [
         f"{module} imports torch when it is loaded, itself or by what it imports"
