@@ -315,7 +315,8 @@ def test_budget_that_is_too_small_is_refused_with_the_bytes_needed(tmp_path):
     plan = plan_of(tmp_path)
     with pytest.raises(
         ValueError,
-        match=r"memory budget too small: 3 outputs from 20 columns \(1 tensor\) need at least \d+ bytes .*, got 1000 bytes",
+        match=r"memory budget too small: 3 outputs from 20 columns \(1 tensor\) need at least \d+ bytes "
+        r"\(\d+ MiB\), got 1000 bytes",
     ):
         stream(plan, lambda *_: None, memory_bytes=1000)
     needed = least_bytes(plan)

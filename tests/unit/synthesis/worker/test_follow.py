@@ -99,7 +99,7 @@ def test_following_ends_with_the_last_listed_step(training):
 def test_listed_step_without_a_snapshot_is_an_error(training):
     training.commit(100)
     training.events = [training.close]
-    with pytest.raises(SnapshotNotFound, match="no snapshot of step 150, 300 was found; run .* is closed"):
+    with pytest.raises(SnapshotNotFound, match=r"no snapshot of step 150, 300 was found; run .* is closed"):
         training.follow([100, 150, 300])
     assert training.done == [100]
 
