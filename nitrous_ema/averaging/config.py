@@ -76,7 +76,8 @@ class EMAConfig(TrackingPolicy):
     """The profiles that ``sigma_rels`` or ``gammas`` describe."""
 
     def __post_init__(self) -> None:
-        TrackingPolicy.__post_init__(self)  # super() does not work in dataclasses with slots before Python 3.14
+        # Not super(): dataclass(slots=True) replaces the class by a new one, which super() does not know.
+        TrackingPolicy.__post_init__(self)
         for name in ("sigma_rels", "gammas"):
             given = getattr(self, name)
             if given is not None:  # stored, because dataclasses.replace() could not read an iterator a second time
@@ -179,7 +180,7 @@ def resolve_profiles(
     Args:
         sigma_rels: Lengths as fractions of the training time, each in (0, 12 ** -0.5); or
         gammas: exponents, each greater than 0.
-        default: Lengths if both are None.
+        default: Lengths if neither is given.
 
     Raises:
         ValueError: Both are given, both are missing without a default, one is outside its domain, or two are equal.

@@ -324,7 +324,7 @@ class PostHocEMA(EMABase):
         """
         pinned_step = _checked(step)
         if pinned_step is None:
-            raise TypeError("step is None; expected the step of a pinned snapshot.")
+            raise TypeError(f"step is {step!r}; expected the step of a pinned snapshot.")
         if self._engine.is_inherited:
             return
         self._engine.check_failures("unpin()")

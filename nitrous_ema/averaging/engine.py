@@ -154,7 +154,7 @@ class AveragingEngine:
             gammas=gammas,
             update_every=1,
             frozen=True,
-            allow_different_devices=True,
+            allow_different_devices=True,  # the copy may be requested for another device
         )
 
     # ---- during training
@@ -177,12 +177,12 @@ class AveragingEngine:
             live = self._live()
         if self.run_lineage.is_fresh:
             self._begin()
-        weights = self.schedule.advance(t_delta)
+        weights = self.schedule.advance(t_delta)  # ENGINE-1: what may refuse the update comes before this line
         if live is not None and weights is not None:
             self._average(live, weights)
         every = self.config.checkpoint_every_steps
         if self.drain_request.take():
-            self._drain()
+            self._drain()  # includes a snapshot of this step
         elif every is not None and self.schedule.step % every == 0:
             self._checkpoint()
         if weights is not None:
@@ -216,6 +216,7 @@ class AveragingEngine:
             weights = self.schedule.catch_up()
             if weights is not None:
                 self._average(live, weights)
+        # Deferred updates belong to the averages of this step, so they are written before the snapshot reads them.
         self._attempt(self._dispatch.flush_deferred, "checkpoint()")
         taken = self._sink.take_snapshot(
             PendingSnapshot(self.flat_buffers, self.run_lineage.stamp(self.schedule)), self._dispatch.lane
@@ -341,7 +342,7 @@ class AveragingEngine:
         """
         if self.is_inherited or not self._finalizer.alive:
             return False
-        self._closed = True
+        self._closed = True  # before the wait: after a TimeoutError no update may add to what is pending
         self._dispatch.drain(clamp_timeout(timeout_seconds))
         if self.guard is not None:
             self.guard.fence()  # no lane reads the weights any more, so later writes are no violations

@@ -75,7 +75,7 @@ def restore(engine: AveragingEngine, snapshot: Snapshot) -> str | None:
 
 
 def warn_about_other_runs(store: SnapshotStore, run: str) -> str | None:
-    """Return a warning for a run that begins in a folder where another run has snapshots; None if there is none.
+    """Return a warning for a run that begins in a folder where another run has snapshots, else None.
 
     Args:
         store: The snapshot folder.

@@ -55,7 +55,7 @@ def late_snapshot_copies(monkeypatch):
 
 
 class LateCopies(ThreadLane):
-    """Copies no snapshot until somebody waits for the lane; averaging before it runs at once."""
+    """A lane that copies a snapshot only when a caller waits for the lane; earlier averaging runs at once."""
 
     def __init__(self):
         self.gate = Gate()
@@ -149,7 +149,7 @@ def test_a_snapshot_followed_at_once_by_an_update_has_the_averages_of_its_step(t
 
 
 def test_batch_norm_statistics_are_those_of_the_step(tmp_path, monkeypatch):
-    """Forward changes them before the lane comes to read; every step's snapshot must have its own."""
+    """Forward changes them before the lane reads them; each snapshot must have the statistics of its step."""
     model = make_model("batch norm")
     use_lane(monkeypatch, LateLane())
     ema = AsyncPostHocEMA(

@@ -41,7 +41,7 @@ def exact_shares(gamma, t):
 
 
 def distance(found, wanted, t, gamma):
-    """L2 distance of two profiles that are constant over each update's time, relative to the norm of the one wanted."""
+    """L2 distance of two profiles that are constant over each update's time, relative to the norm of ``wanted``."""
     span = np.diff(t, prepend=0.0) / t[-1]
     return np.sqrt(((found - wanted) ** 2 / span).sum() * (2 * gamma + 1)) / (gamma + 1)
 
@@ -71,7 +71,7 @@ def trained(folder, sigma_rels, t_deltas, checkpoints):
     seed=st.integers(0, 2**32),
 )
 @settings(deadline=None, max_examples=25)
-def test_synthesized_average_is_the_profile_asked_for(sigma_rels, clock, spacing, lengths, tolerance, seed):
+def test_synthesized_average_is_the_requested_profile(sigma_rels, clock, spacing, lengths, tolerance, seed):
     rng = np.random.default_rng(seed)
     t_deltas = {"steps": (1, 2), "images": (32, 4096), "tokens": (10**9, 10**10)}[clock]
     t_deltas = rng.integers(*t_deltas, UPDATES)
@@ -84,12 +84,12 @@ def test_synthesized_average_is_the_profile_asked_for(sigma_rels, clock, spacing
     t, plan = np.cumsum(t_deltas)[:updates].astype(np.float64), made.plan
     gammas = sigma_rel_to_gamma(lengths)
     assert (plan.report.profile_error <= np.hypot(plan.profile_error_of_all, tolerance) * (1 + 1e-6) + 1e-12).all()
-    for shares, gamma, told, of_all in zip(
+    for shares, gamma, predicted, of_all in zip(
         (*made.flats, public), (*gammas, gammas[0]), (*plan.report.profile_error, np.inf),
         (*plan.profile_error_of_all, plan.profile_error_of_all[0]), strict=True
     ):  # fmt: skip
         off = distance(shares[:updates], exact_shares(gamma, t), t, gamma)
         rounding = 1e-13 * (1 + plan.least_error_l2.max())
-        assert off <= min(told * (1 + 1e-6), np.hypot(of_all, tolerance) * (1 + 1e-6)) + rounding
+        assert off <= min(predicted * (1 + 1e-6), np.hypot(of_all, tolerance) * (1 + 1e-6)) + rounding
         assert shares.sum() == pytest.approx(1.0, abs=100 * rounding)
         assert not shares[updates:].any()

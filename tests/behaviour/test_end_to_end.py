@@ -1,4 +1,4 @@
-"""The whole way through four processes: one trains, one synthesizes meanwhile, one loads without any of our code."""
+"""All steps in four processes: one trains, one synthesizes meanwhile, one loads without any code of this package."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ NET = """
             return self.scale * (self.leave(x) + self.again(x))
 """
 
-# Trains to step 200, says so, and goes on training until a line comes in. Beside the library it sums up, in float64,
-# what the averages of step 200 should be: every step's weights times the profile's weight of that step.
+# Trains to step 200, prints a line, and goes on training until a line comes in. It also sums up, in float64 and without
+# the library, the averages of step 200: every step's weights times the profile's weight of that step.
 TRAIN = """
     import json, sys, threading
     import numpy as np, torch
@@ -114,7 +114,7 @@ EVALUATE = """
 
 
 class Trainer:
-    """A process that trains; it says a line of JSON at a time."""
+    """A process that trains and prints lines of JSON."""
 
     def __init__(self, folder: Path, snapshots: Path) -> None:
         gammas = [float(sigma_rel_to_gamma(length)) for length in LENGTHS]
@@ -217,7 +217,7 @@ def test_averages_are_synthesized_while_training_goes_on_and_load_where_nothing_
 
 
 def assert_is_the_average(output: dict, expected) -> None:
-    """Equal to the definition's within the profile error the worker predicts for it."""
+    """It equals the definition's average within the profile error that the worker predicts."""
     found = safetensors.numpy.load_file(output["path"])
     assert sorted(found) == sorted(expected.files)  # the state_dict's keys, and no others
     assert found["norm.num_batches_tracked"] == 200

@@ -1,4 +1,4 @@
-"""Training with keep=: what is on disk at every moment, and what can be made of it afterwards."""
+"""Training with keep=: the snapshots on disk at every moment, and the averages that they give afterwards."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def copied_state(ema):
 
 
 def settled(ema, last):
-    """Train up to a step; what is on disk after each."""
+    """Train up to a step; yield the snapshots on disk after each step."""
     for step in run(ema, last):
         ema.flush(TIMEOUT_SECONDS)
         yield step, on_disk(ema)
 
 
 def on_disk(ema):
-    """By the names of the folders alone."""
+    """Steps of the snapshots, from the names of the files alone."""
     return sorted(int(path.name[5:17]) for path in ema.snapshots.root.glob("step-*"))
 
 
@@ -76,7 +76,7 @@ def snapshot_size(make):
 
 
 def assert_cheapest_is_dropped(before, after, now, count, pinned=frozenset()):
-    """That what went is what costs least by the solve over all that could have stayed."""
+    """Check that the dropped snapshots cost least, by solving over all that could have been kept."""
     t = np.array([*before, now], float)
     gone = sorted({*before, now} - {*after})
     assert set(after) <= {*before, now}
@@ -124,7 +124,7 @@ def test_as_many_as_fit_into_a_budget_are_kept(cls, train, monkeypatch, tmp_path
 def assert_average_is_its_profile(ema):
     """Of 8 kept snapshots, within what the rule promises."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NitrousWarning)  # 8 are few, and that is told
+        warnings.simplefilter("ignore", NitrousWarning)  # 8 snapshots are few, which causes a warning
         average = ema.synthesize_ema_model(sigma_rel=0.08).state_dict()["ema_model.weight"].double()
     exact = profile(0.08, STEPS)
     assert float((average - exact).norm() / exact.norm()) < 0.05
@@ -150,14 +150,14 @@ def test_resumed_training_goes_on_with_what_was_kept(cls, train):
     second.load_state_dict(state)
     for step, _ in settled(second, 30):
         own = {snapshot.step for snapshot in second.snapshots.snapshots(second.run)}
-        assert left <= set(on_disk(second))  # a future that was left is nobody's to drop
+        assert left <= set(on_disk(second))  # no run may drop snapshots of an abandoned future
         assert step in own
         assert len(own) == min(6, len(shared) + step - 12)
     assert own & shared
 
 
 @BOTH
-def test_state_that_is_loaded_in_mid_run_goes_on_in_its_own_history(cls, train):
+def test_state_that_is_loaded_in_mid_run_goes_on_in_its_own_lineage(cls, train):
     ema = train(cls, keep=4)
     for step, _ in settled(ema, 14):
         if step == 6:
@@ -211,9 +211,9 @@ def test_step_without_a_snapshot_cannot_be_pinned(cls, train):
         ema.pin()
     list(run(ema, 7))
     ema.flush(TIMEOUT_SECONDS)
-    with pytest.raises(SnapshotNotFound, match="nearest") as told:
+    with pytest.raises(SnapshotNotFound, match="nearest") as caught:
         ema.pin(5)
-    assert list(told.value.nearest) == [3, 6]
+    assert list(caught.value.nearest) == [3, 6]
     assert ema.snapshots.pins() == frozenset()
     ema.unpin(5)
 
@@ -232,7 +232,7 @@ def test_ancestors_can_be_pinned(train):
 
 
 class StubbornFiles(QuickFiles):
-    """Removes nothing from the moment on that it is told not to."""
+    """Files that cannot be removed once ``stubborn`` is True."""
 
     stubborn = False
 
@@ -277,7 +277,7 @@ def test_keep_that_makes_no_sense_is_named(keep, tmp_path):
 
 
 def test_rule_holds_for_readers_of_the_folder(train):
-    """Whoever opens the folder finds what the rule keeps, and nothing wrong with it."""
+    """A reader of the folder finds the snapshots that the rule keeps, all of them valid."""
     ema = train(PostHocEMA, keep=KeepCount(5, sigma_rels=(0.05, 0.1)))
     list(run(ema, 20))
     store = SnapshotStore(ema.snapshots.root)
@@ -312,7 +312,7 @@ def test_branch_leaves_what_it_shares_with_a_finished_run_alone(train, cls):
 
 
 @BOTH
-def test_run_that_goes_on_from_the_end_of_a_closed_one_thins_its_history_too(train, cls):
+def test_run_that_continues_a_closed_one_from_its_end_thins_its_lineage_too(train, cls):
     first = train(cls)
     list(run(first, 10))
     first.close(TIMEOUT_SECONDS)
@@ -346,9 +346,9 @@ def test_warning_names_the_line_that_called(train, cls, call):
     ema = train(cls, keep=Broken(2))
     list(run(ema, 1))
     ema.flush(TIMEOUT_SECONDS)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         list(run(ema, 2))
         getattr(ema, call)()
-    assert all("a mistake in it" in str(warning.message) for warning in told)
-    assert {warning.filename for warning in told} == {__file__}
+    assert all("a mistake in it" in str(warning.message) for warning in caught)
+    assert {warning.filename for warning in caught} == {__file__}

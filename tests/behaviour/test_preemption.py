@@ -1,6 +1,6 @@
-"""``request_drain()``: everything on disk before a job that was told to end does so. Also with a real signal.
+"""``request_drain()``: everything is on disk before a job ends that got a signal to end. Also with a real signal.
 
-How an interpreter that ends by itself drains is in test_service.py.
+The drain at the interpreter's exit is tested in tests/unit/async_/test_ema.py.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def test_full_queue_is_waited_for_where_it_would_skip(make, monkeypatch):
     assert on_disk(ema) == [1, 2]
 
 
-def test_drain_waits_no_longer_than_asked_and_training_may_go_on(make, monkeypatch):
+def test_drain_waits_no_longer_than_its_timeout_and_training_may_go_on(make, monkeypatch):
     files = StalledFiles()
     use_files(monkeypatch, files)
     ema = make(wait_timeout=0.05)
@@ -104,7 +104,7 @@ def test_drain_waits_no_longer_than_asked_and_training_may_go_on(make, monkeypat
     with pytest.raises(TimeoutError, match=r"steps \[1\] are still being written"):
         ema.update()
     assert not ema.drained
-    steps(ema, 1)  # asks nobody to wait again
+    steps(ema, 1)  # requests no second wait
     files.gate.open()
     ema.flush(TIMEOUT_SECONDS)
     ema.request_drain()
@@ -114,7 +114,7 @@ def test_drain_waits_no_longer_than_asked_and_training_may_go_on(make, monkeypat
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_drain_that_cannot_write_is_told_and_done(cls, make, monkeypatch):
+def test_drain_that_cannot_write_raises_and_is_done(cls, make, monkeypatch):
     files = FaultyFiles()
     use_files(monkeypatch, files)
     ema = make(cls)
@@ -122,7 +122,7 @@ def test_drain_that_cannot_write_is_told_and_done(cls, make, monkeypatch):
     ema.request_drain()
     with pytest.raises(SnapshotWriteError, match="No space left"):
         ema.update()
-    assert ema.drained  # nothing is on its way, and whoever asked was told
+    assert ema.drained  # nothing is pending, and the error was raised
     assert ema.step == 1
     files.broken = False
 
@@ -191,7 +191,7 @@ def test_sigterm_ends_the_loop_with_a_snapshot_of_its_last_step(cls, tmp_path):
     command = [sys.executable, "-c", SCRIPT.format(cls=cls), str(tmp_path / "ema")]
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": REPOSITORY}
     with subprocess.Popen(command, **piped) as process:
-        too_late = threading.Timer(100, process.kill)  # also where nothing is ever said
+        too_late = threading.Timer(100, process.kill)  # also where the process never prints anything
         too_late.start()
         try:
             line = process.stdout.readline()
@@ -202,9 +202,9 @@ def test_sigterm_ends_the_loop_with_a_snapshot_of_its_last_step(cls, tmp_path):
             too_late.cancel()
     assert line == "in step 5\n", errors
     assert process.returncode == 0, errors
-    told = json.loads(rest)
-    assert told["step"] > 5
-    assert told["pending"] == 0
+    printed = json.loads(rest)
+    assert printed["step"] > 5
+    assert printed["pending"] == 0
     store = SnapshotStore(tmp_path / "ema")
-    assert [snapshot.step for snapshot in store.snapshots()] == [told["step"]]
+    assert [snapshot.step for snapshot in store.snapshots()] == [printed["step"]]
     assert store.verify() == []

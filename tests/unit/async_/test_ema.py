@@ -143,9 +143,9 @@ def test_averages_are_refused_after_a_failure(training, monkeypatch):
     training.steps(1)  # fails in the background
     lane.drain(TIMEOUT_SECONDS)
     for call in (ema.update, ema.checkpoint, ema.state_dict, ema.flush, lambda: ema(torch.ones(1, 16))):
-        with pytest.raises(NitrousError, match=r"averaging failed \(division by zero\).*load_state_dict") as told:
+        with pytest.raises(NitrousError, match=r"averaging failed \(division by zero\).*load_state_dict") as caught:
             call()
-        assert isinstance(told.value.__cause__, ZeroDivisionError)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
     training.optimizer.step()  # training itself is untouched
     lane.fail_next = False
     with pytest.raises(RuntimeError, match="Missing key"):
@@ -161,7 +161,7 @@ def test_averages_are_refused_after_a_failure(training, monkeypatch):
     assert model is ema.model
 
 
-def test_failure_that_is_known_only_when_a_state_is_loaded_is_no_longer_told(training, monkeypatch):
+def test_failure_found_only_when_a_state_is_loaded_is_not_raised(training, monkeypatch):
     lane = FailingLane()
     use_lane(monkeypatch, lane)
     training = training()
@@ -175,7 +175,7 @@ def test_failure_that_is_known_only_when_a_state_is_loaded_is_no_longer_told(tra
     assert training.ema.step == 3
 
 
-def test_failure_that_a_refused_state_met_first_is_still_told(training, monkeypatch):
+def test_failure_found_by_a_refused_state_is_still_raised(training, monkeypatch):
     lane = FailingLane()
     use_lane(monkeypatch, lane)
     training = training()
@@ -233,10 +233,10 @@ def test_failed_write_is_raised_once_at_the_next_call(training, monkeypatch):
     training.steps(2)
     files.broken = True
     training.ema.checkpoint()
-    with pytest.raises(SnapshotWriteError, match="step-000000000002") as told:
+    with pytest.raises(SnapshotWriteError, match="step-000000000002") as caught:
         training.ema.flush(TIMEOUT_SECONDS)
-    assert told.value.step == 2
-    assert isinstance(told.value.__cause__, OSError)
+    assert caught.value.step == 2
+    assert isinstance(caught.value.__cause__, OSError)
     training.steps(1)  # once
     files.broken = False
     training.ema.checkpoint()
@@ -245,7 +245,7 @@ def test_failed_write_is_raised_once_at_the_next_call(training, monkeypatch):
     assert training.ema.stats().failed == 1
 
 
-def test_failed_write_is_told_by_close_which_closes_all_the_same(training, monkeypatch):
+def test_failed_write_is_raised_by_close_which_closes_all_the_same(training, monkeypatch):
     files = FaultyFiles()
     use_files(monkeypatch, files)
     training = training()
@@ -261,7 +261,7 @@ def test_failed_write_is_told_by_close_which_closes_all_the_same(training, monke
         training.ema.update()
 
 
-def test_a_snapshot_that_failed_may_be_asked_for_again(training, monkeypatch):
+def test_a_snapshot_that_failed_may_be_requested_again(training, monkeypatch):
     files = FaultyFiles()
     use_files(monkeypatch, files)
     training = training()
@@ -281,14 +281,14 @@ def test_with_warnings_a_full_disk_does_not_end_training(training, monkeypatch):
     use_files(monkeypatch, files)
     training = training(on_error="warn", max_pending=1)
     files.broken = True
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(8):  # far more than there are slots
             training.steps(1)
             training.ema.checkpoint()
         training.ema.flush(TIMEOUT_SECONDS)
         training.ema.update()
-    assert len([each for each in told if issubclass(each.category, NitrousWarning)]) == 8
+    assert len([each for each in caught if issubclass(each.category, NitrousWarning)]) == 8
     files.broken = False
     training.ema.checkpoint()
     training.ema.flush(TIMEOUT_SECONDS)
@@ -352,7 +352,7 @@ def test_full_queue_waits_no_longer_than_asked(stalled):
     assert training.ema.stats().seconds_waited >= 0.05
 
 
-def test_full_queue_skips_or_raises_as_asked(stalled):
+def test_full_queue_skips_or_raises_as_configured(stalled):
     training = stalled(on_full="skip")
     assert training.ema.checkpoint() is False
     training.gate.open()
@@ -373,7 +373,7 @@ def test_full_queue_raises_and_nothing_is_lost(stalled):
     assert training.on_disk() == [2]
 
 
-def test_flush_gives_up_in_time_and_works_again(stalled):
+def test_flush_times_out_and_works_again(stalled):
     training = stalled()
     with pytest.raises(TimeoutError, match=r"steps \[2\]"):
         training.ema.flush(0.01)
@@ -383,7 +383,7 @@ def test_flush_gives_up_in_time_and_works_again(stalled):
     assert training.on_disk() == [2]
 
 
-def test_close_gives_up_in_time_and_works_again(stalled):
+def test_close_times_out_and_works_again(stalled):
     training = stalled()
     with pytest.raises(TimeoutError, match=r"steps \[2\]"):
         training.ema.close(0.01)
@@ -522,7 +522,7 @@ def test_ema_that_is_collected_on_its_own_thread_is_ended_elsewhere(tmp_path):
         assert background_threads() == []
 
 
-def test_averaging_that_failed_and_was_never_asked_about_is_logged(tmp_path, monkeypatch, caplog):
+def test_averaging_failure_that_was_never_raised_is_logged(tmp_path, monkeypatch, caplog):
     lane = FailingLane()
     use_lane(monkeypatch, lane)
     training = Training(tmp_path)
@@ -642,13 +642,13 @@ def test_waiting_for_the_lane_keeps_no_core_busy(training, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [None, nn.Linear(3, 2).parameters(), nn.Linear(3, 2).state_dict()])
-def test_what_is_no_model_is_named(tmp_path, wrong):
+def test_object_that_is_not_a_model_is_named(tmp_path, wrong):
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         AsyncPostHocEMA(wrong, checkpoint_folder=tmp_path)
 
 
 @pytest.mark.parametrize("seconds", [float("inf"), 1e12])
-def test_time_without_an_end_can_be_waited_for(tmp_path, seconds):
+def test_infinite_timeout_is_accepted(tmp_path, seconds):
     ema = AsyncPostHocEMA(make_model(), checkpoint_folder=tmp_path, wait_timeout=seconds, max_pending=1, read="copied")
     for _ in range(3):
         ema.update()

@@ -111,13 +111,13 @@ def test_buffers_that_are_not_saved_are_there():
     assert ema.ema_model.cache is not model.cache
 
 
-def test_marks_on_parameters_are_kept():
+def test_attributes_of_parameters_are_copied():
     model = Vector(3)
     model.weight.is_sharded_somehow = True
     assert averaged(model).ema_model.weight.is_sharded_somehow
 
 
-def test_online_model_is_not_copied_until_it_is_asked_for(monkeypatch, tmp_path):
+def test_online_model_is_not_copied_until_the_first_access(monkeypatch, tmp_path):
     """Nor at a checkpoint, for which nitrous-ema 0.0.1 made two copies of it per profile."""
 
     def refuse(*_):
@@ -160,7 +160,7 @@ def test_error_names_the_submodule_that_cannot_be_copied(build, name):
 
 
 def test_wrapped_method_over_the_online_layer_is_refused():
-    """What mixed-precision launchers do: a bound method around the forward that was there before."""
+    """Replace forward as mixed-precision launchers do: by a bound method around the previous forward."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     before = model[1].forward
 
@@ -173,7 +173,7 @@ def test_wrapped_method_over_the_online_layer_is_refused():
         _ = averaged(model).ema_model
 
 
-def test_patch_that_remembers_no_module_is_copied():
+def test_patch_that_refers_to_no_module_is_copied():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     factor = 2.0
 

@@ -1,4 +1,4 @@
-"""PostHocEMA and KarrasEMA as their users meet them."""
+"""``PostHocEMA`` and ``KarrasEMA`` through their public methods."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_average_is_the_exact_discrete_profile(steps, kind, update_every, make):
 
 
 @pytest.mark.parametrize("sigma_rel", [0.03, 0.05, 0.1, 0.25])
-def test_average_has_the_length_that_was_asked_for(sigma_rel, make):
+def test_average_has_the_requested_length(sigma_rel, make):
     steps, model = 1000, Vector(1000)
     ema = make(model, sigma_rels=[sigma_rel])
     for step in range(steps):
@@ -168,7 +168,7 @@ def test_average_has_the_length_that_was_asked_for(sigma_rel, make):
 @pytest.mark.parametrize("sigma_rel", [0.04, 0.05, 0.07, 0.12, 0.2])
 @pytest.mark.parametrize("update_every", [1, 5])
 @pytest.mark.parametrize("kind", ["steps", "images"])
-def test_synthesized_average_has_the_asked_profile_within_the_predicted_error(sigma_rel, update_every, kind, make):
+def test_synthesized_average_has_the_requested_profile_within_the_predicted_error(sigma_rel, update_every, kind, make):
     steps, model, every = 1000, Vector(1000), 50
     ema = make(model, update_every=update_every, checkpoint_every_num_steps=every)
     for step, t_delta in enumerate(t_deltas(kind, steps)):
@@ -325,7 +325,7 @@ def test_snapshots_are_taken_at_multiples_of_their_interval(make):
 
 
 @pytest.mark.parametrize("every", [1e10, "manual"])
-def test_no_snapshot_is_taken_by_itself_where_none_is_asked_for(every, make):
+def test_no_snapshot_is_taken_by_itself_with_manual(every, make):
     model = Net()
     ema = make(model, checkpoint_every_num_steps=every)
     train(ema, model, range(5))
@@ -348,7 +348,7 @@ def test_snapshot_before_the_first_update_is_refused(make):
         make(Net()).checkpoint()
 
 
-def test_failed_snapshot_is_told_and_the_averages_go_on(make, tmp_path):
+def test_failed_snapshot_is_raised_and_the_averages_go_on(make, tmp_path):
     model = Net()
     ema = make(model)
     train(ema, model, range(3))
@@ -552,7 +552,7 @@ def test_time_that_stands_still_is_refused_and_nothing_changes(t_delta, make):
     assert (ema.step, ema.t) == (3, 3)
 
 
-def test_uncorrected_profile_is_told_at_construction(make):
+def test_uncorrected_profile_is_warned_of_at_construction(make):
     with pytest.warns(NitrousWarning, match="does not give the requested profiles"):
         make(Net(), update_every=10, step_size_correction=False)
 
@@ -813,7 +813,7 @@ def test_flush_and_fence_have_nothing_to_wait_for(make):
     ema.flush(timeout=0)
 
 
-# ---- mistakes, each told before anything is touched
+# ---- mistakes, each raised before anything is changed
 
 MISTAKES = {
     "length outside its domain": ({"sigma_rels": (0.05, 0.3)}, ValueError, "sigma_rel"),
@@ -831,7 +831,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake_in_an_argument_is_told_before_a_folder_is_made(mistake, make, tmp_path):
+def test_mistake_in_an_argument_is_raised_before_a_folder_is_made(mistake, make, tmp_path):
     arguments, error, message = MISTAKES[mistake]
     with pytest.raises(error, match=message):
         make(Net(), **arguments)
@@ -857,7 +857,7 @@ MODELS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", [PostHocEMA, KarrasEMA])
 @pytest.mark.parametrize("mistake", MODELS)
-def test_model_that_cannot_be_averaged_is_told_before_a_folder_is_made(kind, mistake, make, tmp_path):
+def test_model_that_cannot_be_averaged_is_refused_before_a_folder_is_made(kind, mistake, make, tmp_path):
     build, message = MODELS[mistake]
     with pytest.raises(UntrackableModelError, match=message):
         make(build()) if kind is PostHocEMA else KarrasEMA(build(), sigma_rel=0.1)
@@ -870,7 +870,7 @@ def test_karras_ema_needs_exactly_one_of_length_and_exponent(given):
         KarrasEMA(Net(), **given)
 
 
-def test_folder_that_cannot_be_written_is_told_at_construction(make, tmp_path):
+def test_folder_that_cannot_be_written_is_refused_at_construction(make, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SnapshotError, match=r"Snapshots cannot be written to .*file") as error:
         make(Net(), checkpoint_folder=tmp_path / "file" / "ema")
@@ -891,7 +891,8 @@ def test_folder_that_cannot_be_written_leaves_no_thread_or_hook(tmp_path):
 
 
 def test_profile_that_is_not_there_is_refused(make):
-    with pytest.raises(IndexError, match="index is 2; expected the index of one of 2 profiles"), make(Net()).average_parameters(2):
+    message = "index is 2; expected the index of one of 2 profiles"
+    with pytest.raises(IndexError, match=message), make(Net()).average_parameters(2):
         pass
 
 
@@ -944,7 +945,7 @@ def test_no_thread_or_hook_is_left_by_the_synchronous_service(make):
 
 
 def averages_on(device: str, case: str, folder: str = "") -> dict:
-    """What is left of a short training; the same numbers are wanted on the fake accelerator as on the CPU."""
+    """The results of a short training; they must be the same on the fake accelerator as on the CPU."""
     import tempfile
 
     from tests.support.laggy.device import take_host_waits
@@ -983,7 +984,7 @@ def averages_on(device: str, case: str, folder: str = "") -> dict:
                 ema.update()
                 assert case == "apart" or seed == 2 or take_host_waits() == []
         if case == "refused":
-            return {"told": "move_ema_to_online_device=True" in refused if device != "cpu" else True}
+            return {"names the remedy": "move_ema_to_online_device=True" in refused if device != "cpu" else True}
         ema.checkpoint()
         state = {key: value for key, value in ema.state_dict().items() if isinstance(value, torch.Tensor)}
         places = {value.device.type for value in state.values()}
@@ -999,7 +1000,7 @@ def averages_on(device: str, case: str, folder: str = "") -> dict:
         }
 
 
-def test_devices_are_followed_moved_or_kept_apart_as_asked():
+def test_devices_are_followed_moved_or_separate_as_configured():
     cases = [{"case": case} for case in ("whole", "moved", "follow", "apart", "refused")]
     assert_right_on_laggy(averages_on, cases=cases, schedules=["eager", "lazy", "random:0", "random:1", "random:2"])
 
@@ -1020,7 +1021,7 @@ def test_length_that_the_snapshots_cannot_give_is_warned_of(tmp_path, ema_class)
             ema.synthesize_ema_model(sigma_rel=0.005)
 
 
-@pytest.mark.filterwarnings("ignore")  # what torch's compiler says of torch itself
+@pytest.mark.filterwarnings("ignore")  # warnings of torch's compiler about torch itself
 def test_compiled_training_step_may_contain_update(tmp_path):
     net = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -1043,7 +1044,7 @@ def test_compiled_training_step_may_contain_update(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["buffer", "parameter"])
-def test_tensor_that_comes_to_an_empty_place_is_told(tmp_path, kind):
+def test_tensor_that_is_added_after_construction_is_reported(tmp_path, kind):
     model = nn.Linear(3, 2)
     if kind == "buffer":
         model.register_buffer("late", None)

@@ -23,7 +23,7 @@ from tests.support.models import Net, set_weights
 
 
 class RecordingSink:
-    """Takes snapshots, or not, and remembers them."""
+    """A sink that takes snapshots, or skips them, and records them."""
 
     def __init__(self, answer: bool = True) -> None:
         self.answer = answer
@@ -57,7 +57,7 @@ class RecordingSink:
 
 
 class BreakingLane(InlineLane):
-    """Fails while it is told to."""
+    """A lane whose writes fail while ``breaks`` is True."""
 
     breaks = False
 
@@ -95,7 +95,7 @@ def test_failed_update_counts_nothing(wrong):
     assert torch.equal(average(engine), before)
 
 
-def test_failed_lane_is_told_and_the_averages_refused_until_a_state_is_loaded():
+def test_failed_lane_is_raised_and_the_averages_refused_until_a_state_is_loaded():
     model, lane = Net(), BreakingLane()
     engine = engine_of(model, make_lane=lambda device: lane)
     engine.update()
@@ -139,7 +139,7 @@ def test_corrections_of_nitrous_001_leave_the_averages_at_a_checkpoint(correctio
     assert [(step, t) for step, t, _ in sink.taken] == [(3, 1)]
 
 
-def test_skipped_snapshot_is_taken_when_it_is_asked_for_again():
+def test_skipped_snapshot_is_taken_at_the_next_request():
     sink = RecordingSink(answer=False)
     engine = engine_of(Net(), sink)
     engine.update()
@@ -211,7 +211,7 @@ def test_float64_averages_do_not_warn_of_small_weights():
 
 
 class CapturingLane(InlineLane):
-    """The caller is recording a graph while it is told so."""
+    """A lane whose caller records a graph while ``captures`` is True."""
 
     captures = False
 

@@ -1,4 +1,4 @@
-"""``restore()``: averages back from the snapshot folder; and the word to whoever forgot to resume."""
+"""``restore()``: averages from the snapshot folder, and the warning for runs that forgot to resume."""
 
 from __future__ import annotations
 
@@ -369,7 +369,10 @@ def test_restore_is_refused_when_closed_or_swapped(make):
     ema = make(Net())
     ema.update()
     ema.checkpoint()
-    with ema.average_parameters(), pytest.raises(NitrousError, match=r"restore\(\): the model currently holds averaged weights"):
+    with (
+        ema.average_parameters(),
+        pytest.raises(NitrousError, match=r"restore\(\): the model currently holds averaged weights"),
+    ):
         ema.restore()
     assert ema.restore() == 1
     ema.close()
@@ -393,10 +396,10 @@ def test_rounded_averages_come_back_with_one_warning(model, stored, words, make)
     train(first, range(1, 6))
     first.checkpoint()
     again = make(Vector(50, model), checkpoint_dtype=stored)
-    with pytest.warns(NitrousWarning, match=words) as told:
+    with pytest.warns(NitrousWarning, match=words) as caught:
         again.restore()
-    assert len(told) == 1
-    assert told[0].filename == __file__
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
     found, expected = averages_of(again), averages_of(first)
     assert_same_bits(found, {key: value.to(stored).to(value.dtype) for key, value in expected.items()})
 
@@ -418,17 +421,17 @@ def test_averages_that_fit_their_file_come_back_to_the_bit(model, stored, make):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_forgetting_to_resume_is_told_once_at_the_first_update(cls, make):
+def test_forgetting_to_resume_is_warned_of_once_at_the_first_update(cls, make):
     first = make(Net(), cls, checkpoint_every_num_steps=3)
     train(first, range(1, 8))
     first.flush(TIMEOUT_SECONDS)
     second = make(Net(), cls, checkpoint_every_num_steps=1)
-    with pytest.warns(NitrousWarning, match="begins anew") as told:
+    with pytest.warns(NitrousWarning, match="begins anew") as caught:
         second.update()
-    assert len(told) == 1
-    assert told[0].filename == __file__
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
     for words in (f"run, {second.run},", f"run {first.run} has snapshots up to step 6", "load_state_dict", "restore()"):
-        assert words in str(told[0].message)
+        assert words in str(caught[0].message)
     train(second, range(2, 5))  # warnings are errors here
     second.load_state_dict(saved(second))
     second.update()
@@ -436,7 +439,7 @@ def test_forgetting_to_resume_is_told_once_at_the_first_update(cls, make):
 
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("how", ["restore", "load", "empty folder", "karras"])
-def test_who_resumes_or_has_nothing_to_resume_is_told_nothing(how, cls, make, tmp_path):
+def test_no_warning_where_a_run_resumes_or_has_nothing_to_resume(how, cls, make, tmp_path):
     first = make(Net(), cls)
     train(first, range(1, 4))
     if how != "empty folder":

@@ -140,13 +140,13 @@ def test_state_that_knows_its_step_only_counts_time_in_steps(calls):
 
 
 def late(update_every: int) -> Schedule:
-    """A schedule at step 1e6 + 1, where an applied update has just been."""
+    """A schedule at step 1e6 + 1, directly after an applied update."""
     schedule = Schedule([GAMMA], update_every, "exact")
     schedule.load({"step": 10**6 + 1, "updates": 10**6 // update_every + 1})
     return schedule
 
 
-def small_weights_told(schedule: Schedule, calls: int) -> list[str]:
+def small_weight_warnings(schedule: Schedule, calls: int) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(calls):
@@ -156,30 +156,30 @@ def small_weights_told(schedule: Schedule, calls: int) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-def test_weights_too_small_for_float32_are_told_once():
-    (told,) = small_weights_told(late(update_every=1), 50)
-    assert "7.9e-06" in told  # (gamma + 1) / t
-    assert "update_every=10 " in told
+def test_weights_too_small_for_float32_cause_one_warning():
+    (message,) = small_weight_warnings(late(update_every=1), 50)
+    assert "7.9e-06" in message  # (gamma + 1) / t
+    assert "update_every=10 " in message
 
 
-def test_sparse_updates_are_not_told_to_be_too_dense():
-    assert small_weights_told(late(update_every=100), 500) == []
+def test_sparse_updates_cause_no_warning():
+    assert small_weight_warnings(late(update_every=100), 500) == []
 
 
 def test_short_interval_after_a_checkpoint_is_no_small_weight():
     schedule = late(update_every=100)
-    assert small_weights_told(schedule, 99) == []
+    assert small_weight_warnings(schedule, 99) == []
     schedule.catch_up()
-    assert small_weights_told(schedule, 1) == []  # one step since the checkpoint: weight 8e-6
+    assert small_weight_warnings(schedule, 1) == []  # one step since the checkpoint: weight 8e-6
 
 
-def test_dense_updates_that_became_sparse_are_not_told():
+def test_dense_updates_that_became_sparse_cause_no_warning():
     schedule = Schedule([GAMMA], 100, "exact")
     schedule.load({"step": 10**6, "now": 10**6, "t": 10**6, "updates": 10**6})
-    assert small_weights_told(schedule, 500) == []  # the first one comes after a single step
+    assert small_weight_warnings(schedule, 500) == []  # the first one comes after a single step
 
 
-def test_small_weights_of_float64_averages_are_not_told():
+def test_small_weights_of_float64_averages_cause_no_warning():
     schedule = late(update_every=1)
     schedule.least_weight = 0.0
-    assert small_weights_told(schedule, 5) == []
+    assert small_weight_warnings(schedule, 5) == []

@@ -1,4 +1,4 @@
-"""How an EMA ends when something is in the way (what it drains and writes then is in test_service.py)."""
+"""The end of an EMA when something fails. What it drains and writes then is in tests/unit/async_/test_ema.py."""
 
 from __future__ import annotations
 

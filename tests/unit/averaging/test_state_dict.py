@@ -1,4 +1,4 @@
-"""Saving and loading averages: keys, what loads into what, and that nothing is touched where it does not."""
+"""Saving and loading averages: the keys, which states load, and that a state that does not load changes nothing."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_karras_ema_loads_as_part_of_the_users_module():
 
 
 def test_state_of_one_profile_loads_into_a_karras_ema(tmp_path):
-    """0.0.1's ``ema_models[i]`` is a KarrasEMA, whose state people keep."""
+    """``ema_models[i]`` of nitrous-ema 0.0.1 is a KarrasEMA, whose state users have saved."""
     model = Net()
     ema = posthoc(model, tmp_path)
     train(ema, model, range(4))
@@ -173,7 +173,7 @@ def test_state_that_does_not_fit_is_refused_and_nothing_is_touched(kind, nested,
 
 
 @pytest.mark.parametrize("kind", ["missing", "missing counters", "unexpected"])
-def test_what_fits_is_loaded_where_that_is_asked_for(kind, tmp_path):
+def test_keys_that_fit_are_loaded_without_strict(kind, tmp_path):
     model = Net()
     ema = posthoc(model, tmp_path)
     train(ema, model, range(4))

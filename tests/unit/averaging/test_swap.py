@@ -1,4 +1,4 @@
-"""An average in the place of the weights, and the weights back again."""
+"""``average_parameters()``: an average in the online model, and the weights restored."""
 
 from __future__ import annotations
 
