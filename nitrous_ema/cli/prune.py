@@ -95,9 +95,11 @@ class Pins:
     """The pinned steps of a history, and the changes to them."""
 
     before: frozenset[int]
+    """Steps that are pinned now."""
     add: tuple[Snapshot, ...]
+    """Snapshots to pin."""
     remove: tuple[tuple[int, str], ...]
-    """(step, run) of markers; the snapshot may be gone."""
+    """(step, run) of pins to remove; the snapshot may be gone."""
 
     @property
     def after(self) -> frozenset[int]:
