@@ -37,10 +37,10 @@ from bench.harness import (
     Measure,
     Report,
     compare,
+    described,
     duration,
     parser,
     start,
-    tensor_entry,
     timed,
 )
 from bench.stalls import stall
@@ -83,7 +83,7 @@ def main() -> None:
         try:
             _all_tables(report, workload, device, libraries, options, share)
         except Exception as error:  # training itself has failed
-            report.add_list(f"{workload.name}, nothing more", {}, {}, failed={NO_EMA: tensor_entry(error)})
+            report.add_list(f"{workload.name}, nothing more", {}, {}, failed={NO_EMA: described(error)})
         release(device)
     report.write(options.json)
     sys.exit(bool(report.failures))
@@ -200,7 +200,7 @@ def memory(bench: Bench, budget: Budget) -> None:
                 more = peak() - alone
             rows[name] = {"peak": more + alone, "more than without": more, "of two averages": more / bench.elements / 8}
         except Exception as error:
-            failed[name] = tensor_entry(error)
+            failed[name] = described(error)
         release(bench.device)
     columns = {"peak": bytes_shown, "more than without": bytes_shown, "of two averages": "{:.3f}".format}
     note = (
@@ -226,7 +226,7 @@ def _duels(
             try:
                 comparisons.append(_duel(bench, share, base, partial(measures, name), make, every))
             except Exception as error:
-                failed[name] = tensor_entry(error)
+                failed[name] = described(error)
         else:
             failed[name] = NO_TIME
         release(bench.device)

@@ -7,8 +7,8 @@ Three tables:
   memory    how far each one's memory grew meanwhile, above that of its process with everything imported
   sparse    500 snapshots of a small model: with the default tolerance only a few of them are read
 
-Every sample is a process of its own, which takes the time without its start and its imports. All contestants read from the
-page cache: the folders were just written, and are read once before. All files lie in the folder ``--folder`` (14 GB).
+Every sample is a process of its own, which takes the time without its start and its imports. All contestants read
+from the page cache: the folders were just written, and are read once before. All files lie in ``--folder`` (14 GB).
 """
 
 from __future__ import annotations

@@ -250,11 +250,11 @@ def _sample(name: str, measure: Measure, failed: dict[str, str] | None) -> float
     except Exception as error:
         if failed is None:
             raise
-        failed[name] = tensor_entry(error)
+        failed[name] = described(error)
         return None
 
 
-def tensor_entry(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """An error in one line, which keeps nothing alive."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300]
 

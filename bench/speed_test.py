@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.contestants import nitrous_001
-from bench.harness import Measure, compare, parser, start, synchronizer, tensor_entry, timed
+from bench.harness import Measure, compare, described, parser, start, synchronizer, timed
 from bench.training import release, torchvision_vit_h_14, vit_quick
 from nitrous_ema import AsyncPostHocEMA, PostHocEMA
 
@@ -152,7 +152,7 @@ def _network(network: nn.Module, inputs: Tensor, eager: bool) -> tuple[nn.Module
         compiled(inputs).mean().backward()
     except Exception as error:
         torch._dynamo.reset()
-        return network, f"eager as torch.compile has failed ({tensor_entry(error)})"
+        return network, f"eager as torch.compile has failed ({described(error)})"
     return compiled, "torch.compile"
 
 

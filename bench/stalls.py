@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import savers
 from bench.contestants import Averaging
-from bench.harness import Budget, Comparison, added_by, compare, duration, tensor_entry
+from bench.harness import Budget, Comparison, added_by, compare, described, duration
 from bench.savers import Saver
 from bench.training import NO_TIME, Bench, Marks, bytes_shown, copy_seconds, release
 
@@ -66,7 +66,7 @@ def _checkpoints(
             else:
                 failed[name] = NO_TIME
         except Exception as error:
-            failed[name] = tensor_entry(error)
+            failed[name] = described(error)
         release(bench.device)
     return Comparison(seconds), failed, longest
 

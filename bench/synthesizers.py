@@ -78,7 +78,7 @@ def _loop(snapshots: Path, out: Path, lengths: Sequence[float], *, dtype: torch.
     """Read, checksum, convert, multiply and write, block after block: what one writes who wants no library."""
     plan = plan_from_store(snapshots, sigma_rels=lengths, tolerance=0.0)
     weights = torch.from_numpy(plan.weights.T.copy()).to(dtype)
-    columns = _MixedColumns(plan)
+    columns = _Columns(plan)
     flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
     written = [os.open(out / f"{each}.bin", flags, 0o666) for each in lengths]
     for begin in range(0, plan.elements, BLOCK_ELEMENTS):
@@ -91,7 +91,7 @@ def _loop(snapshots: Path, out: Path, lengths: Sequence[float], *, dtype: torch.
         os.close(descriptor)
 
 
-class _MixedColumns:
+class _Columns:
     """The columns of a plan in float16, read front to back."""
 
     def __init__(self, plan: Plan) -> None:

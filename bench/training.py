@@ -16,7 +16,7 @@ from torch import nn
 
 from bench import models
 from bench.contestants import Averaging, Make
-from bench.harness import Report, synchronizer, tensor_entry, timed
+from bench.harness import Report, described, synchronizer, timed
 from bench.models import VisionTransformer
 
 COPY_BYTES = 256 << 20
@@ -38,7 +38,7 @@ def torchvision_vit_h_14() -> tuple[Callable[[], nn.Module], str]:
     try:
         from torchvision.models import vit_h_14 as theirs
     except Exception as error:  # a build for another torch raises RuntimeError
-        return vit_h_14, f"ViT-H/14 of plain torch, for torchvision is left out ({tensor_entry(error)})"
+        return vit_h_14, f"ViT-H/14 of plain torch, for torchvision is left out ({described(error)})"
     return theirs, "torchvision's vit_h_14"
 
 
@@ -75,7 +75,7 @@ class Trainee:
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     @property
-    def tensor_entry(self) -> str:
+    def described(self) -> str:
         """What a training step is."""
         precision = "float32" if self.device.type == "cpu" else "bfloat16 autocast"
         return f"batch {self.batch}, {precision}, fused AdamW"
