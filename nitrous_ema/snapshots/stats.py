@@ -23,7 +23,7 @@ class WriteStats:
     bytes_written: int = 0
     """Bytes of all snapshots that were written."""
     bytes_freed: int = 0
-    """Bytes that removing dropped snapshots has freed. The last dropped ones stay until the next snapshot is written."""
+    """Bytes that removing dropped snapshots has freed. The last ones are removed when the next snapshot is written."""
     seconds_waited: float = 0.0
     """Seconds that checkpoint() made its caller wait for a free slot."""
     seconds_writing: float = 0.0
