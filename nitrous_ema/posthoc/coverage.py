@@ -67,6 +67,7 @@ def covered_lengths(
         ValueError: As ``solve_weights``; also limits that are not positive.
     """
     allowed = np.array(limits, dtype=np.float64).reshape(-1, 2)
+    # numbers_between accepts finite numbers only, but an infinite limit is allowed here.
     numbers_between("limits", np.minimum(allowed, 1e300), 0.0, remedy="Give pairs of an error and an amplification.")
     length_errors = _LengthErrors(t_i, gamma_i, float(t_r))
     lengths = length_errors.lengths()
@@ -79,6 +80,7 @@ def covered_lengths(
     if not groups:
         return tuple(() for _ in limits)
     ends = np.array([(first, last) for _, first, last in groups])
+    # The first and the last examined length have no neighbor. There outside equals inside: bisection changes nothing.
     inside, outside = lengths[ends].ravel(), lengths[np.clip(ends + np.array([-1, 1]), 0, lengths.size - 1)].ravel()
     max_error, max_norm = np.repeat(allowed[[pair for pair, _, _ in groups]], 2, axis=0).T
     # Bisection of both ends of every range, in geometric means: inside stays within the limits, outside beyond them.

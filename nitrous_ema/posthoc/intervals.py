@@ -101,11 +101,14 @@ def _fit_within(width: FloatArray, gamma: FloatArray, power: FloatArray, pieces:
     rule = _quadrature(pieces)
     root = np.sqrt(width[:, None] * rule.weights * np.exp(-width[:, None] * rule.nodes))[..., None]  # dv = v dlog v
     basis = np.concatenate([*_divided_differences(gamma[None], width, rule)], axis=-1) * root
+    # The target joins the tracked exponents; _divided_differences needs them in descending order.
     extended = -np.sort(-np.column_stack([np.tile(gamma, (power.size, 1)), power]))
     *_, remainder = _divided_differences(extended, width, rule)
     remainder = remainder * root
+    # QR, because normal equations would square the condition number of the basis.
     q, r = np.linalg.qr(basis)
     inside = q.transpose(0, 2, 1) @ remainder
+    # The difference is formed before it is squared: a difference of squared norms has no digits left for small errors.
     outside = remainder - q @ inside
     order = np.arange(gamma.size + 1)
     scale = (-width[:, None]) ** order  # _divided_differences divides by it
@@ -178,6 +181,7 @@ def _quadrature(pieces: int) -> _Quadrature:
     lower = np.column_stack([-np.ones(_NODES), legendre[:, : _NODES - 1]])
     antiderivative = (legendre[:, 1:] - lower) / (2 * degree + 1)  # of each polynomial, from -1 to x
     within = antiderivative @ ((degree[:, None] + 0.5) * legendre[:, :_NODES].T * w)
+    # Pieces are short next to v = 1 (node 0), where the exponentials change fastest.
     length = np.diff(np.append(0.0, 0.5 ** np.arange(pieces)[::-1])) / 2
     start = np.cumsum(length) * 2 - length * 2
     weights = (length[:, None] * w).ravel()

@@ -71,6 +71,7 @@ def keep_rule(keep: Keep) -> KeepRule:
         return KeepCount(int(number))
     if isinstance(keep, str) and keep == "all":
         return KeepAll()
+    # A number as text is refused: "32" may mean snapshots or bytes.
     if isinstance(keep, str) and not keep.strip().isdecimal() and _is_amount(keep):
         return KeepBytes(keep)
     raise (ValueError if isinstance(keep, str) else TypeError)(
@@ -212,7 +213,7 @@ class KeepBytes:
         self, t: Times, *, gammas: Sequence[float], snapshot_bytes: int, pinned: Collection[int] = ()
     ) -> tuple[int, ...]:
         """Drop the steps that add least error, one after the other, until the others and one more snapshot fit."""
-        count = self.budget_bytes // snapshot_bytes - 1
+        count = self.budget_bytes // snapshot_bytes - 1  # space for the next snapshot while it is being written
         return _drops_of_least_loss(t, count, gammas, self.sigma_rels, self.exponent, pinned)
 
     def check(self, gammas: Sequence[float], snapshot_bytes: int) -> None:
@@ -301,6 +302,7 @@ def _scores(cost: IntervalCost, t: FloatArray, targets: FloatArray, exponent: fl
     alone, joined = cost.of_widths(width), cost.of_widths(width[:-1] + width[1:])
     scores = np.zeros(t.size)
     for log_t_r in log_ratio(targets, t[-1]):
+        # Weights are 0 after the target's time: dropping a later step adds no error to it.
         weight = cost.weights(log_t, np.full(cost.powers.shape, log_t_r))
         present = alone * weight
         # A joined interval costs at least its parts, but the interpolated table may violate this by its error.

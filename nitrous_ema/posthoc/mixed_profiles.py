@@ -57,6 +57,7 @@ def select_mixed_steps(
     columns = _MixedColumns(
         [np.asarray(gammas[place], dtype=np.float64) for place in input_places], unique_t, float(t_r), gammas_r
     )
+    # A group is a set of profiles; ``group`` is the group of each usable step, so the target step's is the last.
     groups, group = np.unique(columns.table, axis=0, return_inverse=True)
     group = group.reshape(-1)
     if len(groups) == 1:

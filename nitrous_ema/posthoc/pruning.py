@@ -108,6 +108,7 @@ def retain(
     lengths, target_times = wanted_lengths(tracked, sigma_rels), _target_times(t, pinned)
     reported = np.union1d(lengths, _REPORTED_LENGTHS)
     in_range = np.flatnonzero((reported >= lengths[0]) & (reported <= lengths[-1]))
+    # Steps are chosen for the lengths in the range; errors are reported for all lengths.
     solver = _solver(t, tracked, target_times, reported[in_range])
     required = np.searchsorted(solver.t, target_times)
     everything = np.arange(solver.t.size)
@@ -157,6 +158,7 @@ def _best_of_count(solver: Solver, keep: int, required: Places) -> tuple[Places,
             "at least that many. Keep more steps, or unpin some."
         )
     everything = np.arange(solver.t.size)
+    # least_error_times uses no limits, so any will do.
     problem = solver.subset_problem(np.ones(solver.t_r.size), np.zeros(solver.t_r.size), required)
     if keep >= everything.size:
         return everything, float(np.sqrt(problem.errors2(everything).max()))

@@ -143,6 +143,7 @@ def _checked_weights(problem: LeastSquaresProblem, weights: ArrayLike) -> FloatA
 def _error_of_weights(problem: LeastSquaresProblem, weights: FloatArray) -> FloatArray:
     """Return the relative errors [outputs] of the profiles with these weights: the unreachable part and the rest."""
     table = np.zeros((*problem.row.shape, problem.t_r.size))
+    # add.at, because an average may be given several times, and its weights add up.
     np.add.at(table, (problem.at_time, problem.at_gamma), weights)
     error = np.empty(problem.t_r.size)
     for target in problem.targets():

@@ -109,22 +109,22 @@ class Solver:
             ValueError: As ``select_steps``.
         """
         input_t, t_r_of_targets = times("t", t).ravel(), times("t_r", t_r)
-        tracked, wanted = exponents("gammas", gammas).ravel(), exponents("gammas_r", gammas_r).ravel()
-        if not wanted.size or not tracked.size or not input_t.size:
+        tracked, requested = exponents("gammas", gammas).ravel(), exponents("gammas_r", gammas_r).ravel()
+        if not requested.size or not tracked.size or not input_t.size:
             raise ValueError(
-                f"there are {input_t.size} steps, {tracked.size} tracked profiles and {wanted.size} outputs; "
+                f"there are {input_t.size} steps, {tracked.size} tracked profiles and {requested.size} outputs; "
                 "expected at least one of each."
             )
         unique_t, input_places = np.unique(input_t, return_index=True)
         usable = int(np.searchsorted(unique_t, t_r_of_targets.max(), side="right"))
-        t_r_of_targets = np.broadcast_to(t_r_of_targets, wanted.shape).copy()
+        t_r_of_targets = np.broadcast_to(t_r_of_targets, requested.shape).copy()
         # Raises for arguments that are out of range, before any search begins.
         LeastSquaresProblem.of(
-            np.repeat(unique_t, tracked.size), np.tile(tracked, unique_t.size), t_r_of_targets, wanted
+            np.repeat(unique_t, tracked.size), np.tile(tracked, unique_t.size), t_r_of_targets, requested
         )
         usable_t = unique_t[:usable]
         log_t = log_ratio(usable_t, usable_t[-1])
-        return cls(usable_t, input_places[:usable], np.unique(tracked), t_r_of_targets, wanted, log_t)
+        return cls(usable_t, input_places[:usable], np.unique(tracked), t_r_of_targets, requested, log_t)
 
     def subset_problem(self, limit2: FloatArray, of_all2: FloatArray, required: Places | None = None) -> SubsetProblem:
         """Return the search problem for times with which the targets are within these limits.

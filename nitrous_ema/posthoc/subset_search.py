@@ -79,7 +79,7 @@ class _SubsetSearch:
         self.ties = 1
         self.share = np.full(problem.limit2.size, 1 / problem.limit2.size)
         self.multiplier = _FIRST_MULTIPLIER
-        self._evaluated: set[bytes] = set()
+        self._evaluated: set[bytes] = set()  # different multipliers often lead to the same path
 
     def consider(self, places: Places) -> bool:
         """Evaluate a set that may improve on the best one, and return whether it is within the limits.
@@ -117,9 +117,10 @@ class _SubsetSearch:
             costs = graph.costs_with_shares(self.multiplier * share)
             places, cost = graph.shortest_path(costs)
             dual = cost - costs.allowance
-            if dual > best_dual:
+            if dual > best_dual:  # close_gap continues from the shares with the best bound
                 self.share, best_dual = share, dual
             if certify:
+                # A number of times is whole, so the bound rounds up; 1e-6 absorbs the rounding of the dual.
                 self.lower_bound = max(self.lower_bound, int(np.ceil(dual - 1e-6)))
             self.consider(places)
             if self.best.size <= self.lower_bound:
@@ -146,7 +147,7 @@ class _SubsetSearch:
             layers = graph.least_costs_by_count(costs, most=self.best.size - 1, enough=costs.allowance)
             enough = layers[-1][-1] <= costs.allowance
             self.lower_bound = max(self.lower_bound, len(layers) if enough else self.best.size)
-            if not enough:
+            if not enough:  # no smaller set of the candidates is within the limits
                 return
             # Paths that cost more than the aim exceed the slack of some target.
             while layers[-1][-1] > costs.aim and len(layers) < self.best.size - 1:
@@ -201,6 +202,7 @@ def least_error_times(problem: SubsetProblem, count: int) -> LeastErrorTimes:
         weight = weight / weight.sum()
         costs = graph.costs_with_weights(weight / worst2)
         layers = graph.least_costs_by_count(costs, most=count)
+        # Weights sum to 1. So the worst error of a set is at least its weighted error, which is at least the path's.
         bound2 = max(bound2, float(layers[-1][-1]) * worst2 / SLACK)
         places = graph.path(costs, layers)
         errors2 = problem.errors2(places)
