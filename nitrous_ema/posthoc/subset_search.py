@@ -82,7 +82,7 @@ class _SubsetSearch:
         self._evaluated: set[bytes] = set()  # different multipliers often lead to the same path
 
     def consider(self, places: Places) -> bool:
-        """Evaluate a set that may improve on the best one, and return whether it is within the limits.
+        """Evaluate a set unless it cannot be the best one; return whether it was evaluated and is within the limits.
 
         It becomes the best set if it is smaller, or equally small with less amplification.
         """
