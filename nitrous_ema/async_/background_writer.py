@@ -1,6 +1,6 @@
 """Snapshots in the background: staged into host slots on the lanes, written to the store by threads of this package.
 
-A write takes seconds, and training must not wait for it. take_snapshot() claims a slot, queues the readbacks into it on
+A write may take seconds, and training must not wait. take_snapshot() claims a slot, queues the readbacks into it on
 the lanes and returns. When all readbacks are queued the slot goes to a writer thread, which waits for each page on the
 host, writes it, and frees the slot. An executor cannot be used: it refuses work once the main thread has ended, just
 when the last snapshot must be written. The threads make only long calls that release the interpreter's lock (event

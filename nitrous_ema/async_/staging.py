@@ -1,6 +1,6 @@
 """Host memory that stages a snapshot on its way from the averages to the disk.
 
-Writing a snapshot takes far longer than copying it to the host, and both must run beside training. Each snapshot
+Copying a snapshot to the host and writing it to disk both take long, and training must wait for neither. Each snapshot
 therefore gets a *slot*: host memory for a whole snapshot, which the lanes fill and a writer thread empties. A slot is
 laid out like the file's data, with a page per chunk of the layout. It is pinned where averages are on an accelerator,
 and allocated once. A slot has one owner at a time, so its pages need no lock. The page is the unit of copying and of
@@ -25,14 +25,14 @@ STAGE-3  A slot is claimed again only after its file is           test_slot_stay
 STAGE-4  A failed snapshot costs a snapshot, never a slot.        test_failed_write_gives_its_slot_back
 STAGE-5  Averages are written after the readbacks that still      test_write_waits_for_the_copies_of_its_range_only
     read them, page by page.
-STAGE-6  Marks are made once and recorded again for each          test_slot_is_not_free_before_its_copies_are_over
+STAGE-6  Marks are made once and recorded again for each          test_slot_is_not_free_before_its_copies_have_finished
     snapshot: when a slot is claimed, the writer has waited for
     all marks that were recorded before, also where the file
     has failed. (Not so for a snapshot that could not be queued
     whole. No thread waits for its marks, but a lane runs later
     copies after its copies.)
-STAGE-7  Readbacks that were not queued yet have not finished,    test_copies_are_not_over_before_they_are_queued
-    and readbacks of a snapshot that has left its slot have.      test_copies_of_a_slot_that_was_left_stay_over
+STAGE-7  Readbacks that were not queued yet have not finished,    test_copies_have_not_finished_before_they_are_queued
+    and readbacks of a snapshot that has left its slot have.      test_copies_of_a_slot_that_was_left_stay_finished
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the averaging kernel computes; run by ``test_fused_kernel.py`` in Triton's interpreter.
+"""The results of the averaging kernel; run by ``test_fused_kernel.py`` in Triton's interpreter.
 
-The oracle is numpy, which rounds every operation and contracts none.
+The expected results come from numpy, which rounds every operation and contracts no operations.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _formula(average: Tensor, parameter: Tensor, weight: float) -> Tensor:
 
 
 def _launch(parameters: Sequence[Tensor], flats: Sequence[Tensor], weights: Sequence[float], *cut: int) -> None:
-    """Average parameters that lie back to back: all blocks, or from one of them to before another."""
+    """Average parameters that lie back to back: all blocks, or a range of blocks."""
     from nitrous_ema.averaging.kernels import fused_kernel
 
     ends = np.cumsum([0, *(parameter.numel() for parameter in parameters)]).tolist()
@@ -126,7 +126,7 @@ def table_may_begin_at_any_tensor():
 
 
 def averages_may_lie_past_2_to_the_31():
-    """In memory of which only what is touched exists; the interpreter, which copies tensors, gets a short one."""
+    """Only touched pages of the memory exist. The interpreter copies tensors, so it is passed a short tensor."""
     from nitrous_ema.averaging.kernels import fused_kernel
 
     begin, numel = (1 << 31) + 5000, 5000

@@ -1,4 +1,4 @@
-"""What averaging by one launch computes; run by ``test_fused_step.py`` in Triton's interpreter."""
+"""The results of averaging by one launch; run by ``test_fused_step.py`` in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Layouts(nn.Module):
 
 
 def _started(profiles: int = 2) -> tuple[FlatBuffers, list[tuple[Group, list[Tensor]]]]:
-    """Averages that are not the parameters, and these, by group."""
+    """Return averages that differ from the parameters, and the parameters, by group."""
     model = _Layouts()
     flat_buffers = flat_buffers_of(model, profiles)
     set_weights(model, 1)
@@ -63,7 +63,7 @@ def _scratch(num_bytes: int) -> Tensor:
 
 
 def _of_run(weights: list[float]) -> list[Tensor]:
-    """What one launch for everything makes of it."""
+    """Return the averages after one launch for all groups."""
     flat_buffers, groups = _started(len(weights))
     for group, tensors in groups:
         step = FusedStep(group, BATCH)
@@ -170,7 +170,7 @@ def parameters_are_found_again_when_their_storage_was_replaced():
 
 
 class _Uploads(TorchFunctionMode):
-    """How tables went to the device: on which stream, and whether that waited."""
+    """A log of the uploads of tables to the device: on which stream, and whether the host waited."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ def nothing_waits_for_new_addresses():
         for batch in (0, 1, None):
             step.run(sources, [0.5, 0.5], None if batch is None else [batch])
         step.run(step.sources(tensors), [0.5, 0.5])
-    assert uploads.seen == [(torch.cpu.current_stream(), False)]  # once, for nothing has moved
+    assert uploads.seen == [(torch.cpu.current_stream(), False)]  # once, because nothing has moved
 
 
 def tables_stay_on_their_stream():
@@ -218,7 +218,7 @@ def stashed_parameters_are_found_from_the_stream_that_averages_them():
 
 @contextmanager
 def _on_a_device_that_compiles() -> Iterator[None]:
-    """The interpreter passes for a GPU's compiler."""
+    """Let the interpreter pass for a GPU's compiler."""
     from nitrous_ema.averaging.kernels import fused_kernel
 
     with pytest.MonkeyPatch.context() as patch:

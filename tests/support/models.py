@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Net(nn.Module):
-    """Convolution, batch norm and a linear layer: parameters, averaged buffers and an integer buffer."""
+    """A convolution, batch norm and a linear layer: parameters, averaged buffers and an integer buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Net(nn.Module):
 
 
 class Tied(nn.Module):
-    """An embedding whose weight is the output layer's too."""
+    """An embedding whose weight is the weight of the output layer too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Tied(nn.Module):
 
 
 class Vector(nn.Module):
-    """One parameter, which is all there is to the model."""
+    """A model with a single parameter."""
 
     def __init__(self, size: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Vector(nn.Module):
 
 
 class Locked(nn.Module):
-    """Cannot be deep-copied, as it holds a lock."""
+    """A model that cannot be deep-copied, because it holds a lock."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Locked(nn.Module):
 
 
 class Generating(nn.Module):
-    """Cannot be deep-copied, as it holds a running generator."""
+    """A model that cannot be deep-copied, because it holds a running generator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Generating(nn.Module):
 
 
 def patched() -> nn.Module:
-    """A model of which one layer's forward was replaced by a closure over the layer."""
+    """Return a model with a layer whose forward was replaced by a closure over the layer."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     forward = model[1].forward
     model[1].forward = lambda x: 2 * forward(x)
@@ -85,7 +85,7 @@ def uncopyable_models() -> list[Callable[[], nn.Module]]:
 
 @torch.no_grad()
 def set_weights(model: nn.Module, seed: int) -> None:
-    """New weights and buffers, as an optimizer and a forward in train mode make them: random, but reproducible."""
+    """Set new weights and buffers, as an optimizer and a forward in train mode do: random, but reproducible."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() or tensor.is_complex():
@@ -99,7 +99,7 @@ def set_weights(model: nn.Module, seed: int) -> None:
 
 
 def safetensors_of(folder: Path, step: int) -> dict[str, Tensor]:
-    """What the safetensors package reads of the only snapshot of a step."""
+    """Return the tensors that the safetensors package reads from the only snapshot of a step."""
     from safetensors.torch import load_file
 
     (path,) = folder.glob(f"step-{step:012d}-*/rank-00000-of-00001.safetensors")

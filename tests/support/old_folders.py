@@ -1,4 +1,4 @@
-"""Folders as nitrous-ema 0.0.1 and ema-pytorch really write them, for tests of what reads them."""
+"""Folders that nitrous-ema 0.0.1 and ema-pytorch have written, for tests of their readers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIGMA_RELS = (0.05, 0.10)
 
 
 class Plain(nn.Module):
-    """Parameters, averaged buffers and a counter of batches."""
+    """A model with parameters, averaged buffers and a counter of batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Plain(nn.Module):
 
 
 def walk(model: nn.Module, step: int) -> None:
-    """Other weights for each step."""
+    """Set the weights to values that differ for each step."""
     generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -36,7 +36,7 @@ def walk(model: nn.Module, step: int) -> None:
 def write_ema_pytorch(
     folder: Path, steps: Sequence[int], model: nn.Module | None = None, dtype: torch.dtype = torch.float16
 ) -> Any:
-    """Snapshots of ema-pytorch at these steps; returns its ``PostHocEMA``."""
+    """Write snapshots of ema-pytorch at these steps; return its ``PostHocEMA``."""
     peer = pytest.importorskip("ema_pytorch")
     model = model or Plain()
     ema = peer.PostHocEMA(
@@ -54,7 +54,7 @@ def write_ema_pytorch(
 def write_nitrous_001(
     folder: Path, steps: Sequence[int], model: nn.Module | None = None, dtype: torch.dtype = torch.float32
 ) -> Any:
-    """Snapshots of nitrous-ema 0.0.1 at these steps; returns its ``PostHocEMA``."""
+    """Write snapshots of nitrous-ema 0.0.1 at these steps; return its ``PostHocEMA``."""
     model = model or Plain()
     ema = load_nitrous_001().PostHocEMA(
         model,
@@ -69,7 +69,7 @@ def write_nitrous_001(
 
 
 def _train(ema: Any, model: nn.Module, steps: Sequence[int], jump: Any) -> None:
-    """One update before each checkpoint; the steps in between are skipped by setting the counters."""
+    """Make one update before each checkpoint; the steps in between are skipped by setting the counters."""
     for step in steps:
         for each in ema.ema_models:
             jump(each, step - 1)

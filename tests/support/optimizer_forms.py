@@ -17,7 +17,7 @@ def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 
 def stepping(make_optimizer: Callable[[Any], torch.optim.Optimizer]) -> Callable[..., Step]:
-    """The form in which ``step()`` is called after backward."""
+    """Return a form in which ``step()`` is called after backward."""
 
     def form(model: nn.Module, ema: Any) -> Step:
         optimizer = make_optimizer(model.parameters())
@@ -32,7 +32,7 @@ def stepping(make_optimizer: Callable[[Any], torch.optim.Optimizer]) -> Callable
 
 
 def with_closure(make_optimizer: Callable[[Any], torch.optim.Optimizer], *, named: bool = False) -> Callable[..., Step]:
-    """The form in which forward and backward run inside ``step()``."""
+    """Return a form in which forward and backward run inside ``step()``."""
 
     def form(model: nn.Module, ema: Any) -> Step:
         optimizer = make_optimizer(model.parameters())
@@ -44,7 +44,7 @@ def with_closure(make_optimizer: Callable[[Any], torch.optim.Optimizer], *, name
                 loss.backward()
                 return loss
 
-            if named:  # Lightning's way: lightning/pytorch/core/optimizer.py
+            if named:  # as Lightning does: lightning/pytorch/core/optimizer.py
                 optimizer.step(closure=closure)
             else:
                 optimizer.step(closure)
@@ -79,7 +79,7 @@ class SingleFileMuon(torch.optim.Optimizer):
 
 
 class Outer(torch.optim.SGD):
-    """Calls its parent's step, which has the hook as well."""
+    """An optimizer that calls its parent's step, which has the hook as well."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         return super().step(closure)
@@ -125,7 +125,7 @@ class NoTorchOptimizer:
 
 
 class ScheduleFree(torch.optim.SGD):
-    """Weights are written in ``train()`` and ``eval()`` (facebookresearch/schedule_free, ``sgd_schedulefree.py``)."""
+    """Writes weights in ``train()`` and ``eval()`` too (facebookresearch/schedule_free, ``sgd_schedulefree.py``)."""
 
     @torch.no_grad()
     def swap(self, factor: float) -> None:
@@ -206,7 +206,7 @@ def loading(model: nn.Module, ema: Any) -> Step:
 def muon_and_adamw(model: nn.Module, ema: Any) -> Step:
     """Two optimizers over subsets: matrices, and the rest."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
-    muon = getattr(torch.optim, "Muon", SingleFileMuon)(matrices, lr=0.02)  # torch has one since 2.9
+    muon = getattr(torch.optim, "Muon", SingleFileMuon)(matrices, lr=0.02)  # torch has Muon since 2.9
     adamw = torch.optim.AdamW([p for p in model.parameters() if p.ndim != 2], lr=0.1)
 
     def step(batch: torch.Tensor) -> None:

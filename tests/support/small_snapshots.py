@@ -1,4 +1,4 @@
-"""Snapshots of a few hundred bytes, and file systems that note what is done to them, for tests of the protocols."""
+"""Snapshots of a few hundred bytes, and file systems that log their calls, for tests of the protocols."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def everything_in(root):
 
 
 class Recorded(FileSystem):
-    """Notes every call that changes or secures something: ("write_at", name of the file, position, bytes)."""
+    """Logs every call that changes or syncs something, such as ("write_at", name of the file, position, bytes)."""
 
     def __init__(self):
         self.calls = []
@@ -104,7 +104,7 @@ class Recorded(FileSystem):
 
 
 class Failing(Recorded):
-    """Fails some calls, after they were noted: {(call, how many of them went before): errno}."""
+    """Fails some calls, after they were logged: {(call, number of such calls before): errno}."""
 
     def __init__(self, failures):
         super().__init__()

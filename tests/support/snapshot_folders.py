@@ -1,4 +1,4 @@
-"""Snapshot folders made of given numbers, for tests of what reads them."""
+"""Snapshot folders made of given numbers, for tests of their readers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EPOCH = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
 
 def run_id(number: int = 0) -> str:
-    """Run ids that sort by number."""
+    """Return a run id; run ids sort by number."""
     return new_run_id(EPOCH + timedelta(hours=number))
 
 
@@ -47,7 +47,7 @@ def layout_of(
 
 
 def stored(values: np.ndarray, dtype: str) -> bytes:
-    """Numbers as torch rounds and stores them."""
+    """Return the bytes of numbers as torch rounds and stores them."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(TORCH_TYPES[dtype]).view(torch.uint8).numpy().tobytes()
 
 
@@ -81,7 +81,7 @@ def write_snapshot(
 
 
 def random_averages(layout: Layout, seed: int = 0) -> Callable[[int], list[np.ndarray]]:
-    """Standard normal numbers, the same for a step each time."""
+    """Return a function that makes standard normal numbers, the same for a step each time."""
 
     def averages(step: int) -> list[np.ndarray]:
         rng = np.random.default_rng((seed, step))

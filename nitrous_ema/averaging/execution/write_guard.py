@@ -92,7 +92,7 @@ class WriteGuard:
         # All guarded by _lock:
         self._has_read = False  # not IDLE
         self._reading = False  # READING
-        self._fence_observed = False  # by an optimizer's step or by fence()
+        self._fence_expected = False  # a step or fence() was observed, or an optimizer holds the parameters
         self._captured: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers whose steps a graph may replay
         self._tensors: Sequence[Tensor] = ()
         self._names: Sequence[str] = ()
@@ -161,7 +161,7 @@ class WriteGuard:
                 self._identities = {id(tensor) for tensor in tensors}
             self._versions = _versions(tensors)
             self._has_read = self._reading = True
-            if not self._fence_observed:
+            if not self._fence_expected:
                 self._order_writer()  # GUARD-3
 
     def _end_live_reads(self) -> None:
@@ -187,7 +187,7 @@ class WriteGuard:
             # Also when a writer was ordered before: this writer may be on another thread or stream (GUARD-1).
             self._order_writer()
             self._reading = False
-            self._fence_observed = self._fence_observed or self._violation is None
+            self._fence_expected = self._fence_expected or self._violation is None
 
     def reads(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether one of these tensors was read by the last update()."""
@@ -230,7 +230,7 @@ class WriteGuard:
                 "update() was called again with no fence() in between, and the step of an optimizer that holds the "
                 "model's parameters was captured into a graph: a replay writes them while they may still be read."
             )
-        elif not (self._fence_observed or self._optimizer_exists()):
+        elif not (self._fence_expected or self._optimizer_exists()):
             self._record_violation(
                 "update() was called again with neither an optimizer step nor fence() in between, and no torch "
                 "optimizer holds the model's parameters, so they may be modified while the EMA is still reading them."
@@ -243,7 +243,7 @@ class WriteGuard:
         """Return whether any torch optimizer holds the parameters.
 
         A gradient scaler skips steps without any sign of it, and typically the very first steps, so that an optimizer
-        may exist whose step was never observed. The search visits every object, and ends with the first success.
+        may exist whose step was never observed. The search visits every object, so it is not repeated once it succeeds.
         """
         found = any(
             issubclass(type(each), Optimizer)  # isinstance would wake lazy proxies
@@ -252,7 +252,7 @@ class WriteGuard:
             and _holds(each, self._identities)
             for each in gc.get_objects()
         )
-        self._fence_observed = found
+        self._fence_expected = found
         return found
 
 

@@ -265,7 +265,7 @@ def test_marks_are_made_once_and_recorded_again(pool):
     assert [kind for kind, _ in log].count("record") == 2 * len(slot.pages)
 
 
-def test_copies_are_not_over_before_they_are_queued():
+def test_copies_have_not_finished_before_they_are_queued():
     """A mark that is not recorded yet, or was recorded for the snapshot before, reports that it is reached."""
     copies = StagingCopies([LoggedMark(), LoggedMark()])
     assert not copies.have_finished(1)
@@ -274,7 +274,7 @@ def test_copies_are_not_over_before_they_are_queued():
     assert not copies.all_have_finished()
 
 
-def test_copies_of_a_slot_that_was_left_stay_over(pool):
+def test_copies_of_a_slot_that_was_left_stay_finished(pool):
     log = []
     slot, _ = claimed(pool, log)
     before = pool.readbacks_in_flight(CUDA)
