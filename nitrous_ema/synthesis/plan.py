@@ -95,6 +95,7 @@ class Plan:
         outputs that are written in several passes or that exist already would differ from one synthesis of all.
         """
         chosen = list(indices)
+        # Every field of the report has one value per output, but for the warnings, which are text.
         per_output = {each.name: getattr(self.report, each.name) for each in fields(self.report)}
         per_output = {name: values[chosen] for name, values in per_output.items() if name != "warnings"}
         return replace(
@@ -144,6 +145,7 @@ def plan_synthesis(
     lengths = lengths_of(gammas, sigma_rels)
     if not target.average_spans:
         raise SnapshotMismatch(f"{target.path}: the snapshot has no averaged tensors to synthesize.", path=target.path)
+    # A snapshot after the target contains weights of later steps, which no average that ends at the target contains.
     candidates = [view for view in snapshots if view.t <= target.t and view.gammas]
     selection = choose_columns(
         [view.t for view in candidates],
@@ -249,6 +251,7 @@ def plan_at(
         excluded=excluded,
         tolerance=tolerance,
     )
+    # The writer of the newest snapshot, not of the target, is the process that may still be training.
     return replace(plan, trainer=snapshots[-1].stamp.trainer)
 
 
@@ -290,6 +293,7 @@ def _report(
         np.full(len(lengths), target.t, dtype=np.float64),
         np.array([gamma for _, gamma in lengths], dtype=np.float64),
         weights=selection.weights,
+        # The report estimates rounding for one stored type. The coarsest gives an upper estimate for mixed types.
         checkpoint_dtype=_coarsest(chosen),
         t_first=target.t_first,
     )

@@ -110,6 +110,8 @@ class SafetensorsFile:
         described = self.described[key]
         tensor = torch.empty(described.shape, dtype=TORCH_DTYPES[described.dtype], device="cpu")
         if described.end > described.begin:
+            # Read into the tensor's own memory, without a second copy. The file is opened for each tensor, so that an
+            # average in many parts keeps no descriptors open.
             flat = tensor.view(-1).view(torch.uint8).numpy().data
             with named_errors(self._path), open_regular(self._path) as file:
                 file.seek(described.begin)
@@ -189,6 +191,7 @@ class ShardedFile:
         self._parts = {name: _open_part(path, name) for name in sorted(set(weight_map.values()))}
         first = next(iter(self._parts.values()))
         self.metadata, self.skipped = first.metadata, first.skipped
+        # Parts of two syntheses could otherwise be mixed: their tensors have the same names and shapes.
         if any(part.metadata != self.metadata for part in self._parts.values()):
             raise ValueError(f"the files are parts of different averages: {brief(', '.join(self._parts))}")
         self.described = {key: each for part in self._parts.values() for key, each in part.described.items()}

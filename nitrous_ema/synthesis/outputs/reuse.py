@@ -72,6 +72,7 @@ def expected_outputs(
             expected.append(ExpectedOutput(file, layout.data_bytes, False))
             continue
         is_reusable = _matches(file, layout, metadata)
+        # Part 0 writes the index as well, so without its index the part has to be written again.
         if is_reusable and names and part == 0:
             is_reusable = _has_content(index_path(path), index_text(plan, dtype, names, path).encode())
         expected.append(ExpectedOutput(file, len(layout.header(metadata)) + layout.data_bytes, is_reusable))

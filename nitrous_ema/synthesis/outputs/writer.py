@@ -109,6 +109,7 @@ def write_outputs(
     outputs = [
         _OutputFile(index, path, layouts[path.suffix], files or FileSystem()) for index, path in enumerate(paths)
     ]
+    # Before space is reserved: the leftovers of a killed process may be as large as the outputs.
     _remove_stale(files or FileSystem(), paths)
     _write(plan, outputs, None, committed, memory_bytes, progress, threads, accumulate)
 
@@ -164,6 +165,7 @@ def write_shard(
     _remove_stale(files, paths)
     _write(plan, outputs, layout.elements, committed, memory_bytes, progress, threads, accumulate)
     if part == 0:
+        # After the part is durable. Other parts may still be missing then; readers of the index report them.
         for path in paths:
             _replace_content(files, index_path(path), index_text(plan, dtype, names, path).encode())
 
@@ -248,6 +250,8 @@ def _commit(outputs: Sequence[_OutputFile], committed: Committed | None) -> None
                     # One after the other: torch.save holds kilobytes for each tensor.
                     output.convert_to_torch()
                 durable.append(pool.submit(output.make_durable))
+            # In the order of the outputs, which is the order in which the caller reports them. A file must be durable
+            # before its rename: after a power failure a final name could otherwise lead to missing bytes.
             for output, future in zip(outputs, durable, strict=True):
                 future.result()
                 output.publish()
@@ -295,6 +299,7 @@ class _Filler:
                 stored = piece[begin - begin_byte : end - begin_byte]
                 width = DTYPE_BYTES[segment.stored]
                 offset = segment.offset + (begin - segment.begin) // width * DTYPE_BYTES[segment.dtype]
+                # Floating buffers are rounded to --dtype like averaged tensors; all others are copied as bytes.
                 if segment.stored != segment.dtype:
                     values = np.empty((1, (end - begin) // width), dtype=np.float64)
                     widen(np.frombuffer(stored, dtype=np.uint8), segment.stored, values[0])
@@ -308,6 +313,7 @@ def _round(values: NDArray[np.floating], dtype: str, outputs: Sequence[_OutputFi
     try:
         return narrow(values, dtype)
     except FloatingPointError as error:
+        # Infinite values are stored as they are, so the error is about the largest finite one.
         largest = np.nanmax(np.where(np.isfinite(values), np.abs(values), 0), axis=1)
         output = int(np.argmax(largest))
         raise NitrousError(
@@ -375,7 +381,7 @@ class _OutputFile:
             self._check_name()
             self._descriptor = self._create()
             reserve(self._files, self._descriptor, self._data_begin + self.layout.data_bytes)
-        self.write(header, -len(header))
+        self.write(header, -len(header))  # offsets count from the first byte of the tensors
 
     def write(self, piece: ReadableBuffer, offset: int) -> None:
         """Write bytes at an offset that counts from the first byte of the tensors. Several threads may call it."""
@@ -401,7 +407,7 @@ class _OutputFile:
         with _errors_of(self.path):
             self._files.rename(self._temporaries[-1], self.path)
         self._temporaries.pop()
-        self._files.fsync_folder(self.path.parent)
+        self._files.fsync_folder(self.path.parent)  # the new name is durable only with its folder
 
     def discard(self) -> None:
         """Remove the temporary file. Does nothing after publish()."""
@@ -435,7 +441,8 @@ class _OutputFile:
 
         from nitrous_ema._base.torch_dtypes import TORCH_DTYPES
 
-        # One mapping for all tensors: each mapping keeps a descriptor open, and models have thousands of tensors.
+        # One mapping for all tensors: each mapping keeps a descriptor open, and models have thousands of tensors. It is
+        # copy-on-write ("c"), because torch.from_numpy warns about arrays that are not writable.
         plain = np.memmap(self._temporaries[-1], np.uint8, "c")
         tensors: dict[str, torch.Tensor] = {}
         for entry in self.layout.entries:
@@ -447,6 +454,7 @@ class _OutputFile:
         descriptor, self._descriptor = self._open_descriptor(), None
         self._files.close(descriptor)
         self._descriptor = self._create()
+        # A duplicate, because the file object closes its descriptor, and make_durable() needs one.
         with os.fdopen(os.dup(self._descriptor), "wb") as file:
             torch.save(tensors, file)
         self._files.unlink(self._temporaries.pop(0))

@@ -100,7 +100,7 @@ def parse_arguments(argv: Sequence[str] | None) -> WorkerConfig:
         prog="python -m nitrous_ema.async_.synthesize_worker",
         description="Synthesize averages of any length from a folder of snapshots.",
         epilog="Under torchrun each process writes its part of every average.",
-        allow_abbrev=False,
+        allow_abbrev=False,  # an abbreviation could mean another option in a later version
     )
     _add_input_options(parser)
     _add_output_options(parser)

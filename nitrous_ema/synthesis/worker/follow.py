@@ -77,6 +77,7 @@ class RunFollower:
         log(f"waiting for snapshots in {store.root}{missing}")
         while True:
             end = self._why_ended(last_news)  # before the poll: FOLLOW-1
+            # A poll that found work is repeated even after the end: more may have been committed during the work.
             if self._poll():
                 last_news = self.clock()
             elif end is None and not self._has_all():
@@ -123,7 +124,7 @@ class RunFollower:
         """List the followed history again, or that of a run which continues it."""
         snapshots = self.snapshots
         followed = snapshots.lineage[-1][0] if snapshots.lineage else None
-        with suppress(SnapshotNotFound):
+        with suppress(SnapshotNotFound):  # the folder does not exist yet, or no snapshot in it is complete
             if followed is None:
                 snapshots.refresh()
                 self._begin()

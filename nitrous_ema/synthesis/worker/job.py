@@ -62,6 +62,7 @@ class Job:
         self._stderr = ""  # written by the stderr thread
         self._callback_error: BaseException | None = None  # written by the stderr thread
         self._is_cancelled = False
+        # Daemon threads, so that a program which does not wait for the job can end.
         self._drains = [
             threading.Thread(target=self._drain_stdout, name="synthesize-stdout", daemon=True),
             threading.Thread(target=self._drain_stderr, name="synthesize-stderr", daemon=True),
@@ -117,6 +118,8 @@ class Job:
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             status = self._process.wait(timeout)
+            # The last lines may still be in the pipes. A process that inherited the pipes can keep them open after the
+            # worker has ended, so the timeout covers this wait too.
             for drain in self._drains:
                 drain.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -129,6 +132,7 @@ class Job:
                 f"the synthesis process has ended, but its output was not read completely within {timeout} seconds. "
                 "Call result() again."
             )
+        # Wrong arguments were the caller's own, so the error is that of a function which checks them itself.
         if status == exit_status.USAGE:
             raise ValueError(_last_message(self._stderr))
         if status != 0:
@@ -148,7 +152,7 @@ class Job:
         Args:
             timeout: Seconds for the process to remove its temporary files before it is killed.
         """
-        self._is_cancelled = True
+        self._is_cancelled = True  # before the signal: another thread may be waiting in result()
         self._process.terminate()
         try:
             self._process.wait(clamp_timeout(timeout))
@@ -175,6 +179,7 @@ class Job:
                         self._lines.append(line)
                         self._changed.notify_all()
         finally:
+            # Also after an error of this thread: callers that wait for a line must wake up.
             with self._changed:
                 self._has_all = True
                 self._changed.notify_all()

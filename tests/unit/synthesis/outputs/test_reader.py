@@ -15,7 +15,7 @@ def path(tmp_path):
     return file
 
 
-def test_what_the_package_writes_is_read(path):
+def test_header_that_the_package_writes_is_read(path):
     header, begin, end = read_header(path)
     assert header["__metadata__"] == {"author": "they"}
     assert header["a"] == {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -23,7 +23,7 @@ def test_what_the_package_writes_is_read(path):
 
 
 @pytest.mark.parametrize("size", [0, 1, 10**4, MAX_HEADER_BYTES + 1, 2**64 - 1])
-def test_a_size_that_cannot_be_is_refused_before_it_is_read(path, size):
+def test_impossible_header_size_is_refused_before_reading(path, size):
     path.write_bytes(size.to_bytes(8, "little") + path.read_bytes()[8:])
     with pytest.raises(ValueError, match=f"invalid header size: {size} bytes in a file of"):
         read_header(path)
@@ -36,7 +36,7 @@ def test_other_files_are_refused(path, content):
         read_header(path)
 
 
-def test_what_is_no_file_is_refused_without_waiting(tmp_path):
+def test_path_that_is_not_a_file_is_refused_without_waiting(tmp_path):
     with pytest.raises(ValueError, match="regular"):
         read_header(tmp_path)
     with pytest.raises(FileNotFoundError):
