@@ -92,7 +92,7 @@ def test_the_numbers_of_the_glossary_are_computed():
 
 
 @pytest.mark.parametrize("name", ["nitrous_ema", "nitrous_ema.profile", "nitrous_ema.posthoc", "nitrous_ema.snapshots",
-                                  "nitrous_ema.synthesis", "nitrous_ema.async_"])  # fmt: skip
+                                  "nitrous_ema.synthesis", "nitrous_ema.async_", "nitrous_ema.search"])  # fmt: skip
 def test_the_api_page_lists_the_public_names(name):
     page = (ROOT / "docs" / "api.md").read_text()
     section = page.split(f"\n## {name}\n", 1)[1].split("\n##", 1)[0]
