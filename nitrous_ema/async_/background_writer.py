@@ -114,7 +114,7 @@ class BackgroundSnapshotSink:
     def raise_failures(self) -> None:
         """Report every write that failed since the last call: raise or warn, as ``on_error`` requires.
 
-        Files that could not be dropped cause a warning under both policies: no snapshot is lost by them.
+        Files that could not be dropped cause a warning in both cases, because no snapshot is lost by them.
         """
         self._retaining_writer.warn_of_failures()
         failures = []
@@ -123,7 +123,7 @@ class BackgroundSnapshotSink:
         if not failures:
             return
         if self._config.on_error == "raise":
-            # One error for all: those that are not raised now would never be reported.
+            # One error for all failures: a failure that is not raised now would never be reported.
             for other in failures[1:]:
                 failures[0].args = (f"{failures[0]} Also: {other}",)
             raise failures[0]
@@ -150,6 +150,7 @@ class BackgroundSnapshotSink:
         unwritten = self._pool.wait_idle(remaining_seconds())
         if unwritten:
             _log.error("timeout at close: snapshots of steps %s are not on disk", unwritten)
+        # Behind slots that are still sealed: the threads write those first, if the time suffices.
         for _ in self._threads:
             self._sealed.put(None)
         for thread in self._threads:

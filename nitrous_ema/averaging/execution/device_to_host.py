@@ -8,7 +8,7 @@ chunk is as large as one chunk of the file and is allocated once.
 READBACK-1  The copied bytes are the bytes of the file, for all    test_pages_have_the_bytes_of_the_file
     types, memory orders and devices of the averages.
 READBACK-2  Nothing is allocated on the device but one chunk,      test_device_memory_is_one_staging_chunk_at_most
-    and the chunk only where types or orders differ.               test_averages_as_the_file_has_them_need_no_staging_chunk
+    and the chunk only where types or orders differ.               test_averages_as_the_file_has_them_need_no_chunk
 READBACK-3  The chunk is written again only after it was copied    test_late_copies_have_the_bytes_of_the_file
     from. No event is needed: all uses of it, its allocation
     included, are on the stream that copies run on, which is

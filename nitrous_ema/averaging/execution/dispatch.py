@@ -147,6 +147,7 @@ class UpdateDispatcher:
         Never raises, because optimizers' hooks call it: ``take_error`` returns what went wrong.
         """
         with self._lock:
+            # Before order_writer(), which then orders the caller after the stashes and after forced averaging as well.
             try:
                 for deferred in self._with_deferred():
                     with neutral_modes():
@@ -164,7 +165,7 @@ class UpdateDispatcher:
 
     def order_readers(self) -> None:
         """Order what the caller does next with averages after every update so far."""
-        self.flush_deferred()
+        self.flush_deferred()  # order_reader() covers queued work only
         for lane in self.lanes():
             lane.order_reader()
 

@@ -141,6 +141,7 @@ def _levels(root: Path) -> Iterator[tuple[Path, _Names]]:
         names = _V2 if kind == "cgroup2" else _V1
         if kind != "cgroup2" and (kind != "cgroup" or "memory" not in options.split(",")):
             continue
+        # Fields 4 and 5 are the root of the mount within its file system, and the mount point (proc_pid_mountinfo(5)).
         mounted_group, mount_point = mount.split(" ")[3:5]
         yield from ((folder, names) for folder in _folders(root, mount_point, mounted_group, groups.get(names)))
 

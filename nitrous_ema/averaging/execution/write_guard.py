@@ -181,7 +181,7 @@ class WriteGuard:
             return  # a forked child has no copy of the lane's thread, and would wait for ever
         with self._lock:
             if not self._has_read or self._is_capturing():
-                return
+                return  # during a capture the wait would become part of every replay (GUARD-6)
             if self._reading and not self.copies:  # otherwise only the last live read is still to be waited for
                 self._compare_versions()
             # Also when a writer was ordered before: this writer may be on another thread or stream (GUARD-1).
@@ -207,6 +207,7 @@ class WriteGuard:
 
     def _compare_versions(self) -> None:
         """Record a violation if a version counter has moved since the last update."""
+        # One violation is enough: the next call reports it.
         if self._violation is not None or self._versions is None:
             return
         now = _versions(self._tensors)
@@ -223,6 +224,8 @@ class WriteGuard:
 
     def _detect_missing_fence(self) -> None:
         """Record a violation if no fence can have come between this update() and the last."""
+        # Unchanged weights alone are no violation, because a scaler may have skipped the step (GUARD-5). Only loops in
+        # which no hook runs before the write are reported.
         if self._violation is not None:
             return
         if any(_holds(optimizer, self._identities) for optimizer in self._captured):
@@ -304,6 +307,7 @@ class _StepHook:
         guard = self._guard()
         if guard is None or not guard.needs_fence(optimizer):
             return None
+        # Behind the closure, so that its forward and backward overlap with the averaging (GUARD-2).
         if _calls_closure_first(optimizer):
             # args[0] is the optimizer itself. Some callers pass the closure by keyword (Lightning).
             if kwargs.get("closure") is not None:

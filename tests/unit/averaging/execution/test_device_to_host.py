@@ -143,7 +143,7 @@ def test_device_memory_is_one_staging_chunk_at_most(kind, dtype):
     assert sorted(allocated_on_meta(kind, dtype)) == [1, CHUNK_BYTES]  # and one byte for the kernel between chunks
 
 
-def test_averages_as_the_file_has_them_need_no_staging_chunk():
+def test_averages_as_the_file_has_them_need_no_chunk():
     assert allocated_on_meta("plain", torch.float32) == [1]
 
 
