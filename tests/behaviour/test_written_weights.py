@@ -37,6 +37,7 @@ def trained(tmp_path, **options):
     return model, ema, optimizer
 
 
+@pytest.mark.thread_lane
 @pytest.mark.parametrize("call", ["checkpoint", "flush", "state_dict", "close"])
 def test_write_after_the_last_update_is_reported(tmp_path, call):
     model, ema, _ = trained(tmp_path, read="guarded")
@@ -47,6 +48,7 @@ def test_write_after_the_last_update_is_reported(tmp_path, call):
     ema.close(TIMEOUT_SECONDS)
 
 
+@pytest.mark.thread_lane
 def test_refused_update_raises_a_violation_once(tmp_path):
     model, ema, _ = trained(tmp_path, read="guarded")
     with torch.no_grad():
@@ -177,6 +179,7 @@ def test_average_that_is_put_into_the_model_is_no_violation(tmp_path):
     ema.close(TIMEOUT_SECONDS)
 
 
+@pytest.mark.thread_lane
 def test_no_writer_waits_once_parameters_are_copied(tmp_path, monkeypatch):
     gate = Gate(is_open=True)
     use_lane(monkeypatch, GatedLane(run=gate))

@@ -90,6 +90,7 @@ def test_a_model_is_all_it_needs(tmp_path, monkeypatch):
     assert SnapshotStore("ema-checkpoints").get().step == 1
 
 
+@pytest.mark.thread_lane
 def test_update_returns_before_anything_was_averaged(training, monkeypatch):
     gate = Gate(is_open=True)
     use_lane(monkeypatch, GatedLane(run=gate))
@@ -132,6 +133,7 @@ class FailingLane(ThreadLane):
         super().enqueue_write((lambda: 1 / 0) if self.fail_next else work)
 
 
+@pytest.mark.thread_lane
 def test_averages_are_refused_after_a_failure(training, monkeypatch):
     lane = FailingLane()
     use_lane(monkeypatch, lane)
@@ -161,6 +163,7 @@ def test_averages_are_refused_after_a_failure(training, monkeypatch):
     assert model is ema.model
 
 
+@pytest.mark.thread_lane
 def test_failure_found_only_when_a_state_is_loaded_is_not_raised(training, monkeypatch):
     lane = FailingLane()
     use_lane(monkeypatch, lane)
@@ -175,6 +178,7 @@ def test_failure_found_only_when_a_state_is_loaded_is_not_raised(training, monke
     assert training.ema.step == 3
 
 
+@pytest.mark.thread_lane
 def test_failure_found_by_a_refused_state_is_still_raised(training, monkeypatch):
     lane = FailingLane()
     use_lane(monkeypatch, lane)
@@ -188,6 +192,7 @@ def test_failure_found_by_a_refused_state_is_still_raised(training, monkeypatch)
         training.ema.state_dict()
 
 
+@pytest.mark.thread_lane
 def test_no_snapshot_is_written_of_averages_that_failed(training, monkeypatch):
     gate = Gate()
     lane = FailingLane()
@@ -395,6 +400,7 @@ def test_close_times_out_and_works_again(stalled):
     assert list(Path(training.folder).glob("closed-*"))
 
 
+@pytest.mark.thread_lane
 def test_timeout_names_the_steps_although_the_lane_is_what_hangs(training, monkeypatch):
     gate = Gate()
     use_lane(monkeypatch, GatedLane(copy=gate))
@@ -424,6 +430,7 @@ def test_stats_count_what_was_done(training):
 # Endings
 
 
+@pytest.mark.thread_lane
 def test_block_writes_what_is_pending(tmp_path, monkeypatch):
     with nothing_left_behind():
         use_lane(monkeypatch, LateLane())
@@ -462,6 +469,7 @@ def test_closing_while_averages_are_in_the_model_stays_closed(training):
         training.ema.update()
 
 
+@pytest.mark.thread_lane
 def test_dropped_ema_leaves_no_thread_or_hook_behind(tmp_path, monkeypatch):
     """Without a garbage collection, as when a notebook's cell is run again; what is pending is written."""
     with nothing_left_behind():
@@ -483,6 +491,7 @@ def test_dropped_ema_leaves_no_thread_or_hook_behind(tmp_path, monkeypatch):
         assert not training.model._load_state_dict_pre_hooks
 
 
+@pytest.mark.thread_lane
 def test_cell_may_be_run_again_and_again(tmp_path):
     with nothing_left_behind():
         for _ in range(3):
@@ -495,6 +504,7 @@ def test_cell_may_be_run_again_and_again(tmp_path):
         del ema
 
 
+@pytest.mark.thread_lane
 def test_ema_that_is_collected_on_its_own_thread_is_ended_elsewhere(tmp_path):
     """The garbage collector runs on whatever thread allocates; a lane cannot wait for itself to end."""
     with nothing_left_behind():
@@ -522,6 +532,7 @@ def test_ema_that_is_collected_on_its_own_thread_is_ended_elsewhere(tmp_path):
         assert background_threads() == []
 
 
+@pytest.mark.thread_lane
 def test_averaging_failure_that_was_never_raised_is_logged(tmp_path, monkeypatch, caplog):
     lane = FailingLane()
     use_lane(monkeypatch, lane)
@@ -625,6 +636,7 @@ def test_averages_can_be_synthesized_after_close(tmp_path):
     assert made.step == 3
 
 
+@pytest.mark.thread_lane
 def test_waiting_for_the_lane_keeps_no_core_busy(training, monkeypatch):
     """The training thread sleeps in a condition while it waits, it does not poll."""
     gate = Gate(is_open=True)
