@@ -303,7 +303,7 @@ def test_pin_of_a_hidden_snapshot_brings_it_back(store):
     assert (store.get(10), store.hidden(), store.verify()) == (ten, [], [])
 
 
-def test_pin_does_not_bring_back_what_is_being_unlinked(store):
+def test_pin_does_not_bring_back_a_snapshot_being_unlinked(store):
     store.hide([store.get(10)])
     other, _ = watched(store, Failing({("unlink", 0): errno.EIO}))
     with pytest.raises(SnapshotError, match="could not be removed"):
