@@ -33,6 +33,8 @@ STAGE-6  Marks are made once and recorded again for each          test_slot_is_n
     copies after its copies.)
 STAGE-7  Readbacks that were not queued yet have not finished,    test_copies_have_not_finished_before_they_are_queued
     and readbacks of a snapshot that has left its slot have.      test_copies_of_a_slot_that_was_left_stay_finished
+
+Longer than the house's 300 lines: slots and the copies into them change state together.
 """
 
 from __future__ import annotations
