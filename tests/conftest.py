@@ -62,8 +62,8 @@ def _skip_tests_of_the_thread(items: list[pytest.Item]) -> None:
 def lane_of_small_models(request: pytest.FixtureRequest) -> Iterator[None]:
     """Average small models in the thread, unless ``--small-models inline`` asks for what their users get.
 
-    Models of tests have a few dozen parameters. Without this fixture no test would reach the thread, in which the models
-    of most users are averaged.
+    Models of tests have a few dozen parameters. Without this fixture no test would reach the thread, in which the
+    models of most users are averaged.
     """
     import nitrous_ema.async_.ema
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from nitrous_ema import SnapshotStore
 from nitrous_ema.search.results import ResultsFile
 
@@ -39,6 +41,7 @@ def test_evaluation_follows_a_training_up_to_its_last_snapshot(tmp_path):
     assert (tmp_path / "sweep.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_second_training_in_a_used_folder_is_followed_too(tmp_path):
     run_example("follow_training.py", f"--out={tmp_path}", "--steps=60", "--every=20")
     again = run_example("follow_training.py", f"--out={tmp_path}", "--steps=40", "--every=20", warned="default")

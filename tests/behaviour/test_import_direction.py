@@ -1,8 +1,8 @@
 """Rules on imports, checked in the source of every module.
 
 Imports between packages go one way, in the order of ``ORDER``. Inside a package there are no cycles. Both rules apply
-to every import: at the top of a module, inside a function, or under TYPE_CHECKING. The rules on start-up time (no torch,
-no EMA classes in the worker) ignore imports under TYPE_CHECKING, because they never run.
+to every import: at the top of a module, inside a function, or under TYPE_CHECKING. The rules on start-up time (no
+torch, no EMA classes in the worker) ignore imports under TYPE_CHECKING, because they never run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Training on a device that reorders work as a real device may: averages and snapshots have the bits of the CPU.
 
-The reference is ``PostHocEMA`` on the CPU, where nothing runs in the background. `make races` has more seeds.
+The reference is ``PostHocEMA`` on the CPU, where nothing runs in the background. The suite tries few schedules,
+`make test-slow` more, and `make races` thousands.
 """
 
 from __future__ import annotations
@@ -15,20 +16,33 @@ from tests.support.laggy.runner import SCHEDULES, Outcome, run_on_laggy
 from tests.support.laggy.without import LINES, of
 
 COMMON = {name: line for name, line in LINES.items() if not line.is_rare}
-FEW, MANY = SCHEDULES[:4], SCHEDULES[:12]
-GROUPS = [(IN_DEPTH, MANY), (tuple(name for name in SCENARIOS if name not in IN_DEPTH), FEW)]
+OTHERS = tuple(name for name in SCENARIOS if name not in IN_DEPTH)
+GROUPS = {
+    "in depth": (IN_DEPTH, SCHEDULES[:4]),
+    "others": (OTHERS, SCHEDULES[1:3]),
+    "in depth, many schedules": (IN_DEPTH, SCHEDULES[:12]),
+    "others, more schedules": (OTHERS, SCHEDULES[:4]),
+}
 """The scenarios of one child process, which takes seconds to start, and their schedules."""
+SLOW_GROUPS = ("in depth, many schedules", "others, more schedules")
 
 
 @functools.cache
-def run_group(group: int) -> dict[str, list[Outcome]]:
+def run_group(group: str) -> dict[str, list[Outcome]]:
     names, schedules = GROUPS[group]
     cases = [SCENARIOS[name] for name in names]
     outcomes = run_on_laggy(train, cases=cases, schedules=schedules, timeout_seconds=400)
     return {name: outcomes[i * len(schedules) : (i + 1) * len(schedules)] for i, name in enumerate(names)}
 
 
-@pytest.mark.parametrize(("group", "name"), [(i, name) for i, (names, _) in enumerate(GROUPS) for name in names])
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        pytest.param(group, name, marks=[pytest.mark.slow] if group in SLOW_GROUPS else [])
+        for group, (names, _) in GROUPS.items()
+        for name in names
+    ],
+)
 def test_training_gives_the_bits_of_the_cpu_and_neither_stops_the_host_nor_waits_for_copies(group, name):
     outcomes = run_group(group)[name]
     assert len(outcomes) == len(GROUPS[group][1])

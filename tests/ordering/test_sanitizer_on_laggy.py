@@ -42,20 +42,26 @@ def races(device: str, name: str, line: str | None = None, queries: bool = True)
         return {"races": sorted(set(found))}
 
 
-def test_sanitizer_sees_no_race_in_any_training():
-    outcomes = run_on_laggy(races, cases=[{"name": name} for name in [*NAMES, "long copy"]], schedules=SCHEDULES)
+@pytest.mark.parametrize("names", [NAMES[:1], pytest.param([*NAMES[1:], "long copy"], marks=pytest.mark.slow)])
+def test_sanitizer_sees_no_race_in_any_training(names):
+    outcomes = run_on_laggy(races, cases=[{"name": name} for name in names], schedules=SCHEDULES)
     assert [outcome.detail for outcome in outcomes if outcome.verdict != "same"] == []
 
 
 @pytest.mark.parametrize(
     "line",
-    ["update does not wait for the trainer", "optimizer does not wait", "averages written while they are copied"],
+    [
+        "optimizer does not wait",
+        pytest.param("update does not wait for the trainer", marks=pytest.mark.slow),
+        pytest.param("averages written while they are copied", marks=pytest.mark.slow),
+    ],
 )
 def test_sanitizer_sees_a_wait_that_is_left_out(line):
     outcomes = run_on_laggy(races, cases=[{"name": "guarded", "line": line}], schedules=SCHEDULES)
     assert any("foreach" in outcome.detail for outcome in outcomes if outcome.verdict == "different")
 
 
+@pytest.mark.slow
 def test_sanitizer_reports_a_race_where_the_host_has_queried_an_event():
     """The reason why each successful query is followed by a wait in programs that run under the sanitizer."""
     outcomes = run_on_laggy(races, cases=[{"name": "long copy", "queries": False}], schedules=SCHEDULES)

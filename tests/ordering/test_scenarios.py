@@ -30,11 +30,14 @@ def late_train(device, who):
         return train(device, **SCENARIOS["guarded"], then="ema_model")
 
 
+@pytest.mark.slow
 def test_results_are_the_same_on_laggy_with_any_late_party():
     assert_right_on_laggy(late_train, cases=[{"who": who} for who in WHO], schedules=SCHEDULES)
 
 
-@pytest.mark.parametrize("scenario", [long_copy, slow_disk, replay])
+@pytest.mark.parametrize(
+    "scenario", [long_copy, *(pytest.param(each, marks=pytest.mark.slow) for each in (slow_disk, replay))]
+)
 def test_results_are_the_same_on_laggy(scenario):
     assert_right_on_laggy(scenario, schedules=SCHEDULES)
 
@@ -48,6 +51,7 @@ def late_train_without(device, line, who):
         return train(device, **LINES[line].case)
 
 
+@pytest.mark.slow
 def test_lines_are_left_out_also_with_a_late_party():
     cases = [{"line": line, "who": who} for line, who in OPENED_BY.items()]
     outcomes = run_on_laggy(late_train_without, cases=cases, until_different=True, timeout_seconds=100)

@@ -69,7 +69,9 @@ def test_process_of_a_malformed_signature_is_unknown(text):
 
 def test_signature_is_unique_and_shows_when_its_process_has_ended():
     code = "from nitrous_ema._base.processes import signature; import sys; sys.stdout.write(signature())"
-    theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
+    theirs = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    ).stdout
     assert theirs != signature() == signature()
     assert state_of_signature(theirs, untouched_seconds=0) == "gone"
 

@@ -192,35 +192,43 @@ def wrong():
     }
 
 
+@pytest.mark.slow
 def test_update_reads_the_weights_of_its_own_step(wrong):
     assert wrong["plain"] == []
 
 
+@pytest.mark.slow
 def test_optimizer_does_not_write_what_is_still_read(wrong):
     assert wrong["plain"] == []
 
 
+@pytest.mark.slow
 def test_snapshot_holds_the_averages_of_its_step(wrong):
     assert wrong["snapshots"] == []
     assert wrong["load"] == []
 
 
+@pytest.mark.slow
 def test_next_update_waits_for_the_snapshot_copy(wrong):
     assert wrong["snapshots"] == []
 
 
+@pytest.mark.slow
 def test_averages_can_be_read_at_any_time(wrong):
     assert wrong["read"] == []
 
 
+@pytest.mark.slow
 def test_optimizer_does_not_wait_for_a_snapshot_copy(wrong):
     assert wrong["long copy"] == []
 
 
+@pytest.mark.slow
 def test_stashed_parameters_are_averaged_after_the_copy(wrong):
     assert wrong["stashed"] == []
 
 
+@pytest.mark.slow
 def test_parameters_are_written_after_they_were_stashed(wrong):
     assert wrong["stashed on another stream"] == []
 

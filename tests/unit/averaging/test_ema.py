@@ -1000,6 +1000,7 @@ def averages_on(device: str, case: str, folder: str = "") -> dict:
         }
 
 
+@pytest.mark.slow
 def test_devices_are_followed_moved_or_separate_as_configured():
     cases = [{"case": case} for case in ("whole", "moved", "follow", "apart", "refused")]
     assert_right_on_laggy(averages_on, cases=cases, schedules=["eager", "lazy", "random:0", "random:1", "random:2"])

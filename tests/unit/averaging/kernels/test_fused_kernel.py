@@ -53,7 +53,12 @@ def compiled(tmp_path_factory):
         yield build
 
 
-@pytest.mark.parametrize("profiles", [1, 2, 4])
+def profiles_of(*numbers):
+    """Numbers of profiles; all but two are slow, because each is compiled anew for each target."""
+    return [number if number == 2 else pytest.param(number, marks=pytest.mark.slow) for number in numbers]
+
+
+@pytest.mark.parametrize("profiles", profiles_of(1, 2, 4))
 @pytest.mark.parametrize("target", NVIDIA)
 def test_averages_move_in_accesses_of_sixteen_bytes(compiled, target, profiles):
     code = compiled(target, profiles).asm["ptx"]
@@ -64,7 +69,7 @@ def test_averages_move_in_accesses_of_sixteen_bytes(compiled, target, profiles):
     assert len(re.findall(r"ld\.global\S*\.v2\.b32", code)) == 2 * 4
 
 
-@pytest.mark.parametrize("profiles", [1, 2, 4])
+@pytest.mark.parametrize("profiles", profiles_of(1, 2, 4))
 @pytest.mark.parametrize("target", AMD)
 def test_averages_move_in_wide_accesses_on_amd(compiled, target, profiles):
     code = compiled(target, profiles).asm["amdgcn"]
@@ -72,7 +77,7 @@ def test_averages_move_in_wide_accesses_on_amd(compiled, target, profiles):
     assert code.count("load_dwordx4") >= 2 * 3 * 2 * profiles + 2
 
 
-@pytest.mark.parametrize("profiles", [1, 2, 3, 4])
+@pytest.mark.parametrize("profiles", profiles_of(1, 2, 3, 4))
 @pytest.mark.parametrize("target", [*NVIDIA, *AMD])
 def test_nothing_goes_through_shared_or_local_memory(compiled, target, profiles):
     kernel = compiled(target, profiles)
