@@ -48,6 +48,7 @@ def test_the_device_keeps_its_promise(promises, name):
     assert [outcome.detail for outcome in promises[name] if outcome.verdict != "same"] == []
 
 
+@pytest.mark.slow
 def test_training_gives_the_bits_of_the_cpu_and_never_waits():
     assert_right_on_laggy(train, cases=OPTIMIZERS, schedules=["eager", "lazy", "random:0", "random:1"])
 

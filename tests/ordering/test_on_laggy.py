@@ -19,12 +19,11 @@ COMMON = {name: line for name, line in LINES.items() if not line.is_rare}
 OTHERS = tuple(name for name in SCENARIOS if name not in IN_DEPTH)
 GROUPS = {
     "in depth": (IN_DEPTH, SCHEDULES[:4]),
-    "others": (OTHERS, SCHEDULES[1:3]),
     "in depth, many schedules": (IN_DEPTH, SCHEDULES[:12]),
-    "others, more schedules": (OTHERS, SCHEDULES[:4]),
+    "others": (OTHERS, SCHEDULES[:4]),
 }
 """The scenarios of one child process, which takes seconds to start, and their schedules."""
-SLOW_GROUPS = ("in depth, many schedules", "others, more schedules")
+SLOW_GROUPS = ("in depth, many schedules", "others")
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 from nitrous_ema.averaging.execution.write_guard import WriteGuard
@@ -65,6 +66,7 @@ def train(device: str, *, broken: bool = False) -> dict[str, Any]:
         return averages
 
 
+@pytest.mark.slow
 def test_optimizers_on_two_streams_are_both_ordered():
     outcomes = run_on_laggy(train, cases=[{}, {"broken": True}], timeout_seconds=200)
     right, broken = outcomes[: len(SCHEDULES)], outcomes[len(SCHEDULES) :]

@@ -42,6 +42,7 @@ def test_results_are_the_same_on_laggy(scenario):
     assert_right_on_laggy(scenario, schedules=SCHEDULES)
 
 
+@pytest.mark.slow
 def test_training_ends_while_no_part_of_a_snapshot_is_copied():
     assert_right_on_laggy(long_copy, cases=[{"who": "copies, for long", "outlives": True}], schedules=["lazy"])
 

@@ -267,5 +267,6 @@ def current(device):
     return torch.accelerator.current_device_index(), streams
 
 
+@pytest.mark.slow
 def test_current_stream_and_device_are_left_alone():
     assert_right_on_laggy(current_after_each_call, schedules=["eager", "lazy", "random:0", "random:1"])

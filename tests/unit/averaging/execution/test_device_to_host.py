@@ -91,6 +91,7 @@ def copied_on(device: str, kind: str, dtype: str) -> dict[str, object]:
     return {"data": data}
 
 
+@pytest.mark.slow
 def test_late_copies_have_the_bytes_of_the_file():
     cases = [{"kind": kind, "dtype": dtype} for kind in ("plain", "orders") for dtype in ("float32", "bfloat16")]
     assert_right_on_laggy(copied_on, cases=cases)
