@@ -50,6 +50,7 @@ def test_averages_are_right_for_each_form(tmp_path, monkeypatch, form, read):
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.thread_lane
 def test_each_form_would_spoil_the_averages_without_the_wait(tmp_path, monkeypatch, form):
     """The same lane, but ordered writers go on at once: with such a guard the test above fails."""
     expected = averages_after(PostHocEMA, tmp_path, form)
