@@ -64,7 +64,7 @@ def fill(folder: Path, width: int) -> Path:
 
 def contestants(snapshots: Path, out: Path) -> Mapping[str, Measure]:
     """By name, from the least to all of it."""
-    modules = f"from nitrous_ema.async_ import folders, making; import {MODULE}"
+    modules = f"from nitrous_ema.synthesis.worker import inputs, runner; import {MODULE}"
     worker = ["-m", MODULE, str(snapshots), f"--sigma-rel={LENGTH}", f"--out={out}"]
     return {
         INTERPRETER: _process("-c", "pass"),

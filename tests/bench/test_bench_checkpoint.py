@@ -116,7 +116,7 @@ def test_quick_bench_runs_with_every_table(tmp_path):
     file = tmp_path / "checkpoint.json"
     command = [sys.executable, "-m", "bench.bench_checkpoint", "--quick", "--threads", "1", "--rounds", "1"]
     command += ["--folder", str(tmp_path), "--json", str(file)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     tables = json.loads(file.read_text())["tables"]

@@ -248,7 +248,7 @@ def _run(module, monkeypatch, folder, options):
 def _command(module, folder, options):
     """As users run it."""
     command = f"-m bench.{module} --device cpu --quick --threads 1 --json {folder} {options}".split()
-    done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warning" not in done.stderr
     tables = json.loads((folder / f"{module}.json").read_text())["tables"]

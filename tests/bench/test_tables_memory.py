@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 def test_quick_command_prints_both_tables():
     command = [sys.executable, "-m", "bench.tables_memory", "--quick"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     assert [line.count("|") for line in done.stdout.splitlines()] == [6, 6, 6, 0, 4, 4, 4]
 

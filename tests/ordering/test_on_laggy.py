@@ -30,7 +30,7 @@ SLOW_GROUPS = ("in depth, many schedules", "others")
 def run_group(group: str) -> dict[str, list[Outcome]]:
     names, schedules = GROUPS[group]
     cases = [SCENARIOS[name] for name in names]
-    outcomes = run_on_laggy(train, cases=cases, schedules=schedules, timeout_seconds=400)
+    outcomes = run_on_laggy(train, cases=cases, schedules=schedules)
     return {name: outcomes[i * len(schedules) : (i + 1) * len(schedules)] for i, name in enumerate(names)}
 
 
@@ -52,7 +52,7 @@ def test_training_gives_the_bits_of_the_cpu_and_neither_stops_the_host_nor_waits
 def wrong() -> list[Outcome]:
     """Return the outcomes of all missing lines; schedules are tried until one differs."""
     cases = [{"bug": name, **line.case} for name, line in COMMON.items()]
-    return run_on_laggy(train, cases=cases, timeout_seconds=400, until_different=True)
+    return run_on_laggy(train, cases=cases, until_different=True)
 
 
 @pytest.mark.parametrize("name", COMMON)

@@ -68,7 +68,7 @@ def train(device: str, *, broken: bool = False) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_optimizers_on_two_streams_are_both_ordered():
-    outcomes = run_on_laggy(train, cases=[{}, {"broken": True}], timeout_seconds=200)
+    outcomes = run_on_laggy(train, cases=[{}, {"broken": True}])
     right, broken = outcomes[: len(SCHEDULES)], outcomes[len(SCHEDULES) :]
     assert [(outcome.schedule, outcome.detail) for outcome in right if outcome.verdict != "same"] == []
     assert any(outcome.verdict != "same" for outcome in broken), "the second writer's order makes no difference here"

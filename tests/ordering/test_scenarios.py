@@ -55,6 +55,6 @@ def late_train_without(device, line, who):
 @pytest.mark.slow
 def test_lines_are_left_out_also_with_a_late_party():
     cases = [{"line": line, "who": who} for line, who in OPENED_BY.items()]
-    outcomes = run_on_laggy(late_train_without, cases=cases, until_different=True, timeout_seconds=100)
+    outcomes = run_on_laggy(late_train_without, cases=cases, until_different=True)
     detected = {outcome.case["line"] for outcome in outcomes if outcome.verdict == "different"}
     assert detected == set(OPENED_BY)

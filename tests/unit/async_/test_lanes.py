@@ -184,7 +184,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def wrong():
     """Return for each case the schedules under which its results differed, with details."""
-    outcomes = run_on_laggy(train, cases=list(CASES.values()), timeout_seconds=200)
+    outcomes = run_on_laggy(train, cases=list(CASES.values()))
     assert len(outcomes) == len(CASES) * len(SCHEDULES)
     return {
         name: [(o.schedule, o.detail) for o in outcomes if o.case == case and o.verdict != "same"]
