@@ -58,8 +58,8 @@ def run_on_laggy(
         schedules: "eager", "lazy", "random:SEED".
         cases: Keyword arguments of the scenario (JSON), one after the other.
         reference: Called as `reference("cpu", **case)` for the expected results; by default the scenario itself.
-        timeout_seconds: For the child, after it has started; at the timeout the error has all its stacks. A hanging test
-            ends there; no right one comes near it, however busy the machine is.
+        timeout_seconds: For the child, after it has started; at the timeout the error has all its stacks.
+            Only a test that hangs reaches the limit, however busy the machine is.
         until_different: Try no more schedules of a case after the first with different results.
 
     Returns:
