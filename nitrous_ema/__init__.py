@@ -1,7 +1,7 @@
 """Post-hoc EMA: store a few averages of the weights during training, choose the EMA length afterwards.
 
 The names in ``__all__`` are imported when they are first used. So importing the package, or one of its modules that
-works without torch, does not import torch.
+works without torch, does not import torch. docs/design.md is a tour of the packages.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Helpers that every package may use: argument checks, command-line options, exit statuses, dtypes, temporary files."""
+"""Helpers that every package may use: arguments, options and exit statuses, dtypes, processes, temporary files."""

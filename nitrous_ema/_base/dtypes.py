@@ -64,11 +64,11 @@ DTYPE_BYTES = {dtype.code: dtype.num_bytes for dtype in DTYPES}
 CODES = {dtype.name: dtype.code for dtype in DTYPES}
 """Code of each dtype, by torch's name."""
 
-AVERAGE_DTYPES = {dtype.code: dtype for dtype in DTYPES if dtype.numpy is not None}
-"""The four dtypes in which averages are stored and written, by code."""
+STORED_DTYPES = {dtype.code: dtype for dtype in DTYPES if dtype.numpy is not None}
+"""The dtypes of averages in files, by code. A new one also needs ``widen`` and ``narrow`` in ``synthesis``."""
 
-AVERAGE_CODES = {dtype.name: code for code, dtype in AVERAGE_DTYPES.items()}
-"""Code of the same four dtypes, by torch's name."""
+STORED_CODES = {dtype.name: code for code, dtype in STORED_DTYPES.items()}
+"""Code of the same dtypes, by torch's name."""
 
 AVERAGEABLE = frozenset(dtype.code for dtype in DTYPES if dtype.kind in ("floating", "complex")) - {"F8_E8M0"}
 """Codes of the dtypes whose tensors can be averaged. F8_E8M0 stores scales: it has neither sign nor fraction."""
@@ -93,7 +93,7 @@ def dtype_code(dtype: object) -> str | None:
     """
     if dtype is None:
         return None
-    code = AVERAGE_CODES.get(parse_dtype(str(dtype)))
+    code = STORED_CODES.get(parse_dtype(str(dtype)))
     if code is None:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(AVERAGE_CODES)}, as a name or a torch.dtype.")
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(STORED_CODES)}, as a name or a torch.dtype.")
     return code

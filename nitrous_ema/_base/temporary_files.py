@@ -3,7 +3,8 @@
 A killed process leaves its temporary files behind, some as large as a model. Removing them must never hit a file that
 another process still writes. A temporary name is therefore hidden and contains the signature of its process
 (``processes.signature``). The next process that writes to the same folder removes the file only if its writer has
-certainly ended.
+certainly ended (``processes.state_of_signature``): outputs and sweeps by ``remove_stale``, snapshots by
+``SnapshotRemover.clean_up``.
 """
 
 from __future__ import annotations

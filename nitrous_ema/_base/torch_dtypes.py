@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from nitrous_ema._base.dtypes import AVERAGE_CODES, DTYPES
+from nitrous_ema._base.dtypes import DTYPES, STORED_CODES
 
 # torch 2.6 has no float8_e8m0fnu, so no model contains it.
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -17,5 +17,5 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 TORCH_CODES: Mapping[torch.dtype, str] = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 """Code in a file for each torch.dtype."""
 
-CHECKPOINT_DTYPES = tuple(getattr(torch, name) for name in AVERAGE_CODES)
-"""Each torch.dtype in which averages can be stored."""
+CHECKPOINT_DTYPES = tuple(getattr(torch, name) for name in STORED_CODES)
+"""Each torch.dtype of averages in files, on any device. In memory, ``accumulation_dtype`` decides."""

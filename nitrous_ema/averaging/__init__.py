@@ -1,1 +1,4 @@
-"""Averages of a model while it trains: the engine (read ``engine.py`` first) and the EMA classes around it."""
+"""Averages of a model while it trains: the engine, the EMA classes and their arguments (``config.py``).
+
+Read ``engine.py`` first.
+"""

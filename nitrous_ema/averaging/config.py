@@ -2,8 +2,9 @@
 
 ``EMAConfig`` has the arguments of ``PostHocEMA``, ``AsyncEMAConfig`` adds the arguments of ``AsyncPostHocEMA``. The
 engine, the schedule, tracking and the snapshot sinks read the fields from the configuration itself. A new argument is
-therefore a field here, a parameter in the signature and in the docstring of its class, and a row in docs/arguments.md;
-``test_arguments_have_one_definition`` compares these places.
+therefore a field here with its check in ``__post_init__``, a parameter of its class (signature, docstring, and the
+call that builds the configuration), and a row in docs/arguments.md. ``test_arguments_have_one_definition`` compares
+these places, and ``test_every_argument_reaches_the_configuration`` finds a parameter that is not passed on.
 """
 
 from __future__ import annotations

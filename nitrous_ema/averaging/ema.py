@@ -25,7 +25,8 @@ from nitrous_ema.averaging.execution.inline import InlineSnapshotSink
 from nitrous_ema.averaging.execution.interfaces import SnapshotSink
 from nitrous_ema.averaging.execution.torch_modes import neutral_modes
 from nitrous_ema.averaging.model.tracking import NameFilter
-from nitrous_ema.averaging.restore import restore, warn_about_other_runs
+from nitrous_ema.averaging.restore import restore
+from nitrous_ema.averaging.resumable_run import resumable_run_warning
 from nitrous_ema.averaging.schedule import StepSizeCorrection
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, warn
 from nitrous_ema.posthoc.keep_rules import Keep
@@ -254,7 +255,7 @@ class PostHocEMA(EMABase):
             self._retaining_writer.check_disk_space(engine.flat_buffers.layout, engine.run_lineage.first_stamp())
             engine.attach(
                 make_sink(self._retaining_writer, engine.flat_buffers.layout),
-                find_resumable_run=partial(warn_about_other_runs, self._store),
+                find_resumable_run=partial(resumable_run_warning, self._store),
             )
         except BaseException:
             engine.close()  # the exception's traceback would keep the engine alive, with its hooks and threads

@@ -22,18 +22,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nitrous_ema._base.dtypes import AVERAGE_DTYPES
+from nitrous_ema._base.dtypes import STORED_DTYPES
 from nitrous_ema._base.torch_dtypes import TORCH_DTYPES
 from nitrous_ema.averaging.engine import AveragingEngine
 from nitrous_ema.averaging.kernels.flat_buffers import FlatBuffers
 from nitrous_ema.averaging.schedule import Schedule, Time
-from nitrous_ema.errors import SnapshotMismatch, SnapshotNotFound
+from nitrous_ema.errors import SnapshotMismatch
 from nitrous_ema.snapshots.header import Stamp
 from nitrous_ema.snapshots.layout import Layout, TensorRecord
 from nitrous_ema.snapshots.readable_snapshot import StoredSnapshotView, stored_snapshot_view
 from nitrous_ema.snapshots.reading import OpenFiles, Source
 from nitrous_ema.snapshots.snapshot import Snapshot
-from nitrous_ema.snapshots.store import SnapshotStore
 
 _BUFFER_BYTES = 16 << 20  # a multiple of every element's size
 _MAX_NAMED = 5
@@ -72,30 +71,6 @@ def restore(engine: AveragingEngine, snapshot: Snapshot) -> str | None:
     engine.run_lineage.continue_from(snapshot.stamp.lineage, snapshot.step)
     engine.mark_valid()
     return _rounding_warning(snapshot)
-
-
-def warn_about_other_runs(store: SnapshotStore, run: str) -> str | None:
-    """Return a warning for a run that begins in a folder where another run has snapshots, else None.
-
-    Args:
-        store: The snapshot folder.
-        run: Id of the run that begins.
-    """
-    try:
-        newest = store.get()
-    except SnapshotNotFound:
-        return None
-    except Exception:  # a damaged file or a failing disk is no reason to end a training that has just begun
-        _log.warning("%s: the search for runs to resume failed", store.root, exc_info=True)
-        return None
-    if newest.run == run:
-        return None
-    return (
-        f"This run, {run}, begins anew in {store.root}, where run {newest.run} has snapshots up to step "
-        f"{newest.step}. To continue run {newest.run} instead, call ema.load_state_dict(...) with your saved state, or "
-        "ema.restore(), before the first update(). The two runs are never mixed: readers select the newest run, which "
-        "is this one as soon as it has a snapshot; pass run= to select the other."
-    )
 
 
 # ---- whether the snapshot fits the model
@@ -261,7 +236,7 @@ def _rounding_warning(snapshot: Snapshot) -> str | None:
     averaged_in = "float64" if any(record.dtype == "F64" for record in snapshot.layout.averaged) else "float32"
     if stored == "F64" or (stored == "F32" and averaged_in == "float32"):
         return None
-    dtype = AVERAGE_DTYPES[stored]
+    dtype = STORED_DTYPES[stored]
     return (
         f"The averages of step {snapshot.step} were {averaged_in} but are stored as {dtype.name} (checkpoint_dtype). "
         f"The restored averages are rounded by up to {dtype.half_unit:.1e} of each value, and training continues from "

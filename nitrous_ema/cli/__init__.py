@@ -1,4 +1,4 @@
-"""The command ``nitrous-ema``: inspect, verify, prune, import, plot, demo and synthesize. Read ``program.py`` first."""
+"""The command ``nitrous-ema``: inspect, verify, prune, import, plot, demo and synthesize. Begin with ``program.py``."""
 
 from nitrous_ema.cli.program import main
 

@@ -23,7 +23,7 @@ from typing import Any
 from nitrous_ema import __version__
 from nitrous_ema._base import exit_status
 from nitrous_ema._base.arguments import parse_bytes
-from nitrous_ema._base.dtypes import AVERAGE_CODES, parse_dtype
+from nitrous_ema._base.dtypes import STORED_CODES, parse_dtype
 from nitrous_ema._base.options import (
     add_choice_options,
     add_exclude,
@@ -170,7 +170,7 @@ def _add_import_options(command: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         type=parse_dtype,
-        choices=list(AVERAGE_CODES),
+        choices=list(STORED_CODES),
         help="type in which averages are stored (default: the type of the old files)",
     )
     add_exclude(command)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nitrous_ema._base.dtypes import AVERAGE_DTYPES
+from nitrous_ema._base.dtypes import STORED_DTYPES
 from nitrous_ema.posthoc.least_squares import (
     LeastSquaresProblem,
     Normalize,
@@ -91,8 +91,8 @@ def synthesis_report(
         Karras et al. 2023, arXiv:2312.02696, Eq. 122 (mean time), 128-143 (error).
     """
     problem = LeastSquaresProblem.of(t_i, gamma_i, t_r, gamma_r)
-    if checkpoint_dtype not in AVERAGE_DTYPES:
-        raise ValueError(f"checkpoint_dtype is {checkpoint_dtype!r}; expected one of {', '.join(AVERAGE_DTYPES)}.")
+    if checkpoint_dtype not in STORED_DTYPES:
+        raise ValueError(f"checkpoint_dtype is {checkpoint_dtype!r}; expected one of {', '.join(STORED_DTYPES)}.")
     if weights is None:
         used, error = solve(problem, normalize)
     else:
@@ -120,7 +120,7 @@ def rounding_of(checkpoint_dtype: str) -> float:
     Args:
         checkpoint_dtype: ``"F64"``, ``"F32"``, ``"F16"`` or ``"BF16"``.
     """
-    return float(_RMS_ROUNDING * 2 * AVERAGE_DTYPES[checkpoint_dtype].half_unit)
+    return float(_RMS_ROUNDING * 2 * STORED_DTYPES[checkpoint_dtype].half_unit)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

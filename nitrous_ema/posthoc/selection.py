@@ -1,7 +1,8 @@
 """Selection of the fewest snapshots that give the requested averages within a tolerance.
 
-A synthesis reads every snapshot whose weight is not 0, and most of them hardly change the profile. ``Solver`` is the
-exact solve for any subset of the snapshots. The search over subsets is ``subset_search``.
+Without a selection, a synthesis reads every snapshot whose weight is not 0, though most of them hardly change the
+profile. ``synthesis/snapshot_selection.py`` decides with this module which snapshots are read. ``Solver`` is the exact
+solve for any subset of the snapshots. The search over subsets is ``subset_search``.
 """
 
 from __future__ import annotations

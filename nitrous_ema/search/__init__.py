@@ -1,4 +1,4 @@
-"""Search for the best EMA length: evaluate averages of many lengths, store and draw results. Read ``sweep.py`` first.
+"""Search for the best EMA length: evaluate averages of many lengths, store and draw results. Begin with ``sweep.py``.
 
 The function is ``nitrous_ema.sweep``; ``nitrous_ema.search.sweep`` is its module.
 """

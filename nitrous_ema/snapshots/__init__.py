@@ -1,4 +1,4 @@
-"""Snapshots of averages on disk: their file format, committing, reading and removing them; start at ``store.py``."""
+"""Snapshots of averages on disk: file format, commit, retention, removal and reading. Begin with ``store.py``."""
 
 from nitrous_ema.snapshots.filesystem import FileSystem
 from nitrous_ema.snapshots.header import Header, Stamp

@@ -4,6 +4,9 @@ Before training, ``check_disk_space`` refuses a disk on which not even one snaps
 full soon. Before each write, ``DiskSpace.require`` checks that the file fits. If it does not fit, dropped snapshots are
 removed first. A snapshot that still does not fit is refused before any of its bytes are on disk. ``remedy`` ends the
 message of every failed call.
+
+A write that meets a full disk is repeated once (``Committer._write_file`` in ``commit``). If it fails again, the
+synchronous sink raises at once, and the background sink at the next call, or it warns (``on_error``).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
-from nitrous_ema._base.dtypes import AVERAGE_DTYPES, AVERAGEABLE, DTYPE_BYTES
+from nitrous_ema._base.dtypes import AVERAGEABLE, DTYPE_BYTES, STORED_DTYPES
 from nitrous_ema.snapshots.bounded_json import check_encodable, json_bytes, json_text
 
 CHUNK_BYTES = 16 * 2**20
@@ -114,8 +114,8 @@ class Layout:
     """Bytes per checksum; a power of two, so that no number of an average lies across two chunks."""
 
     def __post_init__(self) -> None:
-        if self.checkpoint_dtype not in AVERAGE_DTYPES:
-            expected = ", ".join(AVERAGE_DTYPES)
+        if self.checkpoint_dtype not in STORED_DTYPES:
+            expected = ", ".join(STORED_DTYPES)
             raise ValueError(f"checkpoint_dtype is {self.checkpoint_dtype!r}; averages are stored as one of {expected}")
         if type(self.chunk_bytes) is not int or self.chunk_bytes < 16 or self.chunk_bytes & (self.chunk_bytes - 1):
             raise ValueError(f"chunk_bytes is {self.chunk_bytes!r}; expected a power of two, 16 or more")

@@ -1,4 +1,6 @@
-"""Synthesize averages of any length from the snapshots of a run: read ``plan.py`` first, then ``streaming.py``.
+"""Synthesize averages of any length from the snapshots of a run. Begin with ``plan.py``, then ``streaming.py``.
+
+``snapshot_selection`` chooses the snapshots, ``outputs`` writes and reads the files, ``worker`` is the process.
 
     plan = plan_from_store("ema-checkpoints", sigma_rels=[0.08])
     write_outputs(plan, [Path("average.safetensors")])  # into files

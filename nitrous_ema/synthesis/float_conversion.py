@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nitrous_ema._base.dtypes import AVERAGE_DTYPES
+from nitrous_ema._base.dtypes import STORED_DTYPES
 
 FLOAT_TYPES: dict[str, np.dtype[Any]] = {
-    code: np.dtype(dtype.numpy) for code, dtype in AVERAGE_DTYPES.items() if dtype.numpy is not None
+    code: np.dtype(dtype.numpy) for code, dtype in STORED_DTYPES.items() if dtype.numpy is not None
 }
 """numpy's type for each floating type, by its safetensors code; bfloat16 as its bits."""
 

@@ -1,4 +1,7 @@
-"""Choose which snapshots to read, and with which weights: the part of a plan that works on numbers alone."""
+"""Choose which snapshots to read, and with which weights: the part of a plan that works on numbers alone.
+
+``plan_synthesis`` in ``plan`` passes the candidates: the snapshots of the lineage up to the target step.
+"""
 
 from __future__ import annotations
 

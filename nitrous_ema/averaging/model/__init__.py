@@ -1,1 +1,1 @@
-"""The online model: which tensors are tracked, whether they can be, and where they are now. Begin with ``tracking``."""
+"""The online model: which tensors are tracked, whether they can be, where they are now. Begin with ``tracking.py``."""

@@ -1,1 +1,1 @@
-"""Folders of nitrous-ema 0.0.1 and ema-pytorch: reading them (start at ``folder.py``), and conversion to snapshots."""
+"""Folders of nitrous-ema 0.0.1 and ema-pytorch: reading and conversion to snapshots. Begin with ``folder.py``."""

@@ -28,7 +28,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from nitrous_ema._base.dtypes import AVERAGE_DTYPES, CODES, DTYPE_BYTES
+from nitrous_ema._base.dtypes import CODES, DTYPE_BYTES, STORED_DTYPES
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
 from nitrous_ema.profile import sigma_rel_to_gamma
 from nitrous_ema.snapshots.bounded_json import brief
@@ -458,7 +458,7 @@ def _dtype_code(tensor: torch.Tensor) -> str:
 
 
 def _is_averaged(code: str) -> bool:
-    return code in AVERAGE_DTYPES or code == "C64"
+    return code in STORED_DTYPES or code == "C64"
 
 
 def _common_type(records: Sequence[TensorRecord]) -> str:

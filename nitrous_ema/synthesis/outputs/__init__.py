@@ -1,1 +1,1 @@
-"""The files that hold synthesized averages: layout, writing, shards, reuse and reading. Start with ``writer.py``."""
+"""The files that hold synthesized averages: layout, writing, shards, reuse and reading. Begin with ``writer.py``."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from nitrous_ema._base import exit_status
 from nitrous_ema._base.arguments import parse_bytes
-from nitrous_ema._base.dtypes import AVERAGE_CODES, parse_dtype
+from nitrous_ema._base.dtypes import STORED_CODES, parse_dtype
 from nitrous_ema._base.options import (
     Steps,
     add_choice_options,
@@ -184,7 +184,7 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         type=parse_dtype,
-        choices=list(AVERAGE_CODES),
+        choices=list(STORED_CODES),
         help="type of floating tensors (default: as in the model)",
     )
     add("--format", choices=("safetensors", "pt"), help="file format (default: the suffix of --out, else safetensors)")

@@ -1,4 +1,4 @@
-"""What the synthesis process prints on stderr: log lines for users, progress for users or for the starting process."""
+"""What the synthesis process prints on stderr: log lines and progress. Results on stdout are in ``output_record``."""
 
 from __future__ import annotations
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nitrous_ema._base.dtypes import AVERAGE_CODES, dtype_code, parse_dtype
+from nitrous_ema._base.dtypes import STORED_CODES, dtype_code, parse_dtype
 from nitrous_ema._base.torch_dtypes import TORCH_DTYPES
 
 
-@pytest.mark.parametrize("name", AVERAGE_CODES)
+@pytest.mark.parametrize("name", STORED_CODES)
 def test_names_codes_and_torch_dtypes_agree(name):
     dtype = getattr(torch, name)
     assert TORCH_DTYPES[dtype_code(name)] == TORCH_DTYPES[dtype_code(dtype)] == dtype
@@ -18,7 +18,7 @@ def test_names_codes_and_torch_dtypes_agree(name):
 
 @pytest.mark.parametrize(("short", "name"), [("bf16", "bfloat16"), ("half", "float16"), (" fp32 ", "float32")])
 def test_short_names_are_known(short, name):
-    assert dtype_code(short) == AVERAGE_CODES[name]
+    assert dtype_code(short) == STORED_CODES[name]
 
 
 def test_code_of_none_is_none():

@@ -8,12 +8,14 @@ import inspect
 import itertools
 import math
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from nitrous_ema import AsyncPostHocEMA, KarrasEMA, PostHocEMA
 from nitrous_ema.averaging.config import AsyncEMAConfig, EMAConfig, resolve_profiles
@@ -214,6 +216,22 @@ def test_arguments_have_one_definition(cls):
         name: repr(default).replace("'", '"') for name, default in parameters.items()
     }
     assert all(meaning for _, _, meaning in rows)
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_every_argument_reaches_the_configuration(cls, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def config(**arguments):
+        raise Reached(arguments)
+
+    home, name = sys.modules[cls.__module__], CONFIGS[cls].__name__
+    monkeypatch.setattr(home, name, config)
+    passed = {name: object() for name in fields_of(CONFIGS[cls])}
+    with pytest.raises(Reached) as caught:
+        cls(nn.Linear(1, 1), **passed)
+    assert caught.value.args[0] == passed
 
 
 def test_docstring_of_a_class_lists_its_arguments():

@@ -1,10 +1,8 @@
-"""``restore()``: averages from the snapshot folder, and the warning for runs that forgot to resume."""
+"""``restore()``: averages from the snapshot folder."""
 
 from __future__ import annotations
 
 import copy
-import os
-import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 from torch import nn
 
 import nitrous_ema.averaging.restore
-from nitrous_ema import AsyncPostHocEMA, KarrasEMA, NitrousError, NitrousWarning, PostHocEMA, SnapshotStore
+from nitrous_ema import AsyncPostHocEMA, NitrousError, NitrousWarning, PostHocEMA, SnapshotStore
 from nitrous_ema.async_.lanes import ThreadLane
 from nitrous_ema.errors import ClosedError, SnapshotDamaged, SnapshotMismatch, SnapshotNotFound
 from tests.support.fakes import (
@@ -415,70 +413,3 @@ def test_averages_that_fit_their_file_come_back_to_the_bit(model, stored, make):
     again = make(Vector(50, model))
     again.restore()
     assert_same_bits(averages_of(again), averages_of(first))
-
-
-# ---- a fresh run in a used folder
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_forgetting_to_resume_is_warned_of_once_at_the_first_update(cls, make):
-    first = make(Net(), cls, checkpoint_every_num_steps=3)
-    train(first, range(1, 8))
-    first.flush(TIMEOUT_SECONDS)
-    second = make(Net(), cls, checkpoint_every_num_steps=1)
-    with pytest.warns(NitrousWarning, match="begins anew") as caught:
-        second.update()
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
-    for words in (f"run, {second.run},", f"run {first.run} has snapshots up to step 6", "load_state_dict", "restore()"):
-        assert words in str(caught[0].message)
-    train(second, range(2, 5))  # warnings are errors here
-    second.load_state_dict(saved(second))
-    second.update()
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("how", ["restore", "load", "empty folder", "karras"])
-def test_no_warning_where_a_run_resumes_or_has_nothing_to_resume(how, cls, make, tmp_path):
-    first = make(Net(), cls)
-    train(first, range(1, 4))
-    if how != "empty folder":
-        first.checkpoint()
-        first.flush(TIMEOUT_SECONDS)
-    ema = KarrasEMA(Net(), sigma_rel=0.1) if how == "karras" else make(Net(), cls)
-    if how == "restore":
-        ema.restore()
-    if how == "load":
-        ema.load_state_dict(saved(first))
-    ema.update()
-
-
-def test_warning_that_is_an_error_counts_nothing(make):
-    first = make(Net())
-    train(first, range(1, 4))
-    first.checkpoint()
-    second = make(Net())
-    with pytest.raises(NitrousWarning, match="begins anew"):
-        second.update()
-    assert (second.step, second.initted) == (0, False)
-    second.restore()
-    second.update()
-    assert second.step == 4
-
-
-@pytest.mark.parametrize("trouble", ["damaged", "cannot be listed"])
-def test_folder_that_cannot_be_read_is_logged_only(trouble, make, caplog, monkeypatch):
-    first = make(Net())
-    train(first, range(1, 4))
-    first.checkpoint()
-    second = make(Net())
-    if trouble == "damaged":
-        os.truncate(file_of(first, 3), 100)
-    else:
-        monkeypatch.setattr(second.snapshots.files, "list", lambda path: 1 / 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        second.update()
-    assert "the search for runs to resume failed" in caplog.text
-    assert second.step == 1
-    monkeypatch.undo()
