@@ -7,7 +7,8 @@ tracking begins, and again at the first update() that meets it, since most train
 trainer                              effect on the model                         recognized by
 DeepSpeed ZeRO-3                     empties parameters between their uses       ``ds_id`` on the parameter
 FSDP1                                flattens and shards them                    ``_fsdp_flattened``
-FSDP2, torchao, transformer-engine   tensor subclasses with their own dispatch   ``__torch_dispatch__``
+FSDP2, tensor parallelism (DTensor)  tensor subclasses with their own dispatch   ``__torch_dispatch__``
+torchao, transformer-engine          tensor subclasses with their own dispatch   ``__torch_dispatch__``
 bitsandbytes                         packed integers and a state beside them     ``quant_state``, ``SCB``
 accelerate's offloading              parameters on meta between their uses       the device
 any code that resizes a storage to 0 the tensor keeps its shape, not its values  the address
