@@ -1,9 +1,9 @@
 """Parse JSON of untrusted files in bounded time and memory, and write JSON as it stands in file headers.
 
 Python's own parser has no such bounds. It recurses as deep as the text nests, and needs minutes for a number of
-10 MB. A text of brackets grows to thirty times its size. The parser turns ``1e400`` into infinity, and of two equal
-names it keeps the last one. Here, each of these is a ValueError. Every value that is returned is exact: any other JSON
-reader finds the same value.
+10 MB. A text of brackets grows to thirty times its size. The parser turns ``1e400`` into infinity, and of two fields
+with one name it returns only the last. Here, each of these is a ValueError. Every value that is returned is exact: any
+other JSON reader finds the same value.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def parse_json(text: str | bytes, *, max_values: int) -> Any:
 def parse_header_json(text: str | bytes) -> Any:
     """Parse the JSON of a file header, or a text inside of it that is JSON again.
 
-    The limit is checked for each text. In the outer text, commas of an inner one may be escaped, so that only the
-    inner text shows them.
+    The limit on values is checked for each text. A JSON text inside a string may have its commas escaped, so that they
+    cannot be counted in the outer text.
 
     Raises:
         ValueError: As ``parse_json``.
@@ -65,15 +65,15 @@ def json_bytes(value: Any) -> bytes:
 
 
 def check_encodable(texts: Iterable[str]) -> None:
-    """Check that these are texts which UTF-8 can encode.
+    """Check that every value is a string that UTF-8 can encode.
 
     Raises:
-        TypeError: One is not a text.
-        ValueError: One holds a lone surrogate.
+        TypeError: A value is not a string.
+        ValueError: A string holds a lone surrogate.
     """
     for text in texts:
         if type(text) is not str:
-            raise TypeError(f"{text!r} is not a text")
+            raise TypeError(f"{text!r} is not a string")
         try:
             text.encode()
         except UnicodeEncodeError:

@@ -19,12 +19,12 @@ COMMIT-1  A file gets its final name after its bytes are durable.  test_file_is_
 COMMIT-2  A write is acknowledged after its name is durable.       test_write_returns_after_both_folders_are_durable
 COMMIT-3  A descriptor is never fsynced twice, and no byte of a    test_failed_call_is_answered_by_one_whole_new_file
     failed file is used: after a failed fsync the system may have
-    dropped the bytes and call them clean. The file is written
-    again, once, under a new temporary name.
+    dropped the bytes and mark its cache as clean. The file is
+    written again, once, under a new temporary name.
 COMMIT-4  A final name is never overwritten, not by a race either: test_name_taken_during_the_write_is_not_overwritten
     the rename itself refuses (``renameat2``). Where a file system
     lacks ``renameat2``, the name is looked up just before the
-    rename. Run ids are random, so only a copy of the same process
+    rename. Run ids are random, so only a second writer of this run
     could take the name in between. A hard link would refuse as
     well, but fewer file systems have them, and a crash between
     link and unlink leaves a second name.
@@ -111,7 +111,7 @@ class Committer:
             header = self._write_file(final, layout, stamp, chunks)
         except OSError as error:
             raise _write_error(final, stamp.step, f"was not written: {error}", error) from error
-        # No second attempt after a failure here: the file is whole, and a new one would find its name taken.
+        # No second attempt after a failure here: the file is whole, and a new file would find its name taken.
         try:
             sync_folder(self.files, final.parent)
             sync_folder(self.files, self.root)
@@ -147,7 +147,7 @@ class Committer:
         except OSError as error:
             _log.info("%s could not be written (%s); retrying once, with a new file", final, error)
             first = error
-        # Readers may be in the middle of dropped snapshots, so only a full disk has them removed early.
+        # Readers may still read dropped snapshots, so these are removed early only if the disk is full.
         if first.errno in NO_SPACE:
             self.space.reclaim()
         try:
@@ -189,11 +189,12 @@ class Committer:
     def _fill(
         self, descriptor: int, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]
     ) -> Header:
-        # The size of the header does not depend on the checksums, so the data can be written before it.
+        # The size of the header does not depend on the checksums, so the data can be written first.
         data_begin = header_bytes(layout, stamp)
         file_bytes = data_begin + layout.data_bytes
         # A full disk is then noticed before any byte is written.
         reserve(self.files, descriptor, file_bytes)
+        # The hint of ``hint_writeback`` is repeated only while the kernel accepts it.
         crc32, is_paced = [0] * len(layout.chunks), True
         for chunk, begin, view in _matched(layout, chunks()):
             crc32[chunk] = zlib.crc32(view, crc32[chunk])
@@ -207,7 +208,7 @@ class Committer:
     def _publish(self, temporary: Path, final: Path, step: int) -> None:
         try:
             rename_to_new(self.files, temporary, final)
-        # Not an OSError any more, which would have the file written a second time.
+        # Converted here, because ``_write_file`` answers an OSError with a second attempt, which would fail as well.
         except FileExistsError as error:
             raise _taken(final, step) from error
 
@@ -247,8 +248,8 @@ def _matched(layout: Layout, buffers: Iterable[ReadableBuffer]) -> Iterator[tupl
         index += begin == ends[index]
     if begin != layout.data_bytes:
         raise RuntimeError(
-            f"Buffers of {begin} bytes for {layout.data_bytes} bytes of data. This is a bug in nitrous_ema, please "
-            "report it."
+            f"The buffers have {begin} bytes in total, expected {layout.data_bytes}. This is a bug in nitrous_ema, "
+            "please report it."
         )
 
 

@@ -1,4 +1,4 @@
-"""What happens when the disk is full: the check before training, the check before each write, and the remedy.
+"""Checks of disk space before training and before each write, and the advice in messages about failed calls.
 
 Before training, ``check_disk_space`` refuses a disk on which not even one snapshot fits, and warns if the disk will be
 full soon. Before each write, ``DiskSpace.require`` checks that the file fits. If it does not fit, dropped snapshots are

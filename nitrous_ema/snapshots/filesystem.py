@@ -3,8 +3,8 @@
 ``FileSystem`` decides nothing: its caller decides what an error means and what happens next. So a test can record the
 calls of a whole run, or let any one of them fail, by overriding a method. Errors are the operating system's own
 (``OSError`` with its ``errno``). The functions below ``FileSystem`` combine its calls: whole reads and writes from
-partial ones, and fallbacks for file systems that lack a call. The data of snapshots (``snapshots.reading``), old
-``.pt`` files and results of a search are read by calls made elsewhere.
+partial ones, and fallbacks for file systems that lack a call. Other modules make
+their own calls to read the data of snapshots (``snapshots.reading``), old ``.pt`` files and results of a search.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BYTES_LOST = NO_SPACE | {errno.EIO}
 
 
 class FileSystem:
-    """The operating system, as the package sees it."""
+    """The calls of the operating system that the snapshot store makes; tests override single methods."""
 
     def open_exclusive(self, path: Path) -> int:
         """Create a file for writing and return its descriptor; the name must be new (``O_EXCL``)."""
@@ -137,7 +137,7 @@ class FileSystem:
 def rename_to_new(files: FileSystem, source: Path, target: Path) -> None:
     """Rename, or raise ``FileExistsError`` and change nothing if the name is taken.
 
-    Where the system cannot refuse by itself, the name is looked up just before the rename.
+    Where the system has no rename that refuses a taken name, the name is looked up just before the rename.
     """
     try:
         files.rename_new(source, target)
@@ -189,7 +189,7 @@ def write_fully(files: FileSystem, descriptor: int, buffer: ReadableBuffer, offs
         except InterruptedError:
             continue
         if written <= 0:
-            raise OSError(errno.EIO, "the system wrote nothing and gave no reason")
+            raise OSError(errno.EIO, "the system wrote 0 bytes and reported no error")
         view, offset = view[written:], offset + written
 
 

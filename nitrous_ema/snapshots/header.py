@@ -23,7 +23,7 @@ HEADER-3  ``header_crc32`` has a fixed position and covers every      test_flipp
 HEADER-4  For arbitrary bytes, reading raises SnapshotDamaged only,   test_forged_header_is_damage_and_nothing_else
     and holds a small multiple of the file's own header in memory.
 
-Longer than the house's 300 lines because writing and reading one header belong on one page.
+Longer than 300 lines because writing and reading one header belong on one page.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def header_bytes(layout: Layout, stamp: Stamp) -> int:
     Raises:
         ValueError: The header would be larger than safetensors readers accept.
     """
-    # Every number counts with the length of the longest one, so that its value does not change the size (HEADER-1).
+    # Each number is counted as the longest possible number, so that no value changes the size (HEADER-1).
     widest = dict.fromkeys(("step", "t", "t_first", "rank", "world_size", "created_ns"), _WIDEST_NUMBER)
     checksums_bytes = len(layout.chunks) * len("4294967295,")
     fixed_bytes = len(_opening_json(_stamp_metadata(stamp, ()) | widest)) + len(layout.header_json)

@@ -94,7 +94,7 @@ def parse_legacy_file_name(name: str) -> tuple[int, int] | None:
 
 
 def damaged(path: Path, reason: str, *, chunk: int | None = None) -> SnapshotDamaged:
-    """Return the error for a file that does not hold what was written, with the option that excludes the snapshot.
+    """Return the error for a damaged file. Its message names the option that excludes the snapshot.
 
     Args:
         path: The file, under its final name.

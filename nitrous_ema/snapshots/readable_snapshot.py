@@ -17,7 +17,7 @@ from nitrous_ema.snapshots.layout import Layout, TensorRecord
 from nitrous_ema.snapshots.reading import FileSource, Source
 from nitrous_ema.snapshots.snapshot import Snapshot
 
-_Signature = list[tuple[str, tuple[int, ...], bool]]  # name, shape, and whether it is complex
+_Signature = list[tuple[str, tuple[int, ...], bool]]  # name, shape, and whether the tensor is complex
 
 
 class SnapshotView(Protocol):
@@ -167,7 +167,7 @@ def _sources(snapshot: Snapshot) -> list[Source]:
 
 
 def _copied_spans(layout: Layout) -> dict[str, tuple[int, int]]:
-    """Return the bytes of each copied tensor, counted from the start of their section."""
+    """Return the range of each copied tensor in bytes, by name, counted from the start of the copied section."""
     section_begin = layout.sections[-1].begin
     return {
         record.name: (begin - section_begin, end - section_begin)
@@ -176,7 +176,7 @@ def _copied_spans(layout: Layout) -> dict[str, tuple[int, int]]:
 
 
 def _signature(snapshot: SnapshotView) -> _Signature:
-    """Return the facts that must agree for averages to be summed: names and shapes in file order, which are complex."""
+    """Return name, shape and complexity of each averaged tensor, in file order: only equal signatures can be summed."""
     averaged = [record for record in snapshot.records if record.role == "averaged"]
     return [(record.name, record.shape, record.dtype == "C64") for record in averaged]
 

@@ -1,13 +1,13 @@
 """Flat arrays on disk, read by several threads at once and verified while they are read.
 
 A source is one profile of one snapshot, or the tensors that a snapshot copied from the model. Synthesis reads every
-byte of a source once, so each byte is checksummed as it passes. A thread mostly reads a part of a chunk, and the parts
-arrive in any order. The checksum of a chunk is combined from the checksums of its parts, and is compared when the last
-part has been read.
+byte of a source once, so checksums are computed during this read. A thread mostly reads a part of a chunk, and the
+parts arrive in any order. The checksum of a chunk is combined from the checksums of its parts, and is compared when the
+last part has been read.
 
 state                        guarded by
 checksums of parts           the lock of the reader           test_checksum_is_put_together_in_any_order
-open descriptors             nothing: ``OpenFiles`` opens     test_no_bit_depends_on_threads_memory_or_open_files
+open descriptors             no lock: ``OpenFiles`` opens     test_no_bit_depends_on_threads_memory_or_open_files
                              them before threads start, and
                              threads only read them
 """
@@ -32,7 +32,7 @@ from nitrous_ema.snapshots.names import candidate_paths, damaged
 
 _MAX_OPEN_FILES = 128  # of the 1024 that a process usually may open; further files are opened for each read
 _PIECE_BYTES = 1 << 19  # checksummed while it is still in the core's cache
-_HELD_OF_CHUNK_BYTES = 64  # a number and its place in a tuple take 40
+_HELD_OF_CHUNK_BYTES = 64  # of which the checksum's integer and its place in a tuple take 40
 _AHEAD_BYTES = 1 << 20  # of each file, requested from the system before they are read
 
 

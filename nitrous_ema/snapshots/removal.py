@@ -38,18 +38,18 @@ REMOVE-3  The newest snapshot and pinned ones are not hidden. A   test_pinned_an
     a snapshot that comes back is whole. (Not excluded: a
     network file system on which one machine sees the renames of
     another one late.)
-REMOVE-4  A name that is gone already was the work of another     test_two_processes_that_do_the_same_do_no_harm
-    process, and is not an error: any number of processes may do
-    the same.
+REMOVE-4  A name that is gone already was removed by another      test_two_processes_that_do_the_same_do_no_harm
+    process, which is not an error: any number of processes may
+    hide and remove the same snapshots.
 REMOVE-5  A reader that has listed a snapshot finds its files in  test_reader_finds_what_was_hidden_since_it_listed
     .trash-* as long as they are there. So a run that starts
-    leaves alone for ten minutes what other processes have hidden.
+    removes only snapshots that were hidden ten minutes before.
 REMOVE-6  A temporary file is removed only if there is proof that test_temporary_files_of_the_provably_dead_are_removed
     its writer is dead; its folder is removed with it if the
     folder holds nothing else.
 REMOVE-7  A failure to clean up never stops a run from starting.  test_failure_to_clean_up_is_logged_and_nothing_else
 
-Longer than the house's 300 lines: a fifth of it is this page, which should stand next to what it describes.
+Longer than 300 lines: a fifth of them is this page, which should stand next to the code that it describes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ from nitrous_ema.snapshots.snapshot import Snapshot, TemporaryFile
 _log = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 600.0  # for readers of snapshots that were hidden before a run starts
-_IN_USE = frozenset((errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY))  # NFS keeps an open file under another name
+# NFS gives an open file another name instead of removing it, so its folder is not empty yet.
+_IN_USE = frozenset((errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY))
 
 
 class SnapshotRemover:
@@ -98,7 +99,7 @@ class SnapshotRemover:
         # The note comes first: a process that removes the snapshot later than this finds the note (REMOVE-3).
         self._committer.write_note(note)
         hidden = self.root / hidden_name(folder_name(step, run))
-        # Asked twice: another process may have renamed the snapshot back between the first question and our rename.
+        # Checked twice: another process may have renamed the snapshot back between the first check and this rename.
         if exists() or self._unhide(hidden) or exists():
             return True
         if is_new:
@@ -125,7 +126,8 @@ class SnapshotRemover:
         # The run becomes a part of a path: a name with "/" or ".." must not lead out of the folder.
         if parse_folder_name(folder) is None:
             raise ValueError(
-                f"step={step!r} and run={run!r}: no snapshot can have these. Take both from a listing of the folder."
+                f"step={step!r} and run={run!r}: these are not the step and run of a snapshot. Take both from a "
+                "listing of the folder."
             )
         return self.root / folder.replace("step-", "pin-", 1)
 
@@ -134,17 +136,17 @@ class SnapshotRemover:
     def hide(self, snapshots: Iterable[Snapshot], newest: Snapshot | None) -> int:
         """Hide snapshots; see ``SnapshotStore.hide``. ``newest`` is the snapshot that is not hidden in any case."""
         chosen = list(snapshots)
-        # All are checked before any is renamed, so that a refused call has changed nothing.
+        # All snapshots are checked before any is renamed, so that a refused call has changed nothing.
         for snapshot in chosen:
             self._check_may_be_hidden(snapshot, newest)
         hidden_bytes = 0
         try:
             for snapshot in chosen:
-                # Once more: another process may have pinned it since.
+                # Once more: another process may have pinned the snapshot since the first check.
                 self._check_may_be_hidden(snapshot, newest)
                 hidden_bytes += self._hide_folder(snapshot)
         finally:
-            # Also if another process renamed all of them, and may not have made that durable yet.
+            # Even if this call renamed nothing: another process may have renamed the folders and died before its fsync.
             if chosen:
                 self._sync_root("hidden snapshots may come back if the machine stops")
         return hidden_bytes
@@ -154,7 +156,7 @@ class SnapshotRemover:
         if newest is not None and (newest.step, newest.run) == (snapshot.step, snapshot.run):
             raise SnapshotError(f"{path} is the newest snapshot of its folder, which is never dropped.", path=path)
         if self.files.exists(self._note(snapshot.step, snapshot.run)):
-            raise SnapshotError(f"{path} is pinned. Call unpin() before it is dropped.", path=path)
+            raise SnapshotError(f"{path} is pinned, so it cannot be dropped. Call unpin() first.", path=path)
 
     def _hide_folder(self, snapshot: Snapshot) -> int:
         folder = self.root / folder_name(snapshot.step, snapshot.run)
@@ -183,7 +185,7 @@ class SnapshotRemover:
         """Unlink hidden snapshots; see ``SnapshotStore.remove_hidden``."""
         claimed = []
         for folder in self.hidden():
-            # Claimed already: by a process that died, or by one that unlinks at this moment. No pin brings it back.
+            # Claimed already, by a process that died or is still unlinking: no pin can bring this snapshot back.
             if _is_claimed(folder):
                 claimed.append(folder)
             elif self._is_pinned(folder):
@@ -192,10 +194,10 @@ class SnapshotRemover:
                 claimed.append(own)
         if not claimed:
             return 0
-        # Whichever process gave the folders their names, and whether or not it lived to sync them (REMOVE-1).
+        # Needed for folders of other processes as well: they may have died between rename and fsync (REMOVE-1).
         self._sync_root("nothing was removed")
         freed_bytes, failure = 0, None
-        # The first failure is raised after all folders were tried: one of them must not keep the others on disk.
+        # The first failure is raised only after all folders were tried: the other folders must not stay on disk.
         for folder in claimed:
             try:
                 freed_bytes += self._remove(folder)
@@ -209,7 +211,7 @@ class SnapshotRemover:
         return self.files.exists(self._note(*_step_and_run(hidden)))
 
     def _unhide(self, hidden: Path) -> bool:
-        """Give a hidden snapshot its name back. False if it could not be renamed: it is gone, or its name is taken."""
+        """Give a hidden snapshot its name back. Return False if the folder is gone or the rename fails (logged)."""
         folder = self.root / folder_name(*_step_and_run(hidden))
         try:
             rename_to_new(self.files, hidden, folder)
@@ -237,7 +239,7 @@ class SnapshotRemover:
         return claimed
 
     def _is_older(self, path: Path, seconds: float) -> bool:
-        """Return whether a folder has not changed for so long; its last change is when it was hidden.
+        """Return whether a folder has not changed for this many seconds. Hiding it was its last change.
 
         On common file systems a rename updates the ``ctime`` of the renamed folder.
         """
@@ -306,7 +308,7 @@ class SnapshotRemover:
         with self._log_failures():
             for temporary in self.temporary():
                 if temporary.writer == "gone":
-                    with self._log_failures():  # of one file, so that the others are removed all the same
+                    with self._log_failures():  # of one file, so that the other files are still removed
                         self._unlink(temporary.path)
                         _log.info("removed %s, left by a process that died", temporary.path)
                         if temporary.path.parent != self.root:

@@ -12,8 +12,8 @@ remove the hidden snapshots                         the snapshots that the rule 
 write the new snapshot                              one more
 hide the snapshots that the rule drops now          the same; no listing shows the hidden ones
 
-The kept snapshots of a history are read from the folder when the history is first written to, since a resumed run
-continues with its ancestors' snapshots. They are remembered from then on.
+The list of kept snapshots is read from the folder when a history is first written to, since a resumed run continues
+with its ancestors' snapshots. From then on the list is updated in memory.
 
 RETAIN-1  A rule sees all older snapshots when it is applied to   test_rule_is_applied_in_the_order_snapshots_were_taken
     a new one. Its result does not depend on how writer threads
@@ -172,7 +172,7 @@ class RetainingWriter:
                     self.ledger.add(dropped=len(dropped))
             # Any exception: the rule may be user code, and its mistake must not cost a snapshot (RETAIN-4).
             except Exception as error:
-                self._lineage = None  # some may have been hidden: read the folder again before the rule is next applied
+                self._lineage = None  # some may be hidden now: read the folder again before the rule is next applied
                 return error
         return None
 
@@ -201,7 +201,7 @@ class RetainingWriter:
             snapshot_bytes=max(snapshot_bytes, *(snapshot.bytes for snapshot in kept)),
             pinned=pinned,
         )
-        # A rule may be user code: indices of the newest snapshot, of pinned ones, or of none at all have no effect.
+        # A rule may be user code: indices of the newest and of pinned snapshots, and invalid indices, are ignored.
         return frozenset(dropped).intersection(range(len(kept) - 1)) - pinned
 
     def _remove_hidden(self) -> None:
@@ -222,11 +222,12 @@ def _droppable_history(store: SnapshotStore, lineage: Lineage) -> list[Snapshot]
     """Return the snapshots of a history that a rule may drop, ascending by step.
 
     Damaged snapshots are left out, so they stay on disk. Snapshots that the history shares with a finished run are left
-    out as well: with a run that was closed after this history had left it, since averages at the end of that run may
-    still be wanted. (A run that was killed and resumed from an earlier step was not closed.)
+    out as well, because averages at the end of that run may still be wanted. A finished run was closed, and has
+    snapshots after the step at which this history left it. (A run that was killed and resumed from an earlier step was
+    not closed.)
     """
     names = store.files.list(store.root)
-    # In ascending order, so that the last step of each run is the one that stays in the dictionary.
+    # In ascending order, so that a later step of a run replaces the earlier ones in the dictionary.
     last_step = {run: step for step, run in sorted(filter(None, map(parse_folder_name, names)))}
     finished = [
         position
@@ -235,7 +236,7 @@ def _droppable_history(store: SnapshotStore, lineage: Lineage) -> list[Snapshot]
     ]
     # Ancestors of a finished run are shared with it, too.
     bounds = dict(lineage[max(finished, default=-1) + 1 :])
-    # The youngest run may own no snapshot yet; then the youngest one that does lists those of its ancestors.
+    # The youngest run may own no snapshot yet. Then the listing is that of the youngest ancestor that owns one.
     for run, _ in reversed(lineage):
         try:
             found = store.examine(run).snapshots

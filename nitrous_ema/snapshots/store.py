@@ -5,7 +5,7 @@ removal. ``snapshots.validation`` decides whether a single folder holds a snapsh
 
 STORE-1  Readers only read: none of their calls creates or changes a name.  test_reading_changes_nothing_on_disk
 
-Longer than the house's 300 lines: which folders count as snapshots, and which belong together, is one rule.
+Longer than 300 lines: which folders count as snapshots, and which snapshots belong together, is one rule.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from nitrous_ema.snapshots.commit import Committer
 from nitrous_ema.snapshots.filesystem import FileSystem
 from nitrous_ema.snapshots.header import Lineage, Stamp
 from nitrous_ema.snapshots.layout import Layout
-from nitrous_ema.snapshots.names import folder_name, parse_folder_name, parse_legacy_file_name, parse_rank_file_name
+from nitrous_ema.snapshots.names import (
+    exclusion_hint,
+    folder_name,
+    parse_folder_name,
+    parse_legacy_file_name,
+    parse_rank_file_name,
+)
 from nitrous_ema.snapshots.removal import SnapshotRemover
 from nitrous_ema.snapshots.snapshot import Incomplete, Listing, Snapshot, TemporaryFile, VerificationFailure
 from nitrous_ema.snapshots.validation import FolderGone, FolderInspector
@@ -117,7 +123,7 @@ class SnapshotStore:
             steps = " and ".join(map(str, nearest)) if nearest else "none"
             of_run = f" of run {lineage[-1][0]}" if lineage else ""
             what = f"has no snapshot of step {step}{of_run}; nearest steps there: {steps}{other_runs}"
-        excluded = f". Left out by exclude: {sorted(exclude)}" if exclude else ""
+        excluded = f". Excluded steps: {sorted(exclude)}" if exclude else ""
         raise SnapshotNotFound(f"{self.root} {what}{excluded}.", path=self.root, nearest=nearest)
 
     def _legacy_hint(self) -> str:
@@ -224,7 +230,7 @@ class SnapshotStore:
         Raises:
             SnapshotWriteError: Two attempts failed, or the name is taken; the cause is chained. Temporary files have
                 been removed, as far as the disk allowed.
-            RuntimeError: The buffers of ``chunks`` do not match the layout (our bug).
+            RuntimeError: The buffers of ``chunks`` do not match the layout (a bug of this package).
         """
         return self._committer.write(layout, stamp, chunks)
 
@@ -299,7 +305,7 @@ class SnapshotStore:
 
         Raises:
             SnapshotError: A snapshot is pinned, or is the newest of the folder. Then nothing was hidden, unless the pin
-                was set during this call. Or the operating system refuses.
+                was set during this call. Or a rename or an fsync failed.
         """
         chosen = tuple(snapshots)
         newest = None
@@ -375,8 +381,7 @@ class SnapshotStore:
         if examined.stamp.lineage[:-1] != lineage[: runs.index(examined.run)]:
             raise SnapshotMismatch(
                 f"{folder} has the lineage {brief(str(examined.stamp.lineage))}, but run {runs[-1]} has "
-                f"{brief(str(lineage))}. "
-                f"Leave it out with exclude=[{examined.step}].",
+                f"{brief(str(lineage))}. {exclusion_hint(examined.step)}",
                 path=folder,
                 step=examined.step,
             )

@@ -47,13 +47,13 @@ def load_torch_file(path: Path) -> Any:
     with open_regular(path) as file:
         try:
             _check_archive(file)
-        except Exception as error:  # zipfile raises eight kinds
+        except Exception as error:  # zipfile raises exceptions of eight classes
             raise ValueError(f"it is not an archive written by torch: {brief(str(error))}") from error
     import torch
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever the pickle in it leads to
+    except Exception as error:  # of any class: the pickle in the file decides what torch does
         first_line = str(error).partition("\n")[0]
         raise ValueError(f"torch cannot load it ({type(error).__name__}: {brief(first_line)})") from error
 
@@ -79,7 +79,7 @@ def verify_archive(path: Path) -> None:
 def locate_storages(path: Path, tensors: Iterable[torch.Tensor]) -> Checksums:
     """Match the storages of mapped tensors with the members of their archive, and return their expected checksums.
 
-    torch does not check that a storage has the size of its member, and would read on into the next member.
+    torch does not check that a storage has the size of its member: it would read beyond the end of a shorter member.
 
     Args:
         path: The file.
@@ -118,8 +118,9 @@ def verify_storage(tensor: torch.Tensor, checksums: Checksums) -> None:
 
     Args:
         tensor: A tensor of ``load_torch_file``.
-        checksums: The result of ``locate_storages``. It has several checksums for a storage if several members have the
-            same size and the same distance; then each of them is accepted, and a changed bit matches none.
+        checksums: The result of ``locate_storages``. If members have equal sizes at equal distances, the address of the
+            mapping is ambiguous, and a storage has several checksums. Each of them is accepted; a changed bit matches
+            none.
 
     Raises:
         ValueError: The bytes have another checksum.

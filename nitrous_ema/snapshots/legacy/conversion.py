@@ -129,7 +129,9 @@ def plan_import(
         SnapshotError: A folder cannot be read, or the disk lacks space for the new snapshots.
     """
     if old.root.resolve() in (new.root.resolve(), *new.root.resolve().parents):
-        raise ValueError(f"{new.root} is the imported folder or inside it, which is only read. Choose another folder.")
+        raise ValueError(
+            f"{new.root} is the imported folder or inside it, but an import only reads that folder. Choose another one."
+        )
     intact, damaged = _intact(old.snapshots(exclude=exclude))
     if not intact:
         reason = damaged[0] if damaged else f"every step of {old.root} is excluded."
@@ -238,8 +240,8 @@ def _check_finite(chunk: memoryview, dtype: str, path: Path) -> None:
 
     if torch.frombuffer(chunk, dtype=TORCH_DTYPES[dtype]).isinf().any():
         raise NitrousError(
-            f"{path} holds numbers that overflow {dtype}, or infinities. Import it without --dtype, which keeps the "
-            "type of the files, or as bfloat16, which has the range of float32."
+            f"{path} holds numbers that overflow {dtype}, or infinities. Import it without --dtype, which stores the "
+            "type of the files, or with --dtype bfloat16, which has the range of float32."
         )
 
 

@@ -6,11 +6,11 @@ stored. ema-pytorch casts counters of batches with all other tensors: from 2048 
 and beyond 65504 it is infinite. Such counters become integers again here; a counter whose value was lost gets the step
 of the file name.
 
-Files are loaded with ``weights_only=True`` and mapped: their bytes are read when synthesis requests them. The bytes of
-a tensor are compared with the checksum that torch wrote right before synthesis gets the first of them. So they are read
-from the disk once.
+Files are loaded with ``weights_only=True`` and mapped: their bytes are read when synthesis requests them. Right
+before synthesis gets the first bytes of a tensor, the whole tensor is compared with the checksum that torch wrote. So
+its bytes come from the disk once.
 
-Longer than the house's 300 lines because the contents of such a file and their validation belong on one page.
+Longer than 300 lines because the contents of such a file and their validation belong on one page.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class LegacyFolder:
                 path=self.root,
                 nearest=(),
             )
-        # A file name has only a position in the list of profiles: a list of another length would give a wrong length.
+        # A file name has only the profile's position in the list, so an incomplete list could assign wrong profiles.
         highest = max(max(profiles) for profiles in paths.values())
         if highest + 1 != len(self.gammas):
             raise ValueError(
@@ -413,7 +413,7 @@ def _load(path: Path) -> _Loaded:
 
 
 def _repaired_counters(tensors: Mapping[str, torch.Tensor], checksums: Checksums, step: int) -> dict[str, torch.Tensor]:
-    """Return counters of batches that were cast to a floating-point type as integers.
+    """Return, as integers, the batch counters that were cast to a floating-point type.
 
     A counter keeps its value if the type holds it exactly, and gets ``step`` otherwise. Neither library updates these
     counters: they hold the number of batches that the model had seen when its EMA was created, mostly 0.

@@ -64,7 +64,7 @@ def test_write_that_makes_no_progress_is_an_error(tmp_path):
         def write_at(self, descriptor, buffer, offset):
             return 0
 
-    with pytest.raises(OSError, match="wrote nothing"):
+    with pytest.raises(OSError, match="wrote 0 bytes"):
         write_fully(Stuck(), 0, b"abc", 0)
 
 

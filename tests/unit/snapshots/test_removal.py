@@ -237,7 +237,7 @@ def test_pin_of_a_missing_snapshot_is_refused_and_leaves_no_note(store):
 
 @pytest.mark.parametrize(("step", "run"), [(5, "x/../../y"), (-1, A), (10**18, A)])
 def test_pin_of_no_snapshots_name_is_refused(store, step, run):
-    with pytest.raises(ValueError, match="no snapshot can have"):
+    with pytest.raises(ValueError, match="not the step and run of a snapshot"):
         store.pin(step, run, must_exist=False)
 
 

@@ -51,7 +51,7 @@ def test_legacy_files_are_named_where_there_is_no_snapshot(store):
     with pytest.raises(SnapshotNotFound, match=r"ema-pytorch.*--sigma-rels.*LegacyFolder.*nitrous-ema import"):
         store.get()
     commit(store)
-    with pytest.raises(SnapshotNotFound, match=r"holds no snapshot to read\. Left out"):
+    with pytest.raises(SnapshotNotFound, match=r"holds no snapshot to read\. Excluded steps"):
         store.get(exclude=range(10**4))
 
 
@@ -247,7 +247,7 @@ def test_newest_damaged_snapshot_is_an_error_until_it_is_left_out(store):
     assert store.snapshots(exclude=[20]) == [good]
     assert store.get(exclude=[20]) == store.get(10) == good
     assert (store.runs(), store.incomplete()) == ([A], [])
-    with pytest.raises(SnapshotNotFound, match=r"nearest steps there: 10.*Left out by exclude: \[20\]"):
+    with pytest.raises(SnapshotNotFound, match=r"nearest steps there: 10.*Excluded steps: \[20\]"):
         store.get(20, exclude=[20])
 
 
