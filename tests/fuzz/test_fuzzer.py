@@ -45,7 +45,7 @@ PLANTED = {
     "any error of torch": (
         "legacy",
         TORCH,
-        "except Exception as error:  # whatever the pickle in it leads to",
+        "except Exception as error:  # of any class: the pickle in the file decides what torch does",
         "except RuntimeError as error:",
     ),
 }
