@@ -90,7 +90,7 @@ else:  # hidden from type checkers, to which a module's __getattr__ would make e
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(_HOMES[name]), name)
-        globals()[name] = value  # the next lookup of this name does not come here
+        globals()[name] = value  # later lookups of this name do not call this function
         return value
 
     def __dir__() -> list[str]:

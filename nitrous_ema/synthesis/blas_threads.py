@@ -55,7 +55,7 @@ def one_thread_per_product() -> Iterator[None]:
 
 @functools.cache
 def _library() -> tuple[Callable[[], int], Callable[[int], object]]:
-    """Return the functions that read and set the number of threads of a product; without effect if unknown."""
+    """Return the functions that read and set the number of threads of a product; no-ops for unknown libraries."""
     linked = sys.modules.get("numpy._core._multiarray_umath") or sys.modules["numpy.core._multiarray_umath"]
     try:
         # A name that is looked up in numpy's extension module is also searched in the libraries that it links.

@@ -96,7 +96,7 @@ def narrow(values: NDArray[np.floating], code: str) -> NDArray[np.generic]:
         code: The stored type, a key of ``FLOAT_TYPES``.
 
     Returns:
-        Little-endian array of the same shape; for "BF16" its bits as uint16. NaN and infinities stay what they are.
+        Little-endian array of the same shape; for "BF16" its bits as uint16. NaN and infinities are preserved.
 
     Raises:
         FloatingPointError: A finite value is too large for the type.

@@ -59,11 +59,12 @@ class Plan:
     steps: tuple[int, ...]
     """Steps of the snapshots that are read, ascending."""
     lower_bound: int
-    """No fewer of the candidates give all outputs within the tolerance; 1 where snapshots differ in their profiles."""
+    """Proven minimum: no smaller set of candidates gives all outputs within the tolerance. 1 where profiles differ."""
     candidates: int
     """Number of snapshots that the selection chose from."""
     tolerance: float
-    """Root of the amount by which the squared error of an output may exceed that with all snapshots."""
+    """Relative profile error that may be added: an output's squared error exceeds that of all snapshots by at most its
+    square."""
     profile_error_of_all: NDArray[np.float64]
     """Relative profile error of each output with all snapshots."""
     least_error_l2: NDArray[np.float64]
@@ -85,14 +86,14 @@ class Plan:
         return sum(column.source.num_bytes for column in self.columns) + (copied.num_bytes if copied else 0)
 
     def condition(self) -> float:
-        """Return the condition number of the columns' profiles; NaN for more than 1024 (``posthoc.coverage``)."""
+        """Return the condition number of the columns' profiles; NaN for more than 1024 columns (see ``coverage``)."""
         return condition([column.t for column in self.columns], [column.gamma for column in self.columns])
 
     def only(self, indices: Sequence[int]) -> Plan:
         """Return the same plan for some of its outputs.
 
-        The columns and weights stay as they are. A new plan for these outputs alone might read other snapshots, and
-        outputs that are written in several passes or that exist already would differ from one synthesis of all.
+        The columns and weights stay as they are. A new plan for these outputs alone might read other snapshots. Then
+        the bits of an average would depend on the passes, and on the outputs that exist already.
         """
         chosen = list(indices)
         # Every field of the report has one value per output, but for the warnings, which are text.

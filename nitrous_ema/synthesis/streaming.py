@@ -16,7 +16,7 @@ one worker    a workspace; the tiles of one block; its       claims the workspac
               range of each output
 all workers   descriptors, checksums                         locks of ``snapshots.reading``
 
-Longer than the house's 300 lines because the order of operations that the bits depend on belongs on one page.
+Longer than 300 lines because the order of operations that the bits depend on belongs on one page.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ GROUP_OUTPUTS = 32
 _OUTPUTS_PER_PASS = 4 * GROUP_OUTPUTS  # at most: each output is an open file
 _MAX_BLOCK_ELEMENTS = 1 << 16  # measured with 32 columns: 256 Ki was 1.3 times slower, 1 Mi up to twice
 _FIXED_BYTES = 4 << 20  # copied tensors, running checksums
-# For each name of a tensor: its places in files, as text and as objects. Measured were 1.9 kB, 0.7 kB for each profile
-# and 8 (1 + profiles) copies of the name, most of it while headers are read (bench.tables_memory).
+# For each tensor name: its positions in files, as text and as objects. Measured: 1.9 kB, plus 0.7 kB for each profile,
+# plus 8 (1 + profiles) times the name's length, most of it while headers are read (bench.tables_memory).
 _TENSOR_BYTES, _PROFILE_BYTES, _NAME_COPIES = 2048, 768, 9
 _CONSUMER_BYTES = 3 << 20  # per thread: values that the writer rounds and writes at a time, packed matrices of BLAS
-_COPY_BYTES = 1 << 20  # of copied tensors, at a time
+_COPY_BYTES = 1 << 20  # of copied tensors, read in one piece
 
 Accumulate = Literal["float64", "float32"]
 """Type of sums and products."""
@@ -127,8 +127,8 @@ def stream(
         remaining = iter(blocks)
         try:
             while True:
-                # Two blocks per thread: a thread that finishes has work while this thread consumes. More would hold
-                # finished tiles that the memory budget does not count.
+                # Two blocks per thread: a thread that finishes a block has another while this thread consumes. More
+                # blocks would hold finished tiles that the memory budget does not count.
                 while len(waiting) < 2 * sizes.threads and (block := next(remaining, None)) is not None:
                     waiting.append((block, pool.submit(engine.compute, block)))
                 if not waiting:
@@ -240,8 +240,8 @@ def _workspace_bytes(plan: Plan, outputs: int, accumulate: Accumulate) -> tuple[
     """Return the memory of one thread: the part that does not depend on its blocks, and the part for each tile."""
     group, item = min(GROUP_COLUMNS, len(plan.columns)), np.dtype(accumulate).itemsize
     fixed = group * TILE_ELEMENTS * (item + 4) + min(outputs, GROUP_OUTPUTS) * TILE_ELEMENTS * item + _CONSUMER_BYTES
-    # Three times the sums: those of the block in work, which wait for its next group of columns, and those of two
-    # finished blocks per thread, which wait for the calling thread.
+    # Three times the sums: one block is being computed and waits for its next group of columns, and two finished blocks
+    # per thread wait for the calling thread.
     return fixed, TILE_ELEMENTS * (group * _widest(plan.columns) + 3 * outputs * item)
 
 
@@ -262,7 +262,7 @@ class _Block:
 
 def _blocks(plan: Plan, block_elements: int, requested: tuple[int, int]) -> list[_Block]:
     """Return blocks that cover the requested tiles, and the whole chunks around them."""
-    # A checksum covers a chunk, so tiles are verified only if all bytes of their chunks are read.
+    # A checksum covers a whole chunk, so tiles are verified only if all bytes of their chunks are read.
     whole = max(TILE_ELEMENTS, *(each.source.chunk_bytes // element_bytes(each.source) for each in plan.columns))
     begin, end = requested[0] // whole * whole, min(-(-requested[1] // whole) * whole, plan.elements)
     blocks: list[_Block] = []
@@ -289,7 +289,7 @@ class _Workspace:
 
 
 class _Engine:
-    """State that the threads share: constant while they run, but for the queue and the readers, which lock themselves.
+    """State that the threads share. It is constant while they run, except for the queue and the readers, which lock.
 
     Args:
         plan: The columns and their weights.

@@ -73,7 +73,7 @@ class OutputLayout:
 
     Args:
         plan: The averages.
-        dtype: Type of the real floating tensors, as a safetensors code; None keeps each in the model's own.
+        dtype: Type of the real floating tensors, as a safetensors code; None for each tensor's own type in the model.
         tied_once: Store tied tensors under their first key only (``.pt`` files store the sharing itself).
         names: Canonical names of the tensors to store; None stores all.
 
@@ -113,7 +113,7 @@ class OutputLayout:
                 yield segment, begin, end
 
     def header(self, metadata: dict[str, str]) -> bytes:
-        """Return the bytes of a file before its tensors."""
+        """Return the bytes of a file that come before its tensors: length, header and padding."""
         text = json_bytes({"__metadata__": metadata})[:-1] + self._entries_json + b"}"
         text += b" " * (-(len(text) + 8) % _DATA_ALIGNMENT_BYTES)
         return len(text).to_bytes(8, "little") + text
@@ -126,15 +126,15 @@ class OutputLayout:
 
     @cached_property
     def _entries_json(self) -> bytes:
-        """The tensors in a header, without its metadata. Kept for all outputs: thousands of tensors take megabytes."""
+        """The tensors in a header, without its metadata. Cached, because thousands of tensors take megabytes."""
         return b"".join(entry_json(entry.key, entry.header_entry) for entry in self.entries)
 
 
 def _entries(plan: Plan, dtype: str | None, *, tied_once: bool, names: Collection[str] | None) -> list[OutputEntry]:
     """Return the tensors of an output in the order of their bytes: large elements first, which aligns all of them.
 
-    Further keys of tied tensors come last among those of their element size. So the other tensors keep the order of the
-    flat average, and their segments can be joined.
+    Further keys of tied tensors come last among the tensors of their element size. So the other tensors stay in the
+    order of the flat average, and their segments can be joined.
     """
     named = [
         (key, record, dtype if dtype is not None and _is_real(record) else record.dtype)

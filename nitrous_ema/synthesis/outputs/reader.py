@@ -207,7 +207,7 @@ class ShardedFile:
         if type(expected) is int and found != expected:
             raise ValueError(
                 f"the index lists tensors of {expected} bytes, and the files contain {found}: the parts were written "
-                "with different --dtype"
+                "with different values of --dtype"
             )
 
     def read(self, key: str) -> torch.Tensor:
@@ -248,14 +248,14 @@ def read_header(path: Path) -> tuple[Any, int, int]:
 
 
 def _describe(header: Any, data_begin: int, file_bytes: int) -> tuple[dict[str, str], dict[str, TensorDescription]]:
-    """Return metadata and tensors of a header. Raises ValueError where other safetensors readers refuse it as well."""
+    """Return metadata and tensors of a header. Raises ValueError for headers that other safetensors readers refuse."""
     if type(header) is not dict:
         raise ValueError("the header is not a JSON object")
     metadata = header.pop("__metadata__", {})
     if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
         raise ValueError("the metadata is not a JSON object of strings")
     described = {key: _describe_tensor(key, entry, data_begin) for key, entry in header.items()}
-    # Tensors lie back to back and end with the file: no byte belongs to two tensors, and none to no tensor.
+    # Tensors lie back to back and end with the file, so every byte belongs to exactly one tensor.
     position = data_begin
     for key, each in sorted(described.items(), key=lambda item: (item[1].begin, item[1].end)):
         if each.begin != position:

@@ -1,9 +1,9 @@
 """Decide which outputs can be reused: files that exist, are whole, and have the same recipe and the same tensors.
 
-An output gets its name when it is durable, so a file with the right header and the right size is whole. The *recipe* is
-the metadata in its header that determines the average: run, step, length, snapshots read, tolerance and so on. Numbers
-that follow from the recipe (errors, amplification) are not compared, because the solve on another machine may differ in
-their last digit.
+An output gets its name only when it is durable, so a file with the right header and the right size is whole. The
+*recipe* is the metadata in its header that determines the average: run, step, length, snapshots read, tolerance and so
+on. Numbers that follow from the recipe (errors, amplification) are not compared, because the solve on another machine
+may differ in their last digit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ExpectedOutput:
     path: Path
     """The file; the file of one part if the average is written in parts."""
     num_bytes: int
-    """Size of the file; for a ``.pt`` file of its numbers, which is slightly less."""
+    """Size of the file; for a ``.pt`` file the size of its numbers, which is slightly less."""
     is_reusable: bool
     """Whether this file exists already, with its index if this is the part that writes the index. Always False for
     ``.pt`` files, which do not record their recipe."""

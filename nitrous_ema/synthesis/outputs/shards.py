@@ -26,7 +26,7 @@ def part_names(plan: Plan, dtype: str | None, parts: int) -> list[frozenset[str]
 
     Args:
         plan: The averages.
-        dtype: Type of the real floating tensors; None keeps each in the model's own.
+        dtype: Type of the real floating tensors; None for each tensor's own type in the model.
         parts: Number of parts.
     """
     sizes: dict[str, int] = {}
@@ -59,7 +59,7 @@ def index_text(plan: Plan, dtype: str | None, names: Sequence[frozenset[str]], p
 
     Args:
         plan: The averages.
-        dtype: Type of the real floating tensors; None keeps each in the model's own.
+        dtype: Type of the real floating tensors; None for each tensor's own type in the model.
         names: The tensors of each part, from ``part_names``.
         path: ``<stem>.safetensors``.
 

@@ -8,7 +8,7 @@ memory. Temporary files of processes that were killed are removed from the folde
 Several processes may share the work, each writing one file of every average (``write_shard``). They do not communicate:
 the parts follow from the plan and the number of processes.
 
-Longer than the house's 300 lines because how a file is filled, made durable and named belong on one page.
+Longer than 300 lines because how a file is filled, made durable and named belong on one page.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".safetensors", ".pt")
 """Suffixes of the file formats that are written."""
-_ROUNDED_OUTPUTS = 8  # rounded together: a tile of these takes at most 1.8 MB
+_ROUNDED_OUTPUTS = 8  # rounded together: one tile of them takes at most 1.8 MB
 _FSYNC_THREADS = 8
 # After this many bytes of a file the system is asked to write them to disk, while the next bytes are computed.
 # Otherwise most of the file would be written only when it is made durable.
@@ -86,8 +86,8 @@ def write_outputs(
     Args:
         plan: The averages.
         paths: One file per output. The suffix selects the format. An existing file is replaced atomically.
-        dtype: Type of the floating tensors, as a safetensors code ("F32", "BF16", "F16", "F64"); by default each keeps
-            the model's own. Complex and integer tensors always keep the model's own.
+        dtype: Type of the floating tensors, as a safetensors code ("F32", "BF16", "F16", "F64"); by default each
+            tensor's own type in the model. Complex and integer tensors always have their own type.
         memory_bytes: Memory budget, in bytes.
         progress: Called with the bytes read and the bytes to read.
         committed: Called with the index of each output and its path once it is durable.
@@ -157,7 +157,7 @@ def write_shard(
         raise ValueError(f"part {part} of {parts}: expected 0 <= part < parts <= 99999.")
     for path in paths:
         if path.suffix != ".safetensors":
-            raise ValueError(f"{path}: only .safetensors files can be written in parts. Choose a name that ends so.")
+            raise ValueError(f"{path}: only .safetensors files can be written in parts. Use this suffix.")
     files = files or FileSystem()
     names = part_names(plan, dtype, parts)
     layout = OutputLayout(plan, dtype, names=names[part])
@@ -264,7 +264,7 @@ def _commit(outputs: Sequence[_OutputFile], committed: Committed | None) -> None
 class _Filler:
     """Rounds the tiles of the engine and writes them to the files.
 
-    Several threads call it at once: each element arrives once, so the byte ranges of their writes are disjoint.
+    Several threads call its methods at once. Each element arrives once, so their writes do not overlap.
 
     Args:
         outputs: The open files, in the order of the rows of a tile.
@@ -426,7 +426,7 @@ class _OutputFile:
                 raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
 
     def _create(self) -> int:
-        # Noted before it exists: an interrupt between the two statements must not leave a file behind.
+        # Recorded before it exists: an interrupt between the two statements must not leave a file behind.
         self._temporaries.append(self.path.with_name(temporary_name(self.path.name)))
         return self._files.open_exclusive(self._temporaries[-1])
 
@@ -436,7 +436,7 @@ class _OutputFile:
         return self._descriptor
 
     def convert_to_torch(self) -> None:
-        """Replace the temporary file by one that torch.save writes, tensor by tensor: neither is whole in memory."""
+        """Replace the temporary file by one that torch.save writes. It maps the tensors: no file is whole in memory."""
         import torch
 
         from nitrous_ema._base.torch_dtypes import TORCH_DTYPES

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerConfig:
-    """What one synthesis process does: its command line, parsed and checked."""
+    """Parsed and checked command line of one synthesis process."""
 
     snapshots: Path
     """The snapshot folder."""
@@ -108,10 +108,13 @@ def parse_arguments(argv: Sequence[str] | None) -> WorkerConfig:
     _add_follow_options(parser)
     config = _config(parser.parse_args(argv))
     for is_invalid, message in (
-        (config.is_legacy and config.run is not None, "--run: a folder of {i}.{step}.pt files has no runs."),
+        (
+            config.is_legacy and config.run is not None,
+            "--run: a folder of {i}.{step}.pt files has no runs; omit --run.",
+        ),
         (
             config.is_legacy and config.follow,
-            "--follow: a folder of {i}.{step}.pt files does not record when it is complete.",
+            "--follow: a folder of {i}.{step}.pt files does not record when it is complete; omit --follow.",
         ),
         (config.follow and config.dry_run, "--dry-run cannot plan future snapshots; omit --follow."),
         (config.idle_seconds is not None and not config.follow, "--idle requires --follow."),

@@ -88,7 +88,7 @@ class RunFollower:
         self._check_complete(end)
 
     def _why_ended(self, last_news: float) -> str | None:
-        """Return why no more snapshots are expected; None while they are."""
+        """Return why no more snapshots are expected; None while more are expected."""
         listed = self.snapshots.listed
         if self.snapshots.is_closed:
             return f"run {self.snapshots.lineage[-1][0]} is closed"

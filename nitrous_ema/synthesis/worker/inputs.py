@@ -80,7 +80,7 @@ class StoredSnapshots:
         return bool(self.lineage) and self.store.files.exists(self.store.root / f"closed-{self.lineage[-1][0]}")
 
     def refresh(self, run: str | None = None) -> None:
-        """List the history again; that of another run if one is passed.
+        """List the history again, or the history of another run if ``run`` is passed.
 
         Raises:
             SnapshotNotFound: There is no such run.
@@ -133,7 +133,7 @@ class StoredSnapshots:
     def unrelated_runs(self) -> list[str]:
         """Return the runs in the folder that are not part of the listed history."""
         runs = {known[1] for name in self.store.files.list(self.store.root) if (known := parse_folder_name(name))}
-        # Decided by names where that is enough: the store opens every file for its answer.
+        # Names are enough if all runs are related. Otherwise the store has to open every file.
         if runs <= dict(self.lineage).keys():
             return []
         return self.store.unrelated_runs(self.requested_run)

@@ -1,4 +1,4 @@
-"""A synthesis process, seen from the process that started it.
+"""The handle of a synthesis process in the process that started it.
 
 A worker whose pipes are full stops until they are read, and the caller may not read for a long time. So two threads of
 the job drain stdout and stderr from the start. They store the output records, the last messages and the error of the
@@ -43,7 +43,7 @@ ProgressCallback = Callable[[int, int], object]
 
 
 class Job:
-    """A synthesis process. It runs on its own while this process runs; no method needs to be called.
+    """Handle of a synthesis process. The worker runs on its own while this process runs; no method has to be called.
 
     After this process has ended, the worker ends at its next write to a pipe. Averages that were written remain.
 
@@ -132,7 +132,7 @@ class Job:
                 f"the synthesis process has ended, but its output was not read completely within {timeout} seconds. "
                 "Call result() again."
             )
-        # Wrong arguments were the caller's own, so the error is that of a function which checks them itself.
+        # The caller passed wrong arguments, so the error is that of a function that checks its arguments itself.
         if status == exit_status.USAGE:
             raise ValueError(_last_message(self._stderr))
         if status != 0:

@@ -62,7 +62,7 @@ class Output:
     steps_read: tuple[int, ...]
     """Steps of the snapshots that were read for all outputs of this step together, ascending."""
     lower_bound: int
-    """No fewer snapshots give all outputs of this step within the tolerance; 1 where no bound is known."""
+    """Proven minimum of snapshots for all outputs of this step within the tolerance; 1 where no bound is known."""
     tolerance: float
     """Relative profile error that reading few snapshots was allowed to add."""
     excluded: tuple[int, ...]
@@ -70,7 +70,7 @@ class Output:
     bytes_read: int
     """Bytes read for all outputs and all parts of this step together; 0 if this output was reused."""
     file_bytes: int
-    """Size of the file; for a ``.pt`` file that is only planned, of its numbers."""
+    """Size of the file; for a ``.pt`` file that is only planned, the size of its numbers."""
     memory_bytes: int
     """Upper bound of the memory for reading and computing; 0 if this output was reused."""
     seconds: float

@@ -1,4 +1,4 @@
-"""Runs the plans of the synthesis process one after the other: writes, reuses or (in a dry run) plans their outputs.
+"""Run the plans of the synthesis process one after the other: write, reuse or (in a dry run) list their outputs.
 
 Each plan is checked before anything is written. Outputs that exist already are reused with ``--skip-existing``. stdout
 gets one JSON object for each output, in the order of the requested lengths; other programs parse these objects.
@@ -166,7 +166,7 @@ def _lower_priority(when: str, trainer: Mapping[str, str | int | float]) -> None
     import psutil
 
     process = psutil.Process()
-    with suppress(psutil.Error, OSError):  # lower priority is a courtesy: a system that refuses it is no failure
+    with suppress(psutil.Error, OSError):  # an optional courtesy: synthesis continues where the system refuses it
         process.nice(max(_NICENESS, process.nice()))
         if hasattr(process, "ionice"):
             process.ionice(psutil.IOPRIO_CLASS_BE, _LOWEST_BEST_EFFORT)

@@ -125,7 +125,9 @@ def test_parts_of_different_types_are_refused(trained, tmp_path):
     plan = plan_from_store(trained / "s", sigma_rels=[0.07])
     for part in range(3):
         write_shard(plan, [tmp_path / "a.safetensors"], part=part, parts=3, dtype="F64" if part == 0 else None)
-    with pytest.raises(SnapshotDamaged, match=r"tensors of \d+ bytes, and the files contain \d+: .* different --dtype"):
+    with pytest.raises(
+        SnapshotDamaged, match=r"tensors of \d+ bytes, and the files contain \d+: .* different values of --dtype"
+    ):
         load_average(Model(), tmp_path / "a.safetensors.index.json")
     write_shard(plan, [tmp_path / "a.safetensors"], part=0, parts=3)
     load_average(Model(), tmp_path / "a.safetensors.index.json")
