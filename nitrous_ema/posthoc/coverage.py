@@ -25,7 +25,7 @@ SHORTEST, LONGEST = 0.002, 0.9999 * SIGMA_REL_LIMIT
 """Range of lengths (sigma_rel) that is examined."""
 
 _LENGTHS = 96  # 5 % from one to the next
-_HALVINGS = 7  # of a step between two lengths, to find where an error crosses its limit: 0.04 %
+_HALVINGS = 7  # of the step between two lengths, to find where an error crosses its limit to 0.04 %
 _MAX_COLUMNS = 1024  # largest system whose condition number is computed: its matrix is dense
 
 
@@ -139,7 +139,7 @@ def gap_errors2(t: ArrayLike, gammas: ArrayLike, t_r: float, gammas_r: ArrayLike
 
 
 def condition(t_i: ArrayLike, gamma_i: ArrayLike) -> float:
-    """Return the condition number of the least squares: how nearly the stored profiles depend on each other linearly.
+    """Return the condition number of the least squares: how close the stored profiles are to linear dependence.
 
     The matrix has the profiles, each of norm 1, as its columns; the equations of Alg. 3 have the square of its
     condition number. The solve in this package goes interval by interval and loses no digits to it. A large condition
@@ -150,7 +150,7 @@ def condition(t_i: ArrayLike, gamma_i: ArrayLike) -> float:
         gamma_i: Exponents of the averages, shape [inputs].
 
     Returns:
-        At least 1; NaN for more than 1024 averages, and infinity if an average is given twice.
+        At least 1; NaN for more than 1024 averages, and infinity if an average is passed twice.
 
     Raises:
         ValueError: As ``solve_weights``.

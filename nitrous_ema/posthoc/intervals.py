@@ -1,7 +1,7 @@
 """Least-squares fits of a power of time by other powers, on each interval between snapshot times.
 
-Fitting the powers directly cancels where the interval is narrow or exponents are close. So part of the fit is computed
-in closed form. On an interval ``(t_0, t_1]`` with ``v = t / t_1`` a power splits, for any number of
+A direct fit of the powers loses digits to cancellation where the interval is narrow or exponents are close. So part of
+the fit is computed in closed form. On an interval ``(t_0, t_1]`` with ``v = t / t_1`` a power splits, for any number of
 tracked exponents, into
 
     v**target = sum_a lagrange_a(target) v**gamma_a  +  prod_a (target - gamma_a) * remainder(v)
@@ -108,7 +108,7 @@ def _fit_within(width: FloatArray, gamma: FloatArray, power: FloatArray, pieces:
     # QR, because normal equations would square the condition number of the basis.
     q, r = np.linalg.qr(basis)
     inside = q.transpose(0, 2, 1) @ remainder
-    # The difference is formed before it is squared: a difference of squared norms has no digits left for small errors.
+    # The difference is formed before it is squared: a difference of squared norms loses all digits of small errors.
     outside = remainder - q @ inside
     order = np.arange(gamma.size + 1)
     scale = (-width[:, None]) ** order  # _divided_differences divides by it

@@ -148,7 +148,7 @@ class KeepCount:
     """
 
     count: int
-    """Steps to keep, >= 2, including pinned steps. Where more are pinned, only they and the newest stay."""
+    """Steps to keep, >= 2, including pinned steps. Where more are pinned, only these and the newest step are kept."""
     _: KW_ONLY
     sigma_rels: tuple[float, float] | None = None
     """Shortest and longest length that you may request later; by default from the shortest tracked length to 2.5 times
@@ -282,7 +282,7 @@ def _drops_of_least_loss(
     if remaining.size <= count or fixed.all():
         return ()
     cost = _cost(gammas, sigma_rels)
-    # One at a time: each drop changes the intervals, and so the scores, of its neighbors.
+    # One step at a time: each drop changes the intervals, and so the scores, of the neighboring steps.
     while remaining.size > count and not fixed[remaining].all():
         score = _scores(cost, times[remaining], times[fixed], exponent)
         score[fixed[remaining]] = np.inf

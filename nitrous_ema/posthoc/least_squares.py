@@ -181,7 +181,7 @@ def solve(problem: LeastSquaresProblem, normalize: Normalize) -> tuple[FloatArra
         present = target.row >= 0
         weights[np.ix_(target.row[present], target.outputs)] = table[present]
         error[target.outputs] = np.sqrt(error2)
-    # The fit gives such an output up to rounding; a stored average is returned to the bit.
+    # The fit would give such an output up to rounding. With these weights the stored average is returned to the bit.
     for output, row in problem.outputs_among_inputs():
         weights[:, output] = 0.0
         weights[row, output] = 1.0

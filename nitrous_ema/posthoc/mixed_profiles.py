@@ -2,8 +2,8 @@
 
 Profiles differ when a run is resumed with other profiles, or when a file lacks one. The intervals are then no longer
 independent, and a shortest path as in ``selection`` does not count their errors. So the snapshots are grouped by their
-profiles. Each group is selected from separately, with its share of the tolerance, and the exact solve evaluates the
-union of the groups.
+profiles. Snapshots are selected from each group separately, with its share of the tolerance, and the exact solve
+evaluates the union of the selections.
 """
 
 from __future__ import annotations

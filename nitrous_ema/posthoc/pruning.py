@@ -25,7 +25,7 @@ __all__ = ["Retention", "count_within", "retain"]
 _REPORTED_LENGTHS = (0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.045, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.28)
 # Allowed error where all steps together miss the limit, as a multiple of the error with all steps.
 _MORE_THAN_ALL = 1.1
-_LOSS_TO_WARN = 0.05  # profile error above which a length is lost
+_LOSS_TO_WARN = 0.05  # profile error above which a warning lists a length as inaccurate
 
 
 def count_within(budget_bytes: int, snapshot_bytes: int) -> int:
@@ -158,7 +158,7 @@ def _best_of_count(solver: Solver, keep: int, required: Places) -> tuple[Places,
             "at least that many. Keep more steps, or unpin some."
         )
     everything = np.arange(solver.t.size)
-    # least_error_times uses no limits, so any will do.
+    # least_error_times ignores the limits, so these values have no effect.
     problem = solver.subset_problem(np.ones(solver.t_r.size), np.zeros(solver.t_r.size), required)
     if keep >= everything.size:
         return everything, float(np.sqrt(problem.errors2(everything).max()))

@@ -22,7 +22,7 @@ from nitrous_ema.posthoc.least_squares import (
 )
 from nitrous_ema.profile import FloatArray, numbers_between
 
-# Larger systems keep the weights of least error. Many columns come from few profiles, wide ranges and small tolerances,
+# Larger systems get the weights of least error. Many columns come from few profiles, wide ranges and small tolerances,
 # where almost nothing can be gained, and a few hundred steps already take a few tenths of a second.
 _MAX_COLUMNS = 1024
 # Weights of norm 1 amplify nothing: the sum is then no noisier than one average.
@@ -39,10 +39,10 @@ def least_amplifying_weights(
 
     Rounding errors of stored snapshots are independent, so their sum is ``|w|_2`` times the rounding error of one
     snapshot. Where this norm is at most 1 with the weights of ``solve_weights``, nothing is amplified, and these
-    weights are returned. No more profile error is added than lowers the norm to 1.
+    weights are returned. Profile error is added only until the norm is 1.
 
     Args:
-        t_i: As in ``solve_weights``, and so are ``gamma_i``, ``t_r`` and ``gamma_r``.
+        t_i: As in ``solve_weights``, like ``gamma_i``, ``t_r`` and ``gamma_r``.
         gamma_i: Exponents of the stored averages, shape [inputs].
         t_r: Training times of the requested averages, shape [outputs].
         gamma_r: Exponents of the requested averages, shape [outputs].
@@ -112,7 +112,7 @@ class _PenalizedFit(NamedTuple):
         while (high - low > 1).any():
             middle = (low + high) // 2
             weights, error2 = self.solve(middle)
-            # A norm below 1 would cost error without need, so it counts as too large a penalty.
+            # A norm below 1 adds error without need, so its penalty counts as too large.
             allowed = (error2 <= limit2) & ((weights**2).sum(0) >= _NO_AMPLIFICATION)
             low, high = np.where(allowed, middle, low), np.where(allowed, high, middle)
             fallback = np.where(allowed, weights, fallback)

@@ -70,7 +70,7 @@ def synthesis_report(
     absolute terms, and within 5 % of it if three or more updates lie between snapshots.
 
     Args:
-        t_i: As in ``solve_weights``, and so are ``gamma_i``, ``t_r``, ``gamma_r`` and ``normalize``.
+        t_i: As in ``solve_weights``, like ``gamma_i``, ``t_r``, ``gamma_r`` and ``normalize``.
         gamma_i: Exponents of the stored averages, shape [inputs].
         t_r: Training times of the requested averages, shape [outputs].
         gamma_r: Exponents of the requested averages, shape [outputs].
@@ -82,7 +82,7 @@ def synthesis_report(
         updates: Number of updates up to t_r, one number or one per output; None to skip the warning about few updates.
 
     Returns:
-        A frozen report.
+        The report.
 
     Raises:
         ValueError: As ``solve_weights``; also weights of a wrong shape, or not 0 for an average later than t_r.

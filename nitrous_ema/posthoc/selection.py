@@ -1,7 +1,7 @@
 """Selection of the fewest snapshots that give the requested averages within a tolerance.
 
 Without a selection, a synthesis reads every snapshot whose weight is not 0, though most of them hardly change the
-profile. ``synthesis/snapshot_selection.py`` decides with this module which snapshots are read. ``Solver`` is the exact
+profile. ``synthesis/snapshot_selection.py`` uses this module to choose the snapshots to read. ``Solver`` is the exact
 solve for any subset of the snapshots. The search over subsets is ``subset_search``.
 """
 
@@ -29,7 +29,7 @@ class Selection:
     places: Places
     """Places of the selected steps in the argument ``t``, ascending by time; the last one is the target step."""
     lower_bound: int
-    """No set of fewer whole steps, chosen from the candidates, meets the tolerance."""
+    """Proven minimum: no smaller set of the candidates meets the tolerance."""
     candidates: int
     """Number of steps that the search chose from: all up to the target step, or fewer where there are too many."""
     profile_error: FloatArray

@@ -71,7 +71,7 @@ class PathGraph:
         self._full_problem, self._errors2_of_all = problem, problem.errors2(self.places)
         first = _first_edges(problem)
         while (edges := np.arange(first.size) - first).sum() > edges_limit:
-            # Where many edges end, neighboring times are close together for the error they save: drop half of them.
+            # A time at which many edges end has near neighbors that save little error: drop half of these times.
             left_out = np.setdiff1d(np.flatnonzero(edges >= edges.mean())[-2::-2], problem.required)
             if not left_out.size:
                 break
@@ -83,7 +83,7 @@ class PathGraph:
         self._offset = np.append(0, np.cumsum(np.arange(first.size) - first))
         self._weight = weight = problem.cost.weights(problem.log_t, problem.log_t_r)
         may_start = np.asarray((problem.cost.from_zero * weight <= problem.limit2 * SLACK).all(1))
-        may_start[problem.required.min(initial=first.size) + 1 :] = False  # no path may pass over a required time
+        may_start[problem.required.min(initial=first.size) + 1 :] = False  # no path may skip a required time
         may_start[0] = True  # the set of all candidates is always a path
         self._may_start = may_start
         self._find_nodes()
@@ -222,7 +222,7 @@ def _first_edges(problem: SubsetProblem) -> Places:
     place = np.arange(log_t.size)
     # The edge from the time just before always exists, so that every time can be reached.
     first = np.minimum(np.searchsorted(log_t, log_t - widest - 1e-12, side="left"), np.maximum(place - 1, 0))
-    # An edge that passes over a required time would leave it out.
+    # An edge that passes over a required time would leave this time out of the set.
     last_required = np.searchsorted(problem.required, place, side="left") - 1  # before each time
     at_least = np.append(problem.required, 0)[last_required]
     return np.asarray(np.maximum(first, np.where(last_required >= 0, at_least, 0)), dtype=np.intp)

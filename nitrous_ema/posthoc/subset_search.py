@@ -23,7 +23,7 @@ _ROUNDS, _FINE_ROUNDS, _CLOSING_ROUNDS = 20, 8, 12
 _CLOSING_WORK = 60_000_000  # edges times steps that the closing rounds may compute: about 0.3 s
 _MORE_TIMES = 4  # numbers of times above the bound that a closing round tries
 _TIES = 4  # sets of the least size that are compared by amplification
-_SMALL = 32  # largest set from which single times are dropped on trial: 0.1 s
+_SMALL = 32  # largest set from which drop_single_times tries to drop: takes 0.1 s
 _FIRST_MULTIPLIER = 10.0  # of the errors, in steps per limit; the search corrects any start
 _LEAST_ERROR_ROUNDS, _ROUNDS_PER_GRAPH = 16, 4
 
@@ -149,7 +149,7 @@ class _SubsetSearch:
             self.lower_bound = max(self.lower_bound, len(layers) if enough else self.best.size)
             if not enough:  # no smaller set of the candidates is within the limits
                 return
-            # Paths that cost more than the aim exceed the slack of some target.
+            # A path that costs more than the aim exceeds the slack of at least one target.
             while layers[-1][-1] > costs.aim and len(layers) < self.best.size - 1:
                 layers.append(graph.with_one_more_time(costs, layers[-1]))
             overshoot = graph.overshoot(graph.path(costs, layers))
