@@ -35,8 +35,8 @@ def next_length(losses: Mapping[float, float]) -> float | None:
     longest. A proposal never lies outside the range of the known lengths, nor within RESOLUTION of one of them.
 
     Args:
-        losses: Loss of each length > 0; lower is better. Lengths with a loss that is not finite are never proposed
-            again, and are otherwise ignored.
+        losses: Loss of each length > 0; lower is better. A length whose loss is not finite is
+            never proposed again, and is otherwise ignored.
 
     Returns:
         The length, of three digits; None if the search is finished, or if fewer than two losses are finite.

@@ -30,7 +30,7 @@ from nitrous_ema.search.table import Row, SweepTable
 from nitrous_ema.snapshots.bounded_json import brief, parse_json
 from nitrous_ema.snapshots.filesystem import FileSystem, sync_folder, write_fully
 
-_MAX_VALUES = 10_000  # in one line; its only lists are the excluded steps and the lineage
+_MAX_VALUES = 10_000  # in one line, whose only lists are the excluded steps and the lineage
 _KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
 
 
@@ -124,8 +124,9 @@ class ResultsFile:
 def read_table(path: str | os.PathLike[str]) -> SweepTable:
     """Return the results in a file that belong together with its last line, as a table.
 
-    They have the metric, tolerance, exclusions and dtype of the last line. They are of its run, of an ancestor of its
-    run, or of a run that continues it. The last line also decides for all of them whether higher values are better.
+    They have the metric, tolerance, exclusions and dtype of the last line. They belong to its run, to an ancestor of
+    its run, or to a run that continues it. The last line also decides for all of them whether higher values are
+    better.
 
     Raises:
         ResultsError: A line is not a result, or the file has no results.

@@ -89,13 +89,14 @@ def sweep(
         sigma_rels: Lengths to evaluate, as fractions of the training time, in (0, 12 ** -0.5).
         steps: Target steps, each with a committed snapshot; all lengths are evaluated at each. Default: the newest.
         model: Every average is loaded into it, in place and strictly, as ``load_average`` does. At the end it holds the
-            last one.
+            average that was evaluated last.
         maximize: Whether higher values are better.
         refine: Largest number of evaluations, per step, of lengths between the best one and its neighbors; 0 for none.
         metric: Name of the value, in the results and in pictures.
         results: The file of results, one JSON object per line; created if it does not exist. Sweeps may share a file.
-        averages: Folder in which the averages are stored. Averages of other sweeps are not replaced: a name that is
-            taken gets longer. By default averages are in a hidden folder beside ``results`` until they are evaluated.
+        averages: Folder in which the averages are stored. Averages of other sweeps are not replaced: if a file name is
+            taken, a digest is added to it. By default averages are in a hidden folder beside ``results`` until they
+            are evaluated.
         run: Run whose snapshots are read, with its ancestors; the newest by default.
         exclude: Steps to ignore, for example damaged ones.
         tolerance: Relative profile error that may be added to read fewer snapshots; 0 reads all.
@@ -116,7 +117,7 @@ def sweep(
             chained.
         ResultsError: ``results`` is not a file of results.
     """
-    # All checks come first: a mistake must not show only after averages were synthesized and evaluated.
+    # All checks come first: an error must not be raised only after averages were synthesized and evaluated.
     lengths = _checked_lengths(sigma_rels)
     target_steps, excluded_steps = _checked_steps("steps", steps), _checked_steps("exclude", exclude)
     _check_names(evaluate, metric)
@@ -152,7 +153,7 @@ def sweep(
 
 
 def _check_names(evaluate: object, metric: object) -> None:
-    """Check what would otherwise fail only after a synthesis or an evaluation."""
+    """Check arguments that would otherwise fail only after a synthesis or an evaluation."""
     if not callable(evaluate):
         raise TypeError(f"evaluate is {evaluate!r}; expected a function of a model or a state_dict.")
     if not isinstance(metric, str):
@@ -211,9 +212,7 @@ class _Folder:
         if isinstance(self.snapshots, SnapshotStore):
             return self.snapshots.get(step, self.run, exclude=self.exclude)
         if self.run is not None:
-            raise ValueError(
-                f"run is {self.run!r}, but a folder of {{i}}.{{step}}.pt files has no runs; leave run= out."
-            )
+            raise ValueError(f"run is {self.run!r}, but a folder of {{i}}.{{step}}.pt files has no runs; omit run=.")
         return self.snapshots.get(step, exclude=self.exclude)
 
     def plan(self, step: int, run: str, sigma_rels: Sequence[float]) -> Plan:
@@ -270,7 +269,7 @@ class _SweepSearch:
     """Warnings of the plans; grows."""
 
     def run_all(self, lengths: Sequence[float], refine: int, at_once: int) -> list[Row]:
-        """Return the rows of all lengths and of those that the refinement adds, ascending by length."""
+        """Return the rows of all lengths, and of the lengths that the refinement adds, ascending by length."""
         rows: dict[float, Row] = {}
         for begin in range(0, len(lengths), at_once):
             rows.update(self._one_pass(lengths[begin : begin + at_once]))
@@ -303,8 +302,9 @@ class _SweepSearch:
     def _paths(self, plan: Plan) -> list[Path]:
         """Return a path for each average of a plan.
 
-        An evaluated average keeps its path. Another one gets its plain name, or a longer name if the plain one is
-        taken. The longer name has a digest of everything that the average depends on, so it is the same in each call.
+        An average that was evaluated before stays at its path. Any other average gets its plain name, or a longer name
+        if the plain one is taken. The longer name has a digest of everything that the average depends on, so it is the
+        same in each call.
 
         Raises:
             ValueError: The longer name is taken, too.
@@ -345,8 +345,8 @@ class _SweepSearch:
         places: Sequence[int] = range(len(paths))
         if self.stores_averages:
             expected = expected_outputs(plan, paths, dtype=self.dtype)
-            # A file that exists but is not the expected one is an evaluated average, from when the plan read other
-            # snapshots. It stays: its result belongs to it.
+            # A file that exists but is not the expected one was evaluated when the plan read other snapshots. It is not
+            # replaced, because its result belongs to it.
             places = [place for place in places if expected[place].is_reusable or not paths[place].exists()]
             is_due = is_due or not all(expected[place].is_reusable for place in places)
         if is_due:
@@ -448,6 +448,6 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
 
 @contextmanager
 def _created(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """The folder of stored averages, in the form of ``temporary_folder``; nothing is removed at the end."""
+    """Create the folder of stored averages and yield it. In contrast to ``temporary_folder``, the folder stays."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     yield Path(folder)

@@ -27,7 +27,7 @@ def temporary_folder(results: Path) -> Iterator[Path]:
     parent = results.parent
     parent.mkdir(parents=True, exist_ok=True)
     names = [each.name for each in parent.iterdir() if each.name.startswith(temporary_prefix(results.name))]
-    # The age of a folder decides only if its process ran before the last boot. With age 0 such a folder is not removed.
+    # The age matters only for folders of processes from before the last boot. With age 0 these are not removed.
     remove_stale(parent, names, untouched_seconds=lambda path: 0.0, remove=partial(shutil.rmtree, ignore_errors=True))
     folder = parent / temporary_name(results.name)
     try:

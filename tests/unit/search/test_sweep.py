@@ -439,7 +439,7 @@ def test_old_folders_are_swept_too(tmp_path):
     table = sweep(old, lambda state: float(state["w"]), sigma_rels=[0.05, 0.08, 0.1], results=tmp_path / "r", refine=0)
     assert table.rows[0].value == table.rows[2].value == 200.0  # tracked lengths are the snapshots themselves
     assert {row.run for row in table.rows} == {str(root)}
-    with pytest.raises(ValueError, match="files has no runs; leave run= out"):
+    with pytest.raises(ValueError, match="files has no runs; omit run="):
         sweep(old, lambda state: 0.0, sigma_rels=[0.05], results=tmp_path / "r", run="mine")
 
 
