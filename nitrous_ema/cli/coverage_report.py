@@ -30,18 +30,18 @@ _LIMITS = (0.01, 0.05)
 _ROUNDING = 1e-3  # of a weight: the limit above which the synthesis report warns
 _ERROR_TO_EXPLAIN = 0.01
 _GAP_TO_NAME = 0.3  # of the squared error
-_WIDER = 1.5  # than the gaps beside it; otherwise the spacing is the cause, not this gap
+_WIDER = 1.5  # times the gaps beside it; for a narrower gap the spacing is named as the cause, not the gap
 _SOLVES_ALONE = 20_000  # snapshots times lengths up to which each length is also solved alone: a few seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LengthRequest:
-    """Averages whose errors are predicted. The lengths are given as ``sigma_rels`` or as ``gammas``."""
+    """Averages whose errors are predicted. Their lengths are in ``sigma_rels`` or in ``gammas``."""
 
     sigma_rels: Sequence[float] | None = None
     """Lengths."""
     gammas: Sequence[float] | None = None
-    """The same as exponents."""
+    """The same lengths as exponents."""
     steps: Steps | None = None
     """Target steps; None for the newest snapshot."""
     tolerance: float
@@ -133,7 +133,7 @@ def _plain(stretches: Sequence[Stretch]) -> list[list[float]]:
 
 
 def _described(plan: Plan, candidates: Sequence[Snapshot | SnapshotView]) -> dict[str, Any]:
-    """Return a plan in plain values.
+    """Return a plan in values that JSON can hold.
 
     Args:
         plan: The plan for one target step.

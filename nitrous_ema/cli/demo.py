@@ -37,7 +37,7 @@ EVALUATION_SEED = 20220601
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
-    """Folder and sizes. The defaults give a clear answer in about two minutes on two cores."""
+    """Folder and sizes of the demo. The defaults give a clear result in about two minutes on two cores."""
 
     out: Path
     """Folder for all files."""
@@ -116,7 +116,7 @@ class Denoiser(nn.Module):
         return c_skip * noisy + c_out * self.network(c_in * noisy, c_noise, labels)
 
     def network(self, x: Tensor, c_noise: Tensor, labels: Tensor) -> Tensor:
-        """Return F of Eq. 7: its input and output have unit variance at every noise level."""
+        """Return F of Eq. 7, whose input and output have unit variance at every noise level."""
         condition = self.noise_level(c_noise.flatten(1)) + self.digit(labels)
         x = self.enter(x) + self.place
         for block in self.blocks:

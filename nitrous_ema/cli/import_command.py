@@ -22,16 +22,16 @@ from nitrous_ema.snapshots.store import SnapshotStore
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportConfig:
-    """What to convert, and into what."""
+    """Configuration of ``nitrous-ema import``."""
 
     folder: Path
     """The old folder; it is only read."""
     new: Path
     """Folder of the snapshots; created if it does not exist."""
     legacy_sigma_rels: tuple[float, ...] | None
-    """Profiles of the old folder, as lengths; None if they are given as exponents."""
+    """Profiles of the old folder, as lengths; None if ``legacy_gammas`` has them."""
     legacy_gammas: tuple[float, ...] | None
-    """The same, as exponents; None if they are given as lengths."""
+    """Profiles of the old folder, as exponents; None if ``legacy_sigma_rels`` has them."""
     dtype: str | None
     """Code of the type in which averages are stored; None for the type of the old files."""
     exclude: tuple[int, ...]
@@ -79,7 +79,7 @@ def run(config: ImportConfig) -> int:
 
 
 def _described(planned: Import, config: ImportConfig) -> dict[str, Any]:
-    """Return the plan of an import in plain values."""
+    """Return the plan of an import in values that JSON can hold."""
     return {
         "folder": str(config.folder),
         "new": str(config.new),
@@ -129,7 +129,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         existing = ", ".join(f"{sigma_rel:.4g}" for sigma_rel in each["sigma_rels"])
         lines += paragraph(
             "note:",
-            f"step {each['step']} has only the profile of sigma_rel {existing}; it is imported with this one alone.",
+            f"step {each['step']} has only the profile of sigma_rel {existing}, and is imported without the others.",
         )
     for each in found["damaged"]:
         lines += paragraph("damaged, not imported:", each["message"])
@@ -140,7 +140,7 @@ def _outcome(found: dict[str, Any]) -> list[str]:
     if found["dry_run"]:
         return ["dry run: nothing was written."]
     lines = [f"done: {pluralize(len(found['written']), 'snapshot')} written, {len(found['present'])} already imported."]
-    # The plan has listed files whose structure is damaged. Damage in tensor data shows only when the data is read.
+    # The plan has already listed files whose structure is damaged. Damage in tensor data is found only while writing.
     found_late = len(found["to_write"]) - len(found["written"])
     for each in found["damaged"][len(found["damaged"]) - found_late :]:
         lines += paragraph("damaged, not imported:", each["message"])

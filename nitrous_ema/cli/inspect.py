@@ -28,7 +28,7 @@ _STATES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectConfig:
-    """What to list, and how."""
+    """Configuration of ``nitrous-ema inspect``."""
 
     folder: Path
     """The snapshot folder, or an old folder."""
@@ -66,7 +66,7 @@ def configure(options: argparse.Namespace) -> InspectConfig:
         )
     elif options.step is not None:
         raise exit_status.UsageError(
-            "--step needs the lengths of the averages that end there; pass --sigma-rel or --gamma, too."
+            "--step needs the lengths of the averages that end at these steps; pass --sigma-rel or --gamma, too."
         )
     return InspectConfig(
         folder=options.folder,

@@ -23,7 +23,7 @@ _WIDTH, _HEIGHT = 6.4, 3.4  # inches, per picture
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlotConfig:
-    """What to draw. Fields that may be None apply to snapshot folders only."""
+    """Configuration of ``nitrous-ema plot``. Fields that may be None apply to snapshot folders only."""
 
     source: Path
     """A snapshot folder, or a file of a sweep's results."""
@@ -77,7 +77,7 @@ def _results(config: PlotConfig) -> tuple[Figure, Sequence[str]]:
     }
     for name, value in folder_options.items():
         if value is not None:
-            raise ValueError(f"{name} applies to snapshot folders, but {config.source} is a file; leave it out.")
+            raise ValueError(f"{name} applies to snapshot folders, but {config.source} is a file; omit this option.")
     table = read_table(config.source)
     pictures = [plot_sweep, plot_sweep_steps] if len(table.steps) > 1 else [plot_sweep]
     figure = new_figure((_WIDTH, _HEIGHT * len(pictures)))

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    # These two parse their own arguments, including ones that argparse would take for options defined here.
+    # These two commands parse their own arguments, some of which argparse would take for options defined here.
     if arguments[:1] == ["synthesize"]:
         return _synthesize(arguments[1:])
     if arguments[:1] == ["demo"]:
@@ -237,7 +237,7 @@ def _add_prune_options(prune: argparse.ArgumentParser) -> None:
         type=exit_status.argument(_seconds),
         default=0.0,
         metavar="SECONDS",
-        help="let running readers finish for so long before hidden snapshots are deleted (default: 0)",
+        help="wait this long before hidden snapshots are deleted, so that running readers can finish (default: 0)",
     )
     add("--dry-run", action="store_true", help="print the plan, and change nothing")
     add("--json", action="store_true", help="print one JSON object instead of text")

@@ -4,11 +4,11 @@ The command chooses and checks everything before it changes anything. It works i
 hide all dropped snapshots at once, so that no later reader sees a partly pruned history; then delete them.
 
 Hidden snapshots are deleted right away by default, because pruning is usually done on a full disk. Running readers are
-not affected: they keep their files open, which keeps the bytes until they close them. The exception is a synthesis of
-more than 128 files, which opens each file again and again. It ends with the advice to start again, never with a wrong
-number. ``--grace`` gives it time: the hidden files stay readable for so many seconds. If this process is interrupted
-meanwhile, the next prune of the folder deletes the hidden snapshots. A run deletes them, too: one that starts there ten
-minutes later, or one that runs out of disk space.
+not affected: the bytes of an open file stay on disk until the file is closed. The exception is a synthesis of more than
+128 files, which opens each file again and again. It fails with the advice to start again, and never returns wrong
+numbers. ``--grace`` gives such a synthesis time to finish: the hidden files stay readable for this many seconds. If
+this process is interrupted meanwhile, the next prune of the folder deletes the hidden snapshots. A run deletes them,
+too: a run that starts there ten minutes later, or one that runs out of disk space.
 
 PRUNE-1  Nothing is changed before everything is checked.        test_refused_prune_changes_nothing
 PRUNE-2  Only snapshots of one history are changed.              test_prune_touches_its_own_history_only
@@ -40,7 +40,7 @@ from nitrous_ema.snapshots.store import SnapshotStore
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruneConfig:
-    """What to keep, pin and drop."""
+    """Configuration of ``nitrous-ema prune``."""
 
     folder: Path
     """The snapshot folder."""
@@ -53,7 +53,7 @@ class PruneConfig:
     unpin: tuple[int, ...]
     """Steps to unpin."""
     exclude: tuple[int, ...]
-    """Steps that are neither dropped nor counted on."""
+    """Steps that are neither dropped nor relied on."""
     grace_seconds: float
     """Seconds between hiding and deletion."""
     dry_run: bool
@@ -131,15 +131,16 @@ def _history(store: SnapshotStore, config: PruneConfig) -> Listing:
     """Return the history to choose from.
 
     Raises:
-        SnapshotDamaged: A snapshot of it has a damaged header and is not excluded. The error of an average cannot be
-            computed without that snapshot's time and profiles.
-        SnapshotNotFound: It has no snapshot that is not excluded.
+        SnapshotDamaged: A snapshot of the history has a damaged header and is not excluded. The error of an average
+            cannot be computed without that snapshot's time and profiles.
+        SnapshotNotFound: The history has no snapshot that is not excluded.
         UsageError: The folder is an old one.
     """
     history = store.examine(config.run)
     damaged = [error for error in history.damaged if _step(error.path) not in config.exclude]
     if damaged:
-        more = f" So are {len(damaged) - 1} more of this history; `nitrous-ema verify` lists them." * (len(damaged) > 1)
+        others = f"{pluralize(len(damaged) - 1, 'more damaged snapshot')} (`nitrous-ema verify` lists all)"
+        more = f" This history has {others}." if len(damaged) > 1 else ""
         raise SnapshotDamaged(
             f"{damaged[0]}{more} Nothing was changed.", path=damaged[0].path, step=_step(damaged[0].path), chunk=None
         )
@@ -206,7 +207,7 @@ def _carry_out(store: SnapshotStore, pins: Pins, plan: PrunePlan | None, grace_s
 def _described(
     store: SnapshotStore, history: Listing, config: PruneConfig, pins: Pins, plan: PrunePlan | None
 ) -> dict[str, Any]:
-    """Return the plan, the pins and everything that is left alone, in plain values."""
+    """Return the plan, the pins and the snapshots that are not touched, in values that JSON can hold."""
     last = history.lineage[-1][0]
     surveyed = survey(store, last)
     states = {each["run"]: each for each in surveyed["runs"]}
@@ -227,7 +228,7 @@ def _described(
 
 
 def _left_alone(surveyed: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Return what is in the folder besides the history, and how to treat it."""
+    """Return the folder's snapshots outside of the history, counted by kind, each with the command that treats them."""
     found = []
     for each in surveyed["runs"]:
         beside = [s["step"] for s in each["snapshots"] if not s["in_history"]]

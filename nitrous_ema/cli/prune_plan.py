@@ -28,7 +28,7 @@ _GUIDED = (0.015, 0.045)  # arXiv:2312.02696, Table 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneTarget:
-    """How much to keep. One of the first three fields is given."""
+    """How much to keep. Exactly one of the first three fields is set."""
 
     keep: int | None = None
     """Number of snapshots."""
@@ -67,7 +67,7 @@ class PrunePlan:
         return [by_time[t] for t in sorted(by_time)]
 
     def described(self) -> dict[str, Any]:
-        """Return the plan in plain values, for ``--json`` and for ``lines``."""
+        """Return the plan in values that JSON can hold, for ``--json`` and for ``lines``."""
         found, target, dropped = self.retention, self.target, self.dropped
         wanted = found.sigma_rels[found.in_range]
         before = sum(each.bytes for each in self.snapshots)
@@ -88,7 +88,7 @@ class PrunePlan:
         }
 
     def _described_target(self, row: int, step: int) -> dict[str, Any]:
-        """Return the errors of averages at one target step, in plain values.
+        """Return the errors of averages at one target step, in values that JSON can hold.
 
         Args:
             row: The target's row in the retention's errors.
@@ -137,7 +137,7 @@ def plan_pruning(snapshots: Sequence[Snapshot], pinned: Collection[int], target:
         if each.t not in by_time or by_time[each.t].step not in pinned_steps:
             by_time[each.t] = each
     candidates = sorted(by_time.values(), key=lambda each: each.t)
-    # Kept snapshots that share their time with a candidate: retain() does not see them, but they count.
+    # Kept snapshots that share their time with a candidate: they count, although retain() does not see them.
     beside = fixed - {each.step for each in candidates}
     keep = _count(snapshots, target, fixed)
     retention = retain(
@@ -239,7 +239,7 @@ def _table(found: dict[str, Any]) -> list[str]:
     worst = max(wanted, key=lambda each: each["error_after"])
     rows = [["sigma_rel", "all snapshots", pluralize(len(found["kept"]), "snapshot"), ""]]
     for each in lengths:
-        # Wanted lengths are many and unevenly rounded; those of at most three decimals are enough to read.
+        # Of the many wanted lengths, only those with at most three decimals are printed.
         is_round = np.isclose(each["sigma_rel"], round(each["sigma_rel"], 3), rtol=1e-9)
         if each in (worst, wanted[0], wanted[-1]) or not each["wanted"] or is_round:
             mark = "wanted" if each["wanted"] else ""

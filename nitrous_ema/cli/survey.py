@@ -1,4 +1,4 @@
-"""The contents of a snapshot folder in plain values: ``inspect`` shows them, ``prune`` lists what it does not touch."""
+"""The contents of a snapshot folder in values that JSON can hold, for ``inspect`` and for the notes of ``prune``."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def legacy_steps(root: Path) -> list[dict[str, Any]]:
 
 
 def legacy_sentence(root: Path, command: str) -> str:
-    """Return which folder this is and which commands read it; an empty string unless it is an old one."""
+    """Return a message that an old folder needs other commands or options; an empty string for any other folder."""
     if not files_by_step(root):
         return ""
     limits = {

@@ -23,7 +23,7 @@ def log(line: str) -> None:
 
 
 def columns(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> list[str]:
-    """Return rows as aligned lines: cells to the right, but for a row's last cell, which may have any length."""
+    """Return rows as aligned lines. Cells are right-aligned, except the last cell of each row, which may be long."""
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     lines = []
     for row in rows:

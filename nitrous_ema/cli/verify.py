@@ -1,4 +1,4 @@
-"""``nitrous-ema verify``: read every byte of every committed file, and print for each bad file what to do."""
+"""``nitrous-ema verify``: read every byte of every committed file, and print each damaged file with its remedy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nitrous_ema.snapshots.store import SnapshotStore
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyConfig:
-    """What to verify."""
+    """Configuration of ``nitrous-ema verify``."""
 
     folder: Path
     """The snapshot folder."""

@@ -162,7 +162,7 @@ def test_missing_step_is_not_found_and_bad_lengths_are_usage_errors(tmp_path, ca
     assert cli.main(["inspect", folder, "--sigma-rel", "1e-300"]) == 2
     assert "less than 1e+12" in capsys.readouterr().err
     assert cli.main(["inspect", folder, "--step", "1000"]) == 2
-    assert "--step needs the lengths of the averages that end there" in capsys.readouterr().err
+    assert "--step needs the lengths of the averages that end at these steps" in capsys.readouterr().err
 
 
 def test_nothing_is_touched(tmp_path, capsys):
