@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# The package's folder with a separator at the end. This module must stay at the package's root for it.
+# The package's folder with a separator at the end. It is derived from the place of this file, the package's root.
 _PACKAGE = str(Path(__file__).parent / "_")[:-1]
 
 

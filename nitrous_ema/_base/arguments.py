@@ -21,7 +21,7 @@ def clamp_timeout(timeout_seconds: float | None) -> float | None:
 
 
 def check_sequence(name: str, value: object, items: str = "numbers") -> None:
-    """Check that an argument is a sequence, not a single number or a text.
+    """Check that an argument is a sequence, not a single number or a string.
 
     Args:
         name: Name of the argument.
@@ -49,7 +49,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Return an amount of bytes in the largest unit, up to GiB, of which there is at least one: ``1.5 KiB``."""
+    """Return an amount of bytes as text, in the largest unit up to GiB that gives at least 1: ``1.5 KiB``."""
     for unit in ("B", "KiB", "MiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"

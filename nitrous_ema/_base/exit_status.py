@@ -133,8 +133,8 @@ def _redirect_stdout_to_devnull() -> None:
 def _clear_interpreter_interrupt() -> None:
     """Let ``python -m`` exit with the returned status instead of killing itself by SIGINT.
 
-    If the interrupt came while text was being executed, CPython records this and kills the process by SIGINT at exit.
-    Dataclasses and namedtuple execute text while modules are imported. Executing another text clears the record
-    (Python/pythonrun.c, run_eval_code_obj).
+    If the interrupt came while ``exec`` ran a string, CPython records the interrupt and kills the process by SIGINT at
+    exit. ``dataclass`` and ``namedtuple`` call ``exec`` while modules are imported. A later ``exec`` of another string
+    clears the record (Python/pythonrun.c, run_eval_code_obj).
     """
     exec("")

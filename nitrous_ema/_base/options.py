@@ -36,7 +36,7 @@ def add_exclude(parser: argparse.ArgumentParser, help: str = "ignore these steps
 
 
 def add_old_profiles(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """Add ``--sigma-rels`` and ``--gammas``: the profiles of a folder of {i}.{step}.pt files, which records none."""
+    """Add ``--sigma-rels`` and ``--gammas``: the profiles of {i}.{step}.pt files, which do not record them."""
     numbers, profiles = exit_status.argument(parse_profiles), parser.add_mutually_exclusive_group(required=required)
     profiles.add_argument(
         "--sigma-rels", type=numbers, help="the tracked profiles of a folder of {i}.{step}.pt files, in their order"
@@ -57,7 +57,7 @@ def parse_lengths(text: str) -> list[float]:
 
 
 def parse_profiles(text: str) -> list[float]:
-    """Parse a list of numbers as ``parse_lengths`` does, but keep repeated numbers: profiles go by their position.
+    """Parse a list of numbers as ``parse_lengths`` does, but with repetitions: a profile is known by its position.
 
     Raises:
         ValueError: As ``parse_lengths``.

@@ -1,9 +1,9 @@
 """Whether another process still runs, from the record that it left: in a snapshot's stamp or in a file's name.
 
 Two processes of one host can have the same id, one after the other, so a record contains the start time as well. A
-signature is stricter, because files are removed by it. It contains three facts that Linux guarantees to a process:
-the boot id (no two machines share one), the namespace in which the process id counts (a container's), and the start of
-the process in ticks since boot, which setting a clock does not change.
+signature is stricter, because it decides whether files are removed. It contains three facts that Linux guarantees
+about a process: the boot id (no two machines share one), the namespace in which the process id is unique (a
+container's), and the start of the process in ticks since boot, which setting a clock does not change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIGNATURE = re.compile(r"([0-9a-f]{16})\.([0-9a-f]{16})\.([0-9]+)\.([0-9]+)\.([0
 
 # psutil computes start times from the boot time, which the system rounds.
 _SAME_START_SECONDS = 2.0
-# Clocks of machines and file servers differ: a file must be older than the boot by more than that.
+# Clocks of machines and file servers differ: a file must be older than the boot by more than this.
 _CLOCK_SKEW_SECONDS = 60.0
 
 
@@ -89,8 +89,8 @@ def state_of_signature(text: str, *, untouched_seconds: float) -> ProcessState:
 
     Returns:
         "gone" only if the end of the process is certain: this machine has no such process, or this machine has booted
-        since and the file is older than the boot. "elsewhere" for another machine or another container: about their
-        processes nothing is known.
+        since and the file is older than the boot. "elsewhere" for another machine or another container, whose
+        processes this process cannot see.
     """
     theirs, own = _parse_signature(text), _parse_signature(signature())
     if theirs is None or own is None:
@@ -112,7 +112,7 @@ def _local_state(process: _Signature) -> ProcessState:
         pass  # the process has ended, or it is another user's and a restricted /proc hides it
     except (OSError, ValueError, IndexError):
         return "unknown"
-    # kill() distinguishes the two: it raises PermissionError for another user's process.
+    # kill() distinguishes these two cases: it raises PermissionError for another user's process.
     try:
         os.kill(process.pid, 0)
     except ProcessLookupError:

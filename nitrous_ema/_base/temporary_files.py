@@ -31,7 +31,7 @@ def temporary_name(name: str) -> str:
 def temporary_prefix(name: str) -> str:
     """Return the beginning of all temporary names of a file.
 
-    Two names with the same first 100 bytes share it.
+    Two names with the same first 100 bytes share this beginning.
     """
     return f".{os.fsencode(name)[:_NAME_BYTES].decode(errors='ignore')}."
 

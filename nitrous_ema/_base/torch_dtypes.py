@@ -18,4 +18,4 @@ TORCH_CODES: Mapping[torch.dtype, str] = {dtype: code for code, dtype in TORCH_D
 """Code in a file for each torch.dtype."""
 
 CHECKPOINT_DTYPES = tuple(getattr(torch, name) for name in STORED_CODES)
-"""Each torch.dtype of averages in files, on any device. In memory, ``accumulation_dtype`` decides."""
+"""Each torch.dtype in which a file can store averages. In memory, ``accumulation_dtype`` chooses the type."""

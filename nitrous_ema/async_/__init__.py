@@ -1,7 +1,7 @@
 """Work beside the training loop: ``AsyncPostHocEMA``, and ``synthesize_worker``, a process of its own.
 
-Read ``ema.py`` first, then ``lanes.py`` (averaging) and ``background_writer.py`` (snapshots). The inside of the process
-is ``nitrous_ema.synthesis.worker``. The names are looked up when they are first used, for two reasons. ``python -m
+Read ``ema.py`` first, then ``lanes.py`` (averaging) and ``background_writer.py`` (snapshots). The work of the process
+is in ``nitrous_ema.synthesis.worker``. The names are looked up when they are first used, for two reasons. ``python -m
 nitrous_ema.async_.synthesize_worker`` requires that its module is not imported yet, and the worker runs without torch.
 """
 

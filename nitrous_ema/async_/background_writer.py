@@ -61,7 +61,7 @@ class BackgroundSnapshotSink:
         self._layout = layout
         self._pool = _make_pool(layout, config.max_pending, pin)
         self._copiers: dict[torch.device, ChunkCopier] = {}  # their memory is freed with the slots
-        self._warned_of_pageable = pin
+        self._warned_of_pageable = pin  # pinned slots need no warning, and a failure to pin them was warned about
         self._retaining_writer = retaining_writer
         self._ledger = retaining_writer.ledger
         self._failures: queue.SimpleQueue[SnapshotWriteError] = queue.SimpleQueue()
@@ -74,7 +74,7 @@ class BackgroundSnapshotSink:
             thread.start()
 
     def take_snapshot(self, pending: PendingSnapshot, lane: Callable[[torch.device], Lane]) -> bool:
-        """Queue the readbacks of a snapshot; False if it is skipped.
+        """Queue the readbacks of a snapshot, and return True; return False if the snapshot is skipped.
 
         Raises:
             NitrousError: All slots are busy, and ``on_full`` is "raise".
@@ -86,7 +86,7 @@ class BackgroundSnapshotSink:
             return False
         self._lost.discard(pending.stamp.step)
         abandon = partial(_abandon, slot, self._pool, self._retaining_writer, pending.stamp)
-        # Before any write can begin: under a retention rule each snapshot waits for the snapshots taken before it.
+        # Registered before any write can begin: under a retention rule each snapshot waits for those taken before it.
         self._retaining_writer.expect(pending.stamp)
         try:
             lanes = {device: lane(device) for device in pending.flat_buffers.devices}
@@ -131,7 +131,7 @@ class BackgroundSnapshotSink:
             warn(f"{failure} Training goes on without this snapshot.")
 
     def stats(self) -> WriteStats:
-        """Return the counters of now, without the counters of updates."""
+        """Return the present counters of snapshots; the counters of updates are not set here."""
         return replace(self._ledger.read(), pending=self._pool.num_busy())
 
     def flush(self, timeout_seconds: float | None = None) -> None:
@@ -150,7 +150,7 @@ class BackgroundSnapshotSink:
         unwritten = self._pool.wait_idle(remaining_seconds())
         if unwritten:
             _log.error("timeout at close: snapshots of steps %s are not on disk", unwritten)
-        # Behind slots that are still sealed: the threads write those first, if the time suffices.
+        # None is queued behind the sealed slots, so the threads write these slots first if the time suffices.
         for _ in self._threads:
             self._sealed.put(None)
         for thread in self._threads:
@@ -171,6 +171,7 @@ class BackgroundSnapshotSink:
             )
 
     def _claim(self, step: int) -> Slot | None:
+        """Return a slot, after a wait if ``on_full`` is "wait"; None if the snapshot is skipped."""
         config = self._config
         slot = self._pool.claim(0)
         if slot is not None:
@@ -204,8 +205,8 @@ def _fill(
     """Queue the readbacks of one device. Runs on its lane."""
     for span, page in zip(pool.spans, slot.pages, strict=True):
         copier.copy(pending.flat_buffers, span, page, non_blocking=pool.is_pinned)
-        # Before the kernel that lets other copies through: a mark behind it would be as late as whatever holds up that
-        # kernel.
+        # The mark comes before the kernel that lets other copies run. Behind the kernel, everything that holds up the
+        # kernel would also delay the mark.
         copies.record()
         copier.yield_copy_engine()
     if pool.filled(slot, pending):
@@ -268,7 +269,7 @@ def _pages(slot: Slot) -> Iterator[memoryview]:
 
 
 def _wait_copied(slot: Slot) -> None:
-    """Block until no readback writes into a slot any more, also where its file has failed before."""
+    """Block until no readback writes into a slot any more. Needed where the file failed at an early page."""
     for copies in slot.copies.values():
         # A device that has failed copies nothing more. Its error was reported with the write, or the trainer's next
         # call on the device raises it.

@@ -29,16 +29,16 @@ from nitrous_ema.snapshots.retention import RetainingWriter
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.synthesis.worker.launch import launch
 
-_FEW_ELEMENTS = 1 << 16  # on the CPU, to average so few elements takes less time than to hand them to a thread
+_FEW_ELEMENTS = 1 << 16  # on the CPU, averaging so few elements takes less time than handing them to a thread
 
 
 class AsyncPostHocEMA(PostHocEMA):
     """Post-hoc EMA in the background: ``update()`` queues the averaging and returns.
 
-    A drop-in replacement of ``PostHocEMA``: same arguments and methods, and for the same training run with the same
-    arguments the averages have the same bits. On an accelerator the averaging runs on a side stream, ordered by events.
+    A drop-in replacement for ``PostHocEMA``: it has the same arguments and methods, and from the same training run it
+    computes the same averages, bit for bit. On an accelerator the averaging runs on a side stream, ordered by events.
     On the CPU it runs in a worker thread; models of at most 65,536 parameters are averaged inside update(), which is
-    quicker. Snapshots are copied to host memory and written to disk by threads of their own.
+    quicker. Snapshots are copied to host memory and written to disk by separate threads.
 
     Weights may be written by torch optimizers at any time. Call ``fence()`` before writing them in another way, or pass
     ``read="copied"``. Call ``close()`` at the end of training, or use the EMA as a context manager: that waits for the
@@ -59,9 +59,9 @@ class AsyncPostHocEMA(PostHocEMA):
         num_writers: Threads that write snapshots.
         scratch: The most device memory, per device, in bytes or as in ``"4GiB"``, for stashed parameters: parameters
             that the optimizer writes while a snapshot's copy to the host still reads their averages. The memory is
-            taken when first needed, if copying a snapshot takes longer than a training step, and then held. None: as
-            much as the parameters take. Where the memory does not suffice, the optimizer waits for the copy.
-        offload: ``"host"`` keeps the averages in host memory and averages there, in a thread. No device memory is used
+            allocated when first needed, if copying a snapshot takes longer than a training step, and then held. None:
+            as much as the parameters take. Where the memory does not suffice, the optimizer waits for the copy.
+        offload: ``"host"`` stores the averages in host memory and averages there, in a thread. No device memory is used
             for them, but pinned host memory for two more copies of the parameters, in their own types. Each update
             copies the parameters to the host, and the next optimizer step waits for that copy. Choose ``update_every``
             so that the host keeps up; ``stats().held_up`` counts how often update() had to wait.

@@ -32,7 +32,7 @@ The current stream is looked up at every call, because users run under other str
 the lane. Every tensor that queued work uses is held until the work is done, or outlives it, so no ``record_stream`` is
 needed. Queued work holds no reference to the EMA that queued it.
 
-Longer than the house's 300 lines: both lanes answer the same table.
+Longer than the house's 300 lines: both lanes implement the same table.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class ThreadLane:
 
     def take_error(self) -> BaseException | None:
         """Return what queued work raised since the last call."""
-        # Without the lock first: this is called at every update, and an error that is set a moment later is found then.
+        # Without the lock first: this is called at every update, and the next call finds an error that is set later.
         if self._error is None:
             return None
         with self._lock:
@@ -162,7 +162,7 @@ class ThreadLane:
                 self._changed.wait_for(lambda: bool(self._queue))
                 item = self._queue.popleft()
                 failed = self._error is not None or self._done < self._abandoned
-                self._changed.notify_all()
+                self._changed.notify_all()  # _put() may be waiting for space in the queue
             if item is None:
                 return
             error = _error_of(*item, failed=failed)
@@ -232,11 +232,12 @@ class AcceleratorLane:
 
     def enqueue_read(self, work: Work, abandon: Work) -> None:
         """Queue work that reads the averages on the copy stream."""
-        # The caller may have loaded averages on its own stream.
+        # The caller may have loaded averages on its own stream (LANE-3).
         self._ready.record(_current_stream(self._device))
         self._copy_stream.wait_event(self._ready)
         if self._has_run:
             self._copy_stream.wait_event(self._done)
+        # No event is recorded here: the work itself records a mark for each page, and updates wait for these (LANE-4).
         with _entered(self._copy_stream):
             attempt(work, abandon)
 
@@ -290,7 +291,7 @@ class AcceleratorLane:
         for stream in (self._update_stream, self._copy_stream):
             if deadline is None:
                 stream.synchronize()
-            # Polled, because torch has no wait for a stream that takes a timeout.
+            # Polled, because torch has no wait for a stream with a timeout.
             while deadline is not None and not stream.query():
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"averaging work on {self._device} is still queued.")
@@ -326,7 +327,8 @@ class _DeviceMark:
 
     def wait_on_host(self) -> None:
         """Block this thread until the mark is reached; other threads run meanwhile."""
-        # Threads of the trainer are left in their mode: a capture of theirs must still be protected from their calls.
+        # Only the package's own threads enter the relaxed mode. In a thread of the trainer it would allow forbidden calls
+        # during that thread's own captures.
         if self._may_be_captured and isinstance(threading.current_thread(), BackgroundThread):
             let_others_capture()
         self._event.synchronize()

@@ -9,7 +9,7 @@ copied, and an update can average the ranges whose pages have been copied.
 
 torch's allocator of pinned memory rounds every size up to a power of two (ATen/core/CachingHostAllocator.h). Where
 memory is pinned, a chunk whose size is not a power of two (the last chunk of a section) is therefore cut into several
-pages whose sizes are.
+pages of such sizes.
 
 state    owner                         may                                    leaves by
 FREE     no thread                     -                                      claim()   -> FILLING
@@ -29,8 +29,8 @@ STAGE-6  Marks are made once and recorded again for each          test_slot_is_n
     snapshot: when a slot is claimed, the writer has waited for
     all marks that were recorded before, also where the file
     has failed. (Not so for a snapshot that could not be queued
-    whole. No thread waits for its marks, but a lane runs later
-    copies after its copies.)
+    whole. No thread waits for its marks, but its lane runs
+    later copies after its copies.)
 STAGE-7  Readbacks that were not queued yet have not finished,    test_copies_have_not_finished_before_they_are_queued
     and readbacks of a snapshot that has left its slot have.      test_copies_of_a_slot_that_was_left_stay_finished
 
@@ -85,7 +85,7 @@ class StagingCopies:
     def wait_on_device(self, first: int, last: int) -> None:
         """Order what is queued next after the readbacks into pages ``[first, last)``."""
         with self._lock:
-            # Also necessary, not only quicker: after end() the marks may be those of the slot's next snapshot.
+            # Finished pages must be left out: after end() their marks may already belong to the slot's next snapshot.
             first = max(first, self._num_finished)
             for mark in self._marks[first:last]:
                 mark.wait_on_device()
@@ -94,7 +94,7 @@ class StagingCopies:
         """Return whether the host knows that the readbacks into all pages before ``last`` have finished."""
         with self._lock:
             # Readbacks finish in order, so the last mark stands for all. A mark that was not recorded for this snapshot
-            # reports that it is reached, and must not be asked.
+            # reports that it is reached, and must not be queried.
             finished = last <= self._num_finished or (last <= self._num_queued and self._marks[last - 1].is_reached())
             if finished:
                 self._num_finished = max(self._num_finished, last)
@@ -115,7 +115,7 @@ class SlotReadbacks:
 
     Args:
         begins: Where each page begins in the file's data.
-        copies: Of each slot.
+        copies: The readbacks of each slot.
     """
 
     def __init__(self, begins: Sequence[int], copies: Sequence[StagingCopies]) -> None:
@@ -200,7 +200,7 @@ class SlotPool:
             slot: A slot that is FILLING.
             pending: The snapshot.
             make_mark: The devices that its averages are on, each with a function that makes a mark of the device's
-                lane. Marks are made when a device is first met, and kept with the slot.
+                lane. Marks are made when a device is first met, and stay with the slot.
         """
         for device, make in make_mark.items():
             if device not in slot.marks:
@@ -228,7 +228,7 @@ class SlotPool:
             return slot.unfilled == 0
 
     def abandon(self, slot: Slot) -> bool:
-        """Free a slot whose readbacks could not be queued; False if it is free already, or is a writer's."""
+        """Free a slot whose readbacks could not be queued; return False if it is free, or owned by a writer."""
         with self._lock:
             is_filling = slot.state is SlotState.FILLING
             if is_filling:
@@ -267,7 +267,8 @@ class SlotPool:
         return next((slot for slot in self._slots if slot.state is SlotState.FREE), None)
 
     def _free_again(self, slot: Slot) -> None:
-        # Deferred updates may hold these objects longer than the slot carries the snapshot.
+        # Deferred updates may hold these objects longer than the slot carries the snapshot. From here on the objects
+        # must not query the marks, which the next snapshot records again.
         for copies in slot.copies.values():
             copies.end()
         slot.state, slot.pending, slot.copies = SlotState.FREE, None, {}
@@ -304,8 +305,8 @@ def _powers_of_two(chunk: Span) -> Iterator[Span]:
 def _page(size_bytes: int, pin: bool) -> Tensor:
     if pin:
         return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-    # Written now, so that the system maps every page here. Otherwise the first copy waits for that, and the next update
-    # waits behind the copy (2 s instead of 0.45 s for 0.7 GB, measured).
+    # Filled now, so that the system maps all of the memory here. Otherwise the first copy waits for the mapping, and
+    # the next update waits for the copy (2 s instead of 0.45 s for 0.7 GB, measured).
     return torch.empty(size_bytes, dtype=torch.uint8, device="cpu").fill_(0)
 
 

@@ -141,7 +141,7 @@ def _follow(
     from nitrous_ema.synthesis.worker.inputs import StoredSnapshots
 
     if not isinstance(inputs, StoredSnapshots):
-        raise RuntimeError("a legacy folder cannot be followed; this is a bug of nitrous_ema, please report it.")
+        raise RuntimeError("a legacy folder cannot be followed; this is a bug in nitrous_ema, please report it.")
     stored = inputs
     with exit_status.usage_errors():
         if names.fields and not {"step", "t"} & set(names.fields):
@@ -193,7 +193,7 @@ def _interruptible(clock: Callable[[], float] = time.monotonic) -> Iterator[None
 
 
 def use_one_thread_per_product() -> None:
-    """Make results independent of the number of cores: limit BLAS to one thread. Call this before numpy is imported."""
+    """Limit BLAS to one thread, so that results do not depend on the number of cores. Must precede numpy's import."""
     os.environ.update(OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", OMP_NUM_THREADS="1")
 
 

@@ -124,7 +124,7 @@ def _lines(found: dict[str, Any], *, all_rows: bool) -> list[str]:
     lines += _section("temporary files", [_temporary_line(each) for each in found["temporary"]])
     lines += _section("damaged", [each["message"] for each in found["damaged"]])
     hidden = [f"{each['path']}: {format_bytes(each['bytes'])}" for each in found["hidden"]]
-    lines += _section("hidden; the next prune deletes it, or a run that starts at least ten minutes later", hidden)
+    lines += _section("hidden (the next prune deletes them, or a run that starts at least ten minutes later)", hidden)
     stray = [each["path"] for each in found["notes"] if each["stray"]]
     lines += _section("markers of snapshots or runs that do not exist", stray)
     return lines

@@ -162,6 +162,8 @@ def condition(t_i: ArrayLike, gamma_i: ArrayLike) -> float:
         return math.inf
     t, gamma, place = problem.t, problem.gamma, problem.at_gamma
     factor = fit_intervals(t, gamma, np.zeros(1)).factor  # [steps, profiles, profiles]
+    # A profile of norm 1 is sqrt(2 gamma + 1) (t / t_i)**gamma / sqrt(t_i). On the interval that ends at t_j this is
+    # v**gamma of norm in v, with v = t / t_j, times sqrt(2 gamma + 1) (t_j / t_i)**(gamma + 1/2). After t_i it is 0.
     reach = np.minimum(t[:, None] / problem.t_i, 1.0) ** (problem.gamma_i + 0.5)
     reach = np.where(t[:, None] <= problem.t_i, reach, 0.0) * np.sqrt(2 * problem.gamma_i + 1)
     columns = factor[:, :, place] * reach[:, None]  # coordinates on each interval, [steps, profiles, inputs]

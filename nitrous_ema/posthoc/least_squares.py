@@ -252,6 +252,7 @@ def unreachable(target: TargetTime) -> FloatArray:
 
     It is the residual of the best fit on each interval, plus the whole profile after the last snapshot.
     """
+    # expm1, because 1 - tau**(2 power + 1) would lose its digits where the last snapshot is just before t_r.
     after_last = -np.expm1((2 * target.power + 1) * np.log(target.tau[-1]))
     return np.asarray(after_last + interval_errors2(target.fit.residual, target.power, target.tau).sum(0))
 

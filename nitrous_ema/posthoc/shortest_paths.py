@@ -212,6 +212,7 @@ def _in_float32(values: FloatArray) -> NDArray[np.float32]:
 def _first_edges(problem: SubsetProblem) -> Places:
     """Return, for each time, the place of the earliest time from which an edge to it is allowed."""
     log_t, cost = problem.log_t, problem.cost
+    # 1e-300, because weights after a target are 0: there its limit allows every width.
     allowed = problem.limit2 / np.maximum(cost.weights(log_t, problem.log_t_r), 1e-300) * SLACK
     widest = np.full(log_t.size, np.inf)
     ends = np.append(cost.widths, np.inf)
@@ -224,5 +225,6 @@ def _first_edges(problem: SubsetProblem) -> Places:
     first = np.minimum(np.searchsorted(log_t, log_t - widest - 1e-12, side="left"), np.maximum(place - 1, 0))
     # An edge that passes over a required time would leave this time out of the set.
     last_required = np.searchsorted(problem.required, place, side="left") - 1  # before each time
+    # The appended 0 is only a valid index for -1 (no required time before).
     at_least = np.append(problem.required, 0)[last_required]
     return np.asarray(np.maximum(first, np.where(last_required >= 0, at_least, 0)), dtype=np.intp)

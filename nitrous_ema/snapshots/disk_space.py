@@ -96,10 +96,10 @@ def check_disk_space(root: Path, files: FileSystem, snapshot_bytes: int, most_sn
     """
     free_bytes = DiskSpace(root, files).free_bytes()
     if free_bytes is None:
-        _log.info("a snapshot has %s; %s does not report its free space", format_bytes(snapshot_bytes), root)
+        _log.info("a snapshot takes %s; %s does not report its free space", format_bytes(snapshot_bytes), root)
         return
     fitting = free_bytes // snapshot_bytes
-    _log.info("a snapshot has %s; there is space for %d in %s", format_bytes(snapshot_bytes), fitting, root)
+    _log.info("a snapshot takes %s; there is space for %d in %s", format_bytes(snapshot_bytes), fitting, root)
     facts = f"{root}: a snapshot needs {format_bytes(snapshot_bytes)}, and {format_bytes(free_bytes)} are free"
     if not fitting:
         raise SnapshotError(f"{facts}: not even one fits. {_REMEDY}", path=root)

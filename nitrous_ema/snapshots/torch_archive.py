@@ -177,6 +177,7 @@ def _check_archive(file: BufferedReader) -> None:
                 raise ValueError(f"{member.filename!r} is encrypted")
             if member.header_offset < end:
                 raise ValueError(f"{member.filename!r} overlaps another member")
+            # A lower bound without the member's header. It suffices: members together cannot claim more than the file.
             end = member.header_offset + member.file_size
             # Numbers are read and verified later, while synthesis reads them: then they come from the disk once.
             if "/data/" not in member.filename:

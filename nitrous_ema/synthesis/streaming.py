@@ -262,7 +262,8 @@ class _Block:
 
 def _blocks(plan: Plan, block_elements: int, requested: tuple[int, int]) -> list[_Block]:
     """Return blocks that cover the requested tiles, and the whole chunks around them."""
-    # A checksum covers a whole chunk, so tiles are verified only if all bytes of their chunks are read.
+    # A checksum covers a whole chunk, so tiles are verified only if all bytes of their chunks are read. The lengths of
+    # tiles and chunks are powers of two, so multiples of the longest are multiples of all.
     whole = max(TILE_ELEMENTS, *(each.source.chunk_bytes // element_bytes(each.source) for each in plan.columns))
     begin, end = requested[0] // whole * whole, min(-(-requested[1] // whole) * whole, plan.elements)
     blocks: list[_Block] = []
@@ -307,7 +308,7 @@ class _Engine:
         self._groups = [
             (
                 list(zip(plan.columns, readers, strict=True))[begin : begin + GROUP_COLUMNS],
-                list(_runs(plan.columns[begin : begin + GROUP_COLUMNS])),
+                list(_dtype_ranges(plan.columns[begin : begin + GROUP_COLUMNS])),
                 np.ascontiguousarray(plan.weights[begin : begin + GROUP_COLUMNS].T, dtype=accumulate),
             )
             for begin in range(0, len(plan.columns), GROUP_COLUMNS)
@@ -321,14 +322,14 @@ class _Engine:
         space = self._free_workspaces.get()
         finished: list[_Tile] = []
         try:
-            for group, (columns, runs, weights) in enumerate(self._groups):
+            for group, (columns, dtype_ranges, weights) in enumerate(self._groups):
                 for row, (column, reader) in zip(space.raw, columns, strict=False):
                     width = element_bytes(column.source)
                     reader.read_at(block.begin * width, row[: block.num_elements * width].data)
                 for begin in block.tiles:
                     sums = space.sums[(begin - block.begin) // TILE_ELEMENTS % len(space.sums)]
                     inside, end = begin - block.begin, min(begin - block.begin + TILE_ELEMENTS, block.num_elements)
-                    _widen_tile(runs, space, inside, end)
+                    _widen_tile(dtype_ranges, space, inside, end)
                     _multiply(weights, space, sums, is_first=group == 0)
                     if group + 1 < len(self._groups):
                         continue
@@ -341,9 +342,9 @@ class _Engine:
         return finished
 
 
-def _widen_tile(runs: Sequence[tuple[str, int, int]], space: _Workspace, begin: int, end: int) -> None:
+def _widen_tile(dtype_ranges: Sequence[tuple[str, int, int]], space: _Workspace, begin: int, end: int) -> None:
     """Convert one tile of a group of columns, neighboring columns of one type at a time."""
-    for dtype, first, last in runs:
+    for dtype, first, last in dtype_ranges:
         width, count = DTYPE_BYTES[dtype], end - begin
         stored = space.raw[first:last, begin * width : end * width]
         widen(stored, dtype, space.wide[first:last, :count], scratch=space.scratch[first:last, :count])
@@ -362,11 +363,11 @@ def _multiply(weights: NDArray[np.floating], space: _Workspace, sums: NDArray[np
                 summed += product
 
 
-def _runs(columns: Sequence[Column]) -> Iterator[tuple[str, int, int]]:
+def _dtype_ranges(columns: Sequence[Column]) -> Iterator[tuple[str, int, int]]:
     """Yield ranges of neighboring columns of one stored type: the type, the first column, the column after the last."""
     first = 0
-    for dtype, run in groupby(columns, key=lambda column: column.source.dtype):
-        last = first + sum(1 for _ in run)
+    for dtype, neighbors in groupby(columns, key=lambda column: column.source.dtype):
+        last = first + sum(1 for _ in neighbors)
         yield dtype, first, last
         first = last
 

@@ -329,7 +329,7 @@ def _replace_content(files: FileSystem, path: Path, content: bytes) -> None:
         descriptor = files.open_exclusive(temporary)
         try:
             write_fully(files, descriptor, content, 0)
-            files.fsync(descriptor)
+            files.fsync(descriptor)  # before the rename: after a power failure the name could lead to missing bytes
         finally:
             files.close(descriptor)
         files.rename(temporary, path)

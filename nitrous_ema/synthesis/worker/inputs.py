@@ -72,6 +72,7 @@ class StoredSnapshots:
     @property
     def lineage(self) -> Lineage:
         """Lineage of the listed history; empty while no snapshot is listed."""
+        # Ancestors' snapshots have the beginnings of this lineage, so the longest one is that of the last run.
         return max((each.stamp.lineage for each in self.listed), key=len, default=())
 
     @property

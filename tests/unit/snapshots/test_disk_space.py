@@ -84,7 +84,7 @@ def test_space_for_fewer_than_will_be_kept_is_warned_of_with_remedies(store, tmp
 def test_size_and_number_are_logged_once(store, tmp_path, caplog):
     caplog.set_level(logging.INFO, "nitrous_ema.snapshots.disk_space")
     check(store(100 * MIB), 4 * MIB, None)
-    assert caplog.messages == [f"a snapshot has 4.0 MiB; there is space for 25 in {tmp_path}"]
+    assert caplog.messages == [f"a snapshot takes 4.0 MiB; there is space for 25 in {tmp_path}"]
 
 
 def test_disk_that_does_not_report_its_free_space_is_not_checked(store, caplog):
