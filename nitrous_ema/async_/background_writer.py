@@ -150,7 +150,7 @@ class BackgroundSnapshotSink:
         unwritten = self._pool.wait_idle(remaining_seconds())
         if unwritten:
             _log.error("timeout at close: snapshots of steps %s are not on disk", unwritten)
-        # None is queued behind the sealed slots, so the threads write these slots first if the time suffices.
+        # The end of the queue comes behind the sealed slots: the threads write these slots first, if the time suffices.
         for _ in self._threads:
             self._sealed.put(None)
         for thread in self._threads:

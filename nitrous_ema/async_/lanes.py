@@ -327,7 +327,7 @@ class _DeviceMark:
 
     def wait_on_host(self) -> None:
         """Block this thread until the mark is reached; other threads run meanwhile."""
-        # Only the package's own threads enter the relaxed mode. In a thread of the trainer it would allow forbidden calls
+        # Only the package's own threads enter the relaxed mode. In a trainer's thread it would allow forbidden calls
         # during that thread's own captures.
         if self._may_be_captured and isinstance(threading.current_thread(), BackgroundThread):
             let_others_capture()
