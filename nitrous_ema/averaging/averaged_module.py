@@ -38,7 +38,7 @@ _EVAL_ONLY = "A model of averages stays in eval mode: a forward in train mode wo
 
 
 class AveragedModule:
-    """Builds the module of one average, and keeps it up to date.
+    """Builds the module of one average, and refreshes its values before each use.
 
     Args:
         engine: The engine of the average.
@@ -131,7 +131,7 @@ def swapped(engine: AveragingEngine, profile: int) -> Iterator[None]:
     own types. The weights are restored whatever the block raises, and the engine refuses updates and reads meanwhile.
     """
     engine.order_readers("average_parameters()")
-    engine.fence_all_readers()
+    engine.fence_all_readers()  # the weights are about to be written, and any EMA may still be reading them
     with neutral_modes():
         pairs = [writable_view(tracked.live(), average) for tracked, average in engine.flat_buffers.averages(profile)]
         weights = [live.detach().clone() for live, _ in pairs]
@@ -288,8 +288,8 @@ def _tensors_of_template(template: Module, averages: list[Average]) -> dict[str,
         untied = [key for key in tracked.keys if found.get(key) is not tensor]
         if untied:
             raise UncopyableModelError(
-                f"ema_model: {untied[0]!r} and {tracked.name!r} are one tensor in the online model, but not here. "
-                "Build ema_model with the same ties.",
+                f"ema_model: {untied[0]!r} and {tracked.name!r} are one tensor in the online model, but two in "
+                "ema_model. Build ema_model with the same ties.",
                 name=tracked.name,
             )
         tensors[tracked.name] = tensor

@@ -60,7 +60,7 @@ class EMABase(Module):
 
         Nothing has changed when one of the first three is raised.
         """
-        if torch.compiler.is_compiling():  # the call is in a compiled training step: it breaks the graph, untraced
+        if torch.compiler.is_compiling():  # a compiled training step: the call breaks the graph and is not traced
             _update_outside_graph(self._engine, t_delta)
         else:
             self._engine.update(t_delta)
@@ -237,7 +237,9 @@ class EMABase(Module):
         before = self._engine.flat_buffers.devices
         after = [fn(torch.empty(0, dtype=torch.float32, device=device)).device for device in before]
         if any(device.type == "meta" for device in after):
-            raise NitrousError("to('meta'): the averages have values, which the meta device cannot hold.")
+            raise NitrousError(
+                "to('meta'): the meta device cannot hold the values of the averages. Pass a device with memory."
+            )
         if after != [*before]:
             self._engine.move(after[0])
         return self

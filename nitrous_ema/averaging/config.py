@@ -80,9 +80,9 @@ class EMAConfig(TrackingPolicy):
         # Not super(): dataclass(slots=True) replaces the class by a new one, which super() does not know.
         TrackingPolicy.__post_init__(self)
         for name in ("sigma_rels", "gammas"):
-            given = getattr(self, name)
-            if given is not None:  # stored, because dataclasses.replace() could not read an iterator a second time
-                object.__setattr__(self, name, _numbers(name, given))
+            value = getattr(self, name)
+            if value is not None:  # stored, because dataclasses.replace() could not read an iterator a second time
+                object.__setattr__(self, name, _numbers(name, value))
         object.__setattr__(self, "profiles", resolve_profiles(self.sigma_rels, self.gammas, default=DEFAULT_SIGMA_RELS))
         for name in ("frozen", "allow_different_devices", "move_ema_to_online_device"):
             if not isinstance(getattr(self, name), bool):
@@ -166,7 +166,7 @@ class AsyncEMAConfig(EMAConfig):
 
 @dataclass(frozen=True, slots=True)
 class Background:
-    """How averaging runs while the trainer goes on: the options, and the lanes that do the work."""
+    """How averaging runs in the background of the trainer: the options, and the lanes that do the work."""
 
     config: AsyncEMAConfig
     make_lane: Callable[[torch.device], Lane]
@@ -190,15 +190,15 @@ def resolve_profiles(
         raise ValueError(
             "Both sigma_rels and gammas are given; they are two names for the same profiles. Pass only one of them."
         )
-    widths = _numbers("sigma_rels", default if sigma_rels is None else sigma_rels) if gammas is None else ()
-    exponents = _numbers("gammas", gammas) if gammas is not None else tuple(map(sigma_rel_to_gamma, widths))
+    lengths = _numbers("sigma_rels", default if sigma_rels is None else sigma_rels) if gammas is None else ()
+    exponents = _numbers("gammas", gammas) if gammas is not None else tuple(map(sigma_rel_to_gamma, lengths))
     if not exponents:
         raise ValueError("Neither sigma_rels nor gammas is given. Pass the profiles to track, e.g. (0.05, 0.10).")
     if not all(math.isfinite(gamma) and gamma > 0 for gamma in exponents):
         raise ValueError(f"gammas are {exponents}; expected exponents greater than 0 (sigma_rel below 12 ** -0.5).")
     if len(set(exponents)) != len(exponents):
         raise ValueError(f"Two profiles are equal: gammas {exponents}. Each one must have a different length.")
-    return Profiles(exponents, widths or tuple(map(gamma_to_sigma_rel, exponents)))
+    return Profiles(exponents, lengths or tuple(map(gamma_to_sigma_rel, exponents)))
 
 
 def _numbers(argument: str, values: Iterable[float] | None) -> tuple[float, ...]:

@@ -1,7 +1,7 @@
 """``PostHocEMA``, whose work is done when ``update()`` returns, and ``KarrasEMA`` for one average.
 
-Drop-in for nitrous-ema 0.0.1, whose arguments and methods these are. ``AsyncPostHocEMA`` uses the same engine with its
-work in the background.
+Drop-in replacements for the classes of nitrous-ema 0.0.1, with the same arguments and methods. ``AsyncPostHocEMA`` uses
+the same engine with its work in the background.
 
 Longer than the house's 300 lines: it is mostly what users read, arguments and docstrings of the public methods.
 """
@@ -303,6 +303,7 @@ class PostHocEMA(EMABase):
             return
         self._engine.check_failures("pin()")
         step = _checked(step)
+        # Paused, because retention could otherwise drop the snapshot between the look-up and the note.
         with self._retaining_writer.paused(self.run) as pending:
             step = pending[-1] if step is None and pending else step
             if step in pending:
@@ -341,7 +342,7 @@ class PostHocEMA(EMABase):
         model is not changed: load its own weights of that step into it. Waits until all queued work is done and on
         disk.
 
-        Averages are restored to the bit from files of their own type: ``checkpoint_dtype=torch.float32``, or float64
+        Averages are restored bit for bit from files of their own type: ``checkpoint_dtype=torch.float32``, or float64
         for models of float64. A warning (NitrousWarning) reports averages that were rounded when they were stored.
 
         Args:
@@ -456,7 +457,7 @@ class PostHocEMA(EMABase):
             sigma_rel: its length as a fraction of the training time, in (0, 12 ** -0.5). Pass exactly one of the two.
             step: Step of a snapshot, at which the average ends; None ends it at the newest.
             tolerance: Relative profile error that may be added by reading only a few of the snapshots; 0 reads all.
-            device: Where the average is to be; None: where its parameters are.
+            device: Device of the average; None: each tensor is on the device of its parameter.
 
         Returns:
             A frozen EMA: call it, or use its ``ema_model``. Skipped tensors are those of the online model.

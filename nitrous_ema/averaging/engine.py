@@ -1,9 +1,9 @@
 """The engine behind every EMA class: when which parameters are averaged on which lane, and when a snapshot is taken.
 
-Averaging should cost the training loop nothing, yet give the same bits whether it runs at once or in the background.
+Averaging should cost the training loop nothing, yet give the same bits inside update() as in the background.
 The engine therefore decides the sequence of the work and owns neither a thread nor a stream. Lanes run the work, a sink
 takes the snapshots (``execution/interfaces.py``), and the write guard decides whether parameters may be read live.
-``PostHocEMA`` uses lanes that run everything at once, ``AsyncPostHocEMA`` uses lanes in the background.
+``PostHocEMA`` uses lanes that run everything inside update(), ``AsyncPostHocEMA`` uses lanes in the background.
 
 owner               state
 RunLineage          run id, ancestors, steps with a snapshot
@@ -14,7 +14,7 @@ WriteGuard          whether parameters may be read live; only with lanes in the 
 AveragingEngine     refusal, failure, closed: whether the averages may be updated and read
 
 ENGINE-1  Parameters are resolved and arguments are checked   test_failed_update_counts_nothing
-    before anything counts: an update() that refuses has
+    before any counter changes: a refused update() has
     changed nothing.
 ENGINE-2  Buffers change in forward, so a background lane      test_batch_norm_statistics_are_those_of_the_step
     never reads them live: they are copied where the caller's
@@ -75,7 +75,7 @@ class AveragingEngine:
     Args:
         model: The online model, wrapped or not. Referenced for as long as this object lives.
         config: Profiles, filters and options.
-        background: Lanes and options of work in the background; None if everything runs at once.
+        background: Lanes and options of work in the background; None if everything runs inside update().
         device: Where the averages live; None: each with its parameter.
         tracked: The model's tensors with their roles, if they are known. A role may depend on the values that a buffer
             had when the roles were assigned.
@@ -177,7 +177,7 @@ class AveragingEngine:
             live = self._live()
         if self.run_lineage.is_fresh:
             self._begin()
-        weights = self.schedule.advance(t_delta)  # ENGINE-1: what may refuse the update comes before this line
+        weights = self.schedule.advance(t_delta)  # ENGINE-1: every check that may refuse the update precedes this line
         if live is not None and weights is not None:
             self._average(live, weights)
         every = self.config.checkpoint_every_steps
@@ -205,6 +205,7 @@ class AveragingEngine:
         return self._checkpoint()
 
     def _checkpoint(self) -> bool:
+        # A snapshot that was taken is not taken again, unless its write has failed since.
         if self._sink is None or (
             self.schedule.step in self.run_lineage.written and not self._sink.has_lost(self.schedule.step)
         ):
@@ -226,12 +227,12 @@ class AveragingEngine:
         return taken
 
     def fence(self) -> None:
-        """Order what the caller does next with the weights after every read of them so far."""
+        """Order the caller's next use of the weights after every read of them so far."""
         if self.guard is not None and not self.is_inherited:
             self.guard.fence()
 
     def fence_all_readers(self) -> None:
-        """Order what the caller does next with the weights after every read of them by any EMA."""
+        """Order the caller's next use of the weights after every read of them by any EMA."""
         if not self.is_inherited:
             fence_all([tracked.live() for tracked in self.flat_buffers.averaged])
 
@@ -287,7 +288,7 @@ class AveragingEngine:
             self._sink.raise_failures()
 
     def check_failures(self, what: str) -> None:
-        """Raise what stands against reading the averages, or went wrong in the background since the last call.
+        """Raise the error that prevents reading the averages, or that background work has caused since the last call.
 
         Args:
             what: The caller's operation, named in the error.
@@ -416,9 +417,10 @@ class AveragingEngine:
     # ---- inside
 
     def _begin(self) -> None:
+        """Warn, at the first update() of a run that continues no other, of a run that could have been resumed."""
         self.run_lineage.is_fresh = False
         warning = self._find_resumable_run(self.run_lineage.run)
-        if warning is not None:  # before anything counts: where warnings are errors, this update is refused
+        if warning is not None:  # before any counter changes: where warnings are errors, this update is refused
             warn(warning)
 
     def _drain(self) -> None:

@@ -73,17 +73,18 @@ class RunLineage:
             step: The step at which the state was saved.
         """
         self.is_fresh = False
-        links = [(str(run), None if left is None else int(left)) for run, left in lineage if step > 0]
+        # A state of step 0 has no ancestors: no run has a snapshot of step 0.
+        links = [(str(run), None if left_at is None else int(left_at)) for run, left_at in lineage if step > 0]
         newest = max((run for run, _ in links), default="")
         if self.written or newest > self.run:
             self.run = _run_after(newest)
             self.written = set()
         # An ancestor may have been left at a later step than this one; only its snapshots up to this step count.
-        self.ancestors = tuple((run, min(step, left or step)) for run, left in links if run != self.run)
+        self.ancestors = tuple((run, min(step, left_at or step)) for run, left_at in links if run != self.run)
 
 
 def _run_after(ancestor: str) -> str:
-    """Return a new run id that sorts after another one, also if this clock is behind the clock that made the other."""
+    """Return a new run id that sorts after another one, also if this machine's clock is behind the other's."""
     run = new_run_id()
     with suppress(ValueError, OverflowError):  # not an id that this library made
         if run <= ancestor:

@@ -35,7 +35,7 @@ def load_average(model: torch.nn.Module, path: str | os.PathLike[str], *, strict
     Args:
         model: Any device, any floating types.
         path: A file of a synthesis: ``.safetensors``, ``.pt``, or the ``.safetensors.index.json`` of several parts.
-        strict: Require that file and model have the same tensors; otherwise only tensors of both are loaded.
+        strict: Require that file and model have the same tensors; otherwise only tensors that both have are loaded.
 
     Returns:
         The file's metadata (``step``, ``sigma_rel``, ``profile_error``...); empty for ``.pt``.
@@ -43,9 +43,9 @@ def load_average(model: torch.nn.Module, path: str | os.PathLike[str], *, strict
     Raises:
         SnapshotNotFound: There is no such file.
         SnapshotDamaged: The file is not one that synthesis writes, or is damaged.
-        SnapshotMismatch: Names or shapes differ from the model's; or whole, real and complex numbers meet; or a number
-            is too large for the model's type; or a tensor of the model has no values of its own that can be written
-            (meta, sharded).
+        SnapshotMismatch: Names or shapes differ from the model's; or a tensor has whole, real or complex numbers in the
+            file and another kind in the model; or a number is too large for the model's type; or a tensor of the model
+            has no values of its own that can be written (meta, sharded).
         SnapshotError: The file cannot be read.
         TypeError: ``model`` is not a module.
     """
@@ -106,7 +106,7 @@ def _check(
     if problems:
         raise SnapshotMismatch(
             f"{path} does not fit the model; {'; '.join(problems[:5])}. Nothing was loaded. Load it into the "
-            "architecture that was trained, or with strict=False to load only the tensors of both.",
+            "architecture that was trained, or with strict=False to load only the tensors that both have.",
             path=path,
         )
 
@@ -191,7 +191,7 @@ def _overflows(average: TorchFile | SafetensorsFile | ShardedFile, key: str, dty
     found = TORCH_DTYPES[average.described[key].dtype]
     if not (found.is_floating_point and dtype.is_floating_point):
         return False
-    if torch.finfo(dtype).max * 2 > torch.finfo(found).max:  # bfloat16 ends just below the end of float32
+    if torch.finfo(dtype).max * 2 > torch.finfo(found).max:  # bfloat16 has nearly the range of float32
         return False
     values = average.read(key)
     return bool((values.isfinite() & ~values.to(dtype).float().isfinite()).any())

@@ -1,4 +1,4 @@
-"""Restore averages from a snapshot folder, and warn runs that forgot to resume from one.
+"""Restore averages, copied tensors, counters and lineage from a snapshot.
 
 A restore must not leave averages of two steps behind, yet a snapshot may be larger than the memory that is free beside
 the averages. The file is therefore read twice, in pieces, by the same readers as in synthesis: first to check every
@@ -8,8 +8,8 @@ RESTORE-1  Nothing is changed before the snapshot was found to   test_snapshot_t
     fit the model and every checksum was right.                  test_damage_is_found_before_anything_is_touched
 RESTORE-2  If the second read fails, some averages have been     test_damage_between_the_reads_refuses_the_averages
     written: all are refused until something is loaded.
-RESTORE-3  The search for other runs never raises, and changes   test_folder_that_cannot_be_read_is_logged_only
-    nothing.
+RESTORE-3  The search for other runs (``resumable_run.py``)      test_folder_that_cannot_be_read_is_logged_only
+    never raises, and changes nothing.
 """
 
 from __future__ import annotations
@@ -224,7 +224,8 @@ def _counters(stamp: Stamp, schedule: Schedule) -> dict[str, Time]:
     The number of applied updates is not in the file, and nothing depends on it. The training time of the snapshot is
     not in the file either, only the time of the last applied update. With the exact correction the two are equal,
     because the averages are brought up to date before a snapshot, except for frozen averages. The other corrections
-    count calls. With the exact correction and whole numbers as times, each call counts at least 1.
+    count calls. With the exact correction and whole numbers as times, each call counts at least 1: ``now``
+    is at least ``step``.
     """
     counts_calls = schedule.correction != "exact" or isinstance(stamp.t, int)
     now = max(stamp.t, stamp.step) if counts_calls else stamp.t

@@ -11,7 +11,7 @@ step_size_correction fraction of the old average that an applied update retains 
                      before: the profile is exact at any stride or batch size            now
 ``True``             nitrous-ema 0.0.1's: geometric mean over the coming interval        changes nothing
 ``False``            ema-pytorch's and 0.0.1's default: as if every call were applied,   changes nothing
-                     so the real sigma_rel is another one when k > 1
+                     so the real sigma_rel differs when k > 1
 ===================  ==================================================================  ==========================
 """
 
@@ -53,8 +53,8 @@ class Schedule:
         self.t_first: Time = 0
         self.updates = 0  # applied ones
         self.least_weight = _LEAST_WEIGHT
-        """``warn_of_small`` warns below this weight of the new parameters; 0 where averages are float64."""
-        self._applied_at: int | None = None  # step of the last applied update; None if another object applied it
+        """``warn_of_small`` warns below this weight of the parameters; 0 for float64 averages and after a warning."""
+        self._applied_at: int | None = None  # step of the last applied update; None at first and after load()
         self._interval_was_whole = False  # no checkpoint and no resume between the last two applied updates
         if correction is False and update_every > 1:
             self._warn_uncorrected()

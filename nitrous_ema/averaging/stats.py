@@ -16,4 +16,5 @@ class Stats(WriteStats):
     scratch_bytes: int = 0
     """Device memory held for parameters that the trainer wrote while a snapshot copy still read their averages."""
     held_up: int = 0
-    """How often the trainer had to wait for a snapshot copy, since that scratch had reached its limit."""
+    """How often the trainer had to wait for a snapshot copy, because the scratch memory had reached its limit; or, with
+    ``offload="host"``, for averaging in host memory."""

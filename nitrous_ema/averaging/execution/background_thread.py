@@ -1,4 +1,4 @@
-"""The class of the package's own background threads, by which they are recognized."""
+"""The class of the package's own background threads; other modules recognize the threads by this class."""
 
 from __future__ import annotations
 

@@ -33,13 +33,13 @@ class CallerSideCopies:
         Args:
             live: The tensors, by name.
             devices: The device of each copy, by name.
-            order_writers: Orders what the caller does next after every read by a lane so far.
+            order_writers: Orders the caller's next work after every read by a lane so far.
 
         Returns:
             The copies, in the type and memory order of the originals; valid until the next call.
         """
         if self._copies:
-            # Also where no tensor is copied now: the old copies are then freed, and their memory may be reused.
+            # Also if no tensor is copied this time: the old copies are then freed, and their memory may be reused.
             order_writers()  # the lane may still be reading the last copies
         if not live:
             self._copies = {}

@@ -104,7 +104,8 @@ class _DeferredUpdate:
     placed: PlacedStep
     sources: Any
     weights: Sequence[float]
-    live: set[int]
+    live: set[int]  # batches whose parameters are still in the model (LIVE)
+    # Per batch whose parameters were stashed (STASHED): what the step's stash() returned, and the block.
     stashed: dict[int, tuple[Any, StashBlock]] = field(default_factory=dict)
 
     def batches(self) -> list[int]:
@@ -138,7 +139,7 @@ class DeferredUpdates:
         return bool(self._deferred)
 
     def enqueue_update(self, placed: PlacedStep, sources: Any, weights: Sequence[float]) -> None:
-        """Queue the averaging of one update: at once where no readback blocks it, otherwise batch by batch later.
+        """Queue the averaging of one update: now where no readback blocks it, otherwise batch by batch later.
 
         Args:
             placed: The step.
@@ -166,8 +167,8 @@ class DeferredUpdates:
 
     def flush(self) -> None:
         """Queue everything that is deferred; the lane waits for the readbacks in its way, the optimizer does not."""
-        # Stashing first is what keeps the optimizer from waiting: what is queued behind the readbacks then reads no
-        # live parameters.
+        # Stashed first, so that the optimizer need not wait: work queued behind the readbacks then reads no live
+        # parameters.
         self.stash_live()
         if self._deferred:
             self._force(self._readbacks_in_flight())
@@ -215,7 +216,7 @@ class DeferredUpdates:
                 deferred.live.discard(batch)
 
     def _force(self, readbacks: ReadbacksInFlight | None) -> None:
-        """Queue everything that is deferred behind waits, on the device, for the readbacks of its ranges."""
+        """Queue every deferred update, preceded by waits, on the device, for the readbacks of its ranges."""
         forced, self._deferred = self._deferred, []
         self._forced = self._forced or self._lane.mark()
         for update in forced:
@@ -230,7 +231,8 @@ def _have_finished(readbacks: ReadbacksInFlight | None, spans: Sequence[Span]) -
 def _run_stashed(step: AveragingStep, stashed: Sequence[tuple[Any, StashBlock]], weights: Sequence[float]) -> None:
     for parameters, block in stashed:
         step.run_stashed(parameters, weights)
-        # Else the mark is still that of an earlier read, and take() would find the block unused while it is being read.
+        # Recorded before the block is free. Until then the mark is that of an earlier read, and take() would find the
+        # block unused while it is being read.
         block.read.record()
         block.is_taken = False
 

@@ -83,7 +83,7 @@ class UpdateDispatcher:
         self.place()
 
     def place(self) -> None:
-        """Compute where the averages are; to be called again when the flat buffers have moved to another device."""
+        """Make the steps and find their devices; to be called again whenever the flat buffers have moved."""
         layout = self._flat_buffers.layout
         self._steps = [
             (group, _placed(step_for(group), _average_ranges(layout, group))) for group in self._flat_buffers.groups
@@ -144,7 +144,7 @@ class UpdateDispatcher:
             self.order_writers()  # after the copies to the host
 
     def order_writers(self) -> None:
-        """Order what the caller does next with parameters after every read of them so far.
+        """Order the caller's next use of the parameters after every read of them so far.
 
         Never raises, because optimizers' hooks call it: ``take_error`` returns what went wrong.
         """
@@ -166,7 +166,7 @@ class UpdateDispatcher:
                 deferred.flush()
 
     def order_readers(self) -> None:
-        """Order what the caller does next with averages after every update so far."""
+        """Order the caller's next use of the averages after every update so far."""
         self.flush_deferred()  # order_reader() covers queued work only
         for lane in self.lanes():
             lane.order_reader()
@@ -196,9 +196,9 @@ class UpdateDispatcher:
         return list(self._lanes.values())
 
     def take_error(self) -> BaseException | None:
-        """Return what queued work raised since the last call; of several failures the first device's."""
+        """Return what queued work raised since the last call; if work failed on several devices, the first device's."""
         errors = [lane.take_error() for lane in self._lanes.values()]
-        # Without the lock first: this is called at every update, and an error that is set a moment later is found then.
+        # Without the lock first: this is called at every update, and the next call finds an error that is set later.
         if self._error is not None:
             with self._lock:
                 errors, self._error = [*errors, self._error], None
@@ -311,7 +311,7 @@ def _average_ranges(layout: Layout, group: Group) -> Ranges:
         for tensor in permuted:
             if tensor.begin < end and begin < tensor.end:
                 begin, end = min(begin, tensor.begin), max(end, tensor.end)
-        for section, _ in zip(layout.sections, layout.gammas, strict=False):
+        for section, _ in zip(layout.sections, layout.gammas, strict=False):  # without the section of copied tensors
             first = section.begin + group.begin * item_bytes
             yield Span(first + begin * item_bytes, first + end * item_bytes)
 

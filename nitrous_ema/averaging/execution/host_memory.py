@@ -50,7 +50,7 @@ def pinned_or_pageable(make: Callable[[bool], _Memory], purpose: str, remedy: st
     """Allocate pinned memory if possible; otherwise pageable memory, with a warning.
 
     Args:
-        make: Allocates the memory, pinned or not. Where it raises it must not keep a part of the memory.
+        make: Allocates the memory, pinned or not. If it raises, it must not hold a part of the memory.
         purpose: What the memory is for, as it follows "memory for".
         remedy: What the user can do, as a sentence.
         pin: False: allocate pageable memory, without a warning.

@@ -1,4 +1,4 @@
-"""The simplest lane and the simplest sink: both run everything at once, on the calling thread."""
+"""The simplest lane and the simplest sink: both run everything immediately, on the calling thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nitrous_ema.snapshots.stats import WriteStats
 
 
 class InlineLane:
-    """Runs all work at once, on the caller's own stream, so that the caller's order is the lane's order."""
+    """Runs all work immediately, on the caller's own stream, so that the caller's order is the lane's order."""
 
     def enqueue_write(self, work: Work, *, reads_parameters: bool = True, abandon: Work | None = None) -> None:
         """Run the work now."""

@@ -2,9 +2,9 @@
 
 ``PostHocEMA`` and ``AsyncPostHocEMA`` share one engine (``averaging/engine.py``). They differ behind two interfaces:
 
-- A ``Lane`` runs averaging work of one device in order. ``inline.py`` has a lane that runs the work at once;
+- A ``Lane`` runs averaging work of one device in order. ``inline.py`` has a lane that runs it immediately;
   ``async_/lanes.py`` has lanes that run it on a side stream or on a worker thread.
-- A ``SnapshotSink`` takes a snapshot of the averages. ``inline.py`` has a sink that writes it at once;
+- A ``SnapshotSink`` takes a snapshot of the averages. ``inline.py`` has a sink that writes it immediately;
   ``async_/background_writer.py`` has a sink that stages the snapshot and writes it in the background.
 
 "Queued before" and "queued after" always refer to the place where the caller's work runs: the current stream of the
@@ -73,10 +73,10 @@ class Lane(Protocol):
         """
 
     def order_writer(self) -> None:
-        """Order what the caller next does with parameters after every queued work so far that reads them."""
+        """Order the caller's next use of the parameters after all work queued so far that reads them."""
 
     def order_reader(self) -> None:
-        """Order what the caller next does with averages after every ``enqueue_write`` so far."""
+        """Order the caller's next use of the averages after every ``enqueue_write`` so far."""
 
     def is_capturing(self) -> bool:
         """Return whether the caller's work is now being captured into a graph, to be replayed later."""
@@ -124,7 +124,7 @@ class SnapshotSink(Protocol):
     """Where snapshots are written to."""
 
     def take_snapshot(self, pending: PendingSnapshot, lane: Callable[[torch.device], Lane]) -> bool:
-        """Take a snapshot, now or in the background; False if it is skipped. May block until memory is free for it.
+        """Take a snapshot, now or in the background; return False if it is skipped. May block until memory is free.
 
         Args:
             pending: The snapshot.

@@ -76,7 +76,7 @@ class WriteGuard:
     Args:
         read: ``"guarded"``, ``"auto"``, or ``"copied"``. With ``"copied"`` no lane reads live parameters, and writers
             need no fence.
-        order_writer: Orders what the calling thread does next after all reads so far. It is also called when nothing
+        order_writer: Orders the calling thread's next work after all reads so far. It is also called when nothing
             has been read since the last call; never by two threads at the same time.
         is_capturing: Returns whether the calling thread's work is now being captured into a graph.
     """
@@ -169,8 +169,8 @@ class WriteGuard:
     def _end_live_reads(self) -> None:
         """Order the caller after the last live reads, since parameters are copied from now on.
 
-        A writer that writes without a fence after this update() comes after the reads too: it is the caller, or it
-        would spoil the copies as well.
+        This covers writers without a fence as well: they run where the caller runs. A writer that runs elsewhere
+        could write while the caller copies, whatever this method does.
         """
         with self._lock:
             if self._has_read:
@@ -178,7 +178,7 @@ class WriteGuard:
                 self._has_read = self._reading = False
 
     def fence(self) -> None:
-        """Order what the calling thread does next after all reads of the parameters so far. Never raises."""
+        """Order the calling thread's next work after all reads of the parameters so far. Never raises."""
         if self._process != os.getpid():
             return  # a forked child has no copy of the lane's thread, and would wait for ever
         with self._lock:
@@ -251,8 +251,8 @@ class WriteGuard:
         may exist whose step was never observed. The search visits every object, so it is not repeated once it succeeds.
         """
         found = any(
-            issubclass(type(each), Optimizer)  # isinstance would wake lazy proxies
-            # Without it the constructor of the base class was never called, and no hook runs before its step.
+            issubclass(type(each), Optimizer)  # isinstance would resolve lazy proxies
+            # The constructor of the base class sets this mark. Without it no hook runs before the step.
             and hasattr(type(each).step, "hooked")
             and _holds(each, self._identities)
             for each in gc.get_objects()
@@ -286,8 +286,8 @@ def install_hooks(guard: WriteGuard, model: Module) -> Callable[[], None]:
     reference = weakref.ref(guard)
     with _guards_lock:
         _guards.add(guard)
-    # Compiled optimizers trace into their hooks, and cannot trace a weak reference. The import that disable() needs is
-    # one that every optimizer's constructor needs as well.
+    # Compiled optimizers trace into their hooks, and cannot trace a weak reference. disable() imports torch's
+    # compiler, which every optimizer's constructor imports as well.
     hook = torch.compiler.disable(_StepHook(reference).__call__)  # type: ignore[no-untyped-call]
     step = register_optimizer_step_pre_hook(hook)
     load = model.register_load_state_dict_pre_hook(_LoadHook(reference))  # type: ignore[no-untyped-call]
@@ -309,7 +309,7 @@ class _StepHook:
         guard = self._guard()
         if guard is None or not guard.needs_fence(optimizer):
             return None
-        # Behind the closure, so that its forward and backward overlap with the averaging (GUARD-2).
+        # The fence follows the closure, so that its forward and backward overlap with the averaging (GUARD-2).
         if _calls_closure_first(optimizer):
             # args[0] is the optimizer itself. Some callers pass the closure by keyword (Lightning).
             if kwargs.get("closure") is not None:

@@ -32,7 +32,7 @@ class CopiedTensorsStep:
         return list(tensors)
 
     def run(self, sources: list[Tensor], weights: Sequence[float], batches: Sequence[int] | None = None) -> None:
-        """Store their values."""
+        """Store the present values of the tensors."""
         copy_each(self._stored, sources)
 
     def stash_bytes(self, batch: int) -> int:
@@ -40,7 +40,7 @@ class CopiedTensorsStep:
         return self._begins[-1]
 
     def stash(self, sources: list[Tensor], batch: int, scratch: Tensor) -> list[Tensor]:
-        """Copy their values to scratch, on the current stream."""
+        """Copy the values of the tensors to scratch memory, on the current stream."""
         views = []
         for begin, value in zip(self._begins, self._stored, strict=False):
             num_bytes = math.prod(value.shape) * value.dtype.itemsize
@@ -49,11 +49,11 @@ class CopiedTensorsStep:
         return views
 
     def run_stashed(self, stashed: list[Tensor], weights: Sequence[float]) -> None:
-        """Store values from scratch."""
+        """Store the stashed values."""
         self.run(stashed, weights)
 
 
-# Types that one foreach call takes on every device. CUDA's has no uint16, uint32 and uint64 (ATen/native/cuda/
+# Types that one foreach copy takes on every device. CUDA's takes no uint16, uint32 and uint64 (ATen/native/cuda/
 # ForeachBinaryOpList.cu, AT_DISPATCH_SOURCE_TYPES); XPU's had no float8 (intel/torch-xpu-ops, issue 4006).
 _IN_ONE_CALL = frozenset(
     {

@@ -47,7 +47,7 @@ class Group:
     flats: list[Tensor]
     """One buffer per profile, 1-d; its last tensor's end is its size."""
     together: Tensor | None = None
-    """In host memory: all buffers as one [profiles, elements] view, while none was moved (``share_memory_``)."""
+    """In host memory: all buffers as one [profiles, elements] view, valid until one is moved (``share_memory_``)."""
 
     @property
     def numel(self) -> int:

@@ -1,9 +1,9 @@
 """One averaging step over a group of averages: every profile moves towards the parameters, which are read once.
 
 A group is processed in *batches*: pieces of its flat memory. On the CPU a batch is small enough that the second profile
-finds the parameters in cache; on accelerators it is large enough that launches do not count. A batch is also the unit
-that waits for a snapshot copy of the same range. And it bounds the scratch for parameters that cannot be read directly,
-so that no full-size copy of the parameters is ever made.
+finds the parameters in cache; on accelerators it is large enough that the time of launches is negligible. A batch is
+also the unit that waits for a snapshot copy of the same range. And it bounds the scratch for parameters that cannot be
+read directly, so that no full-size copy of the parameters is ever made.
 
 Two kinds of parameters are copied to scratch first, in *runs* of neighbours: those of another type than the average
 (foreach lerp takes one type), and on the CPU small ones. The CPU's foreach lerp is a loop over tensors; one ``cat`` and
@@ -210,9 +210,10 @@ class ForeachStep:
     def _column(self, weights: Sequence[float]) -> Tensor | None:
         """Return the weights for one lerp of all profiles; None where each profile needs a lerp of its own."""
         together = self._group.together
-        # A weight of 1 is a copy, also of nan and inf averages, which a lerp of weight 1 is not.
+        # At weight 1 the parameters are copied. A lerp of weight 1 would make nan of averages that are nan or inf.
         if together is None or len(weights) == 1 or 1.0 in weights:
             return None
+        # After share_memory_() a buffer lies elsewhere, and ``together`` no longer shows it.
         if any(row.data_ptr() != flat.data_ptr() for row, flat in zip(together, self._group.flats, strict=True)):
             return None
         return torch.tensor(weights, dtype=self._group.dtype, device="cpu")[:, None]

@@ -209,7 +209,7 @@ def launch(
         blocks: What ``cut`` returned, on the device.
         first_tensor: Tensor of the table's first row.
         first_block: First of the range.
-        last_block: The one after the last.
+        last_block: The block after the last of the range.
         flats: float32 buffers of all profiles.
         weights: Of the parameters, per profile, in (0, 1].
     """

@@ -4,8 +4,8 @@ Objects, storages and submodules may be replaced between two updates (``.to()``,
 ``p.data = ...``). Checking a thousand tensors one by one takes milliseconds. Comparing objects and memory (address,
 strides, elements) with the last update's takes a tenth of that, and nearly always nothing has changed.
 
-No other module compares tensors. Work prepared for the tensors stays valid as long as ``find`` returns the very same
-mapping. Such work must hold the tensors' memory, or another tensor may be allocated at the same address.
+No other module compares tensors. Work prepared for the tensors stays valid as long as ``find`` returns the same
+mapping object. Such work must hold the tensors' memory, or another tensor may be allocated at the same address.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class LiveTensors:
         self._by_name: Mapping[str, Tensor] = {}
 
     def find(self) -> Mapping[str, Tensor]:
-        """Return the tensors by canonical name; the very same mapping as long as nothing has moved.
+        """Return the tensors by canonical name; the same mapping object as long as nothing has moved.
 
         Raises:
             UntrackableModelError: A tensor is gone, has another shape or type, or can no longer be averaged; or its
@@ -131,9 +131,10 @@ class StructureCheck:
         known = {key for tensor in self._tracked for key in tensor.keys}
         added = [name for name in now if name not in known]
         if added:
+            names = ", ".join([*map(repr, added[:3]), *(["..."] if len(added) > 3 else [])])
             warn(
-                f"{added[0]!r} and {len(added) - 1} more tensors were added since tracking began and are not averaged. "
-                "Make a new EMA after changing the model."
+                f"tensors added to the model since tracking began are not averaged: {names}. Make a new EMA after "
+                "changing the model."
             )
         self._record()
 
