@@ -33,7 +33,7 @@ _STATUS_OF_ERROR: tuple[tuple[type[Exception], int], ...] = (
 def run_program(
     work: Callable[[], int], report: Callable[[str], None], *, interrupted: str = "interrupted.", unread: str = ""
 ) -> int:
-    """Run the work of a program and return its exit status. Exceptions that are bugs keep their traceback.
+    """Run the work of a program and return its exit status. An exception that is a bug propagates, with its traceback.
 
     Args:
         work: Returns the exit status if it raises nothing.
@@ -63,7 +63,7 @@ def run_program(
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn a ValueError in this block into a UsageError. Elsewhere a ValueError is a bug and keeps its traceback."""
+    """Turn a ValueError in this block into a UsageError. Elsewhere a ValueError is a bug, and propagates."""
     try:
         yield
     except ValueError as error:

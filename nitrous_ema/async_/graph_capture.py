@@ -1,4 +1,4 @@
-"""Keeps the package's threads from ending a graph capture of the trainer.
+"""Prevents the package's threads from ending a graph capture of the trainer.
 
 While a stream is captured in the default mode (``capture_error_mode="global"``), a call that may not be part of a graph
 ends the capture, also when another thread makes the call. Waiting for an event and querying an event are such calls.

@@ -322,7 +322,7 @@ class _DeviceMark:
         self._event.record()
 
     def wait_on_device(self) -> None:
-        """Order what is queued next on the current stream after the mark."""
+        """Order the work queued next on the current stream after the mark."""
         self._event.wait()
 
     def wait_on_host(self) -> None:

@@ -83,7 +83,7 @@ class StagingCopies:
         self._marks[page].wait_on_host()
 
     def wait_on_device(self, first: int, last: int) -> None:
-        """Order what is queued next after the readbacks into pages ``[first, last)``."""
+        """Order the work queued next after the readbacks into pages ``[first, last)``."""
         with self._lock:
             # Finished pages must be left out: after end() their marks may already belong to the slot's next snapshot.
             first = max(first, self._num_finished)
@@ -123,7 +123,7 @@ class SlotReadbacks:
         self._copies = copies
 
     def wait_on_device(self, begin: int, end: int) -> None:
-        """Order what is queued next after the readbacks of ``[begin, end)`` of the file's data."""
+        """Order the work queued next after the readbacks of ``[begin, end)`` of the file's data."""
         first, last = self._pages(begin, end)
         for copies in self._copies:
             copies.wait_on_device(first, last)

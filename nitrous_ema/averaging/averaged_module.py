@@ -91,7 +91,9 @@ class AveragedModule:
         """Order a forward after the averaging. Raises RuntimeError if a submodule is in train mode."""
         for name, submodule in module.named_modules():
             if submodule.training:
-                raise RuntimeError(f"{name or type(module).__name__!r} was put in train mode. {_EVAL_ONLY}")
+                raise RuntimeError(
+                    f"{name or type(module).__name__!r} was put in train mode. {_EVAL_ONLY} Call eval() on it."
+                )
         self._engine.order_readers("forward of an averaged model")
         with neutral_modes():
             self._refresh()

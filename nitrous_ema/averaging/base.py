@@ -66,7 +66,7 @@ class EMABase(Module):
             self._engine.update(t_delta)
 
     def fence(self) -> None:
-        """Order what the caller does next with the weights after every read of them so far.
+        """Order the caller's next use of the weights after every read of them so far.
 
         Call it before writing weights in any other way than with a torch optimizer's step or ``load_state_dict``. Does
         nothing for EMAs that read the weights inside update().

@@ -120,6 +120,7 @@ class AveragingEngine:
         self._checked: Mapping[str, Tensor] | None = None  # live tensors whose devices have been checked
         self.copy_from_model()
         remove_hooks = install_hooks(self.guard, unwrap(model)) if self.guard is not None else _nothing
+        # Its arguments must not refer to this object, which would then never be freed (ENGINE-5).
         self._finalizer = weakref.finalize(self, shut_down, self._dispatch, self.guard, remove_hooks, self._process)
 
     def attach(self, sink: SnapshotSink, find_resumable_run: Callable[[str], str | None] = lambda run: None) -> None:

@@ -166,7 +166,7 @@ class Schedule:
         if t_delta != 1 and self.correction != "exact":
             raise ValueError(
                 f"t_delta is {t_delta!r}, but step_size_correction={self.correction!r} counts calls. "
-                "Use step_size_correction='exact' to keep time in images or tokens."
+                "Use step_size_correction='exact' to count time in images or tokens."
             )
         return int(t_delta) if isinstance(t_delta, Integral) else float(t_delta)
 

@@ -33,7 +33,7 @@ class Mark(Protocol):
         """Place the mark after everything that the caller has queued so far."""
 
     def wait_on_device(self) -> None:
-        """Order what the caller queues next after the mark; the host does not wait."""
+        """Order the caller's next queued work after the mark; the host does not wait."""
 
     def wait_on_host(self) -> None:
         """Block this thread until the mark is reached."""
@@ -106,7 +106,7 @@ class ReadbacksInFlight(Protocol):
     """Device-to-host copies of snapshots that may still be reading averages of one device."""
 
     def wait_on_device(self, begin: int, end: int) -> None:
-        """Order what is queued next on the current stream after the readbacks of ``[begin, end)``.
+        """Order the work queued next on the current stream after the readbacks of ``[begin, end)``.
 
         Args:
             begin, end: Bytes of the file's data.

@@ -1,4 +1,4 @@
-"""Keeps weights from being written while a lane still reads them, and detects writes that bypass this protection.
+"""Prevents writes to weights that a lane is still reading, and detects writes that bypass this protection.
 
 A lane reads the live parameters some time after ``update()`` has returned. Between that read and the next write to the
 parameters there must be a *fence*: a point that orders the writer after the lane (on an accelerator the writer's stream
@@ -261,7 +261,7 @@ class WriteGuard:
         return found
 
 
-# Weak, so that an EMA that is dropped is freed: the hooks and this set must not keep its guard alive.
+# Weak, so that an EMA that is dropped is freed: the hooks and this set must not hold its guard.
 _guards: weakref.WeakSet[WriteGuard] = weakref.WeakSet()
 _guards_lock = threading.Lock()  # guards the set; not held while a guard fences, which may block
 

@@ -11,7 +11,7 @@ FSDP2, tensor parallelism (DTensor)  tensor subclasses with their own dispatch  
 torchao, transformer-engine          tensor subclasses with their own dispatch   ``__torch_dispatch__``
 bitsandbytes                         packed integers and a state beside them     ``quant_state``, ``SCB``
 accelerate's offloading              parameters on meta between their uses       the device
-any code that resizes a storage to 0 the tensor keeps its shape, not its values  the address
+any code that resizes a storage to 0 the tensor has its shape, but no values     the address
 Megatron, gather overlapped          parameters are stale until the next forward a forward pre-hook
 """
 
