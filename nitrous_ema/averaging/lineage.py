@@ -76,6 +76,7 @@ class RunLineage:
         # A state of step 0 has no ancestors: no run has a snapshot of step 0.
         links = [(str(run), None if left_at is None else int(left_at)) for run, left_at in lineage if step > 0]
         newest = max((run for run, _ in links), default="")
+        # A new name, because this run's own snapshots are an abandoned future, or its name is older than the state's.
         if self.written or newest > self.run:
             self.run = _run_after(newest)
             self.written = set()
@@ -95,4 +96,5 @@ def _run_after(ancestor: str) -> str:
 
 @cache
 def _this_process(pid: int) -> dict[str, str | int | float]:
+    """Return the record of this process. ``pid`` is the key of the cache, because a forked child has another record."""
     return {"host": socket.gethostname(), "pid": pid, "started": psutil.Process(pid).create_time()}

@@ -131,7 +131,7 @@ def _levels(root: Path) -> Iterator[tuple[Path, _Names]]:
     groups: dict[_Names, str] = {}
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         hierarchy, controllers, group = line.split(":", 2)
-        if hierarchy == "0":
+        if hierarchy == "0":  # version 2 (cgroups(7))
             groups[_V2] = group
         elif "memory" in controllers.split(","):
             groups[_V1] = group

@@ -274,7 +274,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def _row_major_views(group: Group, profile: int, begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
     """Cut ``[begin, end)`` of a group, in the order of a file, into views of its buffer: (first element, view)."""
-    flat, run = group.flats[profile], begin
+    flat, run = group.flats[profile], begin  # run: the first element that no view contains yet
     index = max(bisect_right(group.tensors, begin, key=lambda tensor: tensor.begin) - 1, 0)
     while index < len(group.tensors) and (tensor := group.tensors[index]).begin < end:
         low, high = max(begin, tensor.begin), min(end, tensor.end)
