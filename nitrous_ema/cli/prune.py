@@ -1,7 +1,7 @@
 """``nitrous-ema prune``: drop snapshots of a finished run, and pin the ones that must be kept.
 
 The command chooses and checks everything before it changes anything. It works in this order: remove and write pins;
-hide all dropped snapshots at once, so that no later reader sees a partly pruned history; then delete them.
+hide all dropped snapshots at once, so that no later reader sees a partly pruned lineage; then delete them.
 
 Hidden snapshots are deleted right away by default, because pruning is usually done on a full disk. Running readers are
 not affected: the bytes of an open file stay on disk until the file is closed. The exception is a synthesis of more than
@@ -11,7 +11,7 @@ this process is interrupted meanwhile, the next prune of the folder deletes the 
 too: a run that starts there ten minutes later, or one that runs out of disk space.
 
 PRUNE-1  Nothing is changed before everything is checked.        test_refused_prune_changes_nothing
-PRUNE-2  Only snapshots of one history are changed.              test_prune_touches_its_own_history_only
+PRUNE-2  Only snapshots of one lineage are changed.              test_prune_touches_its_own_lineage_only
 PRUNE-3  Pins are durable before anything is hidden, and         test_pins_come_first_then_hiding_then_removal
     everything is hidden before anything is deleted.
 PRUNE-4  Hidden snapshots can be read during the grace.          test_hidden_files_stay_readable_during_the_grace
@@ -31,7 +31,7 @@ from nitrous_ema._base import exit_status
 from nitrous_ema._base.arguments import format_bytes, pluralize
 from nitrous_ema.cli.prune_plan import PrunePlan, PruneTarget, lines, plan_pruning
 from nitrous_ema.cli.survey import legacy_sentence, survey
-from nitrous_ema.cli.terminal import paragraph, show
+from nitrous_ema.cli.terminal import log, paragraph, show
 from nitrous_ema.errors import SnapshotDamaged, SnapshotNotFound
 from nitrous_ema.snapshots.names import parse_folder_name
 from nitrous_ema.snapshots.snapshot import Listing, Snapshot
@@ -45,7 +45,7 @@ class PruneConfig:
     folder: Path
     """The snapshot folder."""
     run: str | None
-    """Last run of the history to prune; None for the newest."""
+    """Last run of the lineage to prune; None for the newest."""
     target: PruneTarget | None
     """How much to keep; None if the command only changes pins."""
     pin: tuple[int, ...]
@@ -92,63 +92,72 @@ def configure(options: argparse.Namespace) -> PruneConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pins:
-    """The pinned steps of a history, and the changes to them."""
+    """The pinned steps of a lineage, and the changes to them."""
 
     before: frozenset[int]
-    """Steps that are pinned now."""
+    """Steps with a pin and a snapshot."""
     add: tuple[Snapshot, ...]
     """Snapshots to pin."""
     remove: tuple[tuple[int, str], ...]
     """(step, run) of pins to remove; the snapshot may be gone."""
+    not_pinned: tuple[int, ...]
+    """Steps to unpin that have no pin."""
 
     @property
     def after(self) -> frozenset[int]:
         """Pinned steps after all changes."""
         return (self.before - {step for step, _ in self.remove}) | {each.step for each in self.add}
 
+    @property
+    def changes(self) -> bool:
+        """Whether a pin is added or removed."""
+        return bool(self.remove) or any(each.step not in self.before for each in self.add)
+
 
 def run(config: PruneConfig) -> int:
     """Prune a folder, or print the plan; return the exit status."""
     store = SnapshotStore(config.folder)
-    history = _history(store, config)
-    snapshots = [each for each in history.snapshots if each.step not in config.exclude]
-    pins = _pins(store, history, snapshots, config)
+    listing = _listing(store, config)
+    snapshots = [each for each in listing.snapshots if each.step not in config.exclude]
+    pins = _pins(store, listing, snapshots, config)
     plan: PrunePlan | None = None
     if config.target is not None:
         with exit_status.usage_errors():
             plan = plan_pruning(snapshots, pins.after, config.target)
-    found = _described(store, history, config, pins, plan)
+    if pins.not_pinned:
+        log(f"--unpin {','.join(map(str, pins.not_pinned))}: not pinned, so there is no pin to remove.")
+    found = _described(store, listing, config, pins, plan)
     # Text is printed before the work, so that an interrupted command has shown its plan. JSON is one object at the end.
     if not config.as_json:
         show("\n".join(_lines(found)))
     if not config.dry_run:
         found |= _carry_out(store, pins, plan, config.grace_seconds)
-    show(json.dumps(found, indent=2) if config.as_json else _outcome(found))
+    show(json.dumps(found, indent=2) if config.as_json else _outcome(found, pins))
     return exit_status.DONE
 
 
-def _history(store: SnapshotStore, config: PruneConfig) -> Listing:
-    """Return the history to choose from.
+def _listing(store: SnapshotStore, config: PruneConfig) -> Listing:
+    """Return the lineage to choose from.
 
     Raises:
-        SnapshotDamaged: A snapshot of the history has a damaged header and is not excluded. The error of an average
+        SnapshotDamaged: A snapshot of the lineage has a damaged header and is not excluded. The error of an average
             cannot be computed without that snapshot's time and profiles.
-        SnapshotNotFound: The history has no snapshot that is not excluded.
+        SnapshotNotFound: The lineage has no snapshot that is not excluded.
         UsageError: The folder is an old one.
     """
-    history = store.examine(config.run)
-    damaged = [error for error in history.damaged if _step(error.path) not in config.exclude]
+    listing = store.examine(config.run)
+    damaged = [error for error in listing.damaged if _step(error.path) not in config.exclude]
     if damaged:
         others = f"{pluralize(len(damaged) - 1, 'more damaged snapshot')} (`nitrous-ema verify` lists all)"
-        more = f" This history has {others}." if len(damaged) > 1 else ""
+        more = f" This lineage has {others}." if len(damaged) > 1 else ""
         raise SnapshotDamaged(
             f"{damaged[0]}{more} Nothing was changed.", path=damaged[0].path, step=_step(damaged[0].path), chunk=None
         )
-    if not any(each.step not in config.exclude for each in history.snapshots):
+    if not any(each.step not in config.exclude for each in listing.snapshots):
         if sentence := legacy_sentence(store.root, "prune"):
             raise exit_status.UsageError(sentence)
         raise SnapshotNotFound(f"{store.root} holds no snapshot to prune.", path=store.root, nearest=())
-    return history
+    return listing
 
 
 def _step(path: Path) -> int | None:
@@ -157,31 +166,35 @@ def _step(path: Path) -> int | None:
     return known[0] if known else None
 
 
-def _pins(store: SnapshotStore, history: Listing, snapshots: Sequence[Snapshot], config: PruneConfig) -> Pins:
-    markers, runs = store.pins(), {name for name, _ in history.lineage}
+def _pins(store: SnapshotStore, listing: Listing, snapshots: Sequence[Snapshot], config: PruneConfig) -> Pins:
+    markers, runs = store.pins(), {name for name, _ in listing.lineage}
     by_step = {each.step: each for each in snapshots}
-    remove = []
+    remove: list[tuple[int, str]] = []
+    not_pinned = []
     for step in config.unpin:
-        # A pin may outlive its snapshot. Pins of other histories may have the same step; they are not removed.
+        # A pin may outlive its snapshot. Pins of other lineages may have the same step; they are not removed.
         ours = [marker for marker in markers if marker[0] == step and marker[1] in runs]
         if not ours and step not in by_step:
-            raise _no_such_step(store, history, step, list(by_step))
+            raise _no_such_step(store, listing, step, list(by_step))
         remove += ours
+        if not ours:
+            not_pinned.append(step)
     for step in config.pin:
         if step not in by_step:
-            raise _no_such_step(store, history, step, list(by_step))
+            raise _no_such_step(store, listing, step, list(by_step))
     return Pins(
         before=frozenset(each.step for each in snapshots if (each.step, each.run) in markers),
         add=tuple(by_step[step] for step in config.pin),
         remove=tuple(remove),
+        not_pinned=tuple(not_pinned),
     )
 
 
-def _no_such_step(store: SnapshotStore, history: Listing, step: int, existing: Sequence[int]) -> SnapshotNotFound:
+def _no_such_step(store: SnapshotStore, listing: Listing, step: int, existing: Sequence[int]) -> SnapshotNotFound:
     sides = [max((s for s in existing if s < step), default=None), min((s for s in existing if s > step), default=None)]
     nearest = tuple(side for side in sides if side is not None)
     return SnapshotNotFound(
-        f"{store.root} has no snapshot of step {step} in the history of run {history.lineage[-1][0]}; nearest steps: "
+        f"{store.root} has no snapshot of step {step} in the lineage of run {listing.lineage[-1][0]}; nearest steps: "
         f"{' and '.join(map(str, nearest))}. Nothing was changed.",
         path=store.root,
         nearest=nearest,
@@ -205,16 +218,16 @@ def _carry_out(store: SnapshotStore, pins: Pins, plan: PrunePlan | None, grace_s
 
 
 def _described(
-    store: SnapshotStore, history: Listing, config: PruneConfig, pins: Pins, plan: PrunePlan | None
+    store: SnapshotStore, listing: Listing, config: PruneConfig, pins: Pins, plan: PrunePlan | None
 ) -> dict[str, Any]:
     """Return the plan, the pins and the snapshots that are not touched, in values that JSON can hold."""
-    last = history.lineage[-1][0]
+    last = listing.lineage[-1][0]
     surveyed = survey(store, last)
     states = {each["run"]: each for each in surveyed["runs"]}
     return {
         "folder": str(config.folder),
         "run": last,
-        "lineage": [list(ancestor) for ancestor in history.lineage],
+        "lineage": [list(ancestor) for ancestor in listing.lineage],
         "dry_run": config.dry_run,
         "state": states[last]["state"],
         "trainer": states[last].get("trainer", {}),
@@ -228,7 +241,7 @@ def _described(
 
 
 def _left_alone(surveyed: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Return the folder's snapshots outside of the history, counted by kind, each with the command that treats them."""
+    """Return the folder's snapshots outside of the lineage, counted by kind, each with the command that treats them."""
     found = []
     for each in surveyed["runs"]:
         beside = [s["step"] for s in each["snapshots"] if not s["in_history"]]
@@ -237,7 +250,7 @@ def _left_alone(surveyed: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         unrelated = each["role"] == "unrelated"
         what = "of an unrelated run" if unrelated else "of another future"
         remedy = f"--run {each['run']} prunes them"
-        # A branch reads its ancestors' snapshots, which are members of this history.
+        # A branch reads its ancestors' snapshots, which are members of this lineage.
         remedy += "" if unrelated else "; shared earlier snapshots that this command drops are lost for that run, too"
         found.append({"what": what, "count": len(beside), "run": each["run"], "remedy": remedy})
     for what, command in (("incomplete", "inspect"), ("damaged", "verify")):
@@ -252,7 +265,7 @@ def _left_alone(surveyed: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 _LEFT_ALONE = {
     "of an unrelated run": "{snapshots} of an unrelated run ({run})",
-    "of another future": "{snapshots} of another branch (run {run})",
+    "of another future": "{snapshots} of another lineage (run {run})",
     "incomplete": "{snapshots}, incomplete",
     "damaged": "{snapshots}, damaged",
 }
@@ -288,9 +301,9 @@ def _still_written(found: dict[str, Any]) -> list[str]:
     )
 
 
-def _outcome(found: dict[str, Any]) -> str:
+def _outcome(found: dict[str, Any], pins: Pins) -> str:
     if found["dry_run"]:
         return "dry run: nothing was changed."
     if "bytes_removed" not in found:
-        return "done: pins were changed, and no snapshot was dropped."
+        return f"done: {'pins were' if pins.changes else 'no pin was'} changed, and no snapshot was dropped."
     return f"done: {format_bytes(found['bytes_removed'])} deleted."

@@ -1,4 +1,4 @@
-"""The plan of a pruning: which snapshots of a finished history to keep, what accuracy is lost, and both as text.
+"""The plan of a pruning: which snapshots of a finished lineage to keep, what accuracy is lost, and both as text.
 
 ``posthoc.retain`` makes the choice, by training times. Several snapshots may have one training time: an EMA that is
 frozen, or is written between two updates, has the same averages at several steps. One of these snapshots is enough,
@@ -46,7 +46,7 @@ class PrunePlan:
 
     target: PruneTarget
     snapshots: tuple[Snapshot, ...]
-    """The history, ascending by step."""
+    """The lineage, ascending by step."""
     pinned: frozenset[int]
     """Steps that are kept in any case, besides the newest."""
     kept: frozenset[int]
@@ -116,7 +116,7 @@ def plan_pruning(snapshots: Sequence[Snapshot], pinned: Collection[int], target:
     """Choose the snapshots to keep. Changes nothing.
 
     Args:
-        snapshots: Snapshots of one history, ascending by step, at least one.
+        snapshots: Snapshots of one lineage, ascending by step, at least one.
         pinned: Their steps that are kept in any case, with the snapshots that they need as targets.
         target: How much to keep.
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from nitrous_ema._base.arguments import format_bytes, parse_bytes
+from nitrous_ema._base.arguments import format_bytes, parse_bytes, pluralize
 from nitrous_ema.posthoc.interval_cost import IntervalCost
 from nitrous_ema.posthoc.selection import log_ratio
 from nitrous_ema.profile import FloatArray, exponents, gamma_to_sigma_rel, numbers_between, sigma_rel_to_gamma
@@ -222,7 +222,7 @@ class KeepBytes:
         fit = self.budget_bytes // snapshot_bytes
         if fit < _MIN_SNAPSHOTS:
             raise ValueError(
-                f"keep= has a budget of {self.budget_bytes:,} bytes, which holds {fit} snapshots of "
+                f"keep= has a budget of {self.budget_bytes:,} bytes, which holds {pluralize(fit, 'snapshot')} of "
                 f"{snapshot_bytes:,} bytes ({format_bytes(snapshot_bytes)}); expected space for at least "
                 f"{_MIN_SNAPSHOTS}: two to keep, and one being written. Raise the budget, store averages in half the "
                 "bytes (checkpoint_dtype=torch.bfloat16), or track fewer profiles."

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from nitrous_ema._base.arguments import pluralize
 from nitrous_ema.posthoc.keep_rules import wanted_lengths
 from nitrous_ema.posthoc.selection import Solver
 from nitrous_ema.posthoc.shortest_paths import Places
@@ -38,7 +39,7 @@ def count_within(budget_bytes: int, snapshot_bytes: int) -> int:
     count = int(budget_bytes) // int(snapshot_bytes)
     if count < 2:
         raise ValueError(
-            f"the budget of {budget_bytes:,} bytes holds {count} snapshots of {snapshot_bytes:,} bytes; expected space "
+            f"the budget of {budget_bytes:,} bytes holds {pluralize(count, 'snapshot')} of {snapshot_bytes:,} bytes; expected space "
             "for at least 2. Raise the budget, store averages in half the bytes (checkpoint_dtype=torch.bfloat16), or "
             "track fewer profiles."
         )

@@ -264,7 +264,10 @@ def test_failure_to_remove_is_a_warning_and_training_goes_on(cls, train, monkeyp
 @BOTH
 @pytest.mark.parametrize("keep", ["9kB", KeepBytes(9000)])
 def test_budget_without_room_for_three_is_refused_and_leaves_nothing_behind(cls, keep, tmp_path):
-    with nothing_left_behind(), pytest.raises(ValueError, match=r"holds [0-2] snapshots .*checkpoint_dtype"):
+    with (
+        nothing_left_behind(),
+        pytest.raises(ValueError, match=r"holds (0 snapshots|1 snapshot|2 snapshots) of .*checkpoint_dtype"),
+    ):
         cls(Vector(1000), keep=keep, checkpoint_folder=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -102,7 +102,28 @@ def test_pin_alone_removes_nothing_and_unpin_takes_it_back(folder, capsys):
     assert pruned(folder, capsys, "--keep", 2)["thinning"]["kept"] == [110, 200]
 
 
-def test_pin_of_another_history_stays(folder, capsys):
+def test_steps_to_unpin_that_have_no_pin_are_named(folder, capsys):
+    before = content(folder)
+    assert cli.main(["prune", str(folder), "--unpin", "20,40"]) == 0
+    out, err = capsys.readouterr()
+    assert "--unpin 20,40: not pinned, so there is no pin to remove." in err
+    assert out.endswith("done: no pin was changed, and no snapshot was dropped.\n")
+    assert content(folder) == before
+    SnapshotStore(folder).pin(20, RUN)
+    assert cli.main(["prune", str(folder), "--unpin", "20,40"]) == 0
+    out, err = capsys.readouterr()
+    assert "--unpin 40: not pinned" in err
+    assert out.endswith("done: pins were changed, and no snapshot was dropped.\n")
+    assert pruned(folder, capsys, "--unpin", "20")["unpinned_now"] == []
+
+
+def test_step_that_is_pinned_already_changes_no_pin(folder, capsys):
+    for outcome in ("pins were changed", "no pin was changed"):
+        assert cli.main(["prune", str(folder), "--pin", "20"]) == 0
+        assert outcome in capsys.readouterr().out
+
+
+def test_pin_of_another_lineage_stays(folder, capsys):
     write_run(folder, LAYOUT, [20, 25], run=LATER)
     SnapshotStore(folder).pin(20, LATER)
     pruned(folder, capsys, "--run", RUN, "--pin", "20")
@@ -113,7 +134,7 @@ def test_pin_of_another_history_stays(folder, capsys):
 # Snapshots that are left alone
 
 
-def test_prune_touches_its_own_history_only(folder, capsys):
+def test_prune_touches_its_own_lineage_only(folder, capsys):
     write_run(folder, LAYOUT, [120, 130, 140, 160], run=LATER, lineage=[(RUN, 110), (LATER, None)])
     write_run(folder, LAYOUT, [5, 6], run=OTHER)
     (folder / f"step-{170:012d}-{LATER}").mkdir()
@@ -135,7 +156,7 @@ def test_prune_touches_its_own_history_only(folder, capsys):
     }
 
 
-def test_run_chooses_the_history(folder, capsys):
+def test_run_chooses_the_lineage(folder, capsys):
     write_run(folder, LAYOUT, [15, 25, 35], run=LATER)
     found = pruned(folder, capsys, "--keep", 2, "--run", RUN)
     assert found["run"] == RUN

@@ -16,7 +16,7 @@ from tests.unit.posthoc.test_keep_rules import PAIR, TRIPLE, errors, gammas_of
 
 def test_budget_of_bytes_becomes_a_number_of_snapshots():
     assert count_within(1000, 300) == 3
-    with pytest.raises(ValueError, match="holds 1 snapshots of 600 bytes; expected space for at least 2"):
+    with pytest.raises(ValueError, match="holds 1 snapshot of 600 bytes; expected space for at least 2"):
         count_within(1000, 600)
 
 
