@@ -40,8 +40,8 @@ def count_within(budget_bytes: int, snapshot_bytes: int) -> int:
     if count < 2:
         raise ValueError(
             f"the budget of {budget_bytes:,} bytes holds {pluralize(count, 'snapshot')} of {snapshot_bytes:,} bytes; "
-            "expected space for at least 2. Raise the budget, store averages in half the bytes (checkpoint_dtype=torch.bfloat16), or "
-            "track fewer profiles."
+            "expected space for at least 2. Raise the budget, store averages in half the bytes "
+            "(checkpoint_dtype=torch.bfloat16), or track fewer profiles."
         )
     return count
 
