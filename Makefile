@@ -24,7 +24,7 @@ LOCK := $(if $(shell command -v flock),flock $(VENV).lock)
 WITH_PYTHON := PYTHONPATH="$(CURDIR):$(CURDIR)/$(PEERS):$$PYTHONPATH" $(PYTHON)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-bench check crash soak fuzz races bench test-cuda bench-cuda clean
+.PHONY: help venv demo test test-slow test-bench check same-bytes crash soak fuzz races bench test-cuda bench-cuda clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -49,6 +49,10 @@ check: venv  ## format, lint, types, import direction and plain English
 	$(BIN)/mypy
 	$(BIN)/python -m tests.plain_english
 	$(BIN)/python -m pytest -q tests/behaviour/test_import_direction.py
+
+same-bytes: venv  ## every file, JSON object and exit status of this checkout and another, byte for byte (OLD=path)
+	@test -n "$(OLD)" || { echo "make: same-bytes needs the other checkout; pass OLD=path." >&2; exit 2; }
+	@$(BIN)/python -m tests.same_bytes "$(OLD)" .
 
 crash: venv  ## long crash campaigns: every crash state, every mutation, hundreds of kills
 	@$(BIN)/python -m tests.crash.campaign
