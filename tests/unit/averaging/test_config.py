@@ -197,10 +197,13 @@ def documented_arguments(cls: type) -> set[str]:
 
 
 def rows_of_the_page(cls: type) -> Iterator[tuple[str, str, str]]:
-    """Argument, default and meaning in each row of a class's table in docs/arguments.md."""
-    section = ARGUMENTS_PAGE.read_text().split(f"\n## {cls.__name__}\n", 1)[1].split("\n## ", 1)[0]
-    for row in re.findall(r"^\| `(\w+)` \|(.*?)\|(.*)\|$", section, re.M):
-        yield row[0], row[1].strip().strip("`"), row[2].strip()
+    """Argument, default and meaning in each row of the table in docs/arguments.md that concerns a class."""
+    lines = [line for line in ARGUMENTS_PAGE.read_text().splitlines() if line.startswith("|")]
+    head, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in lines)
+    place = head.index(f"default of `{cls.__name__}`")
+    for row in rows:
+        if row[place] != "–":
+            yield row[0].strip("`"), row[place].strip("`"), row[-1]
 
 
 @pytest.mark.parametrize("cls", CONFIGS)
