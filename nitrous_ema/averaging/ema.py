@@ -338,9 +338,8 @@ class PostHocEMA(EMABase):
         """Restore averages, copied tensors, step, training time and lineage from a snapshot.
 
         Use it to resume training without a saved ``state_dict()`` of the EMA. As after ``load_state_dict``, this run
-        then continues the run of the snapshot; later snapshots of that run belong to an abandoned future. The online
-        model is not changed: load its own weights of that step into it. Waits until all queued work is done and on
-        disk.
+        then continues the run of the snapshot; later snapshots of that run are abandoned. The online model is
+        not changed: load its own weights of that step into it. Waits until all queued work is done and on disk.
 
         Averages are restored bit for bit from files of their own type: ``checkpoint_dtype=torch.float32``, or float64
         for models of float64. A warning (NitrousWarning) reports averages that were rounded when they were stored.

@@ -162,11 +162,11 @@ def _readers(run: dict[str, Any], newest: str) -> str:
     if run["role"] == "newest":
         return "use this run and the runs that it continues" if run["lineage"][:-1] else "use this run"
     if run["role"] == "ancestor":
-        belong = "belongs" if later == 1 else "belong"
-        branch = f"; {pluralize(later, 'later snapshot')} {belong} to an abandoned branch ({select})" if later else ""
-        return f"use its snapshots up to step {used[-1] if used else 0}{branch}"
+        are = "is" if later == 1 else "are"
+        abandoned = f"; {pluralize(later, 'later snapshot')} {are} abandoned ({select})" if later else ""
+        return f"use its snapshots up to step {used[-1] if used else 0}{abandoned}"
     if run["role"] == "branch":
-        return f"ignore it: run {newest} continues another branch of its history ({select})"
+        return f"ignore it: not in the lineage of run {newest}, though it shares earlier snapshots ({select})"
     return f"ignore it: unrelated to run {newest} ({select})"
 
 

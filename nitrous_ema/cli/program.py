@@ -223,7 +223,7 @@ def _add_prune_options(prune: argparse.ArgumentParser) -> None:
         metavar="LO-HI",
         help="range of wanted lengths (default: the shortest tracked length to 2.5 times the longest, at most 0.25)",
     )
-    add("--run", metavar="ID", help="last run of the history to prune (default: the newest)")
+    add("--run", metavar="ID", help="last run of the lineage to prune (default: the newest)")
     add(
         "--pin",
         **steps,

@@ -407,7 +407,7 @@ class SnapshotStore:
                 return last.stamp.lineage
             if last is not None and last.step in exclude:
                 raise SnapshotNotFound(
-                    f"{self.root}: run {candidate} has damaged snapshots only, so its history is not known. "
+                    f"{self.root}: run {candidate} has damaged snapshots only, so its lineage is not known. "
                     f"Choose another run with run=: {', '.join(sorted(folders))}.",
                     path=self.root,
                     nearest=(),

@@ -273,7 +273,7 @@ MUTATIONS: Sequence[Mutation] = (
     _in_validation("ranks that agree", "ranks that disagree", (
         "            return Incomplete(folder, disagreement) if disagreement else Snapshot(",
         "            return Snapshot(")),
-    _in_store("no snapshots of an abandoned future", "resumed, later forgotten", (
+    _in_store("no abandoned snapshots", "resumed, later forgotten", (
         " or step <= left_at\n", " or True\n")),
     _in_removal("fsync of ROOT before snapshots are called hidden", "thinned", (
         '                self._sync_root("hidden', '                0 and self._sync_root("hidden')),

@@ -1,7 +1,7 @@
 """Follow a training run: synthesize at each snapshot as it is committed, until training has ended.
 
 The follower polls the snapshot folder, because the trainer may run on another machine and does not know about it. It
-follows one history: that of the requested run, or of the newest run when the first snapshot is found. A later run whose
+follows one lineage: that of the requested run, or of the newest run when the first snapshot is found. A later run whose
 lineage contains the followed run takes its place. An unrelated later run is logged once and ignored. The invariants
 make polling cheap, and make sure that no snapshot that was committed before the end is missed.
 
@@ -9,7 +9,7 @@ FOLLOW-1  Whether training has ended is checked before the folder is listed, so 
     end is listed.                           test_snapshot_committed_and_run_closed_while_another_is_synthesized
 FOLLOW-2  Unchanged files are not read again: between changes, names are listed and no file is opened.
                                              test_nothing_is_opened_while_nothing_changes
-FOLLOW-3  Names are listed before the history, so a commit between the two changes the names of the next poll.
+FOLLOW-3  Names are listed before the lineage, so a commit between the two changes the names of the next poll.
                                              test_snapshot_committed_during_a_poll_is_synthesized_at_the_next
 """
 
@@ -35,7 +35,7 @@ _ATTEMPTS = 3
 
 @dataclass(kw_only=True)
 class RunFollower:
-    """Follows one history and synthesizes at its snapshots.
+    """Follows one lineage and synthesizes at its snapshots.
 
     Args:
         snapshots: The folder; only the follower lists it while it runs.
@@ -58,7 +58,7 @@ class RunFollower:
     _done: set[tuple[str, int]] = field(default_factory=set)
     """Run and step of the snapshots that need no more work."""
     _names: frozenset[str] = frozenset()
-    """Names in the folder at the last listing of the history."""
+    """Names in the folder at the last listing of the lineage."""
     _unrelated: set[str] = field(default_factory=set)
     """Runs that do not continue the followed run; each is logged once."""
     _failures: int = 0
@@ -100,11 +100,11 @@ class RunFollower:
 
     def _poll(self) -> bool:
         """Synthesize at new snapshots. Return False if there is no new one, and none has to be tried again."""
-        names = self._list_names()  # before the history: FOLLOW-3
+        names = self._list_names()  # before the lineage: FOLLOW-3
         if self._without_listed(names) == self._without_listed(self._names):
             return False
         self._names = names
-        self._list_history()
+        self._list_lineage()
         due = self._due()
         for target in due:
             try:
@@ -120,8 +120,8 @@ class RunFollower:
             self._done.add((target.run, target.step))
         return bool(due)
 
-    def _list_history(self) -> None:
-        """List the followed history again, or that of a run which continues it."""
+    def _list_lineage(self) -> None:
+        """List the followed lineage again, or that of a run which continues it."""
         snapshots = self.snapshots
         followed = snapshots.lineage[-1][0] if snapshots.lineage else None
         with suppress(SnapshotNotFound):  # the folder does not exist yet, or no snapshot in it is complete

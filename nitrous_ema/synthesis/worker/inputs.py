@@ -54,12 +54,12 @@ def open_inputs(config: WorkerConfig) -> StoredSnapshots | LegacySnapshots:
 
 
 class StoredSnapshots:
-    """The history of one run in a snapshot folder, as of the last ``refresh``.
+    """The lineage of one run in a snapshot folder, as of the last ``refresh``.
 
     Args:
         root: The folder.
         requested: The averages.
-        run: Run at which the history ends; None is the newest run.
+        run: Run at which the lineage ends; None is the newest run.
     """
 
     def __init__(self, root: Path, requested: RequestedAverages, run: str | None) -> None:
@@ -67,21 +67,21 @@ class StoredSnapshots:
         self.requested = requested
         self.requested_run = run
         self.listed: list[Snapshot] = []
-        """Snapshots of the history, ascending by step; empty before the first ``refresh``."""
+        """Snapshots of the lineage, ascending by step; empty before the first ``refresh``."""
 
     @property
     def lineage(self) -> Lineage:
-        """Lineage of the listed history; empty while no snapshot is listed."""
+        """The lineage itself: its runs, each with the step at which it was left; empty while no snapshot is listed."""
         # Ancestors' snapshots have the beginnings of this lineage, so the longest one is that of the last run.
         return max((each.stamp.lineage for each in self.listed), key=len, default=())
 
     @property
     def is_closed(self) -> bool:
-        """Whether the last run of the history has been closed: it will write no more snapshots."""
+        """Whether the last run of the lineage has been closed: it will write no more snapshots."""
         return bool(self.lineage) and self.store.files.exists(self.store.root / f"closed-{self.lineage[-1][0]}")
 
     def refresh(self, run: str | None = None) -> None:
-        """List the history again, or the history of another run if ``run`` is passed.
+        """List the lineage again, or the lineage of another run if ``run`` is passed.
 
         Raises:
             SnapshotNotFound: There is no such run.
@@ -90,7 +90,7 @@ class StoredSnapshots:
         self.listed = self.store.snapshots(run or self.requested_run, exclude=self.requested.exclude)
 
     def targets(self, steps: Sequence[int] | Literal["all"] | None) -> list[Snapshot]:
-        """List the history and return the snapshots at which averages end.
+        """List the lineage and return the snapshots at which averages end.
 
         Args:
             steps: Target steps; "all" selects every snapshot, None the newest.
@@ -109,13 +109,13 @@ class StoredSnapshots:
         for step in selected:
             if step not in by_step:
                 # get() raises with the nearest steps. If it does not raise, the snapshot was committed after the
-                # listing, so the history is listed again.
+                # listing, so the lineage is listed again.
                 self.store.get(step, self.requested_run, exclude=self.requested.exclude)
                 return self.targets(steps)
         return [by_step[step] for step in selected if step is not None]
 
     def plan(self, target: Snapshot) -> Plan:
-        """Plan the averages that end at a snapshot of the listed history; raises as ``plan_at``."""
+        """Plan the averages that end at a snapshot of the listed lineage; raises as ``plan_at``."""
         requested = self.requested
         return plan_at(
             target,
@@ -132,7 +132,7 @@ class StoredSnapshots:
         return {known[0] for known in names if known}
 
     def unrelated_runs(self) -> list[str]:
-        """Return the runs in the folder that are not part of the listed history."""
+        """Return the runs in the folder that are not part of the listed lineage."""
         runs = {known[1] for name in self.store.files.list(self.store.root) if (known := parse_folder_name(name))}
         # Names are enough if all runs are related. Otherwise the store has to open every file.
         if runs <= dict(self.lineage).keys():

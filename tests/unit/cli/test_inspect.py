@@ -109,7 +109,7 @@ def test_inspect_lists_which_snapshots_readers_use(folder, capsys):
     assert cli.main(["inspect", str(folder)]) == 0
     out = capsys.readouterr().out
     assert f"unrelated to run {LATER}" in out
-    assert "up to step 200; 1 later snapshot belongs to an abandoned branch" in " ".join(out.split())
+    assert "up to step 200; 1 later snapshot is abandoned" in " ".join(out.split())
 
 
 def test_branch_that_was_left_for_a_newer_one_is_ignored(folder, capsys):
