@@ -67,7 +67,11 @@ def run(config: PlotConfig) -> int:
 def _results(config: PlotConfig) -> tuple[Figure, Sequence[str]]:
     """Return a figure of a sweep's values, and the notes on them."""
     if not config.source.exists():
-        raise SnapshotNotFound(f"{config.source}: no such folder or file.", path=config.source, nearest=())
+        raise SnapshotNotFound(
+            f"{config.source}: no such folder or file; pass a snapshot folder, or the file of a sweep's results.",
+            path=config.source,
+            nearest=(),
+        )
     folder_options = {
         "--sigma-rel": config.sigma_rels,
         "--step": config.step,

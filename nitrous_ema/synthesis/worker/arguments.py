@@ -209,7 +209,8 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     size = exit_status.argument(parse_bytes)
     add("--memory", type=size, default=1 << 30, metavar="SIZE", help="memory limit (default: 1GiB)")
-    add("--threads", type=int, metavar="N", help="maximum number of threads (default: the cores of this process)")
+    count = exit_status.argument(_parse_count)
+    add("--threads", type=count, metavar="N", help="maximum number of threads (default: the cores of this process)")
     add("--accumulate", choices=("float64", "float32"), default="float64", help="type of sums (default: float64)")
     add("--progress", action="store_true", help="print the progress even if stderr is not a terminal")
     add("--progress-json", action="store_true", help="print the progress as lines of JSON, for programs")
@@ -253,6 +254,12 @@ def _merge_steps(options: list[Steps] | None) -> tuple[int, ...] | Literal["all"
 
 def _tuple(numbers: list[float] | None) -> tuple[float, ...] | None:
     return None if numbers is None else tuple(numbers)
+
+
+def _parse_count(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ValueError(f"{text!r}: expected a whole number, at least 1")
+    return int(text)
 
 
 def _parse_positive(text: str) -> float:

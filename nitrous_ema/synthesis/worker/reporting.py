@@ -32,17 +32,17 @@ def log_plan(plan: Plan, condition: float) -> None:
 
     Args:
         plan: The averages that are going to be written.
-        condition: Condition number of the plan's columns.
+        condition: Condition number of the stored averages that the plan reads.
     """
     target, report = plan.target, plan.report
     log(
         f"step {target.step} of run {target.run}: {pluralize(len(plan.gammas), 'average')} from "
-        f"{pluralize(len(plan.columns), 'column')} of {pluralize(len(plan.steps), 'snapshot')}, "
+        f"{pluralize(len(plan.columns), 'stored average')} of {pluralize(len(plan.steps), 'snapshot')}, "
         f"{format_bytes(plan.bytes_to_read)} to read"
     )
     log(
         f"profile error {max(report.profile_error):.2g}; rounding error of a weight {max(report.rounding):.1e}, "
-        f"{max(report.weight_l2):.3g} times that of one snapshot; condition {condition:.3g}"
+        f"{max(report.weight_l2):.3g} times that of one snapshot; condition number {condition:.3g}"
     )
     if plan.tolerance > 0:
         log(

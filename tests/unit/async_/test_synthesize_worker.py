@@ -118,7 +118,7 @@ def test_stdout_is_one_json_object_per_output_and_nothing_else(folder, tmp_path)
     plan = plan_from_store(folder, sigma_rels=[0.06, 0.07, 0.08, 0.09], exclude=[300])
     expected_condition = condition([column.t for column in plan.columns], [column.gamma for column in plan.columns])
     assert [line["condition"] for line in lines] == [expected_condition] * 4
-    assert f"condition {expected_condition:.3g}\n" in done.stderr
+    assert f"condition number {expected_condition:.3g}\n" in done.stderr
     for index, line in enumerate(lines):
         assert line["path"] == str(out / f"step-1000-sigma-{line['sigma_rel']!r}.safetensors")
         tensors = safetensors.numpy.load_file(line["path"])

@@ -75,8 +75,8 @@ def test_length_that_the_snapshots_do_not_support_is_reported(folder, tmp_path, 
         ("sweep.jsonl", ["--run", "mine"], 2, "--run applies to snapshot folders"),
         ("sweep.jsonl", ["--exclude", "20"], 2, "--exclude applies to snapshot folders"),
         ("sweep.jsonl", ["--tolerance", "0.001"], 2, "--tolerance applies to snapshot folders"),
-        ("nothing", [], 3, "no such folder or file"),
-        ("nothing", ["--sigma-rel", "0.1"], 3, "no such folder or file"),
+        ("nothing", [], 3, "no such folder or file; pass a snapshot folder, or"),
+        ("nothing", ["--sigma-rel", "0.1"], 3, "no such folder or file; pass a snapshot folder, or"),
     ],
 )
 def test_mistakes_are_reported_without_a_picture(folder, results, tmp_path, capsys, of, options, status, message):

@@ -58,6 +58,8 @@ def test_several_step_options_add_up(arguments, steps):
         (["--follow", "--dry-run"], "cannot plan future snapshots"),
         (["--idle", "5"], "--idle requires --follow"),
         (["--follow", "--idle", "0"], "above 0"),
+        (["--threads", "0"], "argument --threads: '0': expected a whole number, at least 1"),
+        (["--threads", "1.5"], "argument --threads: '1.5': expected a whole number, at least 1"),
         (["--follow", "--look-every", "-1"], "above 0"),
         (["--part", "5/4"], "is not a part"),
         (["--step", "1.5"], "is not a step"),

@@ -118,5 +118,5 @@ def test_threads_and_type_of_sums_reach_the_worker(folder, tmp_path):
     content = output.path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     assert header["__metadata__"]["accumulate"] == "float32"
-    with pytest.raises(ValueError, match="threads: 0"):
+    with pytest.raises(ValueError, match="--threads: '0': expected a whole number, at least 1"):
         launch(folder, sigma_rels=[0.07], out=tmp_path, threads=0).result(TIMEOUT)
