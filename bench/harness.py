@@ -8,7 +8,7 @@ summarized, so that what slows the machine down for a while slows both sides of 
 Medians, quartiles and the fastest round are reported; nothing is left out. Garbage is collected before a comparison
 and not during it. A bench that runs unattended gives ``compare`` somewhere to note failures, and a time to stop at.
 
-Longer than the house's 300 lines: the author of a bench reads this file, and nothing else.
+Longer than 300 lines because the author of a bench needs to read this file only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Which lengths a folder's snapshots support, and how accurate requested lengths would be: for ``inspect``.
 
 Everything is computed from the snapshots' times and profiles; no tensor data is read.
+Longer than 300 lines because the values of ``--json`` and the text made from them belong on one page.
 """
 
 from __future__ import annotations

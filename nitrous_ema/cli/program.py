@@ -196,12 +196,23 @@ def _add_plot_options(plot: argparse.ArgumentParser) -> None:
 
 
 def _add_prune_options(prune: argparse.ArgumentParser) -> None:
-    steps: dict[str, Any] = {
-        "type": exit_status.argument(parse_step_list),
-        "action": "extend",
-        "default": [],
-        "metavar": "STEP,...",
-    }
+    _add_amount_options(prune)
+    add = prune.add_argument
+    add("--run", metavar="ID", help="last run of the lineage to prune (default: the newest)")
+    _add_pin_options(prune)
+    add_exclude(prune, help="ignore these steps (for example damaged snapshots): neither delete them nor rely on them")
+    add(
+        "--grace",
+        type=exit_status.argument(_seconds),
+        default=0.0,
+        metavar="SECONDS",
+        help="wait this long before hidden snapshots are deleted, so that running readers can finish (default: 0)",
+    )
+    add("--dry-run", action="store_true", help="print the plan, and change nothing")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _add_amount_options(prune: argparse.ArgumentParser) -> None:
     amount = prune.add_mutually_exclusive_group()
     amount.add_argument("--keep", type=exit_status.argument(_count), metavar="N", help="keep the N best snapshots")
     amount.add_argument(
@@ -216,31 +227,28 @@ def _add_prune_options(prune: argparse.ArgumentParser) -> None:
         metavar="E",
         help="keep the fewest snapshots with errors of at most E in the range, such as 0.01 for 1 %%",
     )
-    add = prune.add_argument
-    add(
+    prune.add_argument(
         "--sigma-rel",
         type=exit_status.argument(_range),
         metavar="LO-HI",
         help="range of wanted lengths (default: the shortest tracked length to 2.5 times the longest, at most 0.25)",
     )
-    add("--run", metavar="ID", help="last run of the lineage to prune (default: the newest)")
-    add(
+
+
+def _add_pin_options(prune: argparse.ArgumentParser) -> None:
+    steps: dict[str, Any] = {
+        "type": exit_status.argument(parse_step_list),
+        "action": "extend",
+        "default": [],
+        "metavar": "STEP,...",
+    }
+    prune.add_argument(
         "--pin",
         **steps,
         help="pin these steps: never prune them or the snapshots they depend on (may be used without "
         "--keep/--budget/--error)",
     )
-    add("--unpin", **steps, help="unpin these steps (may be used without --keep/--budget/--error)")
-    add_exclude(prune, help="ignore these steps (for example damaged snapshots): neither delete them nor rely on them")
-    add(
-        "--grace",
-        type=exit_status.argument(_seconds),
-        default=0.0,
-        metavar="SECONDS",
-        help="wait this long before hidden snapshots are deleted, so that running readers can finish (default: 0)",
-    )
-    add("--dry-run", action="store_true", help="print the plan, and change nothing")
-    add("--json", action="store_true", help="print one JSON object instead of text")
+    prune.add_argument("--unpin", **steps, help="unpin these steps (may be used without --keep/--budget/--error)")
 
 
 # ---- values of options

@@ -27,9 +27,9 @@ def survey(store: SnapshotStore, run: str | None = None) -> dict[str, Any]:
     Raises:
         SnapshotNotFound: The folder or the run does not exist.
     """
-    history = store.examine(run)
+    listing = store.examine(run)
     pins = store.pins()
-    damaged = {str(error.path): str(error) for error in history.damaged}
+    damaged = {str(error.path): str(error) for error in listing.damaged}
     runs = []
     for each in store.runs():
         try:
@@ -38,10 +38,10 @@ def survey(store: SnapshotStore, run: str | None = None) -> dict[str, Any]:
             continue
         damaged |= {str(error.path): str(error) for error in examined.damaged}
         own = [snapshot for snapshot in examined.snapshots if snapshot.run == each]
-        runs.append(_described_run(store, each, own, examined.lineage, history.lineage, pins))
+        runs.append(_described_run(store, each, own, examined.lineage, listing.lineage, pins))
     return {
         "folder": str(store.root),
-        "run": history.lineage[-1][0] if history.lineage else None,
+        "run": listing.lineage[-1][0] if listing.lineage else None,
         "runs": runs,
         "incomplete": [{"path": str(each.path), "reason": each.reason} for each in store.incomplete()],
         "damaged": [{"path": path, "message": message} for path, message in damaged.items()],
@@ -50,7 +50,7 @@ def survey(store: SnapshotStore, run: str | None = None) -> dict[str, Any]:
         ],
         "hidden": [{"path": str(path), "bytes": _bytes_below(path)} for path in store.hidden()],
         "notes": _notes(store, runs),
-        "disk": _disk(store, history.snapshots[-1] if history.snapshots else None),
+        "disk": _disk(store, listing.snapshots[-1] if listing.snapshots else None),
     }
 
 
@@ -66,49 +66,62 @@ def _described_run(
     run: str,
     own: list[Snapshot],
     lineage: Lineage,
-    history: Lineage,
+    selected: Lineage,
     pins: frozenset[tuple[int, str]],
 ) -> dict[str, Any]:
-    # None: the history ends with this run, so all its steps belong to it. 0: the run is outside the history.
-    left_at = dict(history).get(run, 0)
     state = writing_state(store, run, own)
     described: dict[str, Any] = {
         "run": run,
         "closed": state == "closed",
         "state": state,
-        "role": _role(run, lineage, history),
+        "role": _role(run, lineage, selected),
         "lineage": [list(ancestor) for ancestor in lineage],
         "bytes": sum(each.bytes for each in own),
     }
     if own:
-        layout = own[-1].layout
-        described |= {
-            "trainer": dict(own[-1].stamp.trainer),
-            "sigma_rels": list(layout.sigma_rels),
-            "gammas": list(layout.gammas),
-            "checkpoint_dtype": layout.checkpoint_dtype,
-            "tensors": len(layout.records),
-            "average_elements": layout.average_elements,
-        }
+        described |= _described_contents(own[-1])
+    # None: the lineage ends with this run, so all its steps belong to it. 0: the run is outside the lineage.
+    left_at = dict(selected).get(run, 0)
     described["snapshots"] = [
-        {
-            "step": each.step,
-            "t": each.t,
-            "bytes": each.bytes,
-            "files": len(each.paths),
-            "written": format_time(each.stamp.created_ns),
-            "pinned": (each.step, run) in pins,
-            "in_history": left_at is None or each.step <= left_at,
-            "path": str(each.paths[0].parent),
-        }
+        _described_snapshot(each, pinned=(each.step, run) in pins, in_lineage=left_at is None or each.step <= left_at)
         for each in own
     ]
     return described
 
 
-def _role(run: str, lineage: Lineage, history: Lineage) -> str:
-    """Return a run's role in a history: "newest" (its last run), "ancestor", "branch" (shares a past), "unrelated"."""
-    names = [name for name, _ in history]
+def _described_contents(last: Snapshot) -> dict[str, Any]:
+    """Return what the newest snapshot of a run records about all of the run's snapshots."""
+    layout = last.layout
+    return {
+        "trainer": dict(last.stamp.trainer),
+        "sigma_rels": list(layout.sigma_rels),
+        "gammas": list(layout.gammas),
+        "checkpoint_dtype": layout.checkpoint_dtype,
+        "tensors": len(layout.records),
+        "average_elements": layout.average_elements,
+    }
+
+
+def _described_snapshot(snapshot: Snapshot, *, pinned: bool, in_lineage: bool) -> dict[str, Any]:
+    return {
+        "step": snapshot.step,
+        "t": snapshot.t,
+        "bytes": snapshot.bytes,
+        "files": len(snapshot.paths),
+        "written": format_time(snapshot.stamp.created_ns),
+        "pinned": pinned,
+        "in_history": in_lineage,
+        "path": str(snapshot.paths[0].parent),
+    }
+
+
+def _role(run: str, lineage: Lineage, selected: Lineage) -> str:
+    """Return a run's role in the selected lineage.
+
+    It is "newest" for the last run, "ancestor" for a run that was continued, "branch" for a run outside of the lineage
+    that shares an ancestor with it, else "unrelated".
+    """
+    names = [name for name, _ in selected]
     if run in names:
         return "newest" if run == names[-1] else "ancestor"
     return "branch" if any(name in names for name, _ in lineage) else "unrelated"

@@ -3,7 +3,7 @@
 A reader may refuse a hostile file with an error of the package that names the file. If it accepts the file, its numbers
 must equal those of an independent reading. Every other outcome is a Finding.
 
-Longer than the house's 300 lines because the files of each reader and its wrong answers belong on one page.
+Longer than 300 lines because the files of each reader and its wrong answers belong on one page.
 """
 
 from __future__ import annotations

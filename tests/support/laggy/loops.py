@@ -1,7 +1,7 @@
 """Training loops made of parts: the model, how weights are written, how the averages are used, and when copies to the
 host are held. Their results must not depend on the device.
 
-Longer than the house's 300 lines: two tables of parts, and the parts.
+Longer than 300 lines because the two tables of parts stand with the parts that they list.
 """
 
 from __future__ import annotations
