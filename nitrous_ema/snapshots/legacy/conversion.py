@@ -6,7 +6,8 @@ the same tensors, and which snapshots the new folder holds already. Then one sna
 by a training process. An interrupted import leaves a run with fewer snapshots, and the next import continues it.
 
 Each snapshot stores a fingerprint of its legacy files: a digest of names, sizes and checksums of their archive members.
-Files of another training have another fingerprint.
+Files of another training have another fingerprint. Longer than 300 lines because the plan of an import and its writing
+share the definition of its steps.
 
 IMPORT-1  Nothing is written before everything is checked.  test_refused_import_writes_nothing
 IMPORT-2  The legacy folder is only read.                   test_old_folder_is_left_as_it_was
@@ -19,7 +20,7 @@ IMPORT-4  Memory holds one chunk, for models of any size.   test_import_holds_on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -140,13 +141,7 @@ def plan_import(
     existing, is_finished = _existing(new, intact)
     # An earlier import is continued under its own id, also where its first steps are excluded now.
     run = next((each.run for each in existing.values()), None) or _run_id(intact[0], dtype)
-    steps = [_step(each, run, dtype) for each in intact]
-    missing = []
-    for step in steps:
-        if step.stamp.step in existing:
-            _check_same_import(existing[step.stamp.step], step)
-        else:
-            missing.append(step)
+    missing = _missing([_step(each, run, dtype) for each in intact], existing)
     # Below the newest existing step, a step is missing from a finished import because it was pruned. Newer steps were
     # added to the legacy folder since.
     removed = [each.stamp.step for each in missing if is_finished and each.stamp.step < max(existing)]
@@ -156,11 +151,7 @@ def plan_import(
         steps=tuple(each for each in missing if each.stamp.step not in removed),
         present=tuple(each.step for each in intact if each.step in existing),
         removed=tuple(removed),
-        partial=tuple(
-            (each.step, tuple(map(gamma_to_sigma_rel, each.gammas)))
-            for each in intact
-            if len(each.gammas) < len(old.gammas)
-        ),
+        partial=_partial(intact, len(old.gammas)),
         damaged=tuple(damaged),
         excluded=tuple(sorted({*exclude}.intersection(old.steps))),
     )
@@ -181,6 +172,13 @@ def _intact(snapshots: Sequence[LegacySnapshot]) -> tuple[list[LegacySnapshot], 
         except SnapshotDamaged as error:
             damaged.append(error)
     return intact, damaged
+
+
+def _partial(intact: Sequence[LegacySnapshot], profiles: int) -> tuple[tuple[int, tuple[float, ...]], ...]:
+    """Return the steps with fewer than ``profiles`` profiles, each with the sigma_rels that it has."""
+    return tuple(
+        (each.step, tuple(map(gamma_to_sigma_rel, each.gammas))) for each in intact if len(each.gammas) < profiles
+    )
 
 
 def _step(old: LegacySnapshot, run: str, dtype: str | None) -> ImportStep:
@@ -267,6 +265,14 @@ def _existing(new: SnapshotStore, intact: Sequence[LegacySnapshot]) -> tuple[dic
             path=new.root,
         )
     return existing, new.files.exists(new.root / f"closed-{runs[-1]}")
+
+
+def _missing(steps: Sequence[ImportStep], existing: Mapping[int, Snapshot]) -> list[ImportStep]:
+    """Return the steps that the new folder lacks. Raises SnapshotMismatch if an existing one is of another import."""
+    for step in steps:
+        if step.stamp.step in existing:
+            _check_same_import(existing[step.stamp.step], step)
+    return [step for step in steps if step.stamp.step not in existing]
 
 
 def _check_same_import(existing: Snapshot, step: ImportStep) -> None:
