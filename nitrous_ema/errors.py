@@ -43,6 +43,11 @@ def warn(message: str) -> None:
     warnings.warn(message, NitrousWarning, stacklevel=depth)
 
 
+def bug(what: str) -> RuntimeError:
+    """Return the error for a state that this package must never reach, whatever its caller does."""
+    return RuntimeError(f"{what}; this is a bug in nitrous_ema, please report it.")
+
+
 class ClosedError(NitrousError, RuntimeError):
     """The EMA is closed: it can neither average nor write any more."""
 

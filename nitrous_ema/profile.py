@@ -54,7 +54,8 @@ def numbers_between(
         raise ValueError(f"{thing} is {values!r}; expected real {expected}. {remedy}") from error
     valid = np.isfinite(numbers) & ((numbers >= low) if or_low else (numbers > low)) & (numbers < high)
     if not valid.all():
-        raise ValueError(f"{thing} has {float(numbers[~valid].flat[0])!r}; expected {expected}. {remedy}")
+        verb = "has" if numbers.ndim else "is"
+        raise ValueError(f"{thing} {verb} {float(numbers[~valid].flat[0])!r}; expected {expected}. {remedy}")
     return numbers
 
 

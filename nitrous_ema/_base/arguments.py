@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from decimal import Decimal
+from numbers import Real
 
 _BINARY_UNITS = {f"{letter}IB": 1 << 10 * power for power, letter in enumerate("KMGT", 1)}
 _DECIMAL_UNITS = {f"{letter}B": 10 ** (3 * power) for power, letter in enumerate("KMGT", 1)}
@@ -16,8 +18,21 @@ def clamp_timeout(timeout_seconds: float | None) -> float | None:
     """Return a timeout that ``threading`` accepts: at most ``TIMEOUT_MAX / 2``; None stays None.
 
     So ``float("inf")`` becomes the longest wait that threads support.
+
+    Raises:
+        TypeError: The timeout is not a number.
     """
+    if not isinstance(timeout_seconds, Real | None):
+        raise TypeError(f"timeout is {timeout_seconds!r}; expected seconds as a number, or None for no limit.")
     return None if timeout_seconds is None else min(timeout_seconds, threading.TIMEOUT_MAX / 2)
+
+
+def deadline_after(timeout_seconds: float | None) -> Callable[[], float | None]:
+    """Return a function that returns the seconds which remain of a timeout; None for no limit."""
+    if timeout_seconds is None:
+        return lambda: None
+    deadline = time.monotonic() + timeout_seconds
+    return lambda: max(deadline - time.monotonic(), 0.0)
 
 
 def check_sequence(name: str, value: object, items: str = "numbers") -> None:

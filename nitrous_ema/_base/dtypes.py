@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from nitrous_ema.errors import bug
+
 Kind = Literal["floating", "complex", "integer", "boolean"]
 
 
@@ -31,9 +33,7 @@ class DType(NamedTuple):
             RuntimeError: The dtype has no ``fraction_bits``.
         """
         if self.fraction_bits is None:
-            raise RuntimeError(
-                f"averages are not stored as {self.name}; this is a bug in nitrous_ema, please report it."
-            )
+            raise bug(f"averages are not stored as {self.name}")
         return 2.0 ** -(self.fraction_bits + 1)
 
 

@@ -27,14 +27,14 @@ from functools import partial
 
 import torch
 
-from nitrous_ema._base.arguments import clamp_timeout, format_bytes
-from nitrous_ema.async_.staging import Slot, SlotPool, SlotReadbacks, StagingCopies, deadline_after
+from nitrous_ema._base.arguments import clamp_timeout, deadline_after, format_bytes
+from nitrous_ema.async_.staging import Slot, SlotPool, SlotReadbacks, StagingCopies
 from nitrous_ema.averaging.config import AsyncEMAConfig
 from nitrous_ema.averaging.execution.background_thread import BackgroundThread
 from nitrous_ema.averaging.execution.device_to_host import ChunkCopier
 from nitrous_ema.averaging.execution.host_memory import check_host_memory, pinned_or_pageable
 from nitrous_ema.averaging.execution.interfaces import Lane, PendingSnapshot
-from nitrous_ema.errors import NitrousError, SnapshotWriteError, warn
+from nitrous_ema.errors import NitrousError, SnapshotWriteError, bug, warn
 from nitrous_ema.snapshots.header import Stamp
 from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.retention import RetainingWriter
@@ -255,7 +255,7 @@ def _write_all(
 def _write(slot: Slot, retaining_writer: RetainingWriter) -> None:
     pending = slot.pending
     if pending is None:
-        raise RuntimeError("a sealed slot carries no snapshot: this is a bug in nitrous_ema.")
+        raise bug("a sealed slot carries no snapshot")
     snapshot = retaining_writer.write(pending.flat_buffers.layout, pending.stamp, partial(_pages, slot))
     _log.info("snapshot of step %d is on disk: %s", pending.stamp.step, snapshot.paths[0])
 

@@ -32,7 +32,7 @@ The current stream is looked up at every call, because users run under other str
 the lane. Every tensor that queued work uses is held until the work is done, or outlives it, so no ``record_stream`` is
 needed. Queued work holds no reference to the EMA that queued it.
 
-Longer than the house's 300 lines: both lanes implement the same table.
+Longer than 300 lines: both lanes implement the same table.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from nitrous_ema.async_.graph_capture import let_others_capture
 from nitrous_ema.averaging.execution.background_thread import BackgroundThread
 from nitrous_ema.averaging.execution.inline import ReachedMark, attempt
 from nitrous_ema.averaging.execution.interfaces import Mark, Work
+from nitrous_ema.errors import bug
 
 _MAX_QUEUED = 16
 _POLL_SECONDS = 0.001
@@ -148,7 +149,7 @@ class ThreadLane:
     def _put(self, work: Work, abandon: Work | None) -> None:
         """Queue one piece of work; the caller holds ``_lock``."""
         if self._closed:
-            raise RuntimeError("work for a lane that was closed: this is a bug in nitrous_ema.")
+            raise bug("work for a lane that was closed")
         # Bounded, so that a trainer that is faster than the averaging cannot queue work, and the tensors that the work
         # holds, without limit.
         self._changed.wait_for(lambda: len(self._queue) < _MAX_QUEUED)

@@ -34,13 +34,12 @@ STAGE-6  Marks are made once and recorded again for each          test_slot_is_n
 STAGE-7  Readbacks that were not queued yet have not finished,    test_copies_have_not_finished_before_they_are_queued
     and readbacks of a snapshot that has left its slot have.      test_copies_of_a_slot_that_was_left_stay_finished
 
-Longer than the house's 300 lines: slots and the copies into them change state together.
+Longer than 300 lines: slots and the copies into them change state together.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +49,7 @@ import torch
 from torch import Tensor
 
 from nitrous_ema.averaging.execution.interfaces import Mark, PendingSnapshot
+from nitrous_ema.errors import bug
 from nitrous_ema.snapshots.layout import Layout, Span
 
 _SMALLEST_BYTES = 4096  # pinned memory comes in pages of the system, of at least this size
@@ -276,7 +276,7 @@ class SlotPool:
 
     def _check(self, slot: Slot, expected: SlotState) -> None:
         if slot.state is not expected:
-            raise RuntimeError(f"a slot is {slot.state.value}, not {expected.value}: this is a bug in nitrous_ema.")
+            raise bug(f"a slot is {slot.state.value}, not {expected.value}")
 
 
 def page_spans(layout: Layout, pin: bool) -> tuple[Span, ...]:
@@ -308,11 +308,3 @@ def _page(size_bytes: int, pin: bool) -> Tensor:
     # Filled now, so that the system maps all of the memory here. Otherwise the first copy waits for the mapping, and
     # the next update waits for the copy (2 s instead of 0.45 s for 0.7 GB, measured).
     return torch.empty(size_bytes, dtype=torch.uint8, device="cpu").fill_(0)
-
-
-def deadline_after(timeout_seconds: float | None) -> Callable[[], float | None]:
-    """Return a function that returns the seconds which remain of a timeout; None for no limit."""
-    if timeout_seconds is None:
-        return lambda: None
-    deadline = time.monotonic() + timeout_seconds
-    return lambda: max(deadline - time.monotonic(), 0.0)

@@ -30,6 +30,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 from nitrous_ema._base import exit_status
 from nitrous_ema._base.options import parse_lengths, unknown_exclusions
+from nitrous_ema.errors import bug
 from nitrous_ema.synthesis.worker.arguments import WorkerConfig, parse_arguments
 from nitrous_ema.synthesis.worker.output_names import OutputNames
 from nitrous_ema.synthesis.worker.partition import WorkPartition, part_of_process
@@ -141,7 +142,7 @@ def _follow(
     from nitrous_ema.synthesis.worker.inputs import StoredSnapshots
 
     if not isinstance(inputs, StoredSnapshots):
-        raise RuntimeError("a legacy folder cannot be followed; this is a bug in nitrous_ema, please report it.")
+        raise bug("a legacy folder cannot be followed")
     stored = inputs
     with exit_status.usage_errors():
         if names.fields and not {"step", "t"} & set(names.fields):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.module import _IncompatibleKeys
 
+from nitrous_ema._base.arguments import pluralize
 from nitrous_ema.averaging.averaged_module import swapped
 from nitrous_ema.averaging.engine import AveragingEngine
 from nitrous_ema.averaging.execution.torch_modes import neutral_modes
@@ -126,7 +127,9 @@ class EMABase(Module):
     def _index(self, index: int) -> int:
         profiles = len(self._engine.config.profiles.gammas)
         if not -profiles <= index < profiles:
-            raise IndexError(f"index is {index}; expected the index of one of {profiles} profiles.")
+            raise IndexError(
+                f"index is {index}; expected 0 to {profiles - 1}, because {pluralize(profiles, 'profile')} are tracked."
+            )
         return index % profiles
 
     def stats(self) -> Stats:

@@ -195,9 +195,10 @@ def resolve_profiles(
     if not exponents:
         raise ValueError("Neither sigma_rels nor gammas is given. Pass the profiles to track, e.g. (0.05, 0.10).")
     if not all(math.isfinite(gamma) and gamma > 0 for gamma in exponents):
-        raise ValueError(f"gammas are {exponents}; expected exponents greater than 0 (sigma_rel below 12 ** -0.5).")
+        raise ValueError(f"gammas is {exponents}; expected exponents greater than 0 (sigma_rel below 12 ** -0.5).")
     if len(set(exponents)) != len(exponents):
-        raise ValueError(f"Two profiles are equal: gammas {exponents}. Each one must have a different length.")
+        name, given = ("gammas", exponents) if gammas is not None else ("sigma_rels", lengths)
+        raise ValueError(f"{name} is {given}: two profiles are equal. Pass each profile once.")
     return Profiles(exponents, lengths or tuple(map(gamma_to_sigma_rel, exponents)))
 
 

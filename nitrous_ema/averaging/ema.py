@@ -3,7 +3,7 @@
 Drop-in replacements for the classes of nitrous-ema 0.0.1, with the same arguments and methods. ``AsyncPostHocEMA`` uses
 the same engine with its work in the background.
 
-Longer than the house's 300 lines: it is mostly what users read, arguments and docstrings of the public methods.
+Longer than 300 lines: it is mostly what users read, arguments and docstrings of the public methods.
 """
 
 from __future__ import annotations

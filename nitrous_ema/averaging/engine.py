@@ -26,7 +26,7 @@ ENGINE-4  After a lane has failed, the averages are refused    test_averages_are
 ENGINE-5  Queued work holds no reference to the engine, so     test_dropped_ema_leaves_no_thread_or_hook_behind
     dropping the EMA ends it, on the thread that dropped it.
 
-Longer than the house's 300 lines: the order of everything that may happen to averages stands on one page.
+Longer than 300 lines: the order of everything that may happen to averages stands on one page.
 """
 
 from __future__ import annotations
@@ -168,9 +168,9 @@ class AveragingEngine:
         self.check_no_refusal("update()")
         self.check_averages("update()")
         if self.guard is not None:
-            self.guard.check()
+            self.guard.raise_violation()
         self._refuse_capture("update()")
-        self.schedule.check(t_delta)
+        self.schedule.check_t_delta(t_delta)
         live = None
         if self.schedule.is_due:
             if self.guard is not None:
@@ -304,7 +304,7 @@ class AveragingEngine:
         self.raise_failed_writes()
         if self.guard is not None:
             self.guard.detect_writes()
-            self.guard.check()
+            self.guard.raise_violation()
 
     def refuse(self, reason: NitrousError) -> None:
         """Refuse every update and every read of the averages from now on, with this reason."""
@@ -351,7 +351,7 @@ class AveragingEngine:
         try:
             self._check_outcome("close()")
             if self.guard is not None:
-                self.guard.check()
+                self.guard.raise_violation()
         finally:
             self._finalizer()
         return True

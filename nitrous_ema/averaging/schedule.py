@@ -81,7 +81,7 @@ class Schedule:
         Raises:
             ValueError: ``t_delta`` is not positive and finite, or not 1 without the exact correction. Nothing changed.
         """
-        t_delta = self.check(t_delta)
+        t_delta = self.check_t_delta(t_delta)
         is_due = self.is_due
         self.step += 1
         self.now += t_delta
@@ -156,7 +156,7 @@ class Schedule:
         ahead = (1 - 1 / (self.step + 1 + self.update_every)) ** (1 + gamma)
         return float((decay * ahead) ** (self.update_every / 2))
 
-    def check(self, t_delta: Any) -> Time:
+    def check_t_delta(self, t_delta: Any) -> Time:
         """Return ``t_delta`` as a plain number, or raise what ``advance`` raises. Numbers of numpy are accepted."""
         if not _is_time(t_delta):
             raise ValueError(

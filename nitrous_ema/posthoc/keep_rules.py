@@ -159,7 +159,9 @@ class KeepCount:
 
     def __post_init__(self) -> None:
         if not isinstance(self.count, int) or isinstance(self.count, bool) or self.count < 2:
-            raise ValueError(f"count is {self.count!r}; expected at least 2: the newest step and one more.")
+            raise ValueError(
+                f"keep= has the count {self.count!r}; expected at least 2: the newest snapshot and another."
+            )
         _check_loss(self.sigma_rels, self.exponent)
 
     def drop(

@@ -47,12 +47,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from nitrous_ema._base.temporary_files import temporary_name
-from nitrous_ema.errors import SnapshotError, SnapshotWriteError
-from nitrous_ema.snapshots.disk_space import DiskSpace, remedy
+from nitrous_ema.errors import SnapshotError, SnapshotWriteError, bug
+from nitrous_ema.snapshots.disk_space import DiskSpace, explained, remedy
 from nitrous_ema.snapshots.filesystem import (
     NO_SPACE,
     FileSystem,
     hint_writeback,
+    reason,
     rename_to_new,
     reserve,
     sync_folder,
@@ -97,7 +98,8 @@ class Committer:
                 self.files.unlink(probe)
         except OSError as error:
             raise SnapshotError(
-                f"Snapshots cannot be written to {self.root}: {error}. {remedy(error)}", path=self.root
+                f"Snapshots cannot be written to {self.root}: {explained(error, self.root)}",
+                path=self.root,
             ) from error
 
     def write(self, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]) -> Snapshot:
@@ -110,13 +112,13 @@ class Committer:
             self.space.require(header_bytes(layout, stamp) + layout.data_bytes)
             header = self._write_file(final, layout, stamp, chunks)
         except OSError as error:
-            raise _write_error(final, stamp.step, f"was not written: {error}", error) from error
+            raise _write_error(final, stamp.step, f"was not written: {reason(error, final)}", error) from error
         # No second attempt after a failure here: the file is whole, and a new file would find its name taken.
         try:
             sync_folder(self.files, final.parent)
             sync_folder(self.files, self.root)
         except OSError as error:
-            what = f"is complete, but its name may be lost if the machine stops: {error}"
+            what = f"is complete, but its name may be lost if the machine stops: {reason(error, final)}"
             raise _write_error(final, stamp.step, what, error) from error
         return Snapshot(paths=(final,), headers=(header,))
 
@@ -137,7 +139,7 @@ class Committer:
                 self._finish(descriptor, lambda: None)
             sync_folder(self.files, self.root)
         except OSError as error:
-            raise SnapshotError(f"{note} could not be written: {error}. {remedy(error)}", path=note) from error
+            raise SnapshotError(f"{note} could not be written: {explained(error, note)}", path=note) from error
 
     def _write_file(
         self, final: Path, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]
@@ -153,7 +155,7 @@ class Committer:
         try:
             return self._attempt(final, layout, stamp, chunks)
         except OSError as error:
-            what = f"was not written: {error}; the first attempt failed too: {first}"
+            what = f"was not written: {reason(error, final)}; the first attempt failed too: {reason(first, final)}"
             raise _write_error(final, stamp.step, what, error) from error
 
     def _attempt(
@@ -239,18 +241,15 @@ def _matched(layout: Layout, buffers: Iterable[ReadableBuffer]) -> Iterator[tupl
         view = memoryview(buffer)
         remaining = ends[index] - begin if index < len(ends) else 0
         if not view.c_contiguous or not 0 < view.nbytes <= remaining:
-            raise RuntimeError(
-                f"A buffer for byte {begin} of the data has {view.nbytes} bytes, {view.c_contiguous=}; expected "
-                f"1 to {remaining} contiguous bytes. This is a bug in nitrous_ema, please report it."
+            raise bug(
+                f"a buffer for byte {begin} of the data has {view.nbytes} bytes, {view.c_contiguous=}; expected "
+                f"1 to {remaining} contiguous bytes"
             )
         yield index, begin, view.cast("B")
         begin += view.nbytes
         index += begin == ends[index]
     if begin != layout.data_bytes:
-        raise RuntimeError(
-            f"The buffers have {begin} bytes in total, expected {layout.data_bytes}. This is a bug in nitrous_ema, "
-            "please report it."
-        )
+        raise bug(f"the buffers have {begin} bytes in total, expected {layout.data_bytes}")
 
 
 def _write_error(final: Path, step: int, what: str, cause: OSError) -> SnapshotWriteError:

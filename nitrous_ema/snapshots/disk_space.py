@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nitrous_ema._base.arguments import format_bytes
 from nitrous_ema.errors import SnapshotError, warn
-from nitrous_ema.snapshots.filesystem import NO_SPACE, FileSystem
+from nitrous_ema.snapshots.filesystem import NO_SPACE, FileSystem, reason
 from nitrous_ema.snapshots.names import parse_folder_name
 
 _log = logging.getLogger(__name__)
@@ -113,12 +113,19 @@ def check_disk_space(root: Path, files: FileSystem, snapshot_bytes: int, most_sn
         )
 
 
+def explained(error: OSError, path: Path) -> str:
+    """Return why a call about a path failed and what the user can do: the end of a message that names the path."""
+    return f"{reason(error, path)}. {remedy(error)}"
+
+
 def remedy(error: OSError) -> str:
     """Return a sentence that states what the user can do about a failed file system call."""
     if error.errno in NO_SPACE:
         return "Free space on that disk, or choose another folder."
+    if error.errno == errno.EFBIG:
+        return "Raise this process's limit on the size of a file (ulimit -f), or choose another file system."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "Allow this user to write there, or choose another folder."
+        return "Give this user access to it, or choose another folder."
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
         return "Something that is not a folder has this name: choose another folder."
     if error.errno == errno.EISDIR:

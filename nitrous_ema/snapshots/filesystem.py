@@ -3,8 +3,11 @@
 ``FileSystem`` decides nothing: its caller decides what an error means and what happens next. So a test can record the
 calls of a whole run, or let any one of them fail, by overriding a method. Errors are the operating system's own
 (``OSError`` with its ``errno``). The functions below ``FileSystem`` combine its calls: whole reads and writes from
-partial ones, and fallbacks for file systems that lack a call. Other modules make
-their own calls to read the data of snapshots (``snapshots.reading``), old ``.pt`` files and results of a search.
+partial ones, and fallbacks for file systems that lack a call.
+
+Every write below a snapshot folder goes through this object. Some reads do not: the data of snapshots
+(``snapshots.reading``), old ``.pt`` files, and the sizes that reports show. Results of a search and their temporary
+averages have their own calls.
 """
 
 from __future__ import annotations
@@ -30,6 +33,16 @@ UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOT
 NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT))
 """Errors of a full disk, or of a user whose quota is used up."""
 _BYTES_LOST = NO_SPACE | {errno.EIO}
+
+
+def reason(error: OSError, path: Path) -> str:
+    """Return why a call about a path failed, for a message that names the path already.
+
+    The text of an ``OSError`` repeats its error number and its path; another path is kept.
+    """
+    text = error.strerror or str(error)
+    other = error.filename is not None and os.fspath(error.filename) != os.fspath(path)
+    return f"{text} ({error.filename})" if other else text
 
 
 class FileSystem:

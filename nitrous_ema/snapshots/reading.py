@@ -28,6 +28,8 @@ from zlib import crc32
 
 from nitrous_ema._base.dtypes import DTYPE_BYTES
 from nitrous_ema.errors import SnapshotError, SnapshotNotFound
+from nitrous_ema.snapshots.disk_space import explained
+from nitrous_ema.snapshots.filesystem import reason
 from nitrous_ema.snapshots.names import candidate_paths, damaged
 
 _MAX_OPEN_FILES = 128  # of the 1024 that a process usually may open; further files are opened for each read
@@ -181,7 +183,7 @@ def _open(path: Path) -> int:
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise SnapshotError(f"{path} cannot be opened: {error}", path=path) from error
+            raise SnapshotError(f"{path} cannot be opened: {explained(error, path)}", path=path) from error
     raise SnapshotNotFound(
         f"{path} was deleted after it was listed (pruning?). Run the synthesis or the restore again.",
         path=path,
@@ -195,7 +197,7 @@ def _read_into(path: Path, descriptor: int, offset: int, out: memoryview) -> int
         try:
             count = os.preadv(descriptor, [out[done:]], offset + done)
         except OSError as error:
-            raise damaged(path, f"it cannot be read: {error}") from error
+            raise damaged(path, f"it cannot be read: {reason(error, path)}") from error
         if count == 0:
             break
         done += count

@@ -64,9 +64,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nitrous_ema._base.temporary_files import writer_state
-from nitrous_ema.errors import SnapshotError
+from nitrous_ema.errors import SnapshotError, bug
 from nitrous_ema.snapshots.commit import Committer
-from nitrous_ema.snapshots.disk_space import remedy
+from nitrous_ema.snapshots.disk_space import explained
 from nitrous_ema.snapshots.filesystem import rename_to_new, sync_folder
 from nitrous_ema.snapshots.names import folder_name, hidden_name, parse_folder_name, parse_hidden_name
 from nitrous_ema.snapshots.snapshot import Snapshot, TemporaryFile
@@ -178,7 +178,9 @@ class SnapshotRemover:
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            raise SnapshotError(f"{self.root} cannot be listed: {error}", path=self.root) from error
+            raise SnapshotError(
+                f"{self.root} cannot be listed: {explained(error, self.root)}", path=self.root
+            ) from error
         return [self.root / name for name in sorted(names) if parse_hidden_name(name)]
 
     def remove_hidden(self, older_than_seconds: float = 0.0) -> int:
@@ -343,7 +345,7 @@ class SnapshotRemover:
 def _step_and_run(hidden: Path) -> tuple[int, str]:
     known = parse_hidden_name(hidden.name)
     if known is None:
-        raise RuntimeError(f"{hidden} is not a hidden snapshot. This is a bug in nitrous_ema, please report it.")
+        raise bug(f"{hidden} is not a hidden snapshot")
     return known
 
 
@@ -352,6 +354,6 @@ def _is_claimed(hidden: Path) -> bool:
 
 
 def _failed(path: Path, what: str, error: OSError) -> SnapshotError:
-    failure = SnapshotError(f"{what}: {error}. {remedy(error)}", path=path)
+    failure = SnapshotError(f"{what}: {explained(error, path)}", path=path)
     failure.__cause__ = error
     return failure

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotNotFound
 from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.commit import Committer
+from nitrous_ema.snapshots.disk_space import explained
 from nitrous_ema.snapshots.filesystem import FileSystem
 from nitrous_ema.snapshots.header import Lineage, Stamp
 from nitrous_ema.snapshots.layout import Layout
@@ -359,7 +360,9 @@ class SnapshotStore:
             message = f"{self.root} is not a folder of snapshots: {error.strerror}. Check the path."
             raise SnapshotNotFound(message, path=self.root, nearest=()) from error
         except OSError as error:
-            raise SnapshotError(f"{self.root} cannot be listed: {error}", path=self.root) from error
+            raise SnapshotError(
+                f"{self.root} cannot be listed: {explained(error, self.root)}", path=self.root
+            ) from error
 
     def _folders(self) -> _Folders:
         """Return the folders that have a snapshot's name, by run and step."""

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError
 from nitrous_ema.snapshots.bounded_json import brief
-from nitrous_ema.snapshots.filesystem import FileSystem, read_fully
+from nitrous_ema.snapshots.disk_space import explained
+from nitrous_ema.snapshots.filesystem import FileSystem, read_fully, reason
 from nitrous_ema.snapshots.header import Header, decode_header, header_end
 from nitrous_ema.snapshots.names import (
     candidate_paths,
@@ -66,7 +67,7 @@ class FolderInspector:
             except OSError as error:
                 if error.errno == errno.ELOOP:
                     return [], True  # a link to itself
-                raise SnapshotError(f"{folder} cannot be listed: {error}", path=folder) from error
+                raise SnapshotError(f"{folder} cannot be listed: {explained(error, folder)}", path=folder) from error
         return [], False
 
     def examine(self, folder: Path) -> Snapshot | Incomplete | SnapshotDamaged:
@@ -154,7 +155,7 @@ class FolderInspector:
                 raise damaged(path, "it is not a regular file")
             yield descriptor, status.st_size
         except OSError as error:
-            raise damaged(path, f"it cannot be read: {error}") from error
+            raise damaged(path, f"it cannot be read: {reason(error, path)}") from error
         finally:
             with contextlib.suppress(OSError):
                 self.files.close(descriptor)
@@ -169,11 +170,11 @@ class FolderInspector:
             except OSError as error:
                 if error.errno in _PROCESS_ERRORS:
                     raise SnapshotError(
-                        f"{path} cannot be opened: {error}. The file may be intact: check its permissions and this "
-                        "process's limit of open files, then try again.",
+                        f"{path} cannot be opened: {reason(error, path)}. The file may be intact: check its "
+                        "permissions and this process's limit of open files, then try again.",
                         path=path,
                     ) from error
-                raise damaged(path, f"it cannot be opened: {error}") from error
+                raise damaged(path, f"it cannot be opened: {reason(error, path)}") from error
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
 
     def _crc32(self, descriptor: int, offset: int, size_bytes: int) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nitrous_ema._base.arguments import check_sequence
+from nitrous_ema._base.dtypes import STORED_DTYPES
 from nitrous_ema.errors import SnapshotMismatch
 from nitrous_ema.posthoc import SynthesisReport, synthesis_report
 from nitrous_ema.posthoc.coverage import condition
@@ -307,4 +308,4 @@ def _column(view: SnapshotView, profile: int) -> Column:
 def _coarsest(chosen: Sequence[tuple[SnapshotView, int]]) -> str:
     """Return the stored type with the largest rounding error among the chosen columns."""
     found = {view.averages[profile].dtype for view, profile in chosen}
-    return next(code for code in ("BF16", "F16", "F32", "F64") if code in found)
+    return next(code for code in reversed(STORED_DTYPES) if code in found)

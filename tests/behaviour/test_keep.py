@@ -14,9 +14,9 @@ from nitrous_ema import AsyncPostHocEMA, KeepBytes, KeepCount, KeepGeometric, Ni
 from nitrous_ema.errors import SnapshotNotFound
 from nitrous_ema.profile import sigma_rel_to_gamma
 from tests.support.fakes import TIMEOUT_SECONDS, QuickFiles, StalledFiles, nothing_left_behind, use_files
+from tests.support.keep_losses import PAIR, least_score
 from tests.support.models import Vector
-from tests.unit.posthoc.test_keep_rules import PAIR, least_score
-from tests.unit.snapshots.test_retention import WeighingFiles
+from tests.support.weighing_files import WeighingFiles
 
 BOTH = pytest.mark.parametrize("cls", [PostHocEMA, AsyncPostHocEMA])
 STEPS = 30

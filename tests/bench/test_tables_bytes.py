@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench import tables_bytes
 from nitrous_ema.averaging.kernels.foreach_step import ForeachStep
-from tests.unit.averaging.kernels.test_flat_buffers import flat_buffers_of
+from tests.support.memory_orders import flat_buffers_of
 
 ELEMENTS = 1 << 20
 

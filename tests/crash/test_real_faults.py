@@ -122,7 +122,7 @@ def test_read_only_folder_is_read_and_refused_for_writing(tmp_path):
     assert (report["acknowledged"], report["listed"]) == ([], [1])
     assert len(report["errors"]) == 3
     assert "Read-only file system" in report["errors"][0]
-    assert "Allow this user to write there, or choose another folder." in report["errors"][0]
+    assert "Give this user access to it, or choose another folder." in report["errors"][0]
 
 
 def test_device_that_is_always_full_gets_no_final_name(tmp_path):

@@ -14,8 +14,8 @@ from nitrous_ema.averaging.kernels import fused_step
 from nitrous_ema.averaging.kernels.flat_buffers import FlatBuffers, Group
 from nitrous_ema.averaging.kernels.foreach_step import ForeachStep
 from nitrous_ema.averaging.kernels.fused_step import FusedStep, step_for
+from tests.support.memory_orders import flat_buffers_of
 from tests.support.models import set_weights
-from tests.unit.averaging.kernels.test_flat_buffers import flat_buffers_of
 
 BATCH = 2 * 2048
 

@@ -10,7 +10,7 @@ DISPATCH-1  Storage that a lane may still be reading is held, also   test_replac
     caller is ordered after the read: the caller might get that
     memory next, for something else.
 
-Longer than the house's 300 lines: the order of the calls on all lanes stands in one class.
+Longer than 300 lines: the order of the calls on all lanes stands in one class.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ GUARD-7  Writes of this library into a model are ordered after  test_average_in_
 The counters do not see every write: writes through ``.data``, numpy, fused optimizers' kernels, graph replays and
 foreach on DTensors are not counted. Such writes are safe behind an optimizer step or ``fence()``, and nowhere else.
 
-Longer than the house's 300 lines: the guard and the hooks that call it share one table of states.
+Longer than 300 lines: the guard and the hooks that call it share one table of states.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class WriteGuard:
         """Whether parameters are copied on the caller's stream instead of being read live."""
         return self._read == "copied"
 
-    def check(self) -> None:
+    def raise_violation(self) -> None:
         """Report a violation that was detected since the last call: raise under "guarded", warn once under "auto".
 
         Raises:
@@ -139,7 +139,7 @@ class WriteGuard:
             self.detect_writes()
             if self._reading and not self.copies:
                 self._detect_missing_fence()
-        self.check()
+        self.raise_violation()
 
     def detect_writes(self) -> None:
         """Look for writes since the last update; to be called before the averages are read or saved.

@@ -13,7 +13,7 @@ complex view must begin at an even element, and ``torch.save`` refuses tensors o
 Copied tensors lie in byte buffers, one per run of tensors with one device and type, in the order of the file's last
 section.
 
-Longer than the house's 300 lines because the same cut of a range serves reading and writing.
+Longer than 300 lines because the same cut of a range serves reading and writing.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ parameters once (``test_foreach_step.py``: ``test_profiles_that_move_together_ge
 The arithmetic of an element depends on its own average, its parameter and the weight only. The cut into batches and
 runs changes no bit (``test_foreach_step.py``: ``test_batch_size_does_not_change_a_bit``).
 
-Longer than the house's 300 lines because the interface of a step stands with its implementation for every device.
+Longer than 300 lines because the interface of a step stands with its implementation for every device.
 """
 
 from __future__ import annotations

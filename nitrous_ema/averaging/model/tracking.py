@@ -22,7 +22,6 @@ import difflib
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,9 +31,8 @@ from torch.nn.parameter import is_lazy
 from nitrous_ema._base.torch_dtypes import TORCH_CODES
 from nitrous_ema.averaging.model.trackability import check_gathered, untrackable_reason
 from nitrous_ema.errors import UntrackableModelError, warn
-from nitrous_ema.snapshots.layout import TensorRecord
+from nitrous_ema.snapshots.layout import Role, TensorRecord
 
-Role = Literal["averaged", "copied", "skipped"]
 NameFilter = Collection[str] | Callable[[str], bool]
 """Canonical names, or a function that returns whether a canonical name matches."""
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from nitrous_ema._base.arguments import format_bytes
 from nitrous_ema._base.dtypes import DTYPE_BYTES
-from nitrous_ema.errors import NitrousError, SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotNotFound
+from nitrous_ema.errors import NitrousError, SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotNotFound, bug
 from nitrous_ema.profile import gamma_to_sigma_rel
 from nitrous_ema.snapshots.header import Stamp, header_bytes
 from nitrous_ema.snapshots.layout import Layout
@@ -217,7 +217,7 @@ def _chunks(step: ImportStep) -> Iterator[memoryview]:
             padding = layout.padding_bytes if section == len(layout.gammas) else 0
             source = old.copied if section == len(layout.gammas) else old.averages[section]
             if source is None:
-                raise RuntimeError("copied tensors without a source; this is a bug of nitrous_ema, please report it.")
+                raise bug("copied tensors without a source")
             is_average = section < len(layout.gammas)
             reader = (replace(source, dtype=layout.checkpoint_dtype) if is_average else source).reader(files)
             for begin in range(section_begin, section_end, layout.chunk_bytes):

@@ -32,6 +32,7 @@ from nitrous_ema._base.dtypes import CODES, DTYPE_BYTES, STORED_DTYPES
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
 from nitrous_ema.profile import sigma_rel_to_gamma
 from nitrous_ema.snapshots.bounded_json import brief
+from nitrous_ema.snapshots.disk_space import explained
 from nitrous_ema.snapshots.filesystem import open_regular
 from nitrous_ema.snapshots.header import Lineage
 from nitrous_ema.snapshots.layout import TensorRecord
@@ -136,7 +137,7 @@ class LegacyFolder:
                 "(in Python, use SnapshotStore)."
             )
             raise SnapshotNotFound(
-                f"{self.root} has no files named {{i}}.{{step}}.pt.{remedy if is_ours else ''}",
+                f"{self.root} has no files named {{i}}.{{step}}.pt.{remedy if is_ours else ' Check the path.'}",
                 path=self.root,
                 nearest=(),
             )
@@ -161,9 +162,9 @@ def files_by_step(root: str | os.PathLike[str]) -> dict[int, dict[int, Path]]:
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise SnapshotNotFound(f"{folder}: no such folder.", path=folder, nearest=()) from error
+        raise SnapshotNotFound(f"{folder}: no such folder. Check the path.", path=folder, nearest=()) from error
     except OSError as error:
-        raise SnapshotError(f"{folder} cannot be listed: {error}", path=folder) from error
+        raise SnapshotError(f"{folder} cannot be listed: {explained(error, folder)}", path=folder) from error
     paths: dict[int, dict[int, Path]] = {}
     for name in names:
         if (found := parse_legacy_file_name(name)) is not None:
@@ -285,12 +286,12 @@ class LegacySource:
         """Upper bound of the memory for torch's objects of mapped tensors."""
         return _HELD_OF_TENSOR_BYTES * len(self.records)
 
-    def reader(self, files: object) -> _Reader:
+    def reader(self, files: object) -> _LegacyReader:
         """Return a reader at the first byte. The reader maps the file itself and does not use ``files``."""
-        return _Reader(self)
+        return _LegacyReader(self)
 
 
-class _Reader:
+class _LegacyReader:
     def __init__(self, source: LegacySource) -> None:
         self._source = source
         self._position = 0  # of read_into()
@@ -384,7 +385,7 @@ def _load(path: Path) -> _Loaded:
     except (ValueError, FileNotFoundError) as error:  # the folder listed this file, so a missing file is damage
         raise _damaged(path, str(error)) from error
     except OSError as error:
-        raise SnapshotError(f"{path} cannot be read: {error}", path=path) from error
+        raise SnapshotError(f"{path} cannot be read: {explained(error, path)}", path=path) from error
     tensors, mapped = {}, []
     for key, value in state.items() if isinstance(state, dict) else ():
         if not isinstance(value, torch.Tensor):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nitrous_ema._base.dtypes import DTYPE_BYTES
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
 from nitrous_ema.snapshots.bounded_json import MAX_HEADER_BYTES, MAX_HEADER_VALUES, brief, parse_json
+from nitrous_ema.snapshots.disk_space import explained
 from nitrous_ema.snapshots.filesystem import open_regular
 from nitrous_ema.snapshots.torch_archive import load_torch_file, locate_storages, plain_tensor, verify_archive
 
@@ -289,9 +290,11 @@ def named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as missing:
-        raise SnapshotNotFound(f"{path}: no such file.{_parts_hint(path)}", path=path, nearest=()) from missing
+        raise SnapshotNotFound(
+            f"{path}: no such file.{_parts_hint(path) or ' Check the path.'}", path=path, nearest=()
+        ) from missing
     except OSError as error:
-        raise SnapshotError(f"{path} cannot be read: {error}", path=path) from error
+        raise SnapshotError(f"{path} cannot be read: {explained(error, path)}", path=path) from error
     except ValueError as error:
         raise SnapshotDamaged(
             f"{path}: not a synthesized average, or damaged: {error}. Synthesize it again.",

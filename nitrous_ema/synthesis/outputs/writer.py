@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from nitrous_ema._base.dtypes import DTYPE_BYTES
 from nitrous_ema._base.temporary_files import remove_stale, temporary_name
-from nitrous_ema.errors import NitrousError
+from nitrous_ema.errors import NitrousError, bug
 from nitrous_ema.snapshots.filesystem import FileSystem, hint_writeback, reserve, write_fully
 from nitrous_ema.synthesis.float_conversion import FLOAT_TYPES, narrow, widen
 from nitrous_ema.synthesis.outputs.layout import OutputLayout, metadata_of
@@ -432,7 +432,7 @@ class _OutputFile:
 
     def _open_descriptor(self) -> int:
         if self._descriptor is None:
-            raise RuntimeError(f"{self.path}: the file is not open; this is a bug of nitrous_ema, please report it.")
+            raise bug(f"{self.path}: the file is not open")
         return self._descriptor
 
     def convert_to_torch(self) -> None:

@@ -30,7 +30,7 @@ from typing import IO
 
 from nitrous_ema._base import exit_status
 from nitrous_ema._base.arguments import clamp_timeout
-from nitrous_ema.errors import WorkerError
+from nitrous_ema.errors import WorkerError, bug
 from nitrous_ema.synthesis.worker.output_record import Output
 from nitrous_ema.synthesis.worker.reporting import PROGRESS, WARNING
 
@@ -211,7 +211,7 @@ def _signal_name(number: int) -> str:
 
 def _pipe(pipe: IO[str] | None) -> IO[str]:
     if pipe is None:
-        raise RuntimeError("the worker was started without a pipe; this is a bug of nitrous_ema, please report it.")
+        raise bug("the worker was started without a pipe")
     return pipe
 
 

@@ -41,7 +41,7 @@ class Output:
     """Run of the target snapshot."""
     path: Path
     """The file; the file of one part if several processes share the work."""
-    state: Literal["written", "kept", "planned"]
+    state: State
     """``"kept"``: the output existed and was reused; ``"planned"``: it would be written (a dry run)."""
     part: int
     """Which part of the average the file holds, counted from 1."""

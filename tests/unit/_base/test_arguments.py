@@ -8,7 +8,14 @@ import threading
 import numpy as np
 import pytest
 
-from nitrous_ema._base.arguments import check_sequence, clamp_timeout, format_bytes, parse_bytes, pluralize
+from nitrous_ema._base.arguments import (
+    check_sequence,
+    clamp_timeout,
+    deadline_after,
+    format_bytes,
+    parse_bytes,
+    pluralize,
+)
 
 
 def test_endless_timeout_becomes_one_that_threads_accept():
@@ -61,3 +68,14 @@ def test_amounts_are_shown_in_the_unit_that_fits(num_bytes, text):
 
 def test_number_of_one_has_a_singular_noun():
     assert [pluralize(number, "snapshot") for number in (0, 1, 2)] == ["0 snapshots", "1 snapshot", "2 snapshots"]
+
+
+def test_a_deadline_is_the_remainder_of_a_timeout():
+    assert deadline_after(None)() is None
+    assert 0 < deadline_after(100)() <= 100
+    assert deadline_after(0)() == 0
+
+
+def test_timeout_that_is_no_number_is_refused():
+    with pytest.raises(TypeError, match=r"timeout is 'x'; expected seconds as a number, or None"):
+        clamp_timeout("x")

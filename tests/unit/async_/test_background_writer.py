@@ -12,32 +12,15 @@ from nitrous_ema.async_.background_writer import BackgroundSnapshotSink
 from nitrous_ema.averaging.config import AsyncEMAConfig
 from nitrous_ema.averaging.execution.device_to_host import ChunkCopier
 from nitrous_ema.averaging.execution.inline import InlineLane
-from nitrous_ema.averaging.execution.interfaces import PendingSnapshot
-from nitrous_ema.averaging.kernels.flat_buffers import FlatBuffers, snapshot_layout
+from nitrous_ema.averaging.kernels.flat_buffers import snapshot_layout
 from nitrous_ema.averaging.model.tracking import track
 from nitrous_ema.errors import NitrousError, NitrousWarning, SnapshotWriteError
 from nitrous_ema.posthoc.keep_rules import KeepAll, KeepCount
-from nitrous_ema.snapshots.header import Stamp
 from nitrous_ema.snapshots.retention import RetainingWriter
 from nitrous_ema.snapshots.store import SnapshotStore
 from tests.support.fakes import TIMEOUT_SECONDS, FaultyFiles, StalledFiles, background_threads, make_model, small_pieces
 from tests.support.models import Vector
-
-RUN = "20261122T101530.123456-1a2b3c4d"
-
-
-def pending_snapshot(model, layout):
-    """Return a function that makes a pending snapshot of a step, and the averages."""
-    with torch.no_grad():
-        flat_buffers = FlatBuffers(track(model), layout)
-        for group in flat_buffers.groups:
-            for number, flat in enumerate(group.flats):
-                flat.copy_(torch.arange(flat.numel()) + number)
-
-    def pending(step):
-        return PendingSnapshot(flat_buffers, Stamp(step=step, t=step, t_first=1, run=RUN, lineage=((RUN, None),)))
-
-    return pending, flat_buffers
+from tests.support.pending_snapshots import pending_snapshot
 
 
 class Rig:

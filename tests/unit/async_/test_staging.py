@@ -9,7 +9,7 @@ import torch
 
 from nitrous_ema.async_ import staging
 from nitrous_ema.async_.background_writer import BackgroundSnapshotSink
-from nitrous_ema.async_.staging import SlotPool, SlotReadbacks, SlotState, StagingCopies, deadline_after, page_spans
+from nitrous_ema.async_.staging import SlotPool, SlotReadbacks, SlotState, StagingCopies, page_spans
 from nitrous_ema.averaging.config import AsyncEMAConfig
 from nitrous_ema.averaging.execution.inline import InlineLane
 from nitrous_ema.averaging.kernels.flat_buffers import snapshot_layout
@@ -18,7 +18,7 @@ from nitrous_ema.snapshots.retention import RetainingWriter
 from nitrous_ema.snapshots.store import SnapshotStore
 from tests.support.fakes import TIMEOUT_SECONDS, FaultyFiles, Gate, StalledFiles, make_model, small_pieces
 from tests.support.models import Vector
-from tests.unit.async_.test_background_writer import pending_snapshot
+from tests.support.pending_snapshots import pending_snapshot
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
@@ -110,14 +110,14 @@ def test_a_claimed_slot_is_not_claimed_twice(pool):
 
 def test_slot_in_the_wrong_state_is_named_as_a_bug(pool):
     slot = pool.claim(0)
-    with pytest.raises(RuntimeError, match="filling, not sealed: this is a bug"):
+    with pytest.raises(RuntimeError, match="filling, not sealed; this is a bug"):
         pool.release(slot)
     pool.assign(slot, None, {CPU: LoggedMark})
     assert pool.filled(slot, None)
-    with pytest.raises(RuntimeError, match="sealed, not filling: this is a bug"):
+    with pytest.raises(RuntimeError, match="sealed, not filling; this is a bug"):
         pool.filled(slot, None)
     pool.release(slot)
-    with pytest.raises(RuntimeError, match="free, not sealed: this is a bug"):
+    with pytest.raises(RuntimeError, match="free, not sealed; this is a bug"):
         pool.release(slot)
 
 
@@ -348,9 +348,3 @@ def test_threads_that_query_at_once_get_right_answers():
         answers = [answer for of_thread in queried for answer in of_thread]
     assert (True, False) not in answers  # a mark that was reached before the query
     assert copies.all_have_finished()
-
-
-def test_a_deadline_is_the_remainder_of_a_timeout():
-    assert deadline_after(None)() is None
-    assert 0 < deadline_after(100)() <= 100
-    assert deadline_after(0)() == 0

@@ -14,8 +14,8 @@ from torch import nn
 
 from nitrous_ema import KarrasEMA, PostHocEMA
 from nitrous_ema.errors import UncopyableModelError, UntrackableModelError
+from tests.support.memory_orders import Orders
 from tests.support.models import Net, Tied, Vector, set_weights, uncopyable_models
-from tests.unit.averaging.kernels.test_flat_buffers import Orders
 
 IMAGES = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 

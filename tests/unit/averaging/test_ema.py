@@ -27,9 +27,9 @@ from nitrous_ema.posthoc import synthesis_report
 from nitrous_ema.profile import gamma_to_sigma_rel, sigma_rel_to_gamma
 from tests.support.fakes import FaultyFiles, use_files
 from tests.support.laggy.runner import assert_right_on_laggy
+from tests.support.memory_orders import Orders
 from tests.support.models import Net, Tied, Vector, safetensors_of, set_weights
 from tests.support.peers import REPOSITORY
-from tests.unit.averaging.kernels.test_flat_buffers import Orders
 
 IMAGES = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -819,7 +819,7 @@ MISTAKES = {
     "length outside its domain": ({"sigma_rels": (0.05, 0.3)}, ValueError, "sigma_rel"),
     "both lengths and exponents": ({"sigma_rels": (0.05,), "gammas": (7.0,)}, ValueError, "Both"),
     "no length": ({"sigma_rels": ()}, ValueError, "Neither"),
-    "equal exponents": ({"gammas": (7.0, 7.0)}, ValueError, "Two profiles are equal"),
+    "equal exponents": ({"gammas": (7.0, 7.0)}, ValueError, "two profiles are equal"),
     "name that matches nothing": ({"ignore_names": ["hed"]}, ValueError, "'hed' matches no tensor"),
     "copied name that matches nothing": ({"param_or_buffer_names_no_ema": ["x"]}, ValueError, "'x' matches no"),
     "prefix that matches nothing": ({"ignore_startswith_names": ["x."]}, ValueError, "'x.' matches no"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,11 @@ from tests.support.fakes import (
     TIMEOUT_SECONDS,
     assert_same_bits,
     averages_of,
-    nothing_left_behind,
-    small_pieces,
     use_lane,
 )
+from tests.support.memory_orders import Orders
 from tests.support.models import Net, Tied, Vector, set_weights
-from tests.unit.averaging.kernels.test_flat_buffers import Orders
-
-CLASSES = [PostHocEMA, AsyncPostHocEMA]
+from tests.support.restored_runs import CLASSES, file_of, saved, train
 
 
 class Mixed(nn.Module):
@@ -50,31 +46,6 @@ MODELS = {
 }
 
 
-@pytest.fixture
-def make(tmp_path):
-    """Makes EMAs in one folder, and closes them."""
-    made = []
-
-    def build(model: nn.Module, cls: type[PostHocEMA] = PostHocEMA, **options) -> PostHocEMA:
-        defaults = {"update_every": 1, "checkpoint_every_num_steps": "manual", "checkpoint_folder": tmp_path / "ema"}
-        with small_pieces(chunk_bytes=64):
-            made.append(cls(model, **{**defaults, **options}))
-        return made[-1]
-
-    with nothing_left_behind():
-        yield build
-        for ema in made:
-            ema.close(TIMEOUT_SECONDS)
-        made.clear()
-
-
-def train(ema: PostHocEMA, steps: range, t_delta: float = 1) -> None:
-    for step in steps:
-        ema.fence()
-        set_weights(ema.model, step)
-        ema.update(t_delta)
-
-
 def everything(ema: PostHocEMA) -> dict[str, torch.Tensor]:
     """Averages and copied tensors, also those that a state_dict() leaves out."""
     kept = dict(averages_of(ema))
@@ -84,14 +55,6 @@ def everything(ema: PostHocEMA) -> dict[str, torch.Tensor]:
 
 def counters(ema: PostHocEMA) -> dict[str, object]:
     return {key: value for key, value in ema._engine.schedule.state().items() if key != "updates"}
-
-
-def saved(ema: PostHocEMA) -> dict[str, object]:
-    return copy.deepcopy(dict(ema.state_dict()))
-
-
-def file_of(ema: PostHocEMA, step: int) -> Path:
-    return ema.snapshots.get(step).paths[0]
 
 
 # ---- going on as if nothing had happened

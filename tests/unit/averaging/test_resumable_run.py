@@ -10,9 +10,7 @@ import pytest
 from nitrous_ema import KarrasEMA, NitrousWarning
 from tests.support.fakes import TIMEOUT_SECONDS
 from tests.support.models import Net
-from tests.unit.averaging.test_restore import CLASSES, file_of, make, saved, train
-
-__all__ = ["make"]  # a fixture
+from tests.support.restored_runs import CLASSES, file_of, saved, train
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from nitrous_ema import KarrasEMA, NitrousWarning, PostHocEMA
+from tests.support.memory_orders import Orders
 from tests.support.models import Net, Tied, set_weights
-from tests.unit.averaging.kernels.test_flat_buffers import Orders
 
 
 def posthoc(model: nn.Module, folder, **kwargs) -> PostHocEMA:

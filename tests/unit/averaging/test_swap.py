@@ -8,8 +8,8 @@ from torch import nn
 
 from nitrous_ema import KarrasEMA, NitrousError, PostHocEMA
 from nitrous_ema.errors import ClosedError
+from tests.support.memory_orders import Orders
 from tests.support.models import Net, Tied, set_weights
-from tests.unit.averaging.kernels.test_flat_buffers import Orders
 
 
 def averaged(model: nn.Module, **kwargs) -> KarrasEMA:

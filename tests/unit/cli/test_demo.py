@@ -11,7 +11,7 @@ from nitrous_ema import SnapshotStore
 from nitrous_ema.cli import demo
 from nitrous_ema.errors import MissingExtraError
 from nitrous_ema.search.table import SweepTable
-from tests.unit.search.test_table import row
+from tests.support.search_rows import row
 
 SIGMAS = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0], dtype=torch.float64)
 

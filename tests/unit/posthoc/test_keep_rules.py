@@ -7,23 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nitrous_ema.posthoc import synthesis_report
 from nitrous_ema.posthoc.keep_rules import KeepAll, KeepBytes, KeepCount, KeepGeometric, keep_rule
-from nitrous_ema.profile import sigma_rel_to_gamma
-
-PAIR, TRIPLE = (0.05, 0.1), (0.03, 0.1, 0.25)
-
-
-def gammas_of(sigma_rels):
-    return tuple(sigma_rel_to_gamma(sigma_rels).tolist())
-
-
-def errors(t, sigma_rels, t_r, lengths, normalize="constrain"):
-    kept = np.asarray(t, float)
-    kept, gammas = kept[kept <= t_r], sigma_rel_to_gamma(sigma_rels)
-    inputs = np.repeat(kept, gammas.size), np.tile(gammas, kept.size)
-    wanted = np.full(len(lengths), float(t_r)), sigma_rel_to_gamma(lengths)
-    return synthesis_report(*inputs, *wanted, normalize=normalize).profile_error
+from tests.support.keep_losses import PAIR, TRIPLE, errors, gammas_of, least_score
 
 
 def drop(rule, t, sigma_rels=PAIR, *, snapshot_bytes=100, pinned=()):
@@ -49,16 +34,6 @@ def worst_error(rule, arrivals, sigma_rels, lengths, *, since, every=23):
 
 def test_keep_all_drops_nothing():
     assert drop(KeepAll(), [1.0, 2.0, 3.0]) == ()
-
-
-def least_score(t, sigma_rels, lengths, targets, exponent, fixed):
-    """Return the drop that the rule is defined by: each drop is tried, with a solve over the remaining steps."""
-    scores = {}
-    for place in set(range(len(t))) - fixed:
-        rest = np.delete(t, place)
-        each = [errors(rest, sigma_rels, target, lengths, normalize=None) for target in targets]
-        scores[place] = sum((error ** (2 * exponent)).sum() for error in each)
-    return min(scores, key=scores.get), scores
 
 
 @settings(max_examples=20, deadline=None)
@@ -181,12 +156,12 @@ def test_other_types_are_refused(keep):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: KeepGeometric(1.0), "ratio has 1.0; expected numbers greater than 1"),
-        (lambda: KeepCount(1), "count is 1; expected at least 2"),
-        (lambda: KeepCount(2.5), "count is 2.5; expected at least 2"),
+        (lambda: KeepGeometric(1.0), "ratio is 1.0; expected numbers greater than 1"),
+        (lambda: KeepCount(1), "keep= has the count 1; expected at least 2"),
+        (lambda: KeepCount(2.5), "keep= has the count 2.5; expected at least 2"),
         (lambda: KeepCount(4, sigma_rels=(0.2, 0.1)), "expected the shortest length first"),
         (lambda: KeepBytes(400, sigma_rels=(0.2, 0.4)), "sigma_rel has 0.4"),
-        (lambda: KeepCount(4, exponent=0), "exponent has 0.0"),
+        (lambda: KeepCount(4, exponent=0), "exponent is 0.0"),
         (lambda: KeepBytes("many"), "is not an amount of bytes"),
         (lambda: KeepBytes(0), "budget is 0; expected more than 0 bytes"),
         (lambda: keep_rule("32"), "keep is '32'; expected 'all', a number"),

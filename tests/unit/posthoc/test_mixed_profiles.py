@@ -102,5 +102,5 @@ def test_lists_that_do_not_fit_the_times_are_named():
 
 
 def test_negative_tolerance_is_named():
-    with pytest.raises(ValueError, match="tolerance has -1"):
+    with pytest.raises(ValueError, match="tolerance is -1"):
         select_mixed_steps([1.0], [PAIR], 1, LENGTHS, tolerance=-1)

@@ -572,7 +572,7 @@ def test_bad_input_is_named_with_what_was_expected(bad, message):
         ({"weights": [[math.nan], [1]]}, r"weights has nan"),
         ({"weights": [[0.5], [0.5]], "t_r": [1]}, r"weights is not 0 for an average later than the requested time"),
         ({"checkpoint_dtype": "float32"}, r"checkpoint_dtype is 'float32'; expected one of F64, F32, F16, BF16"),
-        ({"t_first": 0}, r"t_first has 0"),
+        ({"t_first": 0}, r"t_first is 0"),
         ({"updates": 0}, r"updates is 0; expected one number of at least 1"),
         ({"updates": np.array([1, 2])}, r"updates is .*one per output"),
     ],

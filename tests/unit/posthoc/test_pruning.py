@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nitrous_ema.posthoc import retain
 from nitrous_ema.posthoc.pruning import count_within
-from tests.unit.posthoc.test_keep_rules import PAIR, TRIPLE, errors, gammas_of
+from tests.support.keep_losses import PAIR, TRIPLE, errors, gammas_of
 
 
 def test_budget_of_bytes_becomes_a_number_of_snapshots():
@@ -113,7 +113,7 @@ def test_run_with_few_snapshots_keeps_all():
         ({}, "keep=None and error=None: expected exactly one"),
         ({"keep": 1, "pinned": (0,)}, "keep is 1, but 2 steps are always kept"),
         ({"keep": 2, "pinned": (5,)}, "pinned has 5; expected places in t, which has 3 steps"),
-        ({"error": 0.0}, "error has 0.0"),
+        ({"error": 0.0}, "error is 0.0"),
         ({"t": [1.0, 1.0], "keep": 2}, "expected a 1-d array of different times"),
     ],
 )

@@ -151,7 +151,7 @@ def test_outputs_of_several_times_and_any_order_of_inputs_are_found():
 
 
 @pytest.mark.parametrize(
-    ("within", "message"), [(-1.0, "within has -1"), ([0.1, 0.1], r"within has the shape \(2,\); expected one number")]
+    ("within", "message"), [(-1.0, "within is -1"), ([0.1, 0.1], r"within has the shape \(2,\); expected one number")]
 )
 def test_bad_limit_is_named(within, message):
     with pytest.raises(ValueError, match=message):

@@ -216,5 +216,5 @@ def test_bad_input_is_named(arguments, message):
 
 
 def test_negative_tolerance_is_named():
-    with pytest.raises(ValueError, match=r"tolerance has -1\.0; expected numbers of at least 0, finite"):
+    with pytest.raises(ValueError, match=r"tolerance is -1\.0; expected numbers of at least 0, finite"):
         select_steps([1.0], [7.0], 1.0, [10.0], tolerance=-1.0)

@@ -12,8 +12,8 @@ from nitrous_ema.errors import MissingExtraError
 from nitrous_ema.search.plot import new_figure, plot_images, plot_profiles, plot_sweep, plot_sweep_steps, plot_weights
 from nitrous_ema.search.table import SweepTable
 from nitrous_ema.synthesis import plan_from_store
+from tests.support.search_rows import row
 from tests.support.snapshot_folders import layout_of, record, write_run
-from tests.unit.search.test_table import row
 
 pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
 

@@ -13,8 +13,8 @@ import pytest
 from nitrous_ema import search
 from nitrous_ema.errors import ResultsError
 from nitrous_ema.search.results import ResultsFile, read_table
+from tests.support.search_rows import row
 from tests.support.small_snapshots import Recorded
-from tests.unit.search.test_table import row
 
 ROWS = (
     row(0.05, 3.0, excluded=(7,), path=Path("/a/é b")),

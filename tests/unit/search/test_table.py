@@ -7,26 +7,7 @@ from pathlib import Path
 import pytest
 
 from nitrous_ema.search.table import Row, SweepTable
-
-
-def row(sigma_rel: float, value: float, step: int = 100, **more) -> Row:
-    common = {
-        "metric": "loss",
-        "run": "r",
-        "lineage": ((more.get("run", "r"), None),),
-        "t": float(step),
-        "maximize": False,
-        "profile_error": 1e-3,
-        "rounding": 1e-8,
-        "tolerance": 1e-3,
-        "excluded": (),
-        "dtype": "model",
-        "snapshots_read": 5,
-        "bytes_read": 1000,
-        "seconds": 0.5,
-    }
-    return Row(**{**common, "step": step, "sigma_rel": sigma_rel, "value": value, **more})
-
+from tests.support.search_rows import row
 
 ROWS = (row(0.05, 3.0), row(0.1, 1.0), row(0.2, math.nan), row(0.05, -math.inf, 200), row(0.1, 2.0, 200))
 

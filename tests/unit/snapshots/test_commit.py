@@ -279,7 +279,8 @@ def test_second_failure_is_raised_with_its_cause_and_leaves_nothing(tmp_path, ca
     files = Failing({(call, count): errno.EIO for count in range(100)})
     store = SnapshotStore(tmp_path, files=files)
     with pytest.raises(
-        SnapshotWriteError, match=r"was not written: \[Errno 5\].*; the first attempt failed too: \[Errno 5\]"
+        SnapshotWriteError,
+        match=r"was not written: Input/output error.*; the first attempt failed too: Input/output error",
     ) as caught:
         commit(store)
     assert isinstance(caught.value.__cause__, OSError)
@@ -453,7 +454,7 @@ def test_folder_that_cannot_be_written_is_reported_with_reason_and_remedy(tmp_pa
     files = Failing({(call, 0): errno.EACCES})
     root = tmp_path / "new"
     with pytest.raises(
-        SnapshotError, match=r"cannot be written to .*new: .*Permission denied.*Allow this user"
+        SnapshotError, match=r"cannot be written to .*new: .*Permission denied.*Give this user access"
     ) as caught:
         SnapshotStore(root, files=files).prepare()
     assert caught.value.path == root

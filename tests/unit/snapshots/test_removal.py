@@ -139,7 +139,7 @@ def test_error_of_the_system_is_raised_with_its_remedy(store, call):
     ten, twenty = store.get(10), store.get(20)
     store.hide([ten] if call != "rename" else [])
     other, _ = watched(store, Failing({(call, 0): errno.EACCES}))
-    with pytest.raises(SnapshotError, match=r"could not be .*Permission denied.*Allow this user"):
+    with pytest.raises(SnapshotError, match=r"could not be .*Permission denied.*Give this user access"):
         other.hide([twenty]) if call == "rename" else other.remove_hidden()
     assert steps(store.snapshots())[-2:] == [(20, A), (30, A)]
 

@@ -8,20 +8,18 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nitrous_ema.errors import NitrousWarning, SnapshotWriteError
 from nitrous_ema.posthoc.keep_rules import KeepAll, KeepBytes, KeepCount, KeepGeometric
-from nitrous_ema.snapshots.filesystem import FileSystem
 from nitrous_ema.snapshots.header import Stamp
 from nitrous_ema.snapshots.retention import RetainingWriter
 from nitrous_ema.snapshots.store import SnapshotStore
 from tests.support.fakes import TIMEOUT_SECONDS, Gate, QuickFiles
 from tests.support.snapshot_folders import layout_of, record, run_id, snapshot_file
+from tests.support.weighing_files import WeighingFiles, weight
 
 LAYOUT = layout_of([record("weight", (50, 50))])
 A, B, OTHER, LATER = map(run_id, range(1, 5))
@@ -258,36 +256,6 @@ def test_snapshot_that_fails_does_not_block_the_next_one(rig, monkeypatch):
     rig.writer.forget(stamp_of(3))
     rig.write(4)
     assert rig.steps()[-1] == 4
-
-
-class WeighingFiles(QuickFiles):
-    """Records the most bytes that were ever in a folder, hidden and unfinished files included."""
-
-    def __init__(self, root):
-        self.root, self.most = root, 0
-        self.lock = threading.Lock()
-
-    def __getattribute__(self, name):
-        found = super().__getattribute__(name)
-        if not hasattr(FileSystem, name):
-            return found
-
-        def weighed(*args, **kwargs):
-            result = found(*args, **kwargs)
-            with self.lock:
-                self.most = max(self.most, weight(self.root))
-            return result
-
-        return weighed
-
-
-def weight(root):
-    total = 0
-    for folder, _, names in os.walk(root):
-        for name in names:
-            with suppress(FileNotFoundError):  # renamed or removed meanwhile
-                total += os.stat(Path(folder) / name).st_size
-    return total
 
 
 @pytest.mark.parametrize("budget", [3, 3.9, 7])

@@ -106,5 +106,5 @@ def test_run_that_went_on_with_other_profiles_is_read_sparsely(tmp_path):
 
 
 def test_negative_tolerance_is_named(folder):
-    with pytest.raises(ValueError, match="tolerance has -1"):
+    with pytest.raises(ValueError, match="tolerance is -1"):
         plan_from_store(folder, sigma_rels=LENGTHS, tolerance=-1)

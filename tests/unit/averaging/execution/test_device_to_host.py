@@ -13,8 +13,8 @@ from nitrous_ema.averaging.kernels.flat_buffers import FlatBuffers, snapshot_lay
 from nitrous_ema.averaging.model.tracking import TrackingPolicy, track
 from tests.support.fakes import small_pieces
 from tests.support.laggy.runner import assert_right_on_laggy
+from tests.support.memory_orders import Orders
 from tests.support.models import set_weights
-from tests.unit.averaging.kernels.test_flat_buffers import Orders
 
 CPU = torch.device("cpu")
 CHUNK_BYTES = 64

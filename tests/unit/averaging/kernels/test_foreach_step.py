@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nitrous_ema.averaging.kernels.flat_buffers import FlatBuffers, Group
 from nitrous_ema.averaging.kernels.foreach_step import ForeachStep
+from tests.support.memory_orders import Orders, flat_buffers_of
 from tests.support.models import set_weights
-from tests.unit.averaging.kernels.test_flat_buffers import Orders, flat_buffers_of
 
 
 def step_once(flat_buffers: FlatBuffers, weights: list[float], batch_elements: int | None = None, **kwargs) -> None:

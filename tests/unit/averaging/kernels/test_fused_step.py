@@ -14,7 +14,7 @@ from nitrous_ema.averaging.kernels.foreach_step import ForeachStep
 from nitrous_ema.averaging.kernels.fused_step import step_for, triton_backend
 from nitrous_ema.errors import NitrousWarning
 from tests.support.interpreted import cases, needs_triton, run_interpreted
-from tests.unit.averaging.kernels.test_flat_buffers import flat_buffers_of
+from tests.support.memory_orders import flat_buffers_of
 
 CASES = "tests.support.fused_step_cases"
 
