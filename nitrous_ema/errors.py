@@ -87,11 +87,23 @@ class SnapshotNotFound(SnapshotError, LookupError):
     """Committed steps nearest to the requested step, ascending; empty if the folder contains no snapshots."""
 
 
-class SnapshotDamaged(SnapshotError):
-    """A committed file differs from what was written: wrong size, invalid header or checksum mismatch."""
+class SnapshotUnreadable(SnapshotError):
+    """A committed file cannot be read: it is damaged, or it needs a newer version of this library."""
 
     step: int | None
-    """Step of the damaged snapshot; None if the file name contains no step."""
+    """Step of the snapshot; None if the file name contains no step."""
+
+
+class SnapshotUnsupported(SnapshotUnreadable):
+    """An intact file needs features of a newer version of this library."""
+
+    requires: Sequence[str]
+    """The features that this version does not know."""
+
+
+class SnapshotDamaged(SnapshotUnreadable):
+    """A committed file differs from what was written: wrong size, invalid header or checksum mismatch."""
+
     chunk: int | None
     """Index of the chunk with the checksum mismatch; None for damage elsewhere."""
 

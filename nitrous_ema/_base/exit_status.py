@@ -1,6 +1,7 @@
 """Exit statuses of every program in this package, and the one place where exceptions become exit statuses.
 
-0 done, 1 failed, 2 wrong usage, 3 folder, snapshot or run not found, 4 damaged snapshot, 130 interrupted.
+0 done, 1 failed, 2 wrong usage, 3 folder, snapshot or run not found, 4 damaged snapshot or one that needs a newer
+version of this library, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from nitrous_ema.errors import NitrousError, SnapshotDamaged, SnapshotNotFound
+from nitrous_ema.errors import NitrousError, SnapshotNotFound, SnapshotUnreadable
 
 DONE, FAILED, USAGE, NOT_FOUND, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -24,7 +25,7 @@ class UsageError(Exception):
 _STATUS_OF_ERROR: tuple[tuple[type[Exception], int], ...] = (
     (UsageError, USAGE),
     (SnapshotNotFound, NOT_FOUND),
-    (SnapshotDamaged, DAMAGED),
+    (SnapshotUnreadable, DAMAGED),
     (NitrousError, FAILED),
     (OSError, FAILED),
 )

@@ -29,6 +29,25 @@ _SAME_START_SECONDS = 2.0
 _CLOCK_SKEW_SECONDS = 60.0
 
 
+def identity(pid: int) -> dict[str, str | int | float]:
+    """Return the record of a process of this machine: what ``process_state`` and a person need to find it again.
+
+    Args:
+        pid: Its process id, in the namespace of this process.
+
+    Returns:
+        ``host``, ``pid`` and ``started`` (seconds since 1970); where Linux has them, also ``boot`` (the machine's boot
+        id, 16 hexadecimal digits) and ``pid_namespace`` (the inode of the namespace in which ``pid`` is unique).
+    """
+    import psutil  # imported late: most programs of the package never need it
+
+    found = {"host": socket.gethostname(), "pid": pid, "started": psutil.Process(pid).create_time()}
+    try:
+        return found | {"boot": _boot_id(), "pid_namespace": _pid_namespace()}
+    except (OSError, ValueError):
+        return found
+
+
 def process_state(process: Mapping[str, str | int | float]) -> ProcessState:
     """Return whether a recorded process still runs.
 
@@ -72,8 +91,7 @@ def signature() -> str:
     """
     try:
         host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:16]
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", "")[:16]
-        namespace = re.sub("[^0-9]", "", os.readlink("/proc/self/ns/pid"))
+        boot_id, namespace = _boot_id(), _pid_namespace()
         pid, started = _pid_and_start("self")
     except (OSError, ValueError, IndexError):
         return str(os.getpid())
@@ -102,6 +120,14 @@ def state_of_signature(text: str, *, untouched_seconds: float) -> ProcessState:
     if theirs.namespace != own.namespace:
         return "elsewhere"
     return _local_state(theirs)
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", "")[:16]
+
+
+def _pid_namespace() -> int:
+    return int(re.sub("[^0-9]", "", os.readlink("/proc/self/ns/pid")))
 
 
 def _local_state(process: _Signature) -> ProcessState:

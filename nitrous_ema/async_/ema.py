@@ -22,7 +22,7 @@ from nitrous_ema.averaging.execution.write_guard import ReadMode
 from nitrous_ema.averaging.load_average import load_tensors
 from nitrous_ema.averaging.model.tracking import NameFilter, check_module
 from nitrous_ema.averaging.schedule import StepSizeCorrection
-from nitrous_ema.errors import SnapshotDamaged, WorkerError, warn
+from nitrous_ema.errors import SnapshotUnreadable, WorkerError, warn
 from nitrous_ema.posthoc.keep_rules import Keep
 from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.retention import RetainingWriter
@@ -165,7 +165,7 @@ class AsyncPostHocEMA(PostHocEMA):
             except WorkerError as error:
                 if error.exit_code != exit_status.DAMAGED:
                     raise
-                raise SnapshotDamaged(str(error), path=self.snapshots.root, step=None, chunk=None) from error
+                raise SnapshotUnreadable(str(error), path=self.snapshots.root, step=None) from error
             load_tensors(tensors, output.path)
         engine.schedule.load({"step": target.step, "now": target.t, "t": target.t, "updates": 1})
         return job.warnings

@@ -28,7 +28,7 @@ from nitrous_ema.averaging.model.tracking import NameFilter
 from nitrous_ema.averaging.restore import restore
 from nitrous_ema.averaging.resumable_run import resumable_run_warning
 from nitrous_ema.averaging.schedule import StepSizeCorrection
-from nitrous_ema.errors import SnapshotDamaged, SnapshotError, warn
+from nitrous_ema.errors import SnapshotError, SnapshotUnreadable, warn
 from nitrous_ema.posthoc.keep_rules import Keep
 from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.retention import RetainingWriter
@@ -356,6 +356,7 @@ class PostHocEMA(EMABase):
             SnapshotNotFound: There is no such snapshot or run; the message names the nearest ones.
             SnapshotMismatch: The snapshot has other profiles or does not fit the model; the message names what differs.
             SnapshotDamaged: The snapshot does not contain what was written.
+            SnapshotUnsupported: The snapshot needs a newer version of this library.
             NitrousError: The EMA is closed, or the averages are swapped into the model.
 
         Nothing has changed when one of these is raised, with one exception: if the file was damaged while it was being
@@ -371,7 +372,7 @@ class PostHocEMA(EMABase):
             snapshot = self._store.get(step, run)
             with neutral_modes():
                 warning = restore(engine, snapshot)
-        except SnapshotDamaged as error:
+        except SnapshotUnreadable as error:
             error.args = (f"restore(): {error} Restore another snapshot with restore(step=...).",)
             raise
         if warning is not None:

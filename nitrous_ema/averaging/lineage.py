@@ -11,7 +11,6 @@ Readers select the run with the newest name, so a run always has a newer name th
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,8 +18,7 @@ from datetime import datetime, timedelta, timezone
 from functools import cache
 from typing import Any
 
-import psutil
-
+from nitrous_ema._base.processes import identity
 from nitrous_ema.averaging.schedule import Schedule, Time
 from nitrous_ema.snapshots.header import Lineage, Stamp
 from nitrous_ema.snapshots.names import new_run_id
@@ -97,4 +95,4 @@ def _run_after(ancestor: str) -> str:
 @cache
 def _this_process(pid: int) -> dict[str, str | int | float]:
     """Return the record of this process. ``pid`` is the key of the cache, because a forked child has another record."""
-    return {"host": socket.gethostname(), "pid": pid, "started": psutil.Process(pid).create_time()}
+    return identity(pid)

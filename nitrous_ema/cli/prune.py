@@ -32,7 +32,7 @@ from nitrous_ema._base.arguments import format_bytes, pluralize
 from nitrous_ema.cli.prune_plan import PrunePlan, PruneTarget, lines, plan_pruning
 from nitrous_ema.cli.survey import legacy_sentence, survey
 from nitrous_ema.cli.terminal import log, paragraph, show
-from nitrous_ema.errors import SnapshotDamaged, SnapshotNotFound
+from nitrous_ema.errors import SnapshotNotFound, SnapshotUnreadable
 from nitrous_ema.snapshots.names import parse_folder_name
 from nitrous_ema.snapshots.snapshot import Listing, Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
@@ -140,8 +140,8 @@ def _listing(store: SnapshotStore, config: PruneConfig) -> Listing:
     """Return the lineage to choose from.
 
     Raises:
-        SnapshotDamaged: A snapshot of the lineage has a damaged header and is not excluded. The error of an average
-            cannot be computed without that snapshot's time and profiles.
+        SnapshotUnreadable: A snapshot of the lineage has a damaged header, or needs a newer version of this library,
+            and is not excluded. The error of an average cannot be computed without that snapshot's time and profiles.
         SnapshotNotFound: The lineage has no snapshot that is not excluded.
         UsageError: The folder is an old one.
     """
@@ -150,8 +150,8 @@ def _listing(store: SnapshotStore, config: PruneConfig) -> Listing:
     if damaged:
         others = f"{pluralize(len(damaged) - 1, 'more damaged snapshot')} (`nitrous-ema verify` lists all)"
         more = f" This lineage has {others}." if len(damaged) > 1 else ""
-        raise SnapshotDamaged(
-            f"{damaged[0]}{more} Nothing was changed.", path=damaged[0].path, step=_step(damaged[0].path), chunk=None
+        raise SnapshotUnreadable(
+            f"{damaged[0]}{more} Nothing was changed.", path=damaged[0].path, step=_step(damaged[0].path)
         )
     if not any(each.step not in config.exclude for each in listing.snapshots):
         if sentence := legacy_sentence(store.root, "prune"):

@@ -2,7 +2,8 @@
 
 byte 0        8 bytes, little-endian: length of the header
 byte 8        header: JSON, padded with spaces. ``__metadata__`` comes first: the fields of this snapshot (stamp,
-              checksums), then the fields that all snapshots of a run share (layout). The tensors' entries follow
+              optional fields, checksums), then the fields that all snapshots of a run share (layout). The tensors'
+              entries follow
 data_begin    a multiple of 4096. One section per profile, its tensors back to back in file order, then the section of
               the copied tensors. Each section is divided anew into chunks of ``chunk_bytes``, each with its CRC-32
 
@@ -11,17 +12,25 @@ must not trust any byte of a file before its checksum is verified, and no field 
 Both follow from one rule: a layout, a stamp and checksums have exactly one encoding. Its size is computed from upper
 bounds, and the reader encodes the decoded values again and compares the bytes.
 
+Later versions may add two kinds of content. An optional field adds information only: it stands between ``trainer`` and
+``crc32``, in alphabetical order, and a reader that does not know it ignores it. Everything else changes the meaning of
+the file: other tensors' records, sections or fields of the layout. ``requires`` names such a feature and the first
+version that reads it, and a reader that does not know the feature refuses the file by this name.
+
 HEADER-1  The size of a header is known before its numbers are: it    test_header_size_is_known_before_its_numbers_are
     depends on layout, lineage and trainer only. So data is written
     first.
 HEADER-2  There is one byte string for each (layout, stamp,           test_header_of_version_1_has_exactly_these_bytes
     checksums). The reader encodes the decoded values again and
-    compares: overlapping offsets, duplicate names and unknown
-    fields cannot pass.
+    compares: overlapping offsets and duplicate names cannot pass.
 HEADER-3  ``header_crc32`` has a fixed position and covers every      test_flipped_bit_anywhere_in_a_header_is_damage
     byte before the data. It is verified before any field is used.
-HEADER-4  For arbitrary bytes, reading raises SnapshotDamaged only,   test_forged_header_is_damage_and_nothing_else
-    and holds a small multiple of the file's own header in memory.
+HEADER-4  For arbitrary bytes, reading raises SnapshotDamaged or      test_forged_header_is_damage_and_nothing_else
+    SnapshotUnsupported only, and holds a small multiple of the
+    file's own header in memory.
+HEADER-5  An unknown optional field changes nothing that is read.     test_unknown_optional_field_is_ignored
+    An unknown feature in ``requires`` is named, and nothing          test_feature_of_a_newer_version_is_refused_by_name
+    after it is parsed.
 
 Longer than 300 lines because writing and reading one header belong on one page.
 """
@@ -35,11 +44,12 @@ import reprlib
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nitrous_ema._version import __version__
+from nitrous_ema.errors import SnapshotUnsupported
 from nitrous_ema.snapshots.bounded_json import (
     MAX_HEADER_BYTES,
     MAX_HEADER_VALUES,
@@ -50,7 +60,7 @@ from nitrous_ema.snapshots.bounded_json import (
     parse_header_json,
 )
 from nitrous_ema.snapshots.layout import Layout, Role, TensorRecord, is_tuple_of, tensor_entry
-from nitrous_ema.snapshots.names import damaged, is_run_id
+from nitrous_ema.snapshots.names import damaged, exclusion_hint, is_run_id, parse_folder_name
 
 FORMAT_VERSION = 1
 ALIGNMENT_BYTES = 4096  # of the data in the file: page cache, O_DIRECT
@@ -62,6 +72,7 @@ _OPENING = b'{"__metadata__":{"header_crc32":"'
 _UNSIGNED = b"00000000"  # stands for the checksum while it is computed
 _CRC_BEGIN = 8 + len(_OPENING)
 _VERSION = re.compile(rb'","format_version":"([0-9]{1,9})"')
+_REQUIRES = re.compile(rb',"requires":("(?:[^"\\]|\\.)*")')
 # An unescaped quote cannot stand inside a JSON string, so the first match is where the layout begins.
 _LAYOUT_OPENING = b',"layout_sha256":"'
 _WIDEST_NUMBER = "-2.2250738585072014e-308"  # no repr of a float is longer, nor is that of any 64-bit integer
@@ -91,6 +102,8 @@ class Stamp:
     """Wall clock, nanoseconds since 1970."""
     library_version: str = __version__
     """Version of this library that wrote the snapshot."""
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    """Optional fields of a newer library, as they stand in the file. They are not interpreted."""
 
     def __post_init__(self) -> None:
         for name, low, high in (("step", 1, 10**18), ("created_ns", 0, 2**63), ("world_size", 1, 10**9)):
@@ -115,6 +128,19 @@ class Stamp:
             raise ValueError(f"trainer is {self.trainer!r}; expected a mapping of names to strings and numbers")
 
 
+# All other fields before the layout are optional fields of a newer version.
+_KNOWN_FIELDS = {each.name for each in fields(Stamp)} | {"header_crc32", "format_version", "nonfinite", "crc32"}
+
+
+class NonFinite(NamedTuple):
+    """Values of one average that are not finite: NaN, or beyond the range of the type in which it is stored."""
+
+    num_values: int
+    """Number of these values in the section of the average."""
+    record: int
+    """Index in ``Layout.records`` of the first tensor that has one."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
     """The decoded header of one file: enough to read any part of the file at its position."""
@@ -127,6 +153,8 @@ class Header:
     """Position in the file of the layout's position 0."""
     file_bytes: int
     """Size of the whole file."""
+    nonfinite: tuple[NonFinite | None, ...] | None = None
+    """For each average: its values that are not finite, or None. None for the whole field: the file has no record."""
 
 
 def header_bytes(layout: Layout, stamp: Stamp) -> int:
@@ -139,10 +167,13 @@ def header_bytes(layout: Layout, stamp: Stamp) -> int:
     """
     # Each number is counted as the longest possible number, so that no value changes the size (HEADER-1).
     widest = dict.fromkeys(("step", "t", "t_first", "rank", "world_size", "created_ns"), _WIDEST_NUMBER)
-    checksums_bytes = len(layout.chunks) * len("4294967295,")
-    fixed_bytes = len(_opening_json(_stamp_metadata(stamp, ()) | widest)) + len(layout.header_json)
-    size_bytes = 8 + fixed_bytes + checksums_bytes
-    if size_bytes > MAX_HEADER_BYTES - ALIGNMENT_BYTES or layout.num_values + len(layout.chunks) > MAX_HEADER_VALUES:
+    lists_bytes = len(layout.chunks) * len("4294967295,") + len(layout.gammas) * len(
+        "[9223372036854775807,4294967295],"
+    )
+    fixed_bytes = len(_opening_json(_stamp_metadata(stamp, (), ()) | widest)) + len(layout.header_json)
+    size_bytes = 8 + fixed_bytes + lists_bytes
+    num_values = layout.num_values + len(layout.chunks) + 2 * len(layout.gammas)
+    if size_bytes > MAX_HEADER_BYTES - ALIGNMENT_BYTES or num_values > MAX_HEADER_VALUES:
         raise ValueError(
             f"{len(layout.entries)} tensors in {len(layout.chunks)} chunks need a header of {size_bytes} bytes; "
             f"readers accept {MAX_HEADER_BYTES} bytes and {MAX_HEADER_VALUES} values. Track fewer tensors or profiles."
@@ -150,13 +181,16 @@ def header_bytes(layout: Layout, stamp: Stamp) -> int:
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def encode_header(layout: Layout, stamp: Stamp, crc32: Sequence[int]) -> bytes:
+def encode_header(
+    layout: Layout, stamp: Stamp, crc32: Sequence[int], nonfinite: Sequence[NonFinite | None] | None = None
+) -> bytes:
     """Return all bytes of the file before the data.
 
     Args:
         layout: Positions of all tensors.
         stamp: The fields of this snapshot.
         crc32: CRC-32 of each of ``layout.chunks``.
+        nonfinite: For each average its values that are not finite, or None; None for the whole if that is not known.
 
     Raises:
         ValueError: Not one checksum per chunk, or a header beyond what readers accept.
@@ -164,7 +198,7 @@ def encode_header(layout: Layout, stamp: Stamp, crc32: Sequence[int]) -> bytes:
     if len(crc32) != len(layout.chunks):
         raise ValueError(f"{len(crc32)} checksums; the layout has {len(layout.chunks)} chunks")
     size_bytes = header_bytes(layout, stamp)
-    body = _opening_json(_stamp_metadata(stamp, crc32)) + layout.header_json
+    body = _opening_json(_stamp_metadata(stamp, crc32, nonfinite)) + layout.header_json
     unsigned = (size_bytes - 8).to_bytes(8, "little") + body.ljust(size_bytes - 8)
     return unsigned[:_CRC_BEGIN] + b"%08x" % zlib.crc32(unsigned) + unsigned[_CRC_BEGIN + 8 :]
 
@@ -196,9 +230,10 @@ def decode_header(blob: bytes, *, path: Path, file_bytes: int) -> Header:
 
     Raises:
         SnapshotDamaged: The bytes are not exactly a header of this library for a file of this size.
+        SnapshotUnsupported: The header is intact, and needs a newer version of this library.
     """
     try:
-        return _decode(blob, file_bytes)
+        return _decode(blob, path, file_bytes)
     except KeyError as error:
         raise damaged(path, f"invalid header: field {brief(str(error))} is missing") from error
     except (ValueError, TypeError) as error:
@@ -232,7 +267,7 @@ def _header_end(prefix: bytes, file_bytes: int) -> int:
     return end
 
 
-def _decode(blob: bytes, file_bytes: int) -> Header:
+def _decode(blob: bytes, path: Path, file_bytes: int) -> Header:
     end = _header_end(blob, file_bytes)
     blob = blob[:end]
     if len(blob) < end or not blob.startswith(_OPENING, 8):
@@ -243,29 +278,56 @@ def _decode(blob: bytes, file_bytes: int) -> Header:
     if blob[_CRC_BEGIN:crc_end] != b"%08x" % crc32:
         stored = reprlib.repr(blob[_CRC_BEGIN:crc_end])
         raise ValueError(f"checksum mismatch: its bytes have {crc32:08x}, its field header_crc32 has {stored}")
-    # Checked with a pattern, before any JSON is parsed: the JSON of another version may have another structure.
-    version = _VERSION.match(blob, crc_end)
-    if version is None or int(version[1]) != FORMAT_VERSION:
-        found = version[1].decode() if version else "none"
-        raise ValueError(
-            f"format version {found}, but this library reads version {FORMAT_VERSION}; a newer library may read it"
-        )
+    _check_supported(blob, crc_end, path)
     text = blob.rstrip(b" ")
     split = text.find(_LAYOUT_OPENING)
     if split < 0:
         raise ValueError("it has no layout")
     layout = _decode_layout(text[split:])
-    stamp, chunk_crcs = _decode_stamp(text[8:split])
+    stamp, chunk_crcs, nonfinite = _decode_stamp(text[8:split], layout)
     # The metadata is compared as encoded with zeros for the checksum, whose right value was verified above.
     unsigned = text[8:_CRC_BEGIN] + _UNSIGNED + text[crc_end:split]
-    if _opening_json(_stamp_metadata(stamp, chunk_crcs)) != unsigned or len(chunk_crcs) != len(layout.chunks):
+    encoded = _opening_json(_stamp_metadata(stamp, chunk_crcs, nonfinite))
+    if encoded != unsigned or len(chunk_crcs) != len(layout.chunks):
         raise ValueError("it is not in canonical form (duplicate, unexpected or missing values)")
-    # The amount of padding is part of the one encoding too (HEADER-2).
-    if end != header_bytes(layout, stamp):
-        raise ValueError(f"it has {end} bytes, expected {header_bytes(layout, stamp)} for its layout")
+    # The amount of padding is part of the one encoding too (HEADER-2). A newer library may have kept space for the
+    # widest value of a field that this one does not know.
+    expected = header_bytes(layout, stamp)
+    if end < expected or (end > expected and not stamp.unknown):
+        raise ValueError(f"it has {end} bytes, expected {expected} for its layout")
     if file_bytes != end + layout.data_bytes:
         raise ValueError(f"the file has {file_bytes} bytes, expected {end + layout.data_bytes} for its layout")
-    return Header(layout=layout, stamp=stamp, crc32=chunk_crcs, data_begin=end, file_bytes=file_bytes)
+    return Header(
+        layout=layout, stamp=stamp, crc32=chunk_crcs, data_begin=end, file_bytes=file_bytes, nonfinite=nonfinite
+    )
+
+
+def _check_supported(blob: bytes, crc_end: int, path: Path) -> None:
+    """Raise an error if a header, whose checksum is right, needs a newer version of this library."""
+    # Checked with patterns, before any JSON is parsed: the JSON of another version may have another structure.
+    version = _VERSION.match(blob, crc_end)
+    if version is None:
+        raise ValueError("it has no format version")
+    if int(version[1]) != FORMAT_VERSION:
+        raise _unsupported(path, (f"format version {int(version[1])}",), f"format version {int(version[1])}")
+    if found := _REQUIRES.match(blob, version.end()):
+        needed = parse_header_json(json.loads(found[1]))
+        if type(needed) is not dict or not needed or not all(type(since) is str for since in needed.values()):
+            raise ValueError("its field requires is not an object of features and versions")
+        features = (f"`{brief(name)}`, from nitrous_ema {brief(since)} on" for name, since in needed.items())
+        raise _unsupported(path, tuple(needed), " and ".join(features))
+
+
+def _unsupported(path: Path, requires: tuple[str, ...], features: str) -> SnapshotUnsupported:
+    known = parse_folder_name(path.parent.name)
+    or_exclude = f" {exclusion_hint(known[0])}" if known else ""
+    return SnapshotUnsupported(
+        f"{path} needs {features}; this is nitrous_ema {__version__}, which does not read it. The file "
+        f"is intact: upgrade nitrous_ema.{or_exclude}",
+        path=path,
+        step=known[0] if known else None,
+        requires=requires,
+    )
 
 
 # Snapshots of a run share these bytes: 2000 of them with 2000 tensors each list in seconds instead of a minute.
@@ -298,8 +360,10 @@ def _record(keys: list[str], dtype: str, role: Role, persistent: bool, shape: li
     return TensorRecord(name=name, keys=tuple(keys), dtype=dtype, shape=tuple(shape), role=role, persistent=persistent)
 
 
-def _decode_stamp(opening_json: bytes) -> tuple[Stamp, tuple[int, ...]]:
-    """Return the stamp and the checksums of the chunks, from the JSON before the layout."""
+def _decode_stamp(
+    opening_json: bytes, layout: Layout
+) -> tuple[Stamp, tuple[int, ...], tuple[NonFinite | None, ...] | None]:
+    """Return the stamp, the checksums of the chunks and the record of non-finite values: the JSON before the layout."""
     _, metadata = _parse_part(opening_json + b"}}")
     stamp = Stamp(
         step=int(metadata["step"]),
@@ -312,16 +376,33 @@ def _decode_stamp(opening_json: bytes) -> tuple[Stamp, tuple[int, ...]]:
         trainer=parse_header_json(metadata["trainer"]),
         created_ns=int(metadata["created_ns"]),
         library_version=metadata["library_version"],
+        unknown={name: text for name, text in metadata.items() if name not in _KNOWN_FIELDS},
     )
     crc32 = tuple(parse_header_json(metadata["crc32"]))
     if not is_tuple_of(crc32, int) or not all(0 <= value < 2**32 for value in crc32):
         raise ValueError("its field crc32 is not a list of 32-bit unsigned integers")
-    return stamp, crc32
+    return stamp, crc32, _decode_nonfinite(metadata["nonfinite"], layout) if "nonfinite" in metadata else None
 
 
-def _stamp_metadata(stamp: Stamp, crc32: Sequence[int]) -> dict[str, str]:
+def _decode_nonfinite(text: str, layout: Layout) -> tuple[NonFinite | None, ...]:
+    averages = parse_header_json(text)
+    if type(averages) is not list or len(averages) != len(layout.gammas):
+        raise ValueError(f"its field nonfinite is not a list of {len(layout.gammas)} averages")
+    found = tuple(each if each is None else NonFinite(*each) for each in averages)
+    for each in filter(None, found):
+        if (
+            not is_tuple_of(tuple(each), int)
+            or not 0 < each.num_values <= layout.average_elements
+            or not 0 <= each.record < len(layout.records)
+            or layout.records[each.record].role != "averaged"
+        ):
+            raise ValueError(f"its field nonfinite has {reprlib.repr(tuple(each))}, which no average can have")
+    return found
+
+
+def _stamp_metadata(stamp: Stamp, crc32: Sequence[int], nonfinite: Sequence[NonFinite | None] | None) -> dict[str, str]:
     # The order of these fields is part of the format: header_crc32 has a fixed position (HEADER-3).
-    return {
+    metadata = {
         "header_crc32": _UNSIGNED.decode(),
         "format_version": repr(FORMAT_VERSION),
         "library_version": stamp.library_version,
@@ -334,8 +415,11 @@ def _stamp_metadata(stamp: Stamp, crc32: Sequence[int]) -> dict[str, str]:
         "world_size": repr(stamp.world_size),
         "created_ns": repr(stamp.created_ns),
         "trainer": json_text(dict(stamp.trainer)),
-        "crc32": json_text(list(crc32)),
     }
+    optional = dict(stamp.unknown)
+    if nonfinite is not None:
+        optional["nonfinite"] = json_text([each and list(each) for each in nonfinite])
+    return metadata | dict(sorted(optional.items())) | {"crc32": json_text(list(crc32))}
 
 
 def _opening_json(metadata: dict[str, str]) -> bytes:

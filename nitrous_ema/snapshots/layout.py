@@ -229,8 +229,12 @@ class Layout:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Digest of tensors, profiles, type and chunk size: equal for the snapshots of one run."""
-        return hashlib.sha256(json_bytes(self._metadata)).hexdigest()
+        """Digest of tensors, profiles and stored type: equal for the snapshots of one run.
+
+        The chunk size is left out, because it only concerns how the bytes are checked.
+        """
+        metadata = {name: value for name, value in self._metadata.items() if name != "chunk_bytes"}
+        return hashlib.sha256(json_bytes(metadata)).hexdigest()
 
     @functools.cached_property
     def header_json(self) -> bytes:

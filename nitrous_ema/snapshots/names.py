@@ -1,8 +1,9 @@
 """Names of runs, snapshot folders and files, and the error that names a damaged file.
 
 A snapshot of step 1000 is the folder ``step-000000001000-RUN``, with one file ``rank-00000-of-00001.safetensors`` for
-each rank. A hidden snapshot has ``.trash-`` before the name of its folder. Folders of nitrous-ema 0.0.1 and ema-pytorch
-hold files ``{profile}.{step}.pt``.
+each rank. A newer version of the library may add a file that it merged from this snapshot and those before it, named by
+the step where it begins: ``rank-00000-of-00001.from-000000000500.safetensors``. A hidden snapshot has ``.trash-``
+before the name of its folder. Folders of nitrous-ema 0.0.1 and ema-pytorch hold files ``{profile}.{step}.pt``.
 
 A parser accepts exactly the names that its counterpart writes, so that no two names mean the same snapshot.
 """
@@ -20,6 +21,7 @@ _RUN = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}-[0-9a-f]{8}")
 _FOLDER = re.compile(rf"step-([0-9]{{12,18}})-({_RUN.pattern})")
 _HIDDEN = re.compile(rf"\.trash-({_FOLDER.pattern})(?:\.[0-9a-f]{{8}})?")  # the suffix: its removal has begun
 _RANK_FILE = re.compile(r"rank-([0-9]{5,9})-of-([0-9]{5,9})\.safetensors")
+_MERGED_FILE = re.compile(r"rank-[0-9]{5,9}-of-[0-9]{5,9}\.from-[0-9]{12,18}\.safetensors")
 _LEGACY_FILE = re.compile(r"(0|[1-9][0-9]{0,8})\.([1-9][0-9]{0,17})\.pt")  # one name for each profile and step
 
 
@@ -85,6 +87,11 @@ def parse_rank_file_name(name: str) -> tuple[int, int] | None:
     if not found or rank_file_name(int(found[1]), int(found[2])) != name or int(found[1]) >= int(found[2]):
         return None
     return int(found[1]), int(found[2])
+
+
+def is_merged_file_name(name: str) -> bool:
+    """Return whether a name is that of a file which was merged from several snapshots."""
+    return _MERGED_FILE.fullmatch(name) is not None
 
 
 def parse_legacy_file_name(name: str) -> tuple[int, int] | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nitrous_ema._base.processes import ProcessState
-from nitrous_ema.errors import SnapshotDamaged, SnapshotMismatch
+from nitrous_ema.errors import SnapshotMismatch, SnapshotUnreadable
 from nitrous_ema.snapshots.header import Header, Lineage, Stamp
 from nitrous_ema.snapshots.layout import Layout
 
@@ -73,7 +73,7 @@ class Listing:
     damaged. Empty if the folder has no snapshot."""
     snapshots: tuple[Snapshot, ...]
     """The valid snapshots, ascending by step."""
-    damaged: tuple[SnapshotDamaged | SnapshotMismatch, ...]
+    damaged: tuple[SnapshotUnreadable | SnapshotMismatch, ...]
     """The errors of the damaged snapshots, by step; each has a ``path`` and a ``step``."""
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotNotFound
+from nitrous_ema.errors import SnapshotError, SnapshotMismatch, SnapshotNotFound, SnapshotUnreadable
 from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.commit import Committer
 from nitrous_ema.snapshots.disk_space import explained
@@ -26,6 +26,7 @@ from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.names import (
     exclusion_hint,
     folder_name,
+    is_merged_file_name,
     parse_folder_name,
     parse_legacy_file_name,
     parse_rank_file_name,
@@ -151,18 +152,18 @@ class SnapshotStore:
     def _examine(self, run: str | None, folders: _Folders) -> Listing:
         try:
             lineage = self._lineage(run, folders, ())
-        except SnapshotDamaged as error:  # the run has damaged snapshots only, so its ancestors are not known
+        except SnapshotUnreadable as error:  # the run has unreadable snapshots only, so its ancestors are not known
             known = parse_folder_name(error.path.parent.name)
             lineage = ((known[1], None),) if known else ()
         found: dict[int, Snapshot] = {}
-        damaged: dict[int, SnapshotDamaged | SnapshotMismatch] = {}
+        damaged: dict[int, SnapshotUnreadable | SnapshotMismatch] = {}
         for step, folder in _members(lineage, folders):
             if step in found or step in damaged:
                 continue
             try:
                 if snapshot := self._committed(folder, lineage):
                     found[step] = snapshot
-            except (SnapshotDamaged, SnapshotMismatch) as error:
+            except (SnapshotUnreadable, SnapshotMismatch) as error:
                 damaged[step] = error
         return Listing(
             lineage=lineage,
@@ -198,7 +199,7 @@ class SnapshotStore:
         failures: list[VerificationFailure] = []
         for folder in _all_folders(self._folders()):
             for name in sorted(self._inspector.names(folder)[0]):
-                if parse_rank_file_name(name):
+                if parse_rank_file_name(name) or is_merged_file_name(name):
                     failures += self._inspector.verify_file(folder / name)
         return failures
 
@@ -376,7 +377,7 @@ class SnapshotStore:
     def _committed(self, folder: Path, lineage: Lineage) -> Snapshot | None:
         """Return the snapshot in a folder of this history; None if it is incomplete. Raises if it is damaged."""
         examined = self._inspector.examine(folder)
-        if isinstance(examined, SnapshotDamaged):
+        if isinstance(examined, SnapshotUnreadable):
             raise examined
         if isinstance(examined, Incomplete):
             return None
@@ -390,14 +391,14 @@ class SnapshotStore:
             )
         return examined
 
-    def _last_committed(self, steps: dict[int, Path]) -> Snapshot | SnapshotDamaged | None:
+    def _last_committed(self, steps: dict[int, Path]) -> Snapshot | SnapshotUnreadable | None:
         """Return the last committed snapshot of one run; a damaged one only if it has no other."""
         damage = None
         for step in sorted(steps, reverse=True):
             examined = self._inspector.examine(steps[step])
             if isinstance(examined, Snapshot):
                 return examined
-            if isinstance(examined, SnapshotDamaged):
+            if isinstance(examined, SnapshotUnreadable):
                 damage = damage or examined
         return damage
 

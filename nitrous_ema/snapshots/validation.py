@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from nitrous_ema.errors import SnapshotDamaged, SnapshotError
+from nitrous_ema.errors import SnapshotError, SnapshotUnreadable
 from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.disk_space import explained
 from nitrous_ema.snapshots.filesystem import FileSystem, read_fully, reason
@@ -25,6 +25,7 @@ from nitrous_ema.snapshots.names import (
     damaged,
     folder_name,
     hidden_name,
+    is_merged_file_name,
     parse_folder_name,
     parse_rank_file_name,
     rank_file_name,
@@ -70,7 +71,7 @@ class FolderInspector:
                 raise SnapshotError(f"{folder} cannot be listed: {explained(error, folder)}", path=folder) from error
         return [], False
 
-    def examine(self, folder: Path) -> Snapshot | Incomplete | SnapshotDamaged:
+    def examine(self, folder: Path) -> Snapshot | Incomplete | SnapshotUnreadable:
         """Return what a listed folder holds, also if the folder has been hidden since it was listed.
 
         Raises:
@@ -86,14 +87,20 @@ class FolderInspector:
             complete = [world_size for world_size in sorted(ranks) if len(ranks[world_size]) == world_size]
             if not complete and not is_listed:
                 raise FolderGone(folder)
-            if not complete:
+            # A newer version of the library may have left only files that it merged; their headers name what they need.
+            committed = (
+                [rank_file_name(rank, complete[0]) for rank in range(complete[0])]
+                if complete
+                else sorted(filter(is_merged_file_name, names))
+            )
+            if not committed:
                 return Incomplete(folder, _missing_files(ranks))
-            paths = tuple(folder / rank_file_name(rank, complete[0]) for rank in range(complete[0]))
+            paths = tuple(folder / name for name in committed)
             try:
                 headers = tuple(map(self.read_header, paths))
             except FileNotFoundError:
                 continue
-            except SnapshotDamaged as error:
+            except SnapshotUnreadable as error:
                 return error
             disagreement = _disagreement(headers)
             return Incomplete(folder, disagreement) if disagreement else Snapshot(paths=paths, headers=headers)
@@ -101,7 +108,7 @@ class FolderInspector:
             raise FolderGone(folder)
         return Incomplete(folder, "its files were removed while it was read")
 
-    def examine_unlisted(self, folder: Path) -> Snapshot | Incomplete | SnapshotDamaged:
+    def examine_unlisted(self, folder: Path) -> Snapshot | Incomplete | SnapshotUnreadable:
         """Return what a folder holds that was not listed before; a hidden or removed folder counts as incomplete."""
         if self.files.exists(folder):
             with contextlib.suppress(FolderGone):
@@ -113,6 +120,7 @@ class FolderInspector:
 
         Raises:
             SnapshotDamaged: The header is invalid, or belongs to a file of another name.
+            SnapshotUnsupported: The file needs a newer version of this library.
             FileNotFoundError: The file does not exist (any more).
         """
         with self._reading(path) as (descriptor, file_bytes):

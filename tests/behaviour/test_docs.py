@@ -10,13 +10,16 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from nitrous_ema import PostHocEMA
 from nitrous_ema.cli import main
 from nitrous_ema.profile import sigma_rel_to_gamma
+from tests.support.snapshot_folders import damage, layout_of, need, record, run_id, write_snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nitrous_ema"
@@ -51,6 +54,38 @@ def test_the_index_lists_every_page():
     assert set(re.findall(r"^\| \[[^]]+\]\(([\w-]+\.md)\)", index, re.MULTILINE)) == {
         page.name for page in PAGES if page.parent.name == "docs" and page.name != "README.md"
     }
+
+
+def test_the_reader_on_the_page_of_the_file_format_reads_a_snapshot(tmp_path):
+    """The page alone suffices: its code has nothing from the package, and notices damage and newer files."""
+    page = (ROOT / "docs" / "file-format.md").read_text()
+    reader: dict[str, Any] = {}
+    exec(re.search(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[1], reader)
+    layout = layout_of(
+        [record("w", (3,)), record("n", (2,), "I64", "copied"), record("b", (1,), "F16")], chunk_bytes=16
+    )
+    averages = [np.arange(4.0) + profile for profile in range(2)]
+    path = write_snapshot(tmp_path, layout, 7, averages, {"n": np.array([5, 6]).tobytes()}, run=run_id()).paths[0]
+    fields, tensors = reader["read_snapshot"](path)
+    described = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))))
+    assert set(fields) | {"requires", "nonfinite"} == described
+    assert {name: each.tolist() for name, each in tensors.items() if name != "padding"} == {
+        "ema0.w": [0, 1, 2],
+        "ema0.b": [3],
+        "ema1.w": [1, 2, 3],
+        "ema1.b": [4],
+        "model.n": [5, 6],
+    }
+    damage(path, at=0.99)
+    with pytest.raises(ValueError, match="the data is damaged"):
+        reader["read_snapshot"](path)
+    damage(path, at=0.1)
+    with pytest.raises(ValueError, match="the header is damaged"):
+        reader["read_snapshot"](path)
+    damage(path, at=0.1)
+    need(path, boxes="1.2")
+    with pytest.raises(ValueError, match="a newer nitrous_ema is needed"):
+        reader["read_snapshot"](path)
 
 
 def test_every_python_snippet_parses():

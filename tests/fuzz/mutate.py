@@ -136,7 +136,7 @@ def with_digest(text: bytes) -> bytes:
     try:
         tree = json.loads(text)
         facts = tree["__metadata__"]
-        names = ("gammas", "sigma_rels", "checkpoint_dtype", "chunk_bytes", "tensors")
+        names = ("gammas", "sigma_rels", "checkpoint_dtype", "tensors")
         facts["layout_sha256"] = hashlib.sha256(json_bytes({name: facts[name] for name in names})).hexdigest()
         return json_bytes(tree)
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -110,6 +112,25 @@ def write_run(
 def snapshot_file(root: Path, step: int) -> Path:
     (found,) = root.glob(f"step-{step:012d}-*/rank-*.safetensors")
     return found
+
+
+def forge(file: Path, field: str, value: str, *, before: str) -> None:
+    """Add a field to the header of a file, before a field that it has, as a newer version might; and sign it."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    text = content[8 : 8 + length].rstrip(b" ")
+    at = text.index(f',"{before}":'.encode())
+    text = text[:at] + f",{json.dumps(field)}:{json.dumps(value)}".encode() + text[at:]
+    assert len(text) <= length, "the padding has no space for the field"
+    blob = content[:8] + text.ljust(length)
+    place = blob.index(b'"header_crc32":"') + 16
+    unsigned = blob[:place] + b"00000000" + blob[place + 8 :]
+    file.write_bytes(blob[:place] + b"%08x" % zlib.crc32(unsigned) + blob[place + 8 :] + content[8 + length :])
+
+
+def need(file: Path, **features: str) -> None:
+    """Make a file require features that this version does not know, each with the version that has it."""
+    forge(file, "requires", json.dumps(features, separators=(",", ":")), before="library_version")
 
 
 def damage(file: Path, *, at: float) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nitrous_ema._base.processes import process_state, signature, state_of_signature
+from nitrous_ema._base import processes
+from nitrous_ema._base.processes import identity, process_state, signature, state_of_signature
 
 FOREVER = 1e10
 
@@ -31,6 +32,24 @@ def test_process_is_alive_if_host_id_and_start_agree(change, expected):
     assert (
         process_state({"host": socket.gethostname(), "pid": me.pid, "started": me.create_time(), **change}) == expected
     )
+
+
+def test_identity_names_this_process_machine_boot_and_namespace():
+    found = identity(os.getpid())
+    assert process_state(found) == "alive"
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
+    assert found == {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+        "boot": boot_id[:16],
+        "pid_namespace": os.stat("/proc/self/ns/pid").st_ino,
+    }
+
+
+def test_identity_without_proc_has_no_boot(monkeypatch):
+    monkeypatch.setattr(processes, "_boot_id", lambda: Path("/proc/missing").read_text())
+    assert set(identity(os.getpid())) == {"host", "pid", "started"}
 
 
 @pytest.mark.parametrize("process", [{}, {"host": socket.gethostname()}])

@@ -15,7 +15,7 @@ from nitrous_ema.posthoc import synthesis_report
 from nitrous_ema.profile import sigma_rel_to_gamma
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis.plan import plan_from_store
-from tests.support.snapshot_folders import damage, layout_of, record, run_id, snapshot_file, write_run
+from tests.support.snapshot_folders import damage, layout_of, need, record, run_id, snapshot_file, write_run
 
 LAYOUT = layout_of([record("w", (50,))])
 STEPS = (10, 20, 30, 40, 60, 80, 110, 150, 200)
@@ -305,6 +305,17 @@ def test_damaged_member_is_refused_until_it_is_excluded(folder, capsys):
     assert snapshot_file(folder, 30).exists()
     assert snapshot_file(folder, 40).exists()
     assert not {30, 40} & set(found["thinning"]["steps"])
+
+
+def test_folder_with_a_snapshot_of_a_newer_version_is_refused(folder, capsys):
+    """What a newer version keeps in the folder may depend on the snapshots that this version would drop."""
+    need(snapshot_file(folder, 30), boxes="1.2")
+    before = content(folder)
+    assert cli.main(["prune", str(folder), "--keep", "3"]) == 4
+    err = " ".join(capsys.readouterr().err.split())
+    assert "needs `boxes`, from nitrous_ema 1.2 on" in err
+    assert "Nothing was changed." in err
+    assert content(folder) == before
 
 
 def test_folder_of_another_library_is_refused(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import tracemalloc
@@ -18,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nitrous_ema._base.dtypes import DTYPE_BYTES
-from nitrous_ema.errors import SnapshotDamaged
+from nitrous_ema.errors import SnapshotDamaged, SnapshotUnsupported
 from nitrous_ema.snapshots import header as header_module
-from nitrous_ema.snapshots.header import Stamp, decode_header, encode_header, header_bytes, header_end
+from nitrous_ema.snapshots.header import NonFinite, Stamp, decode_header, encode_header, header_bytes, header_end
 from nitrous_ema.snapshots.layout import Span
 from nitrous_ema.snapshots.names import folder_name, rank_file_name
 from tests.support.snapshot_layouts import MIXED, layout_of, layouts, record
@@ -60,6 +61,12 @@ def decode(blob, file_bytes=None):
 def parts(blob):
     """Return the JSON of a header, without its padding."""
     return blob[8 : 8 + int.from_bytes(blob[:8], "little")].rstrip(b" ")
+
+
+def with_field(text, field, *, before):
+    """Return the JSON of a header with one more field in its metadata, before the first place of some bytes."""
+    at = text.index(before)
+    return text[:at] + b"," + field + text[at:]
 
 
 def sign(text, size=None):
@@ -185,6 +192,8 @@ def test_header_size_is_known_before_its_numbers_are():
     )
     assert len(encode_header(layout, tiny, [0] * len(layout.chunks))) == size
     assert len(encode_header(layout, huge, [2**32 - 1] * len(layout.chunks))) == size
+    widest = NonFinite(2**63 - 1, 2**32 - 1)
+    assert len(encode_header(layout, huge, [2**32 - 1] * len(layout.chunks), [widest] * len(layout.gammas))) == size
 
 
 def test_header_of_version_1_has_exactly_these_bytes():
@@ -193,7 +202,14 @@ def test_header_of_version_1_has_exactly_these_bytes():
     blob = encode_header(layout, stamp(), range(len(layout.chunks)))
     assert parts(blob).startswith(b'{"__metadata__":{"header_crc32":"')
     assert len(blob) == 4096
-    assert hashlib.sha256(blob).hexdigest() == "6f59d743219cb5988941e8b9a1b23d65aedd9edf8024f89673b153a23726a13f"
+    assert hashlib.sha256(blob).hexdigest() == "010aa6da7074138c24a5281f7abac6bdd60ef9354ccc4490ad4a3cc173e69af1"
+
+
+def test_digest_of_the_layout_is_that_of_the_documented_fields():
+    facts = json.loads(parts(WHOLE))["__metadata__"]
+    digested = {name: facts[name] for name in ("gammas", "sigma_rels", "checkpoint_dtype", "tensors")}
+    text = json.dumps(digested, separators=(",", ":"), ensure_ascii=False)
+    assert facts["layout_sha256"] == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_large_header_stays_compact():
@@ -248,7 +264,6 @@ def forged_texts():
     yield "garbage", b'{"__metadata__":{"header_crc32":"00000000"' + b"\xff" * 50
     yield "no metadata", b'{"x":1,"header_crc32":"00000000"}'
     yield "not an object", b'["header_crc32":"00000000"]'
-    yield "newer version", text.replace(b'"format_version":"1"', b'"format_version":"2"')
     yield "no version", text.replace(b'"format_version":"1",', b"")
     yield "no layout", text.replace(b'"layout_sha256"', b'"layout_sha257"')
     yield "other digest", text.replace(b'"layout_sha256":"', b'"layout_sha256":"0')
@@ -263,6 +278,17 @@ def forged_texts():
     yield "metadata twice", text[:-1] + b',"__metadata__":{}}'
     yield "fact twice", text.replace(b'"step":"1000"', b'"step":"1000","step":"1000"')
     yield "foreign fact", text.replace(b'"step":"1000"', b'"step":"1000","note":"x"')
+    yield "requires misplaced", with_field(text, b'"requires":"{\\"boxes\\":\\"1.2\\"}"', before=b',"step"')
+    for requires in (b'"{}"', b'"[]"', b'"x"', b'"{\\"boxes\\":12}"', b'"\\ud800"'):
+        yield f"requires {requires!r}", with_field(text, b'"requires":' + requires, before=b',"library_version"')
+    yield "optional field that is no text", with_field(text, b'"note":1', before=b',"crc32"')
+    yield "optional fields out of order", with_field(text, b'"zoo":"","note":""', before=b',"crc32"')
+    yield "optional field twice", with_field(text, b'"note":"","note":""', before=b',"crc32"')
+    yield "optional field before the trainer", with_field(text, b'"note":""', before=b',"trainer"')
+    for nonfinite in (b"null", b"[null]", b"[null,1]", b"[null,[0,0]]", b"[null,[1,-1]]", b"[null,[1,0,0]]", b"[null,"):
+        yield f"nonfinite {nonfinite!r}", with_field(text, b'"nonfinite":"' + nonfinite + b'"', before=b',"crc32"')
+    for pair in (b"[100000,0]", b"[1,7]", b"[1,100]", b"[true,0]", b"[1.0,0]"):
+        yield f"nonfinite {pair!r}", with_field(text, b'"nonfinite":"[null,' + pair + b']"', before=b',"crc32"')
     yield "fact missing", text.replace(b'"step":"1000",', b"")
     yield "trailing", text + b"{}"
     yield "spaces inside", text.replace(b'"step":', b'"step" :')
@@ -304,6 +330,73 @@ def test_forged_header_is_damage_and_nothing_else(text):
     blob = sign(text, max(4096, -(-(8 + len(text)) // 4096) * 4096))
     with pytest.raises(SnapshotDamaged, match=r"is damaged: invalid header: .{10}"):
         decode(blob + WHOLE[DATA_BEGIN:])
+
+
+# Files of newer versions
+
+
+@pytest.mark.parametrize("size", [DATA_BEGIN, DATA_BEGIN + 4096])
+def test_unknown_optional_field_is_ignored(size):
+    field = b'"change":"[0.5,null]","zoo":"{\\"x\\":1}"'
+    forged = sign(with_field(parts(WHOLE), field, before=b',"crc32"'), size)
+    header, plain = decode(forged + WHOLE[DATA_BEGIN:]), decode(WHOLE)
+    assert header.stamp == dataclasses.replace(plain.stamp, unknown={"change": "[0.5,null]", "zoo": '{"x":1}'})
+    assert (header.layout, header.crc32, header.nonfinite) == (plain.layout, plain.crc32, None)
+    assert header.data_begin == size
+
+
+@pytest.mark.parametrize(
+    ("requires", "message"),
+    [
+        (b'"{\\"boxes\\":\\"1.2\\"}"', "needs `boxes`, from nitrous_ema 1.2 on; this is nitrous_ema"),
+        (b'"{\\"a\\":\\"2.0\\",\\"b\\":\\"3\\"}"', "needs `a`, from nitrous_ema 2.0 on and `b`, from nitrous_ema 3 on"),
+    ],
+)
+def test_feature_of_a_newer_version_is_refused_by_name(requires, message):
+    text = with_field(parts(WHOLE), b'"requires":' + requires, before=b',"library_version"')
+    # A feature may change anything after it: here the records have an item that this version does not know.
+    text = text.replace(b",true,[", b",true,null,[")
+    with pytest.raises(SnapshotUnsupported, match=message) as caught:
+        decode(sign(text) + WHOLE[DATA_BEGIN:])
+    assert (caught.value.path, caught.value.step) == (PATH, 1000)
+    assert caught.value.requires == tuple(json.loads(json.loads(requires)))
+    assert "damaged" not in str(caught.value)
+    assert str(caught.value).endswith("exclude=[1000] (on the command line: --exclude 1000).")
+
+
+def test_newer_format_version_is_refused_by_name():
+    text = parts(WHOLE).replace(b'"format_version":"1"', b'"format_version":"2"')
+    with pytest.raises(SnapshotUnsupported, match="needs format version 2; this is nitrous_ema") as caught:
+        decode(sign(text) + WHOLE[DATA_BEGIN:])
+    assert caught.value.requires == ("format version 2",)
+
+
+def test_flipped_bit_in_a_header_of_a_newer_version_is_damage():
+    """The checksum is verified before the version: damage must not look like a newer file."""
+    text = parts(WHOLE).replace(b'"format_version":"1"', b'"format_version":"2"')
+    blob = bytearray(sign(text) + WHOLE[DATA_BEGIN:])
+    blob[300] ^= 1
+    with pytest.raises(SnapshotDamaged, match="checksum mismatch"):
+        decode(bytes(blob))
+
+
+# Values that are not finite
+
+
+def test_record_of_nonfinite_values_is_encoded_and_decoded():
+    layout = layout_of(*MIXED, chunk_bytes=64)
+    averaged = [index for index, each in enumerate(layout.records) if each.role == "averaged"]
+    data = np.zeros(layout.data_bytes, np.uint8)
+    crc32 = [zlib.crc32(data[begin:end]) for begin, end in layout.chunks]
+    for nonfinite in [
+        (None, None),
+        (None, NonFinite(layout.average_elements, averaged[-1])),
+        (NonFinite(1, averaged[0]),) * 2,
+    ]:
+        blob = encode_header(layout, stamp(), crc32, nonfinite)
+        assert len(blob) == header_bytes(layout, stamp())
+        assert decode(blob + data.tobytes()).nonfinite == nonfinite
+    assert decode(encode_header(layout, stamp(), crc32) + data.tobytes()).nonfinite is None
 
 
 def test_header_with_more_padding_than_the_writer_adds_is_damage():

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotNotFound
+from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotNotFound, SnapshotUnsupported
 from nitrous_ema.snapshots import FileSystem, Layout, SnapshotStore, Stamp, new_run_id
 from tests.support.small_snapshots import LAYOUT, A, B, C, chunks_of, commit, everything_in, steps
+from tests.support.snapshot_folders import forge, need
 
 
 @pytest.fixture
@@ -429,6 +430,47 @@ def test_tools_see_an_empty_folder_and_no_missing_run(store):
     assert (found.lineage, found.snapshots, found.damaged) == ((), (), ())
     with pytest.raises(SnapshotNotFound, match=f"no snapshot of run {A}"):
         store.examine(A)
+
+
+# Files of newer versions
+
+
+def test_snapshot_that_needs_a_newer_version_is_named_and_not_passed_over(store):
+    for step in (10, 20):
+        commit(store, step)
+    need(store.get(20).paths[0], boxes="1.2")
+    message = r"000020.*rank-00000-of-00001.safetensors needs `boxes`, from nitrous_ema 1\.2 on"
+    for read in (store.get, store.snapshots):
+        with pytest.raises(SnapshotUnsupported, match=message):
+            read()
+    assert store.get(exclude=[20]).step == 10
+    found = store.examine()
+    assert steps(found.snapshots) == [(10, A)]
+    assert [(type(each), each.step, each.requires) for each in found.damaged] == [(SnapshotUnsupported, 20, ("boxes",))]
+    assert [failure.message for failure in store.verify()] == [str(found.damaged[0])]
+
+
+def test_unknown_optional_field_does_not_change_what_a_reader_finds(store):
+    written = commit(store, 10)
+    forge(written.paths[0], "change", "[0.25]", before="crc32")
+    assert store.verify() == []
+    found = store.get()
+    assert (found.layout, found.headers[0].crc32) == (written.layout, written.headers[0].crc32)
+    assert found.stamp.unknown == {"change": "[0.25]"}
+
+
+def test_merged_file_of_a_newer_version_is_ignored_beside_its_part_and_named_alone(store):
+    """A step may have two versions: the snapshot, and a file that was merged from it and earlier ones."""
+    path = commit(store, 10).paths[0]
+    merged = path.with_name("rank-00000-of-00001.from-000000000004.safetensors")
+    shutil.copy(path, merged)
+    need(merged, merged="1.3")
+    assert store.get().paths == (path,)
+    assert [failure.path for failure in store.verify()] == [merged]
+    path.unlink()
+    with pytest.raises(SnapshotUnsupported, match=r"from-000000000004\.safetensors needs `merged`"):
+        store.get()
+    assert store.incomplete() == []
 
 
 def test_damaged_snapshot_of_the_younger_run_does_not_give_way_to_one_of_the_same_step(store):
