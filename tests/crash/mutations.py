@@ -269,7 +269,7 @@ MUTATIONS: Sequence[Mutation] = (
         "        if own != (path.parent.name, path.name):\n", "        if False:\n")),
     _in_validation("all ranks", "two ranks",
         ("if len(ranks[world_size]) == world_size]", "if ranks[world_size]]"),
-        ("for rank in range(complete[0]))", "for rank in sorted(ranks[complete[0]]))")),
+        ("for rank in range(complete[0])]", "for rank in sorted(ranks[complete[0]])]")),
     _in_validation("ranks that agree", "ranks that disagree", (
         "            return Incomplete(folder, disagreement) if disagreement else Snapshot(",
         "            return Snapshot(")),
