@@ -1,9 +1,9 @@
 """Whether another process still runs, from the record that it left: in a snapshot's stamp or in a file's name.
 
-Two processes of one host can have the same id, one after the other, so a record contains the start time as well. A
-signature is stricter, because it decides whether files are removed. It contains three facts that Linux guarantees
-about a process: the boot id (no two machines share one), the namespace in which the process id is unique (a
-container's), and the start of the process in ticks since boot, which setting a clock does not change.
+Two processes of one host can have the same id, one after the other, so a record contains the start time as well. On
+Linux it also contains the boot id (no two machines share one) and the namespace in which the process id is unique (a
+container's). A signature is stricter, because it decides whether files are removed: it has the start of the process in
+ticks since boot, which setting a clock does not change.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -48,20 +49,28 @@ def identity(pid: int) -> dict[str, str | int | float]:
         return found
 
 
-def process_state(process: Mapping[str, str | int | float]) -> ProcessState:
+def process_state(process: Mapping[str, str | int | float], *, silent_seconds: float = 0.0) -> ProcessState:
     """Return whether a recorded process still runs.
 
     Args:
-        process: ``host``, ``pid`` and ``started`` (seconds since 1970) of the process, as in a stamp's ``trainer``.
+        process: The record that ``identity`` made, as in a stamp's ``trainer``. Older records lack ``boot`` and
+            ``pid_namespace``.
+        silent_seconds: Seconds since the process last wrote something.
 
     Returns:
-        "alive" or "gone" for a process of this host, "elsewhere" for a process of another host, "unknown" if the record
-        is incomplete or the system does not show the process.
+        "alive" or "gone" for a process that this process can see. "elsewhere" for a process of another host or another
+        container; containers may share the name of their host. "unknown" if the record is incomplete or the system does
+        not show the process.
     """
     if "host" not in process:
         return "unknown"
     if process["host"] != socket.gethostname():
         return "elsewhere"
+    with suppress(OSError, ValueError):
+        if process.get("boot", own := _boot_id()) != own:
+            return _state_across_boots(silent_seconds)
+        if process.get("pid_namespace", own_namespace := _pid_namespace()) != own_namespace:
+            return "elsewhere"
     import psutil  # imported late: most listings contain no process of this host
 
     try:
@@ -114,9 +123,7 @@ def state_of_signature(text: str, *, untouched_seconds: float) -> ProcessState:
     if theirs is None or own is None:
         return "unknown"
     if theirs.boot_id != own.boot_id:
-        # Another machine may have the same host name, but a file that it still writes to is not older than this boot.
-        is_older_than_boot = untouched_seconds > time.clock_gettime(time.CLOCK_BOOTTIME) + _CLOCK_SKEW_SECONDS
-        return "gone" if theirs.host == own.host and is_older_than_boot else "elsewhere"
+        return _state_across_boots(untouched_seconds) if theirs.host == own.host else "elsewhere"
     if theirs.namespace != own.namespace:
         return "elsewhere"
     return _local_state(theirs)
@@ -128,6 +135,12 @@ def _boot_id() -> str:
 
 def _pid_namespace() -> int:
     return int(re.sub("[^0-9]", "", os.readlink("/proc/self/ns/pid")))
+
+
+def _state_across_boots(silent_seconds: float) -> ProcessState:
+    """Return the state of a process of another boot of a machine with this machine's name."""
+    # Another machine may have the same host name, but a process that still writes has written since this boot.
+    return "gone" if silent_seconds > time.clock_gettime(time.CLOCK_BOOTTIME) + _CLOCK_SKEW_SECONDS else "elsewhere"
 
 
 def _local_state(process: _Signature) -> ProcessState:

@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nitrous_ema._base.processes import process_state
 from nitrous_ema.cli.terminal import format_time
 from nitrous_ema.errors import SnapshotNotFound
 from nitrous_ema.snapshots.header import Lineage
@@ -58,7 +57,7 @@ def writing_state(store: SnapshotStore, run: str, own: list[Snapshot]) -> str:
     """Return whether a run may still write: "closed", or its trainer's state (see ``processes.process_state``)."""
     if (store.root / f"closed-{run}").exists():
         return "closed"
-    return process_state(own[-1].stamp.trainer) if own else "unknown"
+    return own[-1].trainer_state() if own else "unknown"
 
 
 def _described_run(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nitrous_ema._base.processes import ProcessState
+from nitrous_ema._base.processes import ProcessState, process_state
 from nitrous_ema.errors import SnapshotMismatch, SnapshotUnreadable
 from nitrous_ema.snapshots.header import Header, Lineage, Stamp
 from nitrous_ema.snapshots.layout import Layout
@@ -44,6 +45,10 @@ class Snapshot:
     def run(self) -> str:
         """Run that wrote the snapshot."""
         return self.stamp.run
+
+    def trainer_state(self) -> ProcessState:
+        """Return whether the process that wrote the snapshot still runs (see ``processes.process_state``)."""
+        return process_state(self.stamp.trainer, silent_seconds=time.time() - self.stamp.created_ns / 1e9)
 
     @property
     def data_begin(self) -> int:

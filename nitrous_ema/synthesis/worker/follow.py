@@ -21,7 +21,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nitrous_ema._base.processes import process_state
 from nitrous_ema.errors import SnapshotNotFound
 from nitrous_ema.snapshots.names import parse_folder_name, parse_rank_file_name
 from nitrous_ema.snapshots.snapshot import Snapshot
@@ -92,8 +91,8 @@ class RunFollower:
         listed = self.snapshots.listed
         if self.snapshots.is_closed:
             return f"run {self.snapshots.lineage[-1][0]} is closed"
-        if listed and process_state(trainer := listed[-1].stamp.trainer) == "gone":
-            return f"the trainer (process {trainer['pid']} of this machine) has ended"
+        if listed and listed[-1].trainer_state() == "gone":
+            return f"the trainer (process {listed[-1].stamp.trainer['pid']} of this machine) has ended"
         if self.idle_seconds is not None and self.clock() - last_news >= self.idle_seconds:
             return f"no new snapshot for {self.idle_seconds:g} seconds (--idle)"
         return None

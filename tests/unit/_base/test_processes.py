@@ -47,6 +47,20 @@ def test_identity_names_this_process_machine_boot_and_namespace():
     }
 
 
+@pytest.mark.parametrize(
+    ("changes", "silent_seconds", "expected"),
+    [
+        ({}, FOREVER, "alive"),
+        ({"pid_namespace": 1, "pid": 2**22 + 1}, FOREVER, "elsewhere"),  # a container on the host's network
+        ({"boot": "0" * 16}, 0, "elsewhere"),
+        ({"boot": "0" * 16}, FOREVER, "gone"),
+        ({"boot": "0" * 16, "host": "far"}, FOREVER, "elsewhere"),
+    ],
+)
+def test_process_of_another_container_or_boot_is_gone_only_if_that_is_certain(changes, silent_seconds, expected):
+    assert process_state(identity(os.getpid()) | changes, silent_seconds=silent_seconds) == expected
+
+
 def test_identity_without_proc_has_no_boot(monkeypatch):
     monkeypatch.setattr(processes, "_boot_id", lambda: Path("/proc/missing").read_text())
     assert set(identity(os.getpid())) == {"host", "pid", "started"}
