@@ -87,6 +87,8 @@ def _run(config: WorkerConfig) -> int:
         lengths = lengths_of(config.gammas, config.sigma_rels)
         inputs = open_inputs(config)
         _check_parts(config, part)
+    if part.parts > 1:
+        log(f"writing part {part.index + 1} of {part.parts} of each average")
     runner = SynthesisRunner(config, part)
     if config.follow:
         _follow(config, inputs, names, lengths, runner)

@@ -44,7 +44,7 @@ def ended(process) -> tuple[int, list[dict[str, object]], str]:
 
 
 def ranks(folder, out, count, which):
-    numbers = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    numbers = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     return [start(folder, out, "--step=1000", RANK=str(rank), **numbers) for rank in which]
 
 

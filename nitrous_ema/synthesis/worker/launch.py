@@ -16,10 +16,26 @@ from nitrous_ema.synthesis.worker.output_names import absolute
 if TYPE_CHECKING:
     import torch
 
-_MODULE = "nitrous_ema.async_.synthesize_worker"
+_PACKAGE = Path(__file__).resolve().parents[2]
+# The worker must run this very package, and find the standard library before any folder of installed packages, which
+# may have old copies of standard modules. `python -m` with PYTHONPATH or a working directory guarantees neither: both
+# precede the standard library. So the package is imported from its own file; its folder follows all others, for numpy
+# and torch that are installed beside it.
+_PROGRAM = f"""\
+import sys
+if sys.path[:1] == [""]:
+    del sys.path[0]
+from importlib.util import module_from_spec, spec_from_file_location
+from runpy import run_module
+spec = spec_from_file_location("nitrous_ema", {str(_PACKAGE / "__init__.py")!r})
+sys.modules["nitrous_ema"] = module_from_spec(spec)
+spec.loader.exec_module(sys.modules["nitrous_ema"])
+sys.path.append({str(_PACKAGE.parent)!r})
+run_module("nitrous_ema.async_.synthesize_worker", run_name="__main__", alter_sys=True)
+"""
 # Removed from the environment of the worker: in a training process under torchrun these belong to the training, and the
 # worker would write only one part of each average.
-_OF_ANOTHER_JOB = ("RANK", "WORLD_SIZE")
+_OF_ANOTHER_JOB = ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 
 
 def launch(
@@ -122,7 +138,7 @@ def launch(
     flags = {"skip-existing": skip_existing, "dry-run": dry_run, "follow": follow}
     arguments += [f"--{name}" for name, is_set in flags.items() if is_set]
     arguments += ["--progress-json"] if progress is not None else []
-    command = [os.fspath(python), "-m", _MODULE, *arguments, "--", str(Path(snapshots).absolute())]
+    command = [os.fspath(python), "-c", _PROGRAM, *arguments, "--", str(Path(snapshots).absolute())]
     return Job(_start(command), progress)
 
 
@@ -150,15 +166,10 @@ def _check_callable(progress: object) -> None:
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:
-    # The worker must import the package that this process runs. `python -m` looks in the working directory first, so
-    # the worker starts in the folder that contains this package.
-    home = str(Path(__file__).resolve().parents[3])
-    path = os.pathsep.join(part for part in (home, os.environ.get("PYTHONPATH")) if part)
     environment = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER_JOB}
     return subprocess.Popen(
         command,
-        cwd=home,
-        env={**environment, "PYTHONPATH": path},
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,7 +1,8 @@
 """Which part of every output this process writes, where several processes share the work.
 
 The processes do not communicate: the parts follow from the plan and the number of processes. torchrun passes each
-process its rank in the environment; other launchers pass ``--part``.
+process its rank in the environment; other launchers pass ``--part``. ``RANK`` and ``WORLD_SIZE`` alone do not count:
+clusters set them in every container of a job, also where one process is to write whole files.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def part_of_process(environment: Mapping[str, str]) -> WorkPartition:
     """Return the part that torchrun's environment variables assign to this process; ``WHOLE`` without torchrun.
 
     Args:
-        environment: Environment variables; ``RANK``, ``WORLD_SIZE`` and ``LOCAL_WORLD_SIZE`` are read.
+        environment: Environment variables. ``TORCHELASTIC_RUN_ID``, which torchrun alone sets, makes ``RANK``,
+            ``WORLD_SIZE`` and ``LOCAL_WORLD_SIZE`` count.
 
     Raises:
         ValueError: The variables are not numbers that torchrun sets.
@@ -51,7 +53,7 @@ def part_of_process(environment: Mapping[str, str]) -> WorkPartition:
     Source:
         torch.distributed.run, "Environment Variables".
     """
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+    if not {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= set(environment):
         return WHOLE
     words = [environment[name] for name in ("RANK", "WORLD_SIZE")] + [environment.get("LOCAL_WORLD_SIZE", "1")]
     if not all(re.fullmatch("[0-9]{1,5}", word) for word in words):

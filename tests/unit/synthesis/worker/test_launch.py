@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import nitrous_ema
 from nitrous_ema.synthesis.worker.launch import launch
 from tests.support.old_folders import SIGMA_RELS, write_nitrous_001
 from tests.support.snapshot_folders import layout_of, record, write_run
 
 TIMEOUT = 60
+PACKAGE = Path(nitrous_ema.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +71,34 @@ def test_existing_outputs_are_reused_and_reported_in_their_place(folder, tmp_pat
 
 
 def test_process_of_a_training_under_torchrun_writes_whole_files(folder, tmp_path, monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
     (output,) = launch(folder, sigma_rels=[0.07], out=tmp_path).result(TIMEOUT)
     assert (output.part, output.parts) == (1, 1)
     assert output.path.name == "step-1000-sigma-0.07.safetensors"
+
+
+def test_process_finds_the_standard_library_before_installed_packages(folder, tmp_path):
+    """pip installs the package beside others, some of which bring old copies of standard modules (argparse 1.4.0)."""
+    installed, elsewhere = tmp_path / "site-packages", tmp_path / "elsewhere"
+    shutil.copytree(PACKAGE, installed / "nitrous_ema", ignore=shutil.ignore_patterns("__pycache__"))
+    elsewhere.mkdir()
+    for place in (installed, elsewhere):
+        (place / "argparse.py").write_text("raise ImportError('not the standard argparse')")
+    program = """
+import sys
+at = next(index for index, path in enumerate(sys.path) if path.endswith("site-packages"))
+sys.path[:] = [*sys.path[1:at], sys.argv[1], *sys.path[at:]]
+from nitrous_ema.async_ import synthesize_worker
+assert synthesize_worker.__file__.startswith(sys.argv[1]), synthesize_worker.__file__
+print(synthesize_worker.launch(sys.argv[2], sigma_rels=[0.07], out=sys.argv[3]).result(60)[0].path)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", program, str(installed), str(folder), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path(done.stdout.strip()).exists()
 
 
 @pytest.mark.parametrize(
