@@ -15,8 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from nitrous_ema._base.arguments import format_bytes, parse_bytes, pluralize
+from nitrous_ema.posthoc.drop_losses import DropLosses
 from nitrous_ema.posthoc.interval_cost import IntervalCost
-from nitrous_ema.posthoc.selection import log_ratio
 from nitrous_ema.profile import FloatArray, exponents, gamma_to_sigma_rel, numbers_between, sigma_rel_to_gamma
 
 __all__ = ["Keep", "KeepAll", "KeepBytes", "KeepCount", "KeepGeometric", "KeepRule", "keep_rule", "wanted_lengths"]
@@ -280,34 +280,20 @@ def _drops_of_least_loss(
     times = np.asarray(t, dtype=np.float64)
     fixed = np.zeros(times.size, dtype=bool)
     fixed[[*pinned, times.size - 1]] = True
-    remaining = np.arange(times.size)
-    if remaining.size <= count or fixed.all():
+    num_dropped = min(times.size - count, int((~fixed).sum()))
+    if num_dropped <= 0:
         return ()
-    cost = _cost(gammas, sigma_rels)
+    losses = DropLosses(_cost(gammas, sigma_rels), times, times[fixed], exponent)
+    dropped = []
     # One step at a time: each drop changes the intervals, and so the scores, of the neighboring steps.
-    while remaining.size > count and not fixed[remaining].all():
-        score = _scores(cost, times[remaining], times[fixed], exponent)
-        score[fixed[remaining]] = np.inf
-        remaining = np.delete(remaining, int(score.argmin()))
-    return tuple(np.setdiff1d(np.arange(times.size), remaining).tolist())
+    for _ in range(num_dropped):
+        scores = losses.scores()
+        scores[fixed] = np.inf
+        dropped.append(int(scores.argmin()))
+        losses.drop(dropped[-1])
+    return tuple(sorted(dropped))
 
 
 def _cost(gammas: Sequence[float], sigma_rels: tuple[float, float] | None) -> IntervalCost:
     tracked = exponents("gammas", gammas)
     return IntervalCost.of(tracked, sigma_rel_to_gamma(wanted_lengths(tracked, sigma_rels)))
-
-
-def _scores(cost: IntervalCost, t: FloatArray, targets: FloatArray, exponent: float) -> FloatArray:
-    """Return the value to minimize if each step is dropped, [steps]; the last step's value has no meaning."""
-    log_t = log_ratio(t, t[-1])
-    width = np.diff(log_t, prepend=-np.inf)
-    alone, joined = cost.of_widths(width), cost.of_widths(width[:-1] + width[1:])
-    scores = np.zeros(t.size)
-    for log_t_r in log_ratio(targets, t[-1]):
-        # Weights are 0 after the target's time: dropping a later step adds no error to it.
-        weight = cost.weights(log_t, np.full(cost.powers.shape, log_t_r))
-        present = alone * weight
-        # A joined interval costs at least its parts, but the interpolated table may violate this by its error.
-        loss = joined * weight[1:] - present[:-1] - present[1:]
-        scores[:-1] += ((present.sum(0) + np.maximum(loss, 0.0)) ** exponent).sum(1)
-    return scores
