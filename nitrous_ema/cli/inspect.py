@@ -82,7 +82,7 @@ def configure(options: argparse.Namespace) -> InspectConfig:
 
 def run(config: InspectConfig) -> int:
     """Print the contents of a folder; return the exit status."""
-    store = SnapshotStore(config.folder)
+    store = SnapshotStore(config.folder).remembering()
     found = survey(store, config.run)
     if not found["runs"]:
         found["legacy"] = legacy_steps(store.root)

@@ -117,16 +117,18 @@ class Pins:
 def run(config: PruneConfig) -> int:
     """Prune a folder, or print the plan; return the exit status."""
     store = SnapshotStore(config.folder)
-    listing = _listing(store, config)
+    # Another store for the changes: before it hides snapshots, it must notice newer ones.
+    reader = store.remembering()
+    listing = _listing(reader, config)
     snapshots = [each for each in listing.snapshots if each.step not in config.exclude]
-    pins = _pins(store, listing, snapshots, config)
+    pins = _pins(reader, listing, snapshots, config)
     plan: PrunePlan | None = None
     if config.target is not None:
         with exit_status.usage_errors():
             plan = plan_pruning(snapshots, pins.after, config.target)
     if pins.not_pinned:
         log(f"--unpin {','.join(map(str, pins.not_pinned))}: not pinned, so there is no pin to remove.")
-    found = _described(store, listing, config, pins, plan)
+    found = _described(reader, listing, config, pins, plan)
     # Text is printed before the work, so that an interrupted command has shown its plan. JSON is one object at the end.
     if not config.as_json:
         show("\n".join(_lines(found)))

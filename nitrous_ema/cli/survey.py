@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nitrous_ema.cli.terminal import format_time
-from nitrous_ema.errors import SnapshotNotFound
 from nitrous_ema.snapshots.header import Lineage
 from nitrous_ema.snapshots.legacy.folder import files_by_step
-from nitrous_ema.snapshots.snapshot import Snapshot
+from nitrous_ema.snapshots.snapshot import Listing, Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
 
 
 def survey(store: SnapshotStore, run: str | None = None) -> dict[str, Any]:
     """Return everything in a folder as its files' headers describe it; no tensor data is read.
 
-    Damaged files are listed, not raised.
+    Damaged files are listed, not raised. A store that is ``remembering()`` reads each header once.
 
     Args:
         store: The folder.
@@ -30,14 +30,9 @@ def survey(store: SnapshotStore, run: str | None = None) -> dict[str, Any]:
     pins = store.pins()
     damaged = {str(error.path): str(error) for error in listing.damaged}
     runs = []
-    for each in store.runs():
-        try:
-            examined = store.examine(each)
-        except SnapshotNotFound:  # all its snapshots were removed after runs() had listed it
-            continue
+    for examined in store.examine_runs():
         damaged |= {str(error.path): str(error) for error in examined.damaged}
-        own = [snapshot for snapshot in examined.snapshots if snapshot.run == each]
-        runs.append(_described_run(store, each, own, examined.lineage, listing.lineage, pins))
+        runs.append(_described_run(store, examined, listing.lineage, pins))
     return {
         "folder": str(store.root),
         "run": listing.lineage[-1][0] if listing.lineage else None,
@@ -53,7 +48,7 @@ def survey(store: SnapshotStore, run: str | None = None) -> dict[str, Any]:
     }
 
 
-def writing_state(store: SnapshotStore, run: str, own: list[Snapshot]) -> str:
+def writing_state(store: SnapshotStore, run: str, own: Sequence[Snapshot]) -> str:
     """Return whether a run may still write: "closed", or its trainer's state (see ``processes.process_state``)."""
     if (store.root / f"closed-{run}").exists():
         return "closed"
@@ -61,13 +56,9 @@ def writing_state(store: SnapshotStore, run: str, own: list[Snapshot]) -> str:
 
 
 def _described_run(
-    store: SnapshotStore,
-    run: str,
-    own: list[Snapshot],
-    lineage: Lineage,
-    selected: Lineage,
-    pins: frozenset[tuple[int, str]],
+    store: SnapshotStore, examined: Listing, selected: Lineage, pins: frozenset[tuple[int, str]]
 ) -> dict[str, Any]:
+    run, lineage, own = examined.lineage[-1][0], examined.lineage, examined.snapshots
     state = writing_state(store, run, own)
     described: dict[str, Any] = {
         "run": run,

@@ -29,7 +29,7 @@ def configure(options: argparse.Namespace) -> VerifyConfig:
 
 def run(config: VerifyConfig) -> int:
     """Verify a folder; return the exit status: 0 intact, 3 no snapshot, 4 damaged."""
-    store = SnapshotStore(config.folder)
+    store = SnapshotStore(config.folder).remembering()
     by_file: dict[Path, list[VerificationFailure]] = {}
     for failure in store.verify():
         by_file.setdefault(failure.path, []).append(failure)
@@ -61,8 +61,8 @@ def _misplaced(store: SnapshotStore, reported: Set[Path]) -> list[str]:
         reported: Folders of files that are reported as damaged already.
     """
     found: dict[Path, str] = {}
-    for each in store.runs():
-        for error in store.examine(each).damaged:
+    for examined in store.examine_runs():
+        for error in examined.damaged:
             if not reported & {error.path, error.path.parent}:
                 found[error.path] = str(error)
     return list(found.values())

@@ -33,7 +33,7 @@ from nitrous_ema.snapshots.names import (
 )
 from nitrous_ema.snapshots.removal import SnapshotRemover
 from nitrous_ema.snapshots.snapshot import Incomplete, Listing, Snapshot, TemporaryFile, VerificationFailure
-from nitrous_ema.snapshots.validation import FolderGone, FolderInspector
+from nitrous_ema.snapshots.validation import FolderGone, FolderInspector, RememberingInspector
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -53,9 +53,18 @@ class SnapshotStore:
     def __init__(self, root: str | os.PathLike[str], *, files: FileSystem | None = None) -> None:
         self.root = Path(root).absolute()  # the same folder after the process has changed its working directory
         self.files = files or FileSystem()
-        self._inspector = FolderInspector(self.files)
+        self._inspector: FolderInspector = FolderInspector(self.files)
         self._committer = Committer(self.root, self.files, reclaim=lambda: self.remove_hidden())
         self._remover = SnapshotRemover(self._committer)
+
+    def remembering(self) -> SnapshotStore:
+        """Return a store of the same folder that reads each header once, for one report on the folder.
+
+        It does not notice later changes of a folder that it has read; new folders are found.
+        """
+        store = SnapshotStore(self.root, files=self.files)
+        store._inspector = RememberingInspector(self.files)
+        return store
 
     # Reading
 
@@ -169,6 +178,19 @@ class SnapshotStore:
             lineage=lineage,
             snapshots=tuple(found[step] for step in sorted(found)),
             damaged=tuple(damaged[step] for step in sorted(damaged)),
+        )
+
+    def examine_runs(self) -> list[Listing]:
+        """List every run with the snapshots that it wrote itself, oldest run first; else as ``examine``.
+
+        The cost grows with the number of snapshots, and not with that of the runs that each run continues.
+        """
+        return self._query(
+            lambda folders: [
+                self._examine(run, {run: folders[run]})
+                for run in sorted(folders)
+                if self._last_committed(folders[run]) is not None
+            ]
         )
 
     def unrelated_runs(self, run: str | None = None) -> list[str]:

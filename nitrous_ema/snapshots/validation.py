@@ -124,10 +124,13 @@ class FolderInspector:
             FileNotFoundError: The file does not exist (any more).
         """
         with self._reading(path) as (descriptor, file_bytes):
-            # The length alone first: header_end() checks it before a buffer of this length is allocated.
-            prefix = bytes(read_fully(self.files, descriptor, bytearray(8), 0))
-            end = header_end(prefix, path=path, file_bytes=file_bytes)
-            blob = bytes(read_fully(self.files, descriptor, bytearray(end), 0))
+            return self._header(path, descriptor, file_bytes)
+
+    def _header(self, path: Path, descriptor: int, file_bytes: int) -> Header:
+        # The length alone first: header_end() checks it before a buffer of this length is allocated.
+        prefix = bytes(read_fully(self.files, descriptor, bytearray(8), 0))
+        end = header_end(prefix, path=path, file_bytes=file_bytes)
+        blob = bytes(read_fully(self.files, descriptor, bytearray(end), 0))
         header = decode_header(blob, path=path, file_bytes=file_bytes)
         stamp = header.stamp
         # A file that was copied or renamed to another step, run or rank is valid in itself, but not this snapshot's.
@@ -141,8 +144,8 @@ class FolderInspector:
         known = parse_folder_name(path.parent.name)
         step = known[0] if known else 0
         try:
-            header = self.read_header(path)
-            with self._reading(path) as (descriptor, _):
+            with self._reading(path) as (descriptor, file_bytes):
+                header = self._header(path, descriptor, file_bytes)
                 for chunk, (span, expected) in enumerate(zip(header.layout.chunks, header.crc32, strict=True)):
                     found = self._crc32(descriptor, header.data_begin + span.begin, span.end - span.begin)
                     if found != expected:
@@ -191,6 +194,20 @@ class FolderInspector:
             piece = memoryview(buffer)[: size_bytes - begin]
             crc32 = zlib.crc32(read_fully(self.files, descriptor, piece, offset + begin), crc32)
         return crc32
+
+
+class RememberingInspector(FolderInspector):
+    """Examines each folder once and returns what it found then: for one report, which reads a folder several times."""
+
+    def __init__(self, files: FileSystem) -> None:
+        super().__init__(files)
+        self._found: dict[Path, Snapshot | Incomplete | SnapshotUnreadable] = {}
+
+    def examine(self, folder: Path) -> Snapshot | Incomplete | SnapshotUnreadable:
+        """Return what a folder held when it was first examined."""
+        if folder not in self._found:
+            self._found[folder] = super().examine(folder)
+        return self._found[folder]
 
 
 def _missing_files(ranks: dict[int, set[int]]) -> str:

@@ -479,3 +479,28 @@ def test_damaged_snapshot_of_the_younger_run_does_not_give_way_to_one_of_the_sam
     commit(store, 20, B, ((A, 10), (B, None)))
     found = store.examine()
     assert (steps(found.snapshots), [each.step for each in found.damaged]) == ([(20, B)], [10])
+
+
+def test_store_that_remembers_reads_each_header_once_and_finds_new_folders(store, monkeypatch):
+    for step in (10, 20):
+        commit(store, step)
+    opened, open_read = [], FileSystem.open_read
+    monkeypatch.setattr(FileSystem, "open_read", lambda self, path: opened.append(path) or open_read(self, path))
+    reader = store.remembering()
+    for _ in range(2):
+        assert steps(reader.snapshots()) == [(10, A), (20, A)]
+        assert (reader.get().step, reader.incomplete(), reader.runs()) == (20, [], [A])
+    assert len(opened) == 2
+    commit(store, 30)
+    assert steps(reader.snapshots()) == [(10, A), (20, A), (30, A)]
+
+
+def test_runs_are_listed_with_their_own_snapshots(store):
+    for step in (10, 20):
+        commit(store, step, A)
+    os.truncate(commit(store, 25, B, ((A, 10), (B, None))).paths[0], 0)
+    commit(store, 30, B, ((A, 10), (B, None)))
+    first, second = store.examine_runs()
+    assert (first.lineage, steps(first.snapshots), first.damaged) == (((A, None),), [(10, A), (20, A)], ())
+    assert (second.lineage, steps(second.snapshots)) == (((A, 10), (B, None)), [(30, B)])
+    assert [each.step for each in second.damaged] == [25]
