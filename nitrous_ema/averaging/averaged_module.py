@@ -1,9 +1,9 @@
 """Evaluate with an average: in a second module (``AveragedModule``), or in the online model itself (``swapped``).
 
 The second module must show the newest average without costing memory for another copy of it. It is therefore the online
-model's structure, copied without its tensors. Averaged and copied tensors are views of the average; where the model's
-type differs from the average's, they are cast copies that are refreshed before each use. Skipped tensors are the online
-model's own. The module stays in eval mode, because a forward in train mode would write statistics, or weights, into the
+model's structure, copied without its tensors. Averaged and copied tensors have the memory of the average; where the
+model's type differs from the average's, they are cast copies that are refreshed before each use. Skipped tensors are
+the online model's own. The module stays in eval mode, because a forward in train mode would write statistics, or weights, into the
 averages.
 
 ``swapped`` needs no second module, but memory for a copy of the weights, and training must pause meanwhile.
@@ -28,6 +28,7 @@ from torch.nn import Module, Parameter
 
 from nitrous_ema.averaging.engine import AveragingEngine
 from nitrous_ema.averaging.execution.torch_modes import neutral_modes
+from nitrous_ema.averaging.kernels.flat_buffers import move_versions
 from nitrous_ema.averaging.model.live_tensors import holding_averages
 from nitrous_ema.averaging.model.tracking import TrackedTensor, canonical_tensors, unwrap, writable_view, write
 from nitrous_ema.errors import NitrousError, UncopyableModelError
@@ -77,7 +78,7 @@ class AveragedModule:
         return self._module
 
     def rebind(self) -> None:
-        """Replace the views after the averages have moved; the module and its tensors stay the same objects."""
+        """Use the averages' memory after they have moved; the module and its tensors stay the same objects."""
         self._casts = []
         for tracked, average in self._averages() if self._tensors else ():
             tensor = self._tensors[tracked.name]
@@ -86,6 +87,11 @@ class AveragedModule:
             else:
                 _set(tensor, torch.empty_like(average, dtype=tracked.dtype))
                 self._casts.append((tensor, average))
+
+    def mark_written(self) -> None:
+        """Move the version counters of the module's tensors that have the memory of averages."""
+        casts = {id(tensor) for tensor, _ in self._casts}
+        move_versions([tensor for tensor in self._tensors.values() if id(tensor) not in casts])
 
     def prepare_forward(self, module: Module) -> None:
         """Order a forward after the averaging. Raises RuntimeError if a submodule is in train mode."""
@@ -183,9 +189,10 @@ def _eval_only(module: Module, mode: bool = True) -> Module:
 
 
 def _replacement(tracked: TrackedTensor, average: Tensor) -> Tensor:
+    value = average.data  # with a version counter of its own, because the tensor may become a copy in another type
     if not tracked.is_parameter:
-        return average.detach()
-    parameter = Parameter(average, requires_grad=False)
+        return value
+    parameter = Parameter(value, requires_grad=False)
     parameter.__dict__.update(tracked.live().__dict__)  # attributes that model code has set on the parameter
     return parameter
 

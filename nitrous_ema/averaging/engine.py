@@ -63,10 +63,13 @@ _HOST = torch.device("cpu")
 
 
 class AverageViewer(Protocol):
-    """An object that holds views of the averages."""
+    """An object whose tensors have the memory of averages."""
 
     def rebind(self) -> None:
-        """Replace the views, because the averages have moved to other buffers."""
+        """Replace the memory, because the averages have moved to other buffers."""
+
+    def mark_written(self) -> None:
+        """Move the version counters of the tensors, because the averages are written."""
 
 
 class AveragingEngine:
@@ -410,10 +413,12 @@ class AveragingEngine:
     def mark_valid(self) -> None:
         """End the state that ``mark_invalid`` began: the averages have been set completely."""
         self._failure = None
+        self._mark_written()
 
     def mark_invalid(self, operation: str, error: BaseException) -> None:
         """Refuse the averages until something is loaded, because an operation has changed only a part of them."""
         self._failure, self._failed_operation = error, operation
+        self._mark_written()
 
     # ---- inside
 
@@ -472,6 +477,7 @@ class AveragingEngine:
             self.guard.after_update(self._parameters, [live[name] for name in self._parameters])
 
     def _run(self, live: Mapping[str, Tensor], weights: Sequence[float]) -> None:
+        self._mark_written()
         copy_all = self.guard is not None and self.guard.copies
         self._attempt(partial(self._dispatch.queue, live, weights, copy_all=copy_all), "update()")
 
@@ -484,6 +490,12 @@ class AveragingEngine:
             if not isinstance(error, Exception):
                 raise
             self.check_averages(what)
+
+    def _mark_written(self) -> None:
+        """Make autograd refuse to use values of the averages that it saved before."""
+        self.flat_buffers.mark_written()
+        for viewer in self.viewers:
+            viewer.mark_written()
 
     def _refuse_capture(self, what: str) -> None:
         if self._dispatch.is_capturing():

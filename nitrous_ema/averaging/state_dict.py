@@ -32,10 +32,11 @@ class LoadProblems:
 
 
 def save(engine: AveragingEngine, profile: int, destination: dict[str, Any], prefix: str) -> None:
-    """Add one profile to a state_dict. The tensors are the averages themselves, not copies."""
+    """Add one profile to a state_dict. The tensors have the memory of the averages, not copies."""
     for tracked, value in _values(engine, profile):
+        alias = value.detach()
         for key in tracked.keys if tracked.persistent else ():
-            destination[f"{prefix}ema_model.{key}"] = value
+            destination[f"{prefix}ema_model.{key}"] = alias
     schedule = engine.schedule
     destination[prefix + EXTRA] = {
         "initted": schedule.updates > 0,

@@ -1,4 +1,4 @@
-"""The memory of the averages: a few flat buffers in file order, and named views of them.
+"""The memory of the averages: a few flat buffers in file order, and named tensors in them.
 
 A *profile's flat space* is all averaged tensors of the model back to back, in the model's order, in elements. It is the
 same for every profile, and a section of a snapshot file holds exactly this space. It is cut into *groups*: maximal runs
@@ -8,10 +8,14 @@ float32 otherwise). Each group has one flat buffer per profile, so that writing 
 An average has its parameter's own memory order (channels_last, transposed), so that averaging runs over both as flat
 memory. Files are row-major, and ``pieces`` yields strided views where the two orders differ. A parameter that is
 expanded or has gaps is averaged in row-major order. complex64 counts as pairs of float32, in groups of its own: a
-complex view must begin at an even element, and ``torch.save`` refuses tensors of two types that share their memory.
+complex tensor must begin at an even element.
 
 Copied tensors lie in byte buffers, one per run of tensors with one device and type, in the order of the file's last
 section.
+
+``averages`` and ``copies`` return tensors for users. Each has a storage of its own size, which is a slice of a buffer's
+storage and holds the buffer. Programs that save tensors take tensors of one storage for tied ones, and write the whole
+storage. A tensor with its own storage has its own version counter too, which ``mark_written`` moves.
 
 Longer than 300 lines because the same cut of a range serves reading and writing.
 """
@@ -20,13 +24,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nitrous_ema._base.torch_dtypes import TORCH_CODES
+from nitrous_ema.averaging.execution.torch_modes import neutral_modes
 from nitrous_ema.averaging.model.tracking import TrackedTensor
 from nitrous_ema.snapshots.layout import Layout
 
@@ -47,7 +52,7 @@ class Group:
     flats: list[Tensor]
     """One buffer per profile, 1-d; its last tensor's end is its size."""
     together: Tensor | None = None
-    """In host memory: all buffers as one [profiles, elements] view, valid until one is moved (``share_memory_``)."""
+    """In host memory: all buffers as one [profiles, elements] view."""
 
     @property
     def numel(self) -> int:
@@ -103,6 +108,8 @@ class FlatBuffers:
         self.groups = self._make_groups(device)
         self.copy_groups = self._make_copy_groups(device)
         self._places = {tensor.tracked.name: (group, tensor) for group in self.groups for tensor in group.tensors}
+        # By profile and name; None as the profile of copied tensors.
+        self._returned: dict[tuple[int | None, str], Tensor] = {}
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -111,10 +118,13 @@ class FlatBuffers:
         return tuple(dict.fromkeys([*averaged, *(group.device for group in self.copy_groups)]))
 
     def average(self, profile: int, name: str) -> Tensor:
-        """Return the average of one tensor, as a view with the parameter's shape and memory order."""
+        """Return the average of one tensor, with the parameter's shape and memory order and a storage of its own."""
         group, tensor = self._places[name]
-        view = group.flats[profile][tensor.begin : tensor.end].as_strided(tensor.shape, tensor.strides)
-        return torch.view_as_complex(view) if tensor.tracked.dtype.is_complex else view
+        dtype, strides = group.dtype, tensor.strides
+        place = range(tensor.begin * dtype.itemsize, tensor.end * dtype.itemsize)
+        if tensor.tracked.dtype.is_complex:
+            dtype, strides = tensor.tracked.dtype, tuple(stride // 2 for stride in strides[:-1])
+        return self._tensor((profile, name), group.flats[profile], place, dtype, tensor.tracked.shape, strides)
 
     def averages(self, profile: int) -> Iterator[tuple[TrackedTensor, Tensor]]:
         """Yield every averaged tensor with its average."""
@@ -122,9 +132,18 @@ class FlatBuffers:
             yield tracked, self.average(profile, tracked.name)
 
     def copies(self) -> Iterator[tuple[TrackedTensor, Tensor]]:
-        """Yield every copied tensor with its stored value."""
+        """Yield every copied tensor with its stored value, which has a storage of its own."""
         for group in self.copy_groups:
-            yield from zip((tracked for tracked, _, _ in group.tensors), group.values(), strict=True)
+            for tracked, begin, end in group.tensors:
+                key, place = (None, tracked.name), range(begin, end)
+                yield tracked, self._tensor(key, group.flat, place, tracked.dtype, tracked.shape)
+
+    def mark_written(self) -> None:
+        """Move the version counters of the tensors returned so far, because their buffers are written.
+
+        A backward pass that needs their earlier values then raises, as with any tensor.
+        """
+        move_versions(self._returned.values())
 
     def pieces(
         self, profile: int, begin: int, end: int, device: torch.device | None = None
@@ -184,6 +203,26 @@ class FlatBuffers:
         for copies in self.copy_groups:
             copies.device, copies.flat = device, copies.flat.to(device)
 
+    def _tensor(
+        self,
+        key: tuple[int | None, str],
+        flat: Tensor,
+        place: range,
+        dtype: torch.dtype,
+        shape: torch.Size,
+        strides: Sequence[int] = (),
+    ) -> Tensor:
+        """Return the tensor of some bytes of a buffer, the same object at each call; row-major without strides."""
+        known = self._returned.get(key)
+        # The buffer may have moved, and share_memory_() on a tensor that a user has moves the tensor's own storage.
+        if known is None or (place and known.data_ptr() != flat.data_ptr() + place.start):
+            storage = flat.untyped_storage()[place.start : place.stop]
+            with neutral_modes():
+                known = torch.empty(0, dtype=dtype, device=flat.device)
+                known.set_(storage, 0, shape, strides)
+            self._returned[key] = known
+        return known
+
     def _make_groups(self, device: torch.device | None) -> list[Group]:
         groups: list[Group] = []
         for index, tracked in enumerate(self.averaged):
@@ -216,6 +255,15 @@ class FlatBuffers:
         for group in groups:
             group.flat = torch.zeros(group.tensors[-1][2], dtype=torch.uint8, device=group.device)
         return groups
+
+
+def move_versions(tensors: Collection[Tensor]) -> None:
+    """Move the version counters of tensors, whose memory is written where autograd does not see it."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except (TypeError, RuntimeError):  # the releases before torch 2.7 take one tensor
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
 
 
 def snapshot_layout(

@@ -213,9 +213,6 @@ class ForeachStep:
         # At weight 1 the parameters are copied. A lerp of weight 1 would make nan of averages that are nan or inf.
         if together is None or len(weights) == 1 or 1.0 in weights:
             return None
-        # After share_memory_() a buffer lies elsewhere, and ``together`` no longer shows it.
-        if any(row.data_ptr() != flat.data_ptr() for row, flat in zip(together, self._group.flats, strict=True)):
-            return None
         return torch.tensor(weights, dtype=self._group.dtype, device="cpu")[:, None]
 
     def _average(self, batch: _Batch, flat: list[Tensor], weights: Sequence[float], column: Tensor | None) -> None:

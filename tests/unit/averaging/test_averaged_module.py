@@ -66,6 +66,49 @@ def test_float32_averages_are_shown_without_a_copy():
     assert {f"ema_model.{name}": v.data_ptr() for name, v in ema.ema_model.state_dict().items()} == places
 
 
+WRITES = {
+    "update": lambda ema, state: ema.update(),
+    "load_state_dict": lambda ema, state: ema.load_state_dict(state),
+    "copy_params_from_model_to_ema": lambda ema, state: ema.copy_params_from_model_to_ema(),
+}
+
+
+@pytest.mark.parametrize("given", [None, Net])
+@pytest.mark.parametrize("write", WRITES)
+def test_backward_through_averages_that_were_written_since_the_forward_raises(write, given):
+    ema = averaged(Net(), ema_model=given)
+    state = copy.deepcopy(ema.state_dict())
+    images = IMAGES.clone().requires_grad_()
+    loss = ema.ema_model(images).sum()
+    WRITES[write](ema, state)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    ema.ema_model(images).sum().backward()
+
+
+def test_backward_through_a_state_that_was_written_since_the_forward_raises():
+    ema = averaged(Net())
+    tensors = {name.removeprefix("ema_model."): value for name, value in ema.state_dict().items()}
+    del tensors["_extra_state"]
+    loss = torch.func.functional_call(Net().eval(), tensors, IMAGES.clone().requires_grad_()).sum()
+    ema.update()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_backward_through_a_cast_copy_has_the_gradients_of_its_forward():
+    """An update writes the average, and the copy in the model's type only at the next use."""
+    model = nn.Linear(3, 1).bfloat16()
+    ema = averaged(model)
+    x = torch.ones(1, 3, dtype=torch.bfloat16, requires_grad=True)
+    shown = ema.ema_model
+    weight, loss = shown.weight.clone(), shown(x).sum()
+    set_weights(model, 9)
+    ema.update()
+    loss.backward()
+    assert torch.equal(x.grad, weight)
+
+
 def test_tied_weights_are_tied_in_it():
     shown = averaged(Tied()).ema_model
     assert shown.embed.weight is shown.out.weight

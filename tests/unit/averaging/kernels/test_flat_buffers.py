@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
-from nitrous_ema.averaging.kernels.flat_buffers import FlatBuffers, memory_order
+from nitrous_ema.averaging.kernels.flat_buffers import FlatBuffers, memory_order, move_versions
 from tests.support.memory_orders import Orders, flat_buffers_of
 from tests.support.models import Net, set_weights
 
@@ -166,3 +169,60 @@ def test_parameter_whose_order_changed_is_permuted(orders):
     (tensor,) = [each for each in group.tensors if each.tracked.name == "last"]
     other = orders.last.detach().contiguous()
     assert torch.equal(memory_order(other, tensor), memory_order(orders.last.detach(), tensor))
+
+
+def test_returned_tensors_have_storages_of_their_own_size_in_the_buffers(orders):
+    flat_buffers = flat_buffers_of(orders, param_or_buffer_names_no_ema=["narrow"])
+    places = [
+        (flat.untyped_storage().data_ptr(), flat.untyped_storage().data_ptr() + flat.untyped_storage().nbytes())
+        for flat in [group.flats[0] for group in flat_buffers.groups] + [g.flat for g in flat_buffers.copy_groups]
+    ]
+    for tracked, value in [*flat_buffers.averages(0), *flat_buffers.copies()]:
+        assert value.untyped_storage().nbytes() == value.nbytes, tracked.name
+        assert value.storage_offset() == 0
+        assert not value.nbytes or any(begin <= value.data_ptr() < end for begin, end in places), tracked.name
+
+
+def test_returned_tensor_holds_its_buffer(orders):
+    flat_buffers = flat_buffers_of(orders)
+    flat_buffers.average(0, "wide").copy_(orders.wide.detach())
+    buffers = [weakref.ref(group.flats[0]) for group in flat_buffers.groups]
+    value = flat_buffers.average(0, "wide")
+    del flat_buffers
+    gc.collect()
+    assert all(buffer() is None for buffer in buffers)
+    _ = [torch.full((3,), torch.nan, dtype=torch.float64) for _ in range(100)]  # would take the memory if it were free
+    assert torch.equal(value, orders.wide.detach())
+
+
+def test_returned_tensor_is_made_once_and_anew_only_where_it_lies_elsewhere(orders):
+    flat_buffers = flat_buffers_of(orders)
+    value = flat_buffers.average(0, "plain")
+    assert flat_buffers.average(0, "plain") is value
+    value.share_memory_()  # as a queue between processes does
+    flat_buffers.fill(0, 0, row_major(orders, flat_buffers)[:12])
+    assert torch.equal(flat_buffers.average(0, "plain"), orders.plain.detach())
+
+
+def test_writes_move_the_version_counters_of_returned_tensors_and_of_their_aliases(orders):
+    flat_buffers = flat_buffers_of(orders)
+    alias = flat_buffers.average(0, "plain").detach()
+    before = alias._version
+    flat_buffers.mark_written()
+    assert alias._version > before
+
+
+@pytest.mark.parametrize("error", [TypeError, RuntimeError])
+def test_version_counters_move_where_torch_takes_one_tensor_at_a_time(error, monkeypatch):
+    """As torch 2.6 does."""
+    of_torch = torch.autograd.graph.increment_version
+
+    def of_one(tensor: torch.Tensor) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            raise error("increment_version expects a Tensor as input")
+        of_torch(tensor)
+
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", of_one)
+    tensors = [torch.zeros(2), torch.zeros(3)]
+    move_versions(tensors)
+    assert [tensor._version for tensor in tensors] == [1, 1]

@@ -175,7 +175,7 @@ def test_profiles_that_move_together_get_the_bits_of_a_lerp_each(dtype, weights)
             assert torch.equal(average, torch.lerp(old, tracked.live().detach().to(old.dtype), weight))
 
 
-def test_averages_that_were_moved_to_shared_memory_are_the_ones_that_move():
+def test_averages_move_where_a_returned_tensor_was_moved_to_shared_memory():
     model = nn.ParameterList([nn.Parameter(torch.zeros(10))])
     flat_buffers = flat_buffers_of(model)
     (group,) = flat_buffers.groups
