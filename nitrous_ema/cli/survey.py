@@ -10,6 +10,7 @@ from typing import Any
 from nitrous_ema.cli.terminal import format_time
 from nitrous_ema.snapshots.header import Lineage
 from nitrous_ema.snapshots.legacy.folder import files_by_step
+from nitrous_ema.snapshots.names import closed_note_name, pin_note_name
 from nitrous_ema.snapshots.snapshot import Listing, Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
 
@@ -50,7 +51,7 @@ def survey(store: SnapshotStore, run: str | None = None) -> dict[str, Any]:
 
 def writing_state(store: SnapshotStore, run: str, own: Sequence[Snapshot]) -> str:
     """Return whether a run may still write: "closed", or its trainer's state (see ``processes.process_state``)."""
-    if (store.root / f"closed-{run}").exists():
+    if store.is_closed(run):
         return "closed"
     return own[-1].trainer_state() if own else "unknown"
 
@@ -119,10 +120,9 @@ def _role(run: str, lineage: Lineage, selected: Lineage) -> str:
 
 def _notes(store: SnapshotStore, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the folder's marker files (pins, closed runs); a marker without its snapshot or run is ``stray``."""
-    existing = {f"closed-{each['run']}" for each in runs}
-    existing |= {f"pin-{snapshot['step']:012d}-{each['run']}" for each in runs for snapshot in each["snapshots"]}
-    names = sorted(path.name for path in store.root.iterdir() if path.name.startswith(("closed-", "pin-")))
-    return [{"path": str(store.root / name), "stray": name not in existing} for name in names]
+    existing = {closed_note_name(each["run"]) for each in runs}
+    existing |= {pin_note_name(snapshot["step"], each["run"]) for each in runs for snapshot in each["snapshots"]}
+    return [{"path": str(note), "stray": note.name not in existing} for note in store.notes()]
 
 
 def _bytes_below(folder: Path) -> int:

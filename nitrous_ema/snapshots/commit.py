@@ -61,7 +61,7 @@ from nitrous_ema.snapshots.filesystem import (
 )
 from nitrous_ema.snapshots.header import Header, Stamp, encode_header, header_bytes
 from nitrous_ema.snapshots.layout import Layout
-from nitrous_ema.snapshots.names import folder_name, rank_file_name
+from nitrous_ema.snapshots.names import closed_note_name, folder_name, rank_file_name
 from nitrous_ema.snapshots.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Committer:
 
     def close_run(self, run: str) -> None:
         """Write the note that a run has ended; see ``SnapshotStore.close_run``."""
-        self.write_note(self.root / f"closed-{run}")
+        self.write_note(self.root / closed_note_name(run))
 
     def write_note(self, note: Path) -> None:
         """Make an empty file in ROOT, durably; its name is its content. A note that exists is left as it is.

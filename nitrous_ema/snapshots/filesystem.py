@@ -5,9 +5,10 @@ calls of a whole run, or let any one of them fail, by overriding a method. Error
 (``OSError`` with its ``errno``). The functions below ``FileSystem`` combine its calls: whole reads and writes from
 partial ones, and fallbacks for file systems that lack a call.
 
-Every write below a snapshot folder goes through this object. Some reads do not: the data of snapshots
-(``snapshots.reading``), old ``.pt`` files, and the sizes that reports show. Results of a search and their temporary
-averages have their own calls.
+Every call that changes a snapshot folder goes through this object, and every write of an output. Modules that only look
+at files make their own calls: ``snapshots.reading``, ``snapshots.legacy``, ``synthesis.outputs.reader`` and the reports
+of ``cli``. ``search`` makes its own calls for results and temporary averages, and ``synthesis.worker.runner`` creates
+the folder of the outputs.
 """
 
 from __future__ import annotations

@@ -76,6 +76,27 @@ def candidate_paths(path: Path) -> tuple[Path, ...]:
     return path, path.parent.with_name(hidden_name(path.parent.name)) / path.name, path
 
 
+def closed_note_name(run: str) -> str:
+    """Return the name of the note that a run writes no more snapshots."""
+    return f"closed-{run}"
+
+
+def pin_note_name(step: int, run: str) -> str:
+    """Return the name of the note that a snapshot is pinned."""
+    return f"pin-{step:012d}-{run}"
+
+
+def parse_pin_note_name(name: str) -> tuple[int, str] | None:
+    """Return step and run of a pin's note, or None for any other name."""
+    known = parse_folder_name(f"step-{name[4:]}")
+    return known if name.startswith("pin-") else None
+
+
+def is_note_name(name: str) -> bool:
+    """Return whether a name is that of a note, also if its step or run is not a snapshot's."""
+    return name.startswith(("closed-", "pin-"))
+
+
 def rank_file_name(rank: int, world_size: int) -> str:
     """Return the name of one rank's file in the folder of a snapshot."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"

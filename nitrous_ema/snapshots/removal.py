@@ -68,7 +68,14 @@ from nitrous_ema.errors import SnapshotError, bug
 from nitrous_ema.snapshots.commit import Committer
 from nitrous_ema.snapshots.disk_space import explained
 from nitrous_ema.snapshots.filesystem import rename_to_new, sync_folder
-from nitrous_ema.snapshots.names import folder_name, hidden_name, parse_folder_name, parse_hidden_name
+from nitrous_ema.snapshots.names import (
+    folder_name,
+    hidden_name,
+    parse_folder_name,
+    parse_hidden_name,
+    parse_pin_note_name,
+    pin_note_name,
+)
 from nitrous_ema.snapshots.snapshot import Snapshot, TemporaryFile
 
 _log = logging.getLogger(__name__)
@@ -118,18 +125,16 @@ class SnapshotRemover:
 
     def pins(self, names: Iterable[str]) -> frozenset[tuple[int, str]]:
         """Return step and run of each pin's note among these names."""
-        known = (parse_folder_name(f"step-{name[4:]}") for name in names if name.startswith("pin-"))
-        return frozenset(filter(None, known))
+        return frozenset(filter(None, map(parse_pin_note_name, names)))
 
     def _note(self, step: int, run: str) -> Path:
-        folder = folder_name(step, run)
         # The run becomes a part of a path: a name with "/" or ".." must not lead out of the folder.
-        if parse_folder_name(folder) is None:
+        if parse_folder_name(folder_name(step, run)) is None:
             raise ValueError(
                 f"step={step!r} and run={run!r}: these are not the step and run of a snapshot. Take both from a "
                 "listing of the folder."
             )
-        return self.root / folder.replace("step-", "pin-", 1)
+        return self.root / pin_note_name(step, run)
 
     # Hiding
 

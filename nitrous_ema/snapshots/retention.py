@@ -42,7 +42,7 @@ from nitrous_ema.posthoc.keep_rules import KeepAll, KeepRule
 from nitrous_ema.snapshots.disk_space import check_disk_space
 from nitrous_ema.snapshots.header import Lineage, Stamp, header_bytes
 from nitrous_ema.snapshots.layout import Layout
-from nitrous_ema.snapshots.names import parse_folder_name
+from nitrous_ema.snapshots.names import closed_note_name, parse_folder_name
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.stats import Ledger
 from nitrous_ema.snapshots.store import SnapshotStore
@@ -232,7 +232,7 @@ def _droppable_history(store: SnapshotStore, lineage: Lineage) -> list[Snapshot]
     finished = [
         position
         for position, (run, left_at) in enumerate(lineage)
-        if left_at is not None and f"closed-{run}" in names and last_step.get(run, 0) > left_at
+        if left_at is not None and closed_note_name(run) in names and last_step.get(run, 0) > left_at
     ]
     # Ancestors of a finished run are shared with it, too.
     bounds = dict(lineage[max(finished, default=-1) + 1 :])

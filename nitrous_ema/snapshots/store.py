@@ -24,9 +24,11 @@ from nitrous_ema.snapshots.filesystem import FileSystem
 from nitrous_ema.snapshots.header import Lineage, Stamp
 from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.names import (
+    closed_note_name,
     exclusion_hint,
     folder_name,
     is_merged_file_name,
+    is_note_name,
     parse_folder_name,
     parse_legacy_file_name,
     parse_rank_file_name,
@@ -265,6 +267,14 @@ class SnapshotStore:
             SnapshotError: The note could not be written.
         """
         self._committer.close_run(run)
+
+    def is_closed(self, run: str) -> bool:
+        """Return whether ``close_run`` was called for a run."""
+        return self.files.exists(self.root / closed_note_name(run))
+
+    def notes(self) -> list[Path]:
+        """Return the notes on runs that are closed and snapshots that are pinned, by name."""
+        return [self.root / name for name in sorted(self._root_names()) if is_note_name(name)]
 
     def free_bytes(self) -> int | None:
         """Return the bytes that may still be written to the folder's disk.

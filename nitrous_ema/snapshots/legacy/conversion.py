@@ -264,7 +264,7 @@ def _existing(new: SnapshotStore, intact: Sequence[LegacySnapshot]) -> tuple[dic
             "Import into a new folder.",
             path=new.root,
         )
-    return existing, new.files.exists(new.root / f"closed-{runs[-1]}")
+    return existing, new.is_closed(runs[-1])
 
 
 def _missing(steps: Sequence[ImportStep], existing: Mapping[int, Snapshot]) -> list[ImportStep]:

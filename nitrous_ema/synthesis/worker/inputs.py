@@ -78,7 +78,7 @@ class StoredSnapshots:
     @property
     def is_closed(self) -> bool:
         """Whether the last run of the lineage has been closed: it will write no more snapshots."""
-        return bool(self.lineage) and self.store.files.exists(self.store.root / f"closed-{self.lineage[-1][0]}")
+        return bool(self.lineage) and self.store.is_closed(self.lineage[-1][0])
 
     def refresh(self, run: str | None = None) -> None:
         """List the lineage again, or the lineage of another run if ``run`` is passed.

@@ -247,6 +247,15 @@ def test_foreign_notes_are_passed_over(store):
     assert store.pins() == frozenset()
 
 
+def test_notes_of_closed_runs_and_pins_are_listed(store):
+    assert not store.is_closed(A)
+    store.close_run(A)
+    store.pin(20, A)
+    (store.root / "pinned").touch()
+    assert store.is_closed(A)
+    assert [note.name for note in store.notes()] == [f"closed-{A}", f"pin-000000000020-{A}"]
+
+
 def test_failure_to_pin_is_raised(store):
     for pin in (lambda store: store.pin(20, A), lambda store: store.unpin(20, A)):
         other, _ = watched(store, Failing({("fsync_folder", 0): errno.EIO}))
