@@ -1,4 +1,7 @@
-"""The step of copied tensors: an update stores their present values. Also ``copy_each``, a copy of many tensors."""
+"""The step of copied tensors: an update stores their present values.
+
+``copy_each`` copies many tensors. ``aligned`` is the layout of scratch memory, for this step and the other ones.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from torch import Tensor
 
 from nitrous_ema.averaging.kernels.flat_buffers import CopiedGroup
 
-_ALIGNED_BYTES = 16
+ALIGNED_BYTES = 16
+"""Stashed tensors begin at multiples of this in scratch memory, whatever their types."""
 
 
 class CopiedTensorsStep:
@@ -25,7 +29,7 @@ class CopiedTensorsStep:
         self._stored = group.values()
         self.batches = ((0, group.flat.numel()),)
         sizes = [math.prod(value.shape) * value.dtype.itemsize for value in self._stored]
-        self._begins = list(accumulate((-(-size // _ALIGNED_BYTES) * _ALIGNED_BYTES for size in sizes), initial=0))
+        self._begins = list(accumulate(map(aligned, sizes), initial=0))
 
     def sources(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors of this group as they are now."""
@@ -51,6 +55,11 @@ class CopiedTensorsStep:
     def run_stashed(self, stashed: list[Tensor], weights: Sequence[float]) -> None:
         """Store the stashed values."""
         self.run(stashed, weights)
+
+
+def aligned(num_bytes: int) -> int:
+    """Return a number of bytes rounded up to a multiple of ``ALIGNED_BYTES``."""
+    return -(-num_bytes // ALIGNED_BYTES) * ALIGNED_BYTES
 
 
 # Types that one foreach copy takes on every device. CUDA's takes no uint16, uint32 and uint64 (ATen/native/cuda/

@@ -29,12 +29,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nitrous_ema.averaging.kernels.copied_step import copy_each
+from nitrous_ema.averaging.kernels.copied_step import aligned, copy_each
 from nitrous_ema.averaging.kernels.flat_buffers import Group, memory_order
 
 _BATCH_ELEMENTS_CPU = 1 << 20  # 2^18 takes 5 to 15 % longer, 2^16 20 %; larger batches are not faster
 _BATCH_ELEMENTS_ACCELERATOR = 1 << 23
-_ALIGNED_BYTES = 16
 _SMALL_ELEMENTS_CPU = 1 << 14  # gathered with its neighbours; limits of 2^12 to 2^18 were equally fast
 _GATHERED_AT_LEAST = 4  # fewer neighbours are averaged one by one: a ``cat`` takes as long as two small lerps
 
@@ -183,7 +182,7 @@ class ForeachStep:
 
     def stash_bytes(self, batch: int) -> int:
         """See ``AveragingStep``."""
-        return sum(_aligned(self._piece_bytes(piece)) for piece in self._batches[batch].pieces)
+        return sum(aligned(self._piece_bytes(piece)) for piece in self._batches[batch].pieces)
 
     def stash(self, sources: Sources, batch: int, scratch: Tensor) -> _ForeachStash:
         """Copy the parameters of a batch; see ``AveragingStep``."""
@@ -191,7 +190,7 @@ class ForeachStep:
         for piece in self._batches[batch].pieces:
             end = begin + self._piece_bytes(piece)
             views.append(scratch[begin:end].view(_real(self._group.tensors[piece.tensor].tracked.dtype)))
-            begin += _aligned(end - begin)
+            begin += aligned(end - begin)
         for view, flat in zip(views, self._read(sources, batch, {}), strict=True):
             view.copy_(flat, non_blocking=True)
         return _ForeachStash(batch, views)
@@ -308,7 +307,3 @@ def are_same(tensors: Sequence[Tensor], others: Sequence[Tensor | None]) -> bool
 def _real(dtype: torch.dtype) -> torch.dtype:
     """Return the type of a tensor's elements as they are averaged: complex numbers are pairs of float32."""
     return torch.float32 if dtype.is_complex else dtype
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNED_BYTES) * _ALIGNED_BYTES

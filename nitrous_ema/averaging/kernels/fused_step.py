@@ -33,12 +33,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nitrous_ema.averaging.kernels.copied_step import ALIGNED_BYTES, aligned
 from nitrous_ema.averaging.kernels.flat_buffers import Group, memory_order
 from nitrous_ema.averaging.kernels.foreach_step import AveragingStep, ForeachStep, are_same
 from nitrous_ema.errors import warn
 
 _BATCH_ELEMENTS = 1 << 23
-_ALIGNED_BYTES = 16
 _OLDEST_CAPABILITY = (8, 0)  # the oldest that Triton's README lists; bfloat16 needs it too
 
 
@@ -131,7 +131,7 @@ class FusedStep:
     def stash_bytes(self, batch: int) -> int:
         """Return the bytes of scratch that ``stash`` needs; see ``AveragingStep``."""
         launch = self._launches[batch]
-        return self._plain.stash_bytes(batch) + _ALIGNED_BYTES * (launch.last_tensor - launch.first_tensor)
+        return self._plain.stash_bytes(batch) + ALIGNED_BYTES * (launch.last_tensor - launch.first_tensor)
 
     def stash(self, sources: Any, batch: int, scratch: Tensor) -> Any:
         """Copy the parameters of a batch; see ``AveragingStep``."""
@@ -144,7 +144,7 @@ class FusedStep:
             flat = memory_order(sources.tensors[index].detach(), like)
             begin, end = max(like.begin, low), max(min(like.end, high), low)
             # The stash is aligned as the average is, so that the kernel can read it in wide accesses.
-            place = _aligned(place) + begin * flat.itemsize % _ALIGNED_BYTES
+            place = aligned(place) + begin * flat.itemsize % ALIGNED_BYTES
             views.append(scratch[place : place + (end - begin) * flat.itemsize].view(flat.dtype))
             read.append(flat[begin - like.begin : end - like.begin])
             rows.append(self._kernel.row(views[-1], begin, end))
@@ -215,7 +215,7 @@ def _is_candidate(group: Group) -> bool:
     """Return whether the kernel may work for a group, without importing Triton."""
     return (
         group.numel > 0
-        and all(type(flat) is Tensor and flat.data_ptr() % _ALIGNED_BYTES == 0 for flat in group.flats)
+        and all(type(flat) is Tensor and flat.data_ptr() % ALIGNED_BYTES == 0 for flat in group.flats)
         and triton_backend(group.flats[0].device) is not None
         and importlib.util.find_spec("triton") is not None
     )
@@ -247,7 +247,3 @@ def _current(device: torch.device) -> Iterator[Any]:
     module = torch.get_device_module(device)
     with nullcontext() if device.type == "cpu" else module.device(device):
         yield module.current_stream()
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
