@@ -79,8 +79,7 @@ def sigma_rel_to_gamma(sigma_rel: float | Sequence[float] | NDArray[Any]) -> flo
         Karras et al. 2023, arXiv:2312.02696, Eq. 124-126 and Algorithm 2: the largest root of
         ``(gamma + 2)**2 (gamma + 3) = (gamma + 1) / sigma_rel**2``.
     """
-    remedy = f"Give a length as a fraction of the training time, e.g. 0.05; {SIGMA_REL_LIMIT:.4f} is the plain mean."
-    sigma = numbers_between("sigma_rel", sigma_rel, 0.0, SIGMA_REL_LIMIT, remedy=remedy)
+    sigma = checked_lengths("sigma_rel", sigma_rel)
     # Solved for root = gamma * sigma, because gamma**3 overflows for tiny lengths. The cubic is convex on [root, 1] and
     # positive at 1, so Newton's method descends from 1 to the largest root and never passes it.
     linear, constant = 16 * sigma**2 - 1, (12 * sigma**2 - 1) * sigma
@@ -203,6 +202,12 @@ def exponents(thing: str, values: ArrayLike) -> FloatArray:
         "sigma_rel_to_gamma gives exponents above 0."
     )
     return numbers_between(thing, values, -0.5, EXPONENT_LIMIT, remedy=remedy)
+
+
+def checked_lengths(thing: str, values: ArrayLike) -> FloatArray:
+    """Return ``values`` as lengths in float64; raise ValueError for a length outside (0, 12 ** -0.5)."""
+    remedy = f"Give a length as a fraction of the training time, e.g. 0.05; {SIGMA_REL_LIMIT:.4f} is the plain mean."
+    return numbers_between(thing, values, 0.0, SIGMA_REL_LIMIT, remedy=remedy)
 
 
 def _log_decay(gamma: float, t_now: float, t_delta: float) -> float:

@@ -84,7 +84,7 @@ def _run(config: WorkerConfig) -> int:
     with exit_status.usage_errors():
         names = OutputNames(config.out, config.format)
         part = config.part or part_of_process(os.environ)
-        lengths = lengths_of(config.gammas, config.sigma_rels)
+        lengths = lengths_of(config.gammas, config.sigma_rels, ("--gamma", "--sigma-rel"))
         inputs = open_inputs(config)
         _check_parts(config, part)
     if part.parts > 1:

@@ -25,7 +25,7 @@ from nitrous_ema.averaging.execution.write_guard import ReadMode
 from nitrous_ema.averaging.model.tracking import TrackingPolicy
 from nitrous_ema.averaging.schedule import StepSizeCorrection
 from nitrous_ema.posthoc.keep_rules import Keep, KeepRule, keep_rule
-from nitrous_ema.profile import gamma_to_sigma_rel, sigma_rel_to_gamma
+from nitrous_ema.profile import checked_lengths, gamma_to_sigma_rel, sigma_rel_to_gamma
 
 DEFAULT_SIGMA_RELS = (0.05, 0.10)
 
@@ -191,6 +191,7 @@ def resolve_profiles(
             "Both sigma_rels and gammas are given; they are two names for the same profiles. Pass only one of them."
         )
     lengths = _numbers("sigma_rels", default if sigma_rels is None else sigma_rels) if gammas is None else ()
+    checked_lengths("sigma_rels", lengths)
     exponents = _numbers("gammas", gammas) if gammas is not None else tuple(map(sigma_rel_to_gamma, lengths))
     if not exponents:
         raise ValueError("Neither sigma_rels nor gammas is given. Pass the profiles to track, e.g. (0.05, 0.10).")

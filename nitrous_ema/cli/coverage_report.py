@@ -99,7 +99,8 @@ def predictions(
         ValueError: A length or the tolerance is outside its domain.
         SnapshotNotFound: A target step has no snapshot.
     """
-    lengths_of(request.gammas, request.sigma_rels)  # raises for wrong lengths before the folder is read
+    # Raises for wrong lengths before the folder is read.
+    lengths_of(request.gammas, request.sigma_rels, ("--gamma", "--sigma-rel"))
     plan_options: dict[str, Any] = {
         "sigma_rels": request.sigma_rels,
         "gammas": request.gammas,

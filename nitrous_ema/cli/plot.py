@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from nitrous_ema._base import exit_status
 from nitrous_ema.cli.terminal import log
 from nitrous_ema.errors import SnapshotNotFound
+from nitrous_ema.profile import checked_lengths
 from nitrous_ema.search.plot import new_figure, plot_profiles, plot_sweep, plot_sweep_steps, plot_weights
 from nitrous_ema.search.results import read_table
 from nitrous_ema.synthesis import DEFAULT_TOLERANCE, plan_from_store
@@ -94,6 +95,7 @@ def _profiles(config: PlotConfig) -> tuple[Figure, Sequence[str]]:
     """Return a figure of the profiles and weights of a synthesis, and the warnings on them."""
     if config.sigma_rels is None:
         raise ValueError(f"{config.source} is a snapshot folder; pass --sigma-rel with the lengths to draw.")
+    checked_lengths("--sigma-rel", config.sigma_rels)
     plan = plan_from_store(
         config.source,
         sigma_rels=config.sigma_rels,

@@ -17,7 +17,14 @@ import numpy as np
 from nitrous_ema._base.arguments import format_bytes, parse_bytes, pluralize
 from nitrous_ema.posthoc.drop_losses import DropLosses
 from nitrous_ema.posthoc.interval_cost import IntervalCost
-from nitrous_ema.profile import FloatArray, exponents, gamma_to_sigma_rel, numbers_between, sigma_rel_to_gamma
+from nitrous_ema.profile import (
+    FloatArray,
+    checked_lengths,
+    exponents,
+    gamma_to_sigma_rel,
+    numbers_between,
+    sigma_rel_to_gamma,
+)
 
 __all__ = ["Keep", "KeepAll", "KeepBytes", "KeepCount", "KeepGeometric", "KeepRule", "keep_rule", "wanted_lengths"]
 
@@ -160,7 +167,7 @@ class KeepCount:
     def __post_init__(self) -> None:
         if not isinstance(self.count, int) or isinstance(self.count, bool) or self.count < 2:
             raise ValueError(
-                f"keep= has the count {self.count!r}; expected at least 2: the newest snapshot and another."
+                f"keep is {self.count!r}; expected a whole number of at least 2: the newest snapshot and another."
             )
         _check_loss(self.sigma_rels, self.exponent)
 
@@ -258,7 +265,7 @@ def wanted_lengths(gammas: FloatArray, sigma_rels: tuple[float, float] | None) -
             ) from error
         if low > high:
             raise ValueError(f"sigma_rels is {sigma_rels!r}; expected the shortest length first, then the longest.")
-    sigma_rel_to_gamma((low, high))  # raises ValueError for lengths out of range
+    checked_lengths("sigma_rels", (low, high))
     return np.unique(np.geomspace(low, high, _LENGTHS)) if low < high else np.array([low])
 
 

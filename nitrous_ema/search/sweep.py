@@ -28,7 +28,7 @@ from nitrous_ema._base.arguments import check_sequence
 from nitrous_ema._base.dtypes import dtype_code
 from nitrous_ema.averaging.load_average import load_average
 from nitrous_ema.errors import EvaluationError
-from nitrous_ema.profile import sigma_rel_to_gamma
+from nitrous_ema.profile import checked_lengths
 from nitrous_ema.search.refinement import next_length
 from nitrous_ema.search.results import ResultsFile
 from nitrous_ema.search.table import Row, SweepTable
@@ -421,7 +421,7 @@ def _checked_lengths(sigma_rels: Sequence[float]) -> list[float]:
     lengths = list(sigma_rels)
     if not lengths:
         raise ValueError("sigma_rels is empty; pass at least one length.")
-    sigma_rel_to_gamma(lengths)  # raises for a number outside the domain
+    checked_lengths("sigma_rels", lengths)
     return sorted({float(each) for each in lengths})
 
 

@@ -185,7 +185,7 @@ def test_invalid_time_since_the_last_update_is_named(t_now, t_delta):
 def test_exponents_above_the_limit_are_refused():
     """sigma_rel 1e-300 is a valid length, but its integration needs too many nodes."""
     with pytest.raises(
-        ValueError, match=r"gamma_b has 1e\+300; expected numbers greater than -0.5 and less than 1e\+12"
+        ValueError, match=r"gamma_b is 1e\+300; expected numbers greater than -0.5 and less than 1e\+12"
     ):
         correlation(1.0, 7.0, 1.0, 1e300)
     assert sigma_rel_to_gamma(1e-300) == pytest.approx(1e300)
@@ -193,5 +193,5 @@ def test_exponents_above_the_limit_are_refused():
 
 @pytest.mark.parametrize(("arguments", "thing"), [((0, 1, 1, 1), "t_a"), ((1, -0.5, 1, 1), "gamma_a")])
 def test_correlation_names_the_invalid_argument(arguments, thing):
-    with pytest.raises(ValueError, match=f"{thing} has .*expected"):
+    with pytest.raises(ValueError, match=f"{thing} is .*expected"):
         correlation(*arguments)

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nitrous_ema._base.dtypes import CODES, DTYPE_BYTES, STORED_DTYPES
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
-from nitrous_ema.profile import sigma_rel_to_gamma
+from nitrous_ema.profile import checked_lengths, sigma_rel_to_gamma
 from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.disk_space import explained
 from nitrous_ema.snapshots.filesystem import open_regular
@@ -79,6 +79,7 @@ class LegacyFolder:
                 f"{'neither' if gammas is None else 'both'} of them."
             )
         self.root = Path(root)
+        checked_lengths("sigma_rels", list(sigma_rels or ()))
         self.gammas = tuple(float(each) for each in gammas or ()) or tuple(
             float(sigma_rel_to_gamma(each)) for each in sigma_rels or ()
         )

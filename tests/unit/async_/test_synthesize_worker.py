@@ -220,7 +220,7 @@ def main(capsys, *arguments):
     [
         ([], "required"),
         (["--sigma-rel", "0.1"], "--out"),
-        (["--sigma-rel", "0.5", "--out", "OUT"], "sigma_rel is 0.5"),
+        (["--sigma-rel", "0.5", "--out", "OUT"], "--sigma-rel has 0.5"),
         (["--sigma-rel", "0.1,x", "--out", "OUT"], "'x' is not a number"),
         (["--sigma-rel", "0.1", "--gamma", "3", "--out", "OUT"], "not allowed with"),
         (["--sigma-rel", "0.1", "--out", "OUT", "--dtype", "int8"], "invalid choice"),
@@ -406,7 +406,7 @@ def test_failure_of_a_launched_job_is_an_exception(folder, tmp_path):
         missing.result(timeout=TIMEOUT)
     assert e.value.exit_code == 3
     assert "nearest" in e.value.stderr
-    with pytest.raises(ValueError, match=r"sigma_rel is 0\.9"):
+    with pytest.raises(ValueError, match=r"--sigma-rel has 0\.9"):
         wrong.result(timeout=TIMEOUT)
     with pytest.raises(ValueError, match="exactly one of sigma_rels and gammas; got neither"):
         launch(folder, out=tmp_path)

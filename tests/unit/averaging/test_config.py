@@ -46,7 +46,7 @@ def test_lengths_may_come_in_any_sequence(lengths):
 
 @pytest.mark.parametrize("sigma_rel", [0.0, -0.05, 12**-0.5, 0.3, math.nan, math.inf])
 def test_length_outside_its_domain_is_refused(sigma_rel):
-    with pytest.raises(ValueError, match=r"sigma_rel is .*; expected numbers greater than 0 and less than 0.2886"):
+    with pytest.raises(ValueError, match=r"sigma_rels has .*; expected numbers greater than 0 and less than 0.2886"):
         EMAConfig(sigma_rels=(0.05, sigma_rel))
 
 
@@ -108,7 +108,7 @@ def test_keep_accepts_abbreviations_of_rules(keep, rule):
 
 @pytest.mark.parametrize("keep", [0, "none", "32"])
 def test_odd_numbers_to_keep_are_refused(keep):
-    with pytest.raises(ValueError, match=r"keep is|keep= has the count 0"):
+    with pytest.raises(ValueError, match="keep is"):
         EMAConfig(keep=keep)
 
 

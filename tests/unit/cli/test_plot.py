@@ -68,7 +68,7 @@ def test_length_that_the_snapshots_do_not_support_is_reported(folder, tmp_path, 
     ("of", "options", "status", "message"),
     [
         ("snapshots", [], 2, "--sigma-rel"),
-        ("snapshots", ["--sigma-rel", "0.5"], 2, "sigma_rel is 0.5"),
+        ("snapshots", ["--sigma-rel", "0.5"], 2, "--sigma-rel has 0.5"),
         ("snapshots", ["--sigma-rel", "0.1", "--step", "30"], 3, "nearest steps there: 20 and 40"),
         ("sweep.jsonl", ["--sigma-rel", "0.1"], 2, "--sigma-rel applies to snapshot folders"),
         ("sweep.jsonl", ["--step", "200"], 2, "--step applies to snapshot folders"),

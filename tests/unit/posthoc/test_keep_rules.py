@@ -157,10 +157,10 @@ def test_other_types_are_refused(keep):
     ("make", "message"),
     [
         (lambda: KeepGeometric(1.0), "ratio is 1.0; expected numbers greater than 1"),
-        (lambda: KeepCount(1), "keep= has the count 1; expected at least 2"),
-        (lambda: KeepCount(2.5), "keep= has the count 2.5; expected at least 2"),
+        (lambda: KeepCount(1), "keep is 1; expected a whole number of at least 2"),
+        (lambda: KeepCount(2.5), "keep is 2.5; expected a whole number of at least 2"),
         (lambda: KeepCount(4, sigma_rels=(0.2, 0.1)), "expected the shortest length first"),
-        (lambda: KeepBytes(400, sigma_rels=(0.2, 0.4)), "sigma_rel has 0.4"),
+        (lambda: KeepBytes(400, sigma_rels=(0.2, 0.4)), "sigma_rels has 0.4"),
         (lambda: KeepCount(4, exponent=0), "exponent is 0.0"),
         (lambda: KeepBytes("many"), "is not an amount of bytes"),
         (lambda: KeepBytes(0), "budget is 0; expected more than 0 bytes"),

@@ -193,7 +193,7 @@ def test_lengths_are_given_one_way(tmp_path, lengths):
 
 
 def test_length_outside_its_domain_is_refused_before_the_folder_is_read(tmp_path):
-    with pytest.raises(ValueError, match=r"sigma_rel is 0\.3"):
+    with pytest.raises(ValueError, match=r"sigma_rels has 0\.3"):
         plan_from_store(tmp_path / "nowhere", sigma_rels=[0.3])
 
 
