@@ -161,16 +161,19 @@ def _count(snapshots: Sequence[Snapshot], target: PruneTarget, fixed: Collection
     if target.budget_bytes is None:
         count = len(snapshots) if target.keep is None else target.keep
         given = f"--keep {count}"
+        remedy = f"Pass --keep {len(fixed)} or more"
     else:
         # By the largest snapshot, so that the budget holds whichever ones are chosen.
-        count = target.budget_bytes // max(each.bytes for each in snapshots)
+        largest = max(each.bytes for each in snapshots)
+        count = target.budget_bytes // largest
+        remedy = f"Pass --budget {len(fixed) * largest} or more"
         given = f"--budget {target.budget_bytes:,} bytes (space for {pluralize(count, 'snapshot')})"
     if count < len(fixed):
         pinned = f" and the {pluralize(len(fixed) - 1, 'pinned snapshot')}" if len(fixed) > 1 else ""
         needed = sum(each.bytes for each in snapshots if each.step in fixed)
         raise ValueError(
             f"{given} is too small: the newest snapshot{pinned} must be kept ({needed:,} bytes). "
-            f"Keep at least {len(fixed)}{', or unpin some' if len(fixed) > 1 else ''}."
+            f"{remedy}{', or unpin snapshots' if len(fixed) > 1 else ''}."
         )
     return count
 

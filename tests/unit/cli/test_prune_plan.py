@@ -88,10 +88,17 @@ def test_budget_is_a_number_of_the_largest_snapshots(written):
         assert found.described()["bytes_after"] <= budget
 
 
-@pytest.mark.parametrize("target", [PruneTarget(keep=2), PruneTarget(budget_bytes=9_999)])
-def test_fewer_than_the_newest_and_the_pinned_snapshots_are_refused(written, target):
-    with pytest.raises(ValueError, match=r"is too small: the newest snapshot and the 2 pinned snapshots must be kept"):
-        plan_pruning(written(), [20, 40], target)
+def test_fewer_than_the_newest_and_the_pinned_snapshots_are_refused(written):
+    snapshots = written()
+    least = 3 * max(each.bytes for each in snapshots)
+    for target, remedy in (
+        (PruneTarget(keep=2), "Pass --keep 3 or more, or unpin snapshots."),
+        (PruneTarget(budget_bytes=least - 1), f"Pass --budget {least} or more, or unpin snapshots."),
+    ):
+        with pytest.raises(ValueError, match=r"the newest snapshot and the 2 pinned snapshots must be kept") as error:
+            plan_pruning(snapshots, [20, 40], target)
+        assert str(error.value).endswith(remedy)
+    assert len(plan_pruning(snapshots, [20, 40], PruneTarget(budget_bytes=least)).kept) == 3
 
 
 def test_snapshots_of_one_time_are_one_unless_pinned(written):
