@@ -137,5 +137,7 @@ def damaged(path: Path, reason: str, *, chunk: int | None = None) -> SnapshotDam
 
 
 def exclusion_hint(step: int) -> str:
-    """Return the sentence of a message that names the options which exclude a snapshot."""
-    return f"Exclude this snapshot with exclude=[{step}] (on the command line: --exclude {step})."
+    """Return the sentence of a message that names the options which exclude a snapshot, and commands that have them."""
+    return (
+        f"Exclude this snapshot with exclude=[{step}] (on the command line: --exclude {step} of synthesize or prune)."
+    )

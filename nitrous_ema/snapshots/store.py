@@ -129,11 +129,11 @@ class SnapshotStore:
                 return snapshot
         nearest = self._nearest(step, members)
         if step is None:
-            what = "holds no snapshot to read" + ("" if folders else self._legacy_hint())
+            what = "holds no snapshot to read" + ("" if folders else self._legacy_hint() or ". Check the path")
         else:
             elsewhere = [other for other in sorted(folders) if step in folders[other] and other not in dict(lineage)]
             other_runs = f"; run {', '.join(elsewhere)} has that step (choose with run=)" if elsewhere else ""
-            steps = " and ".join(map(str, nearest)) if nearest else "none"
+            steps = f"{' and '.join(map(str, nearest))} (choose with step=)" if nearest else "none"
             of_run = f" of run {lineage[-1][0]}" if lineage else ""
             what = f"has no snapshot of step {step}{of_run}; nearest steps there: {steps}{other_runs}"
         excluded = f". Excluded steps: {sorted(exclude)}" if exclude else ""
@@ -453,9 +453,9 @@ class SnapshotStore:
                 raise last
         if run is None:
             return ()
-        existing = ", ".join(self.runs()) or "none"
+        existing = f"{', '.join(runs)}. Choose one with run=." if (runs := self.runs()) else "none. Check the path."
         raise SnapshotNotFound(
-            f"{self.root} has no snapshot of run {run}; runs there: {existing}.", path=self.root, nearest=()
+            f"{self.root} has no snapshot of run {run}; runs there: {existing}", path=self.root, nearest=()
         )
 
     def _nearest(self, step: int | None, members: list[tuple[int, Path]]) -> tuple[int, ...]:

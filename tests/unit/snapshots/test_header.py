@@ -361,7 +361,7 @@ def test_feature_of_a_newer_version_is_refused_by_name(requires, message):
     assert (caught.value.path, caught.value.step) == (PATH, 1000)
     assert caught.value.requires == tuple(json.loads(json.loads(requires)))
     assert "damaged" not in str(caught.value)
-    assert str(caught.value).endswith("exclude=[1000] (on the command line: --exclude 1000).")
+    assert str(caught.value).endswith("exclude=[1000] (on the command line: --exclude 1000 of synthesize or prune).")
 
 
 def test_newer_format_version_is_refused_by_name():

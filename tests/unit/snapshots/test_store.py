@@ -40,10 +40,10 @@ def test_missing_folder_is_an_error(tmp_path):
 
 def test_empty_folder_has_no_snapshots(store):
     assert (store.runs(), store.snapshots(), store.unrelated_runs(), store.incomplete(), store.verify()) == ([],) * 5
-    with pytest.raises(SnapshotNotFound, match="holds no snapshot to read") as caught:
+    with pytest.raises(SnapshotNotFound, match=r"holds no snapshot to read\. Check the path\.$") as caught:
         store.get()
     assert caught.value.nearest == ()
-    with pytest.raises(SnapshotNotFound, match=f"no snapshot of run {A}; runs there: none"):
+    with pytest.raises(SnapshotNotFound, match=rf"no snapshot of run {A}; runs there: none\. Check the path\.$"):
         store.get(run=A)
 
 
@@ -133,7 +133,9 @@ def test_abandoned_future_is_not_mixed_in(store):
     for step in (10, 20, 30):
         commit(store, step, A)
     commit(store, 25, B, ((A, 20), (B, None)))
-    with pytest.raises(SnapshotNotFound, match=r"no snapshot of step 30.*nearest steps there: 25") as caught:
+    with pytest.raises(
+        SnapshotNotFound, match=r"no snapshot of step 30.*nearest steps there: 25 \(choose with step=\)"
+    ) as caught:
         store.get(30)
     assert caught.value.nearest == (25,)
 
@@ -165,7 +167,9 @@ def test_unrelated_newer_run_is_the_one_that_is_read(store):
     assert store.get(10, run=A).run == A
     with pytest.raises(SnapshotNotFound, match=f"run {A} has that step"):
         store.get(10)
-    with pytest.raises(SnapshotNotFound, match=f"no snapshot of run {C}; runs there: {A}, {B}"):
+    with pytest.raises(
+        SnapshotNotFound, match=rf"no snapshot of run {C}; runs there: {A}, {B}\. Choose one with run=\.$"
+    ):
         store.snapshots(C)
 
 
