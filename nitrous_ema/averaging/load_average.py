@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
     from nitrous_ema.synthesis.outputs.reader import SafetensorsFile, ShardedFile, TorchFile
 
+_REMEDY = (
+    "Load it into the architecture that was trained, or with strict=False to load only the tensors that both have."
+)
+
 
 def load_average(model: torch.nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> dict[str, str]:
     """Copy a synthesized average into a model, in place, cast to the model's types.
@@ -56,16 +60,34 @@ def load_average(model: torch.nn.Module, path: str | os.PathLike[str], *, strict
 
 
 def load_tensors(
-    tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], *, strict: bool = True
+    tensors: Mapping[str, torch.Tensor],
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    subject: str | None = None,
+    remedy: str = _REMEDY,
 ) -> dict[str, str]:
-    """Copy a synthesized average into tensors, in place: ``load_average`` for tensors by name, of any types."""
+    """Copy a synthesized average into tensors, in place: ``load_average`` for tensors by name, of any types.
+
+    Args:
+        tensors: The tensors by name.
+        path: The file.
+        strict: As in ``load_average``.
+        subject: What the message of a SnapshotMismatch calls the average; by default the path.
+        remedy: The last sentence of this message.
+    """
     from nitrous_ema.averaging.execution.write_guard import fence_all
     from nitrous_ema.averaging.model.tracking import writable_view, write
 
     path = Path(path)
     average = open_average(path)
     tensors = _named_as_in_file(average, tensors)
-    _check(path, average, tensors, strict=strict)
+    problems = _problems(path, average, tensors, strict=strict)
+    if problems:
+        raise SnapshotMismatch(
+            f"{subject or path} does not fit the model; {'; '.join(problems[:5])}. Nothing was loaded. {remedy}",
+            path=path,
+        )
     fence_all(list(tensors.values()))  # an EMA in the background may still read these tensors
     for key, tensor in tensors.items():
         if key in average.described:
@@ -88,27 +110,21 @@ def _named_as_in_file(
     return {in_file[plain]: tensors[key] for key, plain in in_model.items()}
 
 
-def _check(
+def _problems(
     path: Path,
     average: TorchFile | SafetensorsFile | ShardedFile,
     tensors: Mapping[str, torch.Tensor],
     *,
     strict: bool,
-) -> None:
-    """Raise SnapshotMismatch for a file that does not fit the tensors, with the first five reasons."""
+) -> list[str]:
+    """Return why a file does not fit the tensors; an empty list if it does. Raises SnapshotMismatch for a snapshot."""
     if "layout_sha256" in average.metadata:
         raise SnapshotMismatch(
             f"{path} is a snapshot, not a synthesized average. Synthesize an average with "
             "`python -m nitrous_ema.async_.synthesize_worker` and load that.",
             path=path,
         )
-    problems = [*_name_problems(average, tensors, strict=strict), *_tensor_problems(average, tensors)]
-    if problems:
-        raise SnapshotMismatch(
-            f"{path} does not fit the model; {'; '.join(problems[:5])}. Nothing was loaded. Load it into the "
-            "architecture that was trained, or with strict=False to load only the tensors that both have.",
-            path=path,
-        )
+    return [*_name_problems(average, tensors, strict=strict), *_tensor_problems(average, tensors)]
 
 
 def _name_problems(

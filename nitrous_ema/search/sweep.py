@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from nitrous_ema._base.arguments import check_sequence
 from nitrous_ema._base.dtypes import dtype_code
-from nitrous_ema.averaging.load_average import load_average
+from nitrous_ema.averaging.load_average import load_tensors
 from nitrous_ema.errors import EvaluationError
 from nitrous_ema.profile import checked_lengths
 from nitrous_ema.search.refinement import next_length
@@ -364,7 +364,7 @@ class _SweepSearch:
     def _evaluate_one(self, plan: Plan, index: int, path: Path) -> None:
         """Evaluate one average and record the result."""
         length = plan.sigma_rels[index]
-        subject = self._load(path)
+        subject = self._load(path, length)
         began = time.monotonic()
         value = self._value(subject, length)
         row = Row(
@@ -391,10 +391,19 @@ class _SweepSearch:
         if self.told is not None:
             self.told(row)
 
-    def _load(self, path: Path) -> torch.nn.Module | dict[str, torch.Tensor]:
+    def _load(self, path: Path, length: float) -> torch.nn.Module | dict[str, torch.Tensor]:
         if self.model is None:
             return read_average(path)
-        load_average(self.model, path)
+        from nitrous_ema.averaging.model.tracking import canonical_tensors, check_module
+
+        check_module(self.model)
+        load_tensors(
+            canonical_tensors(self.model),
+            path,
+            # Not the path: the file may be a temporary one, which is removed when this is read.
+            subject=f"The average of sigma_rel {length:g} at step {self.step}",
+            remedy="Pass as model= the architecture that was trained.",
+        )
         return self.model
 
     def _value(self, subject: torch.nn.Module | dict[str, torch.Tensor], length: float) -> float:
