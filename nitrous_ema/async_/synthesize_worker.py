@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: WorkerConfig) -> int:
-    from nitrous_ema.synthesis.plan import lengths_of
+    from nitrous_ema.synthesis.requested_lengths import lengths_of
     from nitrous_ema.synthesis.worker.inputs import open_inputs
     from nitrous_ema.synthesis.worker.runner import SynthesisRunner
 

@@ -25,7 +25,8 @@ from nitrous_ema.snapshots.legacy.folder import LegacyFolder
 from nitrous_ema.snapshots.readable_snapshot import SnapshotView
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
-from nitrous_ema.synthesis.plan import Plan, lengths_of, plan_at, plan_synthesis
+from nitrous_ema.synthesis.plan import Plan, plan_at, plan_synthesis
+from nitrous_ema.synthesis.requested_lengths import lengths_of
 
 _LIMITS = (0.01, 0.05)
 _ROUNDING = 1e-3  # of a weight: the limit above which the synthesis report warns

@@ -7,6 +7,8 @@ snapshot times, and its squared error is the sum over the intervals. The cost is
 
 The code goes from the outside in: ``solve_weights`` is the public function, ``LeastSquaresProblem`` the checked input,
 ``TargetTime`` the fits that all outputs of one time share, and ``solve`` combines the fits into weights and errors.
+
+Longer than 300 lines because the weights, their normalization and the solve around gaps are one derivation.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nitrous_ema._base.arguments import pluralize
-from nitrous_ema.posthoc.keep_rules import wanted_lengths
 from nitrous_ema.posthoc.selection import Solver
 from nitrous_ema.posthoc.shortest_paths import Places
 from nitrous_ema.posthoc.subset_search import fewest_times, least_error_times
+from nitrous_ema.posthoc.wanted_lengths import wanted_lengths
 from nitrous_ema.profile import FloatArray, exponents, numbers_between, sigma_rel_to_gamma
 
 __all__ = ["Retention", "count_within", "retain"]

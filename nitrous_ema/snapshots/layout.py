@@ -6,6 +6,8 @@ size. All snapshots of a run share one layout, and only snapshots with equal ten
 
 Layouts are also built from headers of untrusted files. Each constructor therefore checks types, ranges and sizes before
 anything is computed from them, so that a decoded layout needs no second check.
+
+Longer than 300 lines because every field is checked where it is defined.
 """
 
 from __future__ import annotations

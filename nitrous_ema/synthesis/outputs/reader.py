@@ -3,6 +3,8 @@
 ``open_average`` checks a file without reading its tensors. It returns one of three classes with the same attributes:
 ``metadata``, ``skipped``, ``described`` (type and shape of each tensor) and ``read(key)``. A file may be damaged or
 hostile, so every size in a header is checked against the file before memory is allocated for it.
+
+Longer than 300 lines because the three kinds of files share their checks and their errors.
 """
 
 from __future__ import annotations
