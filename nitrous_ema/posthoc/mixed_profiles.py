@@ -8,7 +8,8 @@ evaluates the union of the selections.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -62,24 +63,39 @@ def select_mixed_steps(
     group = group.reshape(-1)
     if len(groups) == 1:
         return select_steps(input_t, columns.gammas, t_r, gammas_r, tolerance=tolerance)
-    everything = np.arange(columns.usable)
-    error_of_all, weight_l2 = columns.solve(everything)
-    places, error = everything, error_of_all
+    of_all = columns.solve(np.arange(columns.usable))
+    chosen = of_all
     if tolerance > 0 and len(groups) <= _MAX_GROUPS:
-        limit2 = error_of_all**2 + tolerance**2
-        for chosen in columns.candidate_sets(groups, group, tolerance):
-            error_of_chosen, weight_l2_of_chosen = columns.solve(chosen)
-            if chosen.size < places.size and (error_of_chosen**2 <= limit2).all():
-                places, error, weight_l2 = chosen, error_of_chosen, weight_l2_of_chosen
+        chosen = _smallest(columns, columns.candidate_sets(groups, group, tolerance), of_all, tolerance)
     return Selection(
-        places=input_places[places],
+        places=input_places[chosen.places],
         lower_bound=1,
-        candidates=everything.size,
-        profile_error=error,
-        profile_error_of_all=error_of_all,
-        weight_l2=weight_l2,
+        candidates=of_all.places.size,
+        profile_error=chosen.error,
+        profile_error_of_all=of_all.error,
+        weight_l2=chosen.weight_l2,
         ties=1,
     )
+
+
+class _Solved(NamedTuple):
+    """Steps, and the exact solve with them: relative errors and norms of the weights, [outputs] each."""
+
+    places: NDArray[np.intp]
+    error: FloatArray
+    weight_l2: FloatArray
+
+
+def _smallest(
+    columns: _MixedColumns, candidate_sets: Iterable[NDArray[np.intp]], of_all: _Solved, tolerance: float
+) -> _Solved:
+    """Return the first smallest of the sets of steps that add at most the tolerance; all steps if none does."""
+    limit2, smallest = of_all.error**2 + tolerance**2, of_all
+    for places in candidate_sets:
+        solved = columns.solve(places)
+        if places.size < smallest.places.size and (solved.error**2 <= limit2).all():
+            smallest = solved
+    return smallest
 
 
 class _MixedColumns:
@@ -94,10 +110,10 @@ class _MixedColumns:
         self.usable = int(np.searchsorted(t, t_r, side="right"))
         self.table = problem.row[: self.usable] >= 0  # which profiles each usable step has
 
-    def solve(self, places: NDArray[np.intp]) -> tuple[FloatArray, FloatArray]:
-        """Return the relative errors and the norms of the weights, [outputs] each, with these steps."""
+    def solve(self, places: NDArray[np.intp]) -> _Solved:
+        """Return the exact solve with these steps."""
         weights, error = solve(self._problem(places), "constrain")
-        return error, np.sqrt((weights**2).sum(0))
+        return _Solved(places, error, np.sqrt((weights**2).sum(0)))
 
     def candidate_sets(
         self, groups: NDArray[np.bool_], group: NDArray[np.intp], tolerance: float
