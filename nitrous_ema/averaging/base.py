@@ -127,9 +127,8 @@ class EMABase(Module):
     def _index(self, index: int) -> int:
         profiles = len(self._engine.config.profiles.gammas)
         if not -profiles <= index < profiles:
-            raise IndexError(
-                f"index is {index}; expected 0 to {profiles - 1}, because {pluralize(profiles, 'profile')} are tracked."
-            )
+            expected = "0" if profiles == 1 else f"0 to {profiles - 1}"
+            raise IndexError(f"index is {index}; expected {expected} ({pluralize(profiles, 'tracked profile')}).")
         return index % profiles
 
     def stats(self) -> Stats:

@@ -891,7 +891,7 @@ def test_folder_that_cannot_be_written_leaves_no_thread_or_hook(tmp_path):
 
 
 def test_profile_that_is_not_there_is_refused(make):
-    message = "index is 2; expected the index of one of 2 profiles"
+    message = r"index is 2; expected 0 to 1 \(2 tracked profiles\)"
     with pytest.raises(IndexError, match=message), make(Net()).average_parameters(2):
         pass
 

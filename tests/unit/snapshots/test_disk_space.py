@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import warnings
 
 import pytest
 
 from nitrous_ema import AsyncPostHocEMA, PostHocEMA
 from nitrous_ema.errors import NitrousWarning, SnapshotError
-from nitrous_ema.snapshots.disk_space import check_disk_space
+from nitrous_ema.snapshots.disk_space import check_disk_space, explained
 from nitrous_ema.snapshots.filesystem import FileSystem
 from nitrous_ema.snapshots.store import SnapshotStore
 from tests.support.fakes import background_threads, make_model, nothing_left_behind, use_files
@@ -123,3 +124,19 @@ def test_rule_sets_the_number_of_snapshots_that_must_fit(tmp_path, monkeypatch):
     use_files(monkeypatch, FreeSpace(100_000))
     with pytest.warns(NitrousWarning, match=r"keep= allows 33"):
         PostHocEMA(make_model(), checkpoint_folder=tmp_path, keep=32)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.ENOSPC, "Free space on that disk"),
+        (errno.EDQUOT, "Free space on that disk"),
+        (errno.EFBIG, r"limit on the size of a file \(ulimit -f\)"),
+        (errno.EROFS, "Give this user access"),
+    ],
+)
+def test_failed_call_is_explained_once_with_its_remedy(tmp_path, number, expected):
+    message = explained(OSError(number, os.strerror(number), str(tmp_path)), tmp_path)
+    assert message.startswith(f"{os.strerror(number)}. ")
+    assert re.search(expected, message)
+    assert (str(tmp_path) in message, "Errno" in message) == (False, False)

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from nitrous_ema.snapshots import filesystem as files_module
-from nitrous_ema.snapshots.filesystem import FileSystem, read_fully, rename_to_new, sync_folder, write_fully
+from nitrous_ema.snapshots.filesystem import FileSystem, read_fully, reason, rename_to_new, sync_folder, write_fully
 
 
 @pytest.fixture
@@ -210,3 +210,10 @@ def test_folder_sync_fails_only_where_it_is_supported(tmp_path, number, raises):
             sync_folder(Failing(), tmp_path)
     else:
         sync_folder(Failing(), tmp_path)
+
+
+def test_reason_of_a_failed_call_names_another_path_only(tmp_path):
+    denied = os.strerror(errno.EACCES)
+    assert reason(OSError(errno.EACCES, denied, str(tmp_path)), tmp_path) == denied
+    assert reason(OSError(errno.EACCES, denied, str(tmp_path / "x")), tmp_path) == f"{denied} ({tmp_path / 'x'})"
+    assert reason(OSError("out of cheese"), tmp_path) == "out of cheese"  # no errno, so no strerror
