@@ -1,25 +1,23 @@
-"""Evaluate with an average: in a second module (``AveragedModule``), or in the online model itself (``swapped``).
+"""Evaluate with an average in a second module, ``AveragedModule``; ``swap.py`` uses the online model itself.
 
 The second module must show the newest average without costing memory for another copy of it. It is therefore the online
-model's structure, copied without its tensors. Averaged and copied tensors have the memory of the average; where the
-model's type differs from the average's, they are cast copies that are refreshed before each use. Skipped tensors are
-the online model's own. The module stays in eval mode, because a forward in train mode would write statistics, or weights, into the
-averages.
+model's structure, copied without its tensors. Averaged and copied tensors have the memory of the average. Where the
+model's type differs from the average's, or a user has cast or moved the module, they are copies that are refreshed
+before each use. Skipped tensors are the online model's own, or copies as well (``share_skipped=False``).
 
-``swapped`` needs no second module, but memory for a copy of the weights, and training must pause meanwhile.
+Attributes that are no tensors follow the online model (``model/attributes.py``). The module stays in eval mode, because
+a forward in train mode would write statistics, or weights, into the averages; ``module_overrides.py`` has what it does
+differently from other modules.
 
-Pickles of the module name ``_BeforeForward`` and ``_eval_only`` of this file. Both names stay here, so that saved
-modules can be loaded by later versions (test_saved_modules_find_the_names_that_their_pickles_hold).
+Longer than 300 lines: every way in which a user may change the module is met on one page.
 """
 
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from types import FunctionType, MethodType
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,13 +27,26 @@ from torch.nn import Module, Parameter
 from nitrous_ema.averaging.engine import AveragingEngine
 from nitrous_ema.averaging.execution.torch_modes import neutral_modes
 from nitrous_ema.averaging.kernels.flat_buffers import move_versions
-from nitrous_ema.averaging.model.live_tensors import holding_averages
-from nitrous_ema.averaging.model.tracking import TrackedTensor, canonical_tensors, unwrap, writable_view, write
+from nitrous_ema.averaging.model.attributes import FollowedAttributes
+from nitrous_ema.averaging.model.structural_copy import copy_memo, structural_copy
+from nitrous_ema.averaging.model.trackability import untrackable_reason
+from nitrous_ema.averaging.model.tracking import TrackedTensor, canonical_tensors, unwrap
+from nitrous_ema.averaging.module_overrides import _EVAL_ONLY, ModuleOverrides
 from nitrous_ema.errors import NitrousError, UncopyableModelError
 
 Average = tuple[TrackedTensor, Tensor]
 
-_EVAL_ONLY = "A model of averages stays in eval mode: a forward in train mode would write into the averages."
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """A place in the module for a tensor that shows an average."""
+
+    tensors: dict[str, Any]
+    """The parameters, or the buffers, of one submodule."""
+    attribute: str
+    is_parameter: bool
+    name: str
+    """Canonical name."""
 
 
 class AveragedModule:
@@ -60,8 +71,13 @@ class AveragedModule:
         self._profile = profile
         self._template = template
         self._module: Module | None = None
-        self._tensors: dict[str, Tensor] = {}  # averaged and copied tensors of the module, by canonical name
-        self._casts: list[tuple[Tensor, Tensor]] = []  # a tensor of the module, and the average that it is cast from
+        self._overrides: ModuleOverrides | None = None
+        self._attributes: FollowedAttributes | None = None
+        self._sources: dict[str, Tensor] = {}  # averages, copied tensors, and skipped ones that are not shared
+        self._places: list[_Place] = []
+        self._held: list[Tensor] = []  # the tensors in these places, as they were found last
+        self._addresses: list[int] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []  # a tensor of the module, and the average that it is copied from
         engine.viewers.add(self)
 
     def module(self) -> Module:
@@ -69,29 +85,34 @@ class AveragedModule:
 
         Raises:
             UncopyableModelError: The model cannot be copied, or the template lacks a tensor.
+            NitrousError: A tensor of the module was replaced.
         """
         self._engine.order_readers("ema_model")
         with neutral_modes():
             if self._module is None:
                 self._module = self._build()
+            if self._attributes is not None:
+                self._attributes.follow(self._memo)
+            self._note_trainable()
             self._refresh()
         return self._module
 
     def rebind(self) -> None:
         """Use the averages' memory after they have moved; the module and its tensors stay the same objects."""
-        self._casts = []
-        for tracked, average in self._averages() if self._tensors else ():
-            tensor = self._tensors[tracked.name]
-            if average.dtype == tracked.dtype:
-                _set(tensor, average)
-            else:
-                _set(tensor, torch.empty_like(average, dtype=tracked.dtype))
-                self._casts.append((tensor, average))
+        if self._module is None:
+            return
+        before, self._sources = self._sources, self._find_sources()
+        for place, tensor in zip(self._places, self._held, strict=True):
+            source = self._sources[place.name]
+            # A tensor that a user has moved to another device stays there.
+            stays = tensor.device != before[place.name].device
+            self._give_memory(tensor, source, tensor.dtype, tensor.device if stays else source.device)
+        self._note()
 
     def mark_written(self) -> None:
         """Move the version counters of the module's tensors that have the memory of averages."""
-        casts = {id(tensor) for tensor, _ in self._casts}
-        move_versions([tensor for tensor in self._tensors.values() if id(tensor) not in casts])
+        copies = {id(tensor) for tensor, _ in self._copies}
+        move_versions([tensor for tensor in self._held if id(tensor) not in copies])
 
     def prepare_forward(self, module: Module) -> None:
         """Order a forward after the averaging. Raises RuntimeError if a submodule is in train mode."""
@@ -104,96 +125,160 @@ class AveragedModule:
         with neutral_modes():
             self._refresh()
 
+    def prepare_copy(self) -> None:
+        """Order a copy of the module after the averaging, and bring the module up to date."""
+        self.module()
+
+    # ---- building
+
     def _build(self) -> Module:
         template = self._template if isinstance(self._template, Module) or self._template is None else self._template()
-        averages = list(self._averages())
+        self._sources = self._find_sources()
+        averages = [(tracked, self._sources[tracked.name]) for tracked in self._shown()]
         if template is None:
-            online = unwrap(self._engine.model)
-            _refuse_patched(online)
-            self._tensors = {tracked.name: _replacement(tracked, average) for tracked, average in averages}
-            module = _structural_copy(online, {id(t.live()): self._tensors[t.name] for t, _ in averages})
+            tensors = {tracked.name: _replacement(tracked, source) for tracked, source in averages}
+            module, pairs = structural_copy(unwrap(self._engine.model), self._replacements(tensors))
+            self._attributes = FollowedAttributes(pairs)
         else:
             module = unwrap(template)
-            self._tensors = _tensors_of_template(module, averages)
+            tensors = _tensors_of_template(module, averages)
             module.requires_grad_(False)
-        self.rebind()
+        for tracked, source in averages:
+            self._give_memory(tensors[tracked.name], source, tracked.dtype, source.device)
+        self._places = list(_places(module, {id(tensor): name for name, tensor in tensors.items()}))
+        self._note()
         module.eval()
-        module.__dict__["train"] = partial(_eval_only, module)  # a bound method could be copied but not pickled
-        module.register_forward_pre_hook(_BeforeForward(weakref.ref(self)))
+        self._overrides = ModuleOverrides(module, self)
         return module
 
-    def _averages(self) -> Iterator[Average]:
-        yield from self._engine.flat_buffers.averages(self._profile)
-        yield from self._engine.flat_buffers.copies()
+    def _shown(self) -> Iterator[TrackedTensor]:
+        """Yield the tensors whose values the module gets here; the others are shared with the online model."""
+        yield from (tensor for tensor in self._engine.flat_buffers.tracked if tensor.role != "skipped")
+        yield from (tensor for tensor in self._unshared() if untrackable_reason(_held(tensor)) is None)
+
+    def _unshared(self) -> Iterator[TrackedTensor]:
+        """Yield the skipped tensors that the module has copies of."""
+        if not self._engine.config.share_skipped:
+            yield from (tensor for tensor in self._engine.flat_buffers.tracked if tensor.role == "skipped")
+
+    def _find_sources(self) -> dict[str, Tensor]:
+        """Return what the module's tensors show, by canonical name."""
+        pairs = [*self._engine.flat_buffers.averages(self._profile), *self._engine.flat_buffers.copies()]
+        return {tracked.name: tensor for tracked, tensor in pairs} | {t.name: _held(t) for t in self._unshared()}
+
+    def _replacements(self, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Return what takes the place of the online model's tensors in copies, by the ``id`` of the latter."""
+        replacements = {id(_held(tracked)): tensors[tracked.name] for tracked in self._shown()}
+        for tracked in self._unshared():
+            if tracked.name not in tensors:  # quantized or sharded: its values cannot be refreshed
+                replacements[id(_held(tracked))] = copy.deepcopy(_held(tracked))
+        return replacements
+
+    def _memo(self) -> dict[int, object]:
+        """Return the memo for copies of the online model's attributes."""
+        tensors = {place.name: tensor for place, tensor in zip(self._places, self._held, strict=True)}
+        return copy_memo(unwrap(self._engine.model), self._replacements(tensors))
+
+    # ---- values
 
     def _refresh(self) -> None:
-        for tensor, average in self._casts:
-            tensor.copy_(average)
+        """Follow what a user has done to the module's tensors, and copy averages where the module has copies."""
+        self._find_live_sources()
+        held = [place.tensors.get(place.attribute) for place in self._places]
+        if not all(map(operator.is_, held, self._held)) or _addresses(self._held) != self._addresses:
+            self._follow(held)
+        for tensor, source in self._copies:
+            tensor.copy_(source)
+
+    def _find_live_sources(self) -> None:
+        """Find tensors of the online model that the module has copies of: they may have been replaced or resized."""
+        live = {tracked.name: _held(tracked) for tracked in self._unshared()}
+        if all(self._sources[name] is source for name, source in live.items()):
+            return
+        self._sources |= live
+        for place, tensor in zip(self._places, self._held, strict=True):
+            source = self._sources[place.name]
+            if tensor.shape != source.shape:
+                self._give_memory(tensor, source, tensor.dtype, tensor.device)
+        self._note()
+
+    def _follow(self, held: list[Tensor | None]) -> None:
+        """Give tensors that were cast or moved memory of their own, in their new type and place.
+
+        They were given memory by other code, which may belong to another model and must not be written.
+        """
+        self._sources = self._find_sources()  # share_memory_() moves these as well
+        for place, tensor, before in zip(self._places, held, self._held, strict=True):
+            # A cast of a module replaces its buffers, and the values of its parameters.
+            is_other = place.is_parameter and tensor is not before
+            if tensor is None or is_other or tensor.is_meta or tensor.shape != self._sources[place.name].shape:
+                raise NitrousError(
+                    f"ema_model: {place.name!r} was replaced or changed its shape (load_state_dict with assign=True, "
+                    "offloading to the meta device, pruning, ...), so it does not show the average. Change "
+                    "copy.deepcopy(ema_model) instead, which shares nothing with the averages."
+                )
+        for place, tensor, before, address in zip(self._places, held, self._held, self._addresses, strict=True):
+            if tensor is not None and tensor is not before:
+                place.tensors[place.attribute] = torch.empty_like(tensor)
+            # Processes may share the memory of a tensor after share_memory_(), so that it stays.
+            elif before.data_ptr() != address and not (
+                before.device.type == "cpu" and before.untyped_storage().is_shared()
+            ):
+                _set(before, torch.empty_like(before))
+        self._note()
+
+    def _give_memory(self, tensor: Tensor, source: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        """Give a tensor the memory of the average that it shows if it has the same type and place, else its own."""
+        is_live = any(source is _held(tracked) for tracked in self._unshared())
+        if (dtype, device) == (source.dtype, source.device) and not is_live:
+            _set(tensor, source)
+        else:
+            _set(tensor, torch.empty_like(source, dtype=dtype, device=device))
+
+    def _note(self) -> None:
+        """Note the module's tensors as they are now, and which of them are copies."""
+        self._held = [tensor for place in self._places if (tensor := place.tensors[place.attribute]) is not None]
+        self._addresses = _addresses(self._held)
+        copies = {}
+        for place, tensor in zip(self._places, self._held, strict=True):
+            source = self._sources[place.name]
+            if (tensor.data_ptr(), tensor.dtype) != (source.data_ptr(), source.dtype):
+                copies[id(tensor)] = tensor, source
+        self._copies = [*copies.values()]
+
+    def _note_trainable(self) -> None:
+        """Note which parameters require gradients in copies of the module: those of the online model that do."""
+        trained = {tracked.name for tracked in self._shown() if _held(tracked).requires_grad}
+        if self._overrides is not None:
+            pairs = zip(self._places, self._held, strict=True)
+            self._overrides.trainable = frozenset(id(tensor) for place, tensor in pairs if place.name in trained)
 
 
-@contextmanager
-def swapped(engine: AveragingEngine, profile: int) -> Iterator[None]:
-    """Put an average into the online model for a ``with`` block, and restore the weights at its end.
-
-    The tensors and their storages stay the same objects. Needs memory for one copy of the averaged tensors, in their
-    own types. The weights are restored whatever the block raises, and the engine refuses updates and reads meanwhile.
-    """
-    engine.order_readers("average_parameters()")
-    engine.fence_all_readers()  # the weights are about to be written, and any EMA may still be reading them
-    with neutral_modes():
-        pairs = [writable_view(tracked.live(), average) for tracked, average in engine.flat_buffers.averages(profile)]
-        weights = [live.detach().clone() for live, _ in pairs]
-    refusal = NitrousError(
-        "the model currently holds averaged weights. Leave the `with ema.average_parameters()` block first."
-    )
-    engine.refuse(refusal)
-    try:
-        with holding_averages([tracked.live() for tracked in engine.flat_buffers.averaged]):
-            with neutral_modes():
-                for live, average in pairs:
-                    write(live, average)
-            yield
-    finally:
-        try:
-            with neutral_modes():
-                for (live, _), weight in zip(pairs, weights, strict=True):
-                    write(live, weight)
-        finally:
-            engine.end_refusal(refusal)
+def _held(tracked: TrackedTensor) -> Tensor:
+    """Return the tensor that the online model holds now, whatever its kind."""
+    held = (tracked.holder._parameters if tracked.is_parameter else tracked.holder._buffers).get(tracked.attribute)
+    return tracked.live() if held is None else held  # which raises
 
 
-class _BeforeForward:
-    """Forward pre-hook that brings the module up to date.
-
-    It holds a weak reference only, so a module that outlives its EMA retains the last values. Copies and pickles of the
-    module get a hook without a reference, which does nothing: they are snapshots of the module.
-    """
-
-    def __init__(self, averaged_module: weakref.ref[AveragedModule] | None = None) -> None:
-        self._averaged_module = averaged_module
-
-    def __call__(self, module: Module, _: Any) -> None:
-        averaged_module = self._averaged_module() if self._averaged_module is not None else None
-        if averaged_module is not None:
-            averaged_module.prepare_forward(module)
-
-    def __reduce__(self) -> tuple[type[_BeforeForward], tuple[()]]:
-        return _BeforeForward, ()
+def _places(module: Module, names: Mapping[int, str]) -> Iterator[_Place]:
+    """Yield every place of a module that has one of the tensors whose names are given by ``id``."""
+    for submodule in module.modules():
+        for kind in (submodule._parameters, submodule._buffers):
+            for attribute, tensor in kind.items():
+                if id(tensor) in names:
+                    yield _Place(kind, attribute, kind is submodule._parameters, names[id(tensor)])
 
 
-def _eval_only(module: Module, mode: bool = True) -> Module:
-    """Replace ``Module.train`` of the module: put it in eval mode, or raise RuntimeError for train mode."""
-    if mode:
-        raise RuntimeError(f"train() on a model of averages. {_EVAL_ONLY} Train the online model.")
-    return Module.train(module, False)
+def _addresses(tensors: list[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
 
 
-def _replacement(tracked: TrackedTensor, average: Tensor) -> Tensor:
-    value = average.data  # with a version counter of its own, because the tensor may become a copy in another type
+def _replacement(tracked: TrackedTensor, source: Tensor) -> Tensor:
+    value = source.data  # with a version counter of its own, because the tensor may become a copy in another type
     if not tracked.is_parameter:
         return value
     parameter = Parameter(value, requires_grad=False)
-    parameter.__dict__.update(tracked.live().__dict__)  # attributes that model code has set on the parameter
+    parameter.__dict__.update(_held(tracked).__dict__)  # attributes that model code has set on the parameter
     return parameter
 
 
@@ -206,79 +291,6 @@ def _set(tensor: Tensor, value: Tensor) -> None:
         other = Parameter(value, requires_grad=False) if isinstance(tensor, Parameter) else value.detach()
         other.__dict__.update(tensor.__dict__)
         torch.utils.swap_tensors(tensor, other)  # type: ignore[no-untyped-call]
-
-
-def _structural_copy(model: Module, replacements: dict[int, Tensor]) -> Module:
-    """Return a deep copy in which tensors are replaced, or shared with the model where there is no replacement.
-
-    Args:
-        model: The online model, without wrappers.
-        replacements: Tensors of the copy, by the ``id`` of the model's tensor.
-
-    Raises:
-        UncopyableModelError: A submodule cannot be copied; names the innermost one.
-    """
-    memo: dict[int, Any] = dict(replacements)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        memo.setdefault(id(tensor), tensor)
-    for module in model.modules():
-        if getattr(module, "_holds_averages", False):
-            memo[id(module)] = None  # the model owns its EMA, and an EMA cannot be copied
-    try:
-        copies = dict(memo)  # deepcopy adds to it also when it fails, and _culprit needs the original memo
-        # Wrappers (torch.compile, checkpointing) are left out of the copy: each is replaced by the copy of the module
-        # that it wraps. Inner modules first, because a wrapped module may contain other wrappers.
-        for module in reversed([*model.modules()]):
-            if (inner := unwrap(module)) is not module:
-                copies[id(module)] = copy.deepcopy(inner, copies)
-        return copy.deepcopy(model, copies)
-    except Exception as error:
-        name = _culprit(model, memo)
-        raise UncopyableModelError(
-            f"{name or type(model).__name__!r} cannot be copied ({type(error).__name__}: {error}), so the average has "
-            "no module of its own. Pass ema_model=a function that builds the module. Averages, snapshots and synthesis "
-            "work without such a module.",
-            name=name,
-        ) from error
-
-
-def _culprit(model: Module, memo: dict[int, Any]) -> str:
-    """Return the name of the innermost submodule that cannot be copied; empty for the model itself."""
-    innermost_first = sorted(model.named_modules(), key=lambda named: -named[0].count(".") if named[0] else 1)
-    for name, module in innermost_first:
-        try:
-            copy.deepcopy(module, dict(memo))
-        except Exception:
-            return str(name)
-    return ""
-
-
-def _refuse_patched(model: Module) -> None:
-    """Raise UncopyableModelError if a submodule's ``forward`` was replaced by one that could run other modules."""
-    for name, module in model.named_modules():
-        patched = module.__dict__.get("forward") if unwrap(module) is module else None
-        if patched is not None and _refers_to_modules(patched):
-            patch = getattr(patched, "__qualname__", type(patched).__name__)
-            raise UncopyableModelError(
-                f"forward of {name or type(model).__name__!r} was replaced by {patch}, which refers to other objects: "
-                "a copy of the module would still run the objects of the online model. Pass ema_model=a function that "
-                "builds the module. Averages, snapshots and synthesis work without such a module.",
-                name=name,
-            )
-
-
-def _refers_to_modules(patched: Any) -> bool:
-    """Return whether a copy of a module with this forward could run another module.
-
-    deepcopy replaces the module of a bound method and the arguments of a partial, but copies no closure of a function.
-    """
-    if isinstance(patched, FunctionType):
-        return bool(patched.__closure__)  # an unbound function can know its module by its closure only
-    while isinstance(patched, (MethodType, partial)):
-        patched = patched.__func__ if isinstance(patched, MethodType) else patched.func
-    cells = (patched.__closure__ or ()) if isinstance(patched, FunctionType) else ()
-    contents = [getattr(cell.cell_contents, "__self__", cell.cell_contents) for cell in cells]
-    return any(isinstance(content, Module) for content in contents)
 
 
 def _tensors_of_template(template: Module, averages: list[Average]) -> dict[str, Tensor]:

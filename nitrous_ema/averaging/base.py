@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.optim.swa_utils
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.module import _IncompatibleKeys
 
 from nitrous_ema._base.arguments import pluralize
-from nitrous_ema.averaging.averaged_module import swapped
+from nitrous_ema.averaging.averaged_module import AveragedModule
 from nitrous_ema.averaging.engine import AveragingEngine
 from nitrous_ema.averaging.execution.torch_modes import neutral_modes
 from nitrous_ema.averaging.schedule import Time
 from nitrous_ema.averaging.state_dict import LoadProblems, load, save
 from nitrous_ema.averaging.stats import Stats
+from nitrous_ema.averaging.swap import swapped
 from nitrous_ema.errors import NitrousError
 
 Self = TypeVar("Self", bound="EMABase")  # typing.Self needs Python 3.11
@@ -105,10 +108,10 @@ class EMABase(Module):
 
         To evaluate with an average, use ``average_parameters``, which restores the weights.
         """
-        self._engine.copy_to_model(len(self._engine.config.profiles.gammas) - 1)
+        self._engine.copy_to_model(self._index(-1))
 
     @contextmanager
-    def average_parameters(self, index: int = 0) -> Iterator[None]:
+    def average_parameters(self, index: int = 0, *, restore_buffers: bool = False) -> Iterator[None]:
         """Put an average into the model, in place, for the duration of a ``with`` block.
 
         The storages stay the same, so compiled models and CUDA graphs stay valid. At the end of the block the weights
@@ -117,19 +120,45 @@ class EMABase(Module):
 
         Args:
             index: Index of the profile among the tracked ones.
+            restore_buffers: Restore every buffer of the model as well, averaged or not. Without it, a forward in train
+                mode inside the block leaves counters such as ``num_batches_tracked`` changed.
 
         Raises:
             IndexError: There is no profile with this index.
         """
-        with swapped(self._engine, self._index(index)):
+        with swapped(self._engine, self._index(index), restore_buffers=restore_buffers):
             yield
 
     def _index(self, index: int) -> int:
-        profiles = len(self._engine.config.profiles.gammas)
-        if not -profiles <= index < profiles:
-            expected = "0" if profiles == 1 else f"0 to {profiles - 1}"
-            raise IndexError(f"index is {index}; expected {expected} ({pluralize(profiles, 'tracked profile')}).")
-        return index % profiles
+        """Return the index of a profile among the engine's, given its index among the profiles of this object."""
+        profiles = tuple(self._prefixes())
+        if not -len(profiles) <= index < len(profiles):
+            expected = "0" if len(profiles) == 1 else f"0 to {len(profiles) - 1}"
+            raise IndexError(f"index is {index}; expected {expected} ({pluralize(len(profiles), 'tracked profile')}).")
+        return profiles[index]
+
+    def update_bn(self, loader: Iterable[Any], index: int = 0, *, device: torch.device | str | None = None) -> Module:
+        """Return a copy of an average's module whose batch norm statistics are those of the data.
+
+        The averages stay as they are, and so does ``ema_model``. The copy is a plain module in eval mode.
+
+        Args:
+            loader: Batches in train mode; of a list or tuple the first element is passed to the module
+                (``torch.optim.swa_utils.update_bn``).
+            index: Index of the profile among the tracked ones.
+            device: Where batches are moved to; None: they stay where they are.
+
+        Raises:
+            IndexError: There is no profile with this index.
+            UncopyableModelError: The model cannot be copied; pass ``ema_model`` at construction.
+        """
+        module = copy.deepcopy(self._averaged_module_of(self._index(index)).module())
+        torch.optim.swa_utils.update_bn(loader, module, None if device is None else torch.device(device))
+        return module
+
+    def _averaged_module_of(self, profile: int) -> AveragedModule:
+        """Return the owner of the module of one of the engine's profiles."""
+        raise NotImplementedError
 
     def stats(self) -> Stats:
         """Return counts of updates, snapshots and waits so far. Never blocks."""

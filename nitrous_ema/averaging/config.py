@@ -67,6 +67,8 @@ class EMAConfig(TrackingPolicy):
     """Calls of update() from one applied update to the next, at least 1."""
     frozen: bool = False
     """Count steps, but leave the averages as they are after the first update."""
+    share_skipped: bool = True
+    """Whether modules of averages share the tensors that are left out with the online model, or have copies."""
     allow_different_devices: bool = False
     """Averages may live on another device than the parameters, which each update then copies over."""
     move_ema_to_online_device: bool = False
@@ -84,7 +86,7 @@ class EMAConfig(TrackingPolicy):
             if value is not None:  # stored, because dataclasses.replace() could not read an iterator a second time
                 object.__setattr__(self, name, _numbers(name, value))
         object.__setattr__(self, "profiles", resolve_profiles(self.sigma_rels, self.gammas, default=DEFAULT_SIGMA_RELS))
-        for name in ("frozen", "allow_different_devices", "move_ema_to_online_device"):
+        for name in ("frozen", "share_skipped", "allow_different_devices", "move_ema_to_online_device"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; expected True or False.")
         object.__setattr__(self, "update_every", _checked_update_every(self.update_every))

@@ -58,6 +58,7 @@ class KarrasEMA(EMABase):
         param_or_buffer_names_no_ema: Names, or a function of a name: tensors that are copied instead of averaged.
         ignore_names: Names, or a function of a name: tensors that are left out entirely.
         ignore_startswith_names: Prefixes of names: tensors that are left out entirely.
+        share_skipped: Whether ``ema_model`` shares the tensors that are left out with the online model, or has copies.
         allow_different_devices: The average may live on another device than the parameters, which each update then
             copies over.
         move_ema_to_online_device: The average follows parameters that are found on another device.
@@ -84,6 +85,7 @@ class KarrasEMA(EMABase):
         param_or_buffer_names_no_ema: NameFilter | None = (),
         ignore_names: NameFilter | None = (),
         ignore_startswith_names: Collection[str] | None = (),
+        share_skipped: bool = True,
         allow_different_devices: bool = False,
         move_ema_to_online_device: bool = False,
         step_size_correction: StepSizeCorrection = "exact",
@@ -99,6 +101,7 @@ class KarrasEMA(EMABase):
             param_or_buffer_names_no_ema=param_or_buffer_names_no_ema,
             ignore_names=ignore_names,
             ignore_startswith_names=ignore_startswith_names,
+            share_skipped=share_skipped,
             allow_different_devices=allow_different_devices,
             move_ema_to_online_device=move_ema_to_online_device,
             step_size_correction=step_size_correction,
@@ -133,10 +136,16 @@ class KarrasEMA(EMABase):
     def ema_model(self) -> Module:
         """A module with the average as its weights, in eval mode, built at the first access.
 
-        Its weights are up to date at each access and before each forward. It is always the same object.
+        Its weights are up to date at each access and before each forward, compiled or not, also after the module was
+        cast or moved. Attributes that are no tensors are those of the online model at each access. It is always the
+        same object.
+
+        ``copy.deepcopy`` and pickles of it are plain modules, which share nothing with the averages and can be trained.
+        Compiled with ``torch.compile``, it receives copies of its tensor arguments.
 
         Raises:
             UncopyableModelError: The model cannot be copied; pass ``ema_model`` at construction.
+            NitrousError: A parameter of the module was replaced by another one.
             NitrousError: The averages are swapped into the model, or averaging failed.
         """
         return self._averaged_module.module()
@@ -151,6 +160,9 @@ class KarrasEMA(EMABase):
 
     def _prefixes(self) -> Mapping[int, str]:
         return {self._profile: ""}
+
+    def _averaged_module_of(self, profile: int) -> AveragedModule:
+        return self._averaged_module
 
 
 class PostHocEMA(EMABase):
@@ -182,6 +194,7 @@ class PostHocEMA(EMABase):
         param_or_buffer_names_no_ema: Names, or a function of a name: tensors that are copied instead of averaged.
         ignore_names: Names, or a function of a name: tensors that are left out entirely.
         ignore_startswith_names: Prefixes of names: tensors that are left out entirely.
+        share_skipped: Whether ``ema_model`` shares the tensors that are left out with the online model, or has copies.
         allow_different_devices: Averages may live on another device than the parameters, which each update then copies
             over.
         move_ema_to_online_device: Averages follow parameters that are found on another device.
@@ -214,6 +227,7 @@ class PostHocEMA(EMABase):
         param_or_buffer_names_no_ema: NameFilter | None = (),
         ignore_names: NameFilter | None = (),
         ignore_startswith_names: Collection[str] | None = (),
+        share_skipped: bool = True,
         allow_different_devices: bool = False,
         move_ema_to_online_device: bool = False,
         step_size_correction: StepSizeCorrection = "exact",
@@ -230,6 +244,7 @@ class PostHocEMA(EMABase):
             param_or_buffer_names_no_ema=param_or_buffer_names_no_ema,
             ignore_names=ignore_names,
             ignore_startswith_names=ignore_startswith_names,
+            share_skipped=share_skipped,
             allow_different_devices=allow_different_devices,
             move_ema_to_online_device=move_ema_to_online_device,
             step_size_correction=step_size_correction,
@@ -521,6 +536,9 @@ class PostHocEMA(EMABase):
 
     def _prefixes(self) -> Mapping[int, str]:
         return {profile: f"ema_models.{profile}." for profile in range(len(self.gammas))}
+
+    def _averaged_module_of(self, profile: int) -> AveragedModule:
+        return self.ema_models[profile]._averaged_module
 
 
 def _checked(step: Any) -> int | None:

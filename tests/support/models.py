@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,26 @@ class Vector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight
+
+
+class SelfPickling(nn.Module):
+    """A class whose pickles hold the whole state as arguments of a function, as EDM2's persistent classes do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reconstruct, ({"state": super().__reduce__()[2]},), None
+
+
+def _reconstruct(meta: dict[str, Any]) -> SelfPickling:
+    model = SelfPickling.__new__(SelfPickling)
+    model.__dict__.update(meta["state"])
+    return model
 
 
 class Locked(nn.Module):

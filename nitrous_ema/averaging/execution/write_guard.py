@@ -290,7 +290,9 @@ def install_hooks(guard: WriteGuard, model: Module) -> Callable[[], None]:
     # compiler, which every optimizer's constructor imports as well.
     hook = torch.compiler.disable(_StepHook(reference).__call__)  # type: ignore[no-untyped-call]
     step = register_optimizer_step_pre_hook(hook)
-    load = model.register_load_state_dict_pre_hook(_LoadHook(reference))  # type: ignore[no-untyped-call]
+    # The public method would add a weak reference to the module, which is dead in copies of models whose pickles hold
+    # their own source (the persistent classes of EDM2): such a copy could neither load a state nor be copied.
+    load = model._register_load_state_dict_pre_hook(_LoadHook(reference))  # type: ignore[no-untyped-call]
 
     def remove() -> None:
         step.remove()

@@ -82,6 +82,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "streams": {"then": "switch stream"},
     "streams, copied": {"then": "switch stream", "read": "copied"},
     "ema_model": {"then": "ema_model"},
+    "compiled ema_model": {"then": "compiled ema_model"},
+    "cast ema_model": {"then": "cast ema_model"},
     "average_parameters": {"then": "average_parameters"},
     "state_dict": {"then": "state_dict"},
     "copies to the model": {"then": "copy to the model"},
@@ -112,6 +114,7 @@ IN_DEPTH = (
     "long copy, batch norm", "long copy, transposed", "long copy, little scratch", "no scratch", "half a copy",
     "scratch used again at once", "scratch used again at once, two streams", "long copies, snapshot at every step",
     "long copy, two streams", "long copy, optimizer in backward", "long copy, state_dict", "streams", "ema_model",
+    "cast ema_model",
     "saved and loaded", "unseen once", "storages replaced by other values", "assigned parameters", "host",
     "host, copied", "host, batch norm", "host, transposed",
 )  # fmt: skip

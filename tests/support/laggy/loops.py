@@ -62,6 +62,7 @@ class Loop:
     batch: torch.Tensor | None = None
     seen: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    held: list[nn.Module] = field(default_factory=list)
 
     @property
     def on_accelerator(self) -> bool:
@@ -302,6 +303,20 @@ def _use_averaged_model(loop: Loop) -> None:
     loop.seen[f"output {loop.step}"] = loop.ema.ema_models[loop.step % 2].ema_model(loop.batch)
 
 
+def _compile(module: nn.Module) -> nn.Module:
+    torch.compiler.reset()  # each run has another module, and the compiler counts what it compiles anew
+    return torch.compile(module, backend="eager", fullgraph=True)
+
+
+@torch.no_grad()
+def _use_held_model(loop: Loop, change: Callable[[nn.Module], nn.Module]) -> None:
+    """Evaluate with a module that was changed once and is held: only its forward is ordered behind the averaging."""
+    if not loop.held:
+        loop.held.append(change(loop.ema.ema_models[0].ema_model))
+    (held,) = loop.held
+    loop.seen[f"output {loop.step}"] = held(loop.batch.to(next(held.parameters()).dtype))
+
+
 @torch.no_grad()
 def _use_swapped_model(loop: Loop) -> None:
     with loop.ema.average_parameters(loop.step % 2):
@@ -379,6 +394,8 @@ THEN: dict[str, Callable[[Loop], None]] = {
     "nothing": lambda loop: None,
     "switch stream": _switch_stream,
     "ema_model": _use_averaged_model,
+    "compiled ema_model": partial(_use_held_model, change=_compile),
+    "cast ema_model": partial(_use_held_model, change=lambda module: module.bfloat16()),
     "average_parameters": _use_swapped_model,
     "state_dict": _read_state,
     "flush": _flush_in_the_middle,

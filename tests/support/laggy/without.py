@@ -24,6 +24,7 @@ DEFERRED, OFFLOAD, DISPATCH, READBACK, COPIES, GUARD = (
     for name in ("deferred_updates", "offload", "dispatch", "device_to_host", "caller_copies", "write_guard")
 )
 ENGINE = "nitrous_ema.averaging.engine"
+OVERRIDES = "nitrous_ema.averaging.module_overrides"
 REUSED = {**MANUAL, "writes": "optimizer between copies"}
 """The stash is written at every step, and averaged from just before."""
 
@@ -96,6 +97,20 @@ LINES: dict[str, Line] = {
         "AcceleratorLane.order_reader",
         (("_current_stream(self._device).wait_event(self._done)", "pass"),),
         {"then": "ema_model"},
+    ),
+    "forward of a held module before the update": Line(
+        "LANE-5",
+        OVERRIDES,
+        "ModuleOverrides._before_forward",
+        (("owner.prepare_forward(module)", "pass"),),
+        {"then": "cast ema_model"},
+    ),
+    "compiled forward before the update": Line(
+        "LANE-5",
+        OVERRIDES,
+        "ModuleOverrides.prepare_compiled",
+        (("owner.prepare_forward(self._module)", "pass"),),
+        {"then": "compiled ema_model"},
     ),
     "stashed parameters averaged before they are stashed": Line(
         "LANE-6",

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-import pickle
-import pickletools
+import operator
 import types
 
 import pytest
 import torch
 from torch import nn
 
-from nitrous_ema import KarrasEMA, PostHocEMA
+from nitrous_ema import KarrasEMA, NitrousError, PostHocEMA
 from nitrous_ema.errors import UncopyableModelError, UntrackableModelError
 from tests.support.memory_orders import Orders
 from tests.support.models import Net, Tied, Vector, set_weights, uncopyable_models
@@ -303,38 +303,153 @@ def test_given_module_without_the_models_ties_is_refused():
         _ = averaged(Tied(), ema_model=untied).ema_model
 
 
-# ---- copies and pickles
+# ---- casts and moves
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_module_can_be_copied_and_pickled_as_a_snapshot_of_now(again):
+CASTS = {
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.to(torch.bfloat16),
+    "double": lambda module: module.double(),
+    "there and back": lambda module: module.half().float(),
+    "channels_last": lambda module: module.to(memory_format=torch.channels_last),
+    "shared memory": lambda module: module.share_memory(),
+    "one layer": lambda module: module.conv.half(),
+}
+
+
+@pytest.mark.parametrize("given", [None, Net])
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_module_that_was_cast_or_moved_follows_its_average_in_its_new_type(cast, mode, given):
+    model = Net()
+    ema = averaged(model, ema_model=given)
+    shown = ema.ema_model
+    parameters, places = (
+        [*shown.parameters()],
+        [
+            tensor.data_ptr()
+            for tensor in ema.state_dict().values()
+            if tensor is not None and isinstance(tensor, torch.Tensor)
+        ],
+    )
+    with mode():
+        CASTS[cast](shown)
+    dtypes = [tensor.dtype for tensor in shown.state_dict().values()]
+    for seed in (7, 8):
+        set_weights(model, seed)
+        ema.update()
+        if seed == 7:  # by a forward of the module that is held
+            shown.train(False)
+            with contextlib.suppress(RuntimeError):  # layers of two types, in the case of one layer
+                shown(IMAGES.to(shown.head.weight.dtype))
+        else:
+            assert ema.ema_model is shown
+        assert_shows_the_average(ema)
+    assert [tensor.dtype for tensor in shown.state_dict().values()] == dtypes
+    assert all(map(operator.is_, shown.parameters(), parameters))
+    assert [t.data_ptr() for t in ema.state_dict().values() if isinstance(t, torch.Tensor)] == places
+
+
+def test_cast_parameter_is_given_memory_of_its_own_and_no_other_tensor_is_written():
     model = Net()
     ema = averaged(model)
-    other = again(ema.ema_model)
+    other = Net()
     before = {name: value.clone() for name, value in other.state_dict().items()}
-    set_weights(model, 7)
-    ema.update()
-    other(IMAGES)
+    for parameter, of_other in zip(ema.ema_model.parameters(), other.parameters(), strict=True):
+        parameter.data = of_other.data
+    assert_shows_the_average(ema)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
-    with pytest.raises(RuntimeError, match="model of averages"):
-        other.train()
 
 
-def test_saved_modules_find_the_names_that_their_pickles_hold():
-    """The bytes are those that pickle writes for the two objects of ours in a saved module."""
-    hook = pickle.loads(b"cnitrous_ema.averaging.averaged_module\n_BeforeForward\n(tR.")
-    train = pickle.loads(b"cnitrous_ema.averaging.averaged_module\n_eval_only\n.")
-    assert hook(nn.Identity(), ()) is None
-    assert not train(nn.Identity(), False).training
-    with pytest.raises(RuntimeError, match="model of averages"):
-        train(nn.Identity())
-    globals_of_the_pickle = {
-        argument
-        for _, argument, _ in pickletools.genops(pickle.dumps(averaged(nn.Linear(1, 1)).ema_model, protocol=2))
-        if isinstance(argument, str) and argument.startswith("nitrous_ema")
-    }
-    home = "nitrous_ema.averaging.averaged_module"
-    assert globals_of_the_pickle == {f"{home} _BeforeForward", f"{home} _eval_only"}
+def test_update_between_forward_and_backward_of_a_cast_module_is_no_error():
+    model = nn.Linear(3, 1)
+    ema = averaged(model)
+    shown = ema.ema_model.double()
+    x = torch.ones(1, 3, dtype=torch.float64, requires_grad=True)
+    loss = shown(x).sum()
+    weight = shown.weight.clone()
+    ema.update()
+    loss.backward()
+    assert torch.equal(x.grad, weight)
+
+
+def test_memory_shared_with_other_processes_stays_shared():
+    model = Net()
+    ema = averaged(model)
+    shown = ema.ema_model.share_memory()
+    places = [parameter.data_ptr() for parameter in shown.parameters()]
+    assert ema.ema_model.head.weight.is_shared()
+    assert [parameter.data_ptr() for parameter in shown.parameters()] == places
+    assert_shows_the_average(ema)
+
+
+REPLACED = {
+    "load_state_dict": lambda module: module.load_state_dict(Net().state_dict(), assign=True),
+    "one parameter": lambda module: setattr(module.head, "weight", nn.Parameter(torch.zeros(3, 4))),
+    "removed": lambda module: delattr(module.head, "bias"),
+    "meta": lambda module: module.to("meta"),
+    "shape": lambda module: setattr(module.head.weight, "data", torch.zeros(5, 4)),
+}
+
+
+@pytest.mark.parametrize("replace", REPLACED)
+def test_replaced_tensors_are_an_error_and_nothing_is_written(replace):
+    ema = averaged(Net())
+    shown = ema.ema_model
+    REPLACED[replace](shown)
+    ema.update()
+    before = copy.deepcopy(ema.state_dict())
+    for use in (lambda: ema.ema_model, lambda: shown(IMAGES)):
+        with pytest.raises(NitrousError, match=r"ema_model: .* was replaced .* copy.deepcopy\(ema_model\)"):
+            use()
+    torch.testing.assert_close(ema.state_dict()["ema_model.head.weight"], before["ema_model.head.weight"])
+
+
+# ---- skipped tensors
+
+
+@pytest.mark.parametrize("given", [None, Net])
+def test_skipped_tensors_that_are_not_shared_are_copies_that_follow_the_online_model(given):
+    model = Net()
+    ema = averaged(model, ignore_names=["head.bias", "norm.running_mean"], share_skipped=False, ema_model=given)
+    shown = ema.ema_model
+    assert shown.head.bias is not model.head.bias
+    for change in (
+        lambda: set_weights(model, 5),
+        lambda: setattr(model.head, "bias", nn.Parameter(torch.full((3,), 4.0))),
+        lambda: setattr(model.norm, "running_mean", torch.full((4,), 5.0)),
+    ):
+        change()
+        shown(IMAGES)
+        assert torch.equal(shown.head.bias, model.head.bias)
+        assert torch.equal(shown.norm.running_mean, model.norm.running_mean)
+    with torch.no_grad():
+        shown.head.bias.zero_()
+    assert model.head.bias.all()
+
+
+# ---- computed attributes
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_model_whose_forward_left_computed_weights_can_be_shown(norm):
+    model = nn.Sequential(norm(nn.Linear(3, 4)), nn.Linear(4, 2))
+    copied = [name for name, _ in model.named_buffers()]
+    ema = averaged(model, param_or_buffer_names_no_ema=copied)
+    x = torch.randn(5, 3)
+    model(x).sum().backward()
+    shown = ema.ema_model
+    model(x)
+    ema.update()
+    with torch.no_grad(), ema.average_parameters():
+        model.eval()
+        expected = model(x)
+    torch.testing.assert_close(ema.ema_model(x), expected)
+    assert ema.ema_model is shown
+
+
+# ---- lifetime
 
 
 def test_module_outlives_its_ema():

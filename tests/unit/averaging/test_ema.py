@@ -1059,3 +1059,32 @@ def test_tensor_that_is_added_after_construction_is_reported(tmp_path, kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ema.update()
+
+
+# ---- batch norm
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_recalibrated_copy_has_the_statistics_of_the_data_and_the_average_stays(index, tmp_path):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    ema = PostHocEMA(model, checkpoint_folder=tmp_path, update_every=1)
+    for seed in range(5):
+        set_weights(model, seed)
+        ema.update()
+    before = copy.deepcopy(ema.state_dict())
+    data = [(torch.randn(8, 3) * 2 + 1, "label") for _ in range(6)]
+    recalibrated = ema.update_bn(data, index)
+    first = ema.ema_models[index].ema_model[0]
+    outputs = torch.stack([first(x) for x, _ in data])  # [batches, 8, 4]
+    torch.testing.assert_close(recalibrated[1].running_mean, outputs.mean((0, 1)))
+    torch.testing.assert_close(recalibrated[1].running_var, outputs.var(1).mean(0))
+    assert not recalibrated.training
+    now = ema.state_dict()
+    assert all(torch.equal(now[key], value) for key, value in before.items() if isinstance(value, torch.Tensor))
+    of_view = ema.ema_models[index].update_bn(data, device="cpu")
+    torch.testing.assert_close(of_view.state_dict(), recalibrated.state_dict())
+
+
+def test_recalibration_of_a_profile_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(IndexError, match="index is 2"):
+        PostHocEMA(Net(), checkpoint_folder=tmp_path).update_bn([], 2)

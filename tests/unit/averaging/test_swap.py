@@ -140,3 +140,39 @@ def test_frozen_part_made_in_inference_mode_is_swapped_too(tmp_path):
         assert not torch.equal(model[2].weight, before[4])
     assert all(map(torch.equal, model.parameters(), before))
     ema.copy_params_from_ema_to_model()
+
+
+@pytest.mark.parametrize("restore_buffers", [True, False])
+def test_buffers_that_a_forward_changes_come_back_where_this_is_asked_for(restore_buffers):
+    model = Net()
+    model.register_buffer("cache", torch.ones(2), persistent=False)
+    model.register_buffer("grown", torch.ones(2), persistent=False)
+    ema = averaged(model)
+    before, cache, grown = values(model), model.cache.clone(), model.grown
+    with ema.average_parameters(restore_buffers=restore_buffers):
+        torch.optim.swa_utils.update_bn([torch.randn(8, 2, 4, 4)], model)
+        model.cache.zero_()
+        model.grown = torch.zeros(5)
+    changed = [name for name, value in values(model).items() if not torch.equal(value, before[name])]
+    if restore_buffers:
+        assert changed == []
+        assert torch.equal(model.cache, cache)
+        assert model.grown is grown
+    else:
+        assert changed == ["norm.num_batches_tracked"]
+
+
+def test_average_of_one_profile_is_its_own(tmp_path):
+    model = Net()
+    ema = PostHocEMA(model, checkpoint_folder=tmp_path, update_every=1)
+    for seed in range(5):
+        set_weights(model, seed)
+        ema.update()
+    for view in ema.ema_models:
+        expected = values(view.ema_model)
+        with view.average_parameters():
+            assert_same(values(model), expected)
+    with pytest.raises(IndexError, match=r"index is 1; expected 0 \(1 tracked profile\)"), ema.ema_models[0].average_parameters(1):
+        pass
+    ema.ema_models[0].copy_params_from_ema_to_model()
+    assert_same(values(model), values(ema.ema_models[0].ema_model))

@@ -26,6 +26,7 @@ from tests.support.fakes import (
     use_lane,
 )
 from tests.support.guarded_training import averages_after, rigs, sgd
+from tests.support.models import SelfPickling
 
 
 @pytest.fixture
@@ -443,3 +444,14 @@ def test_step_does_not_return_before_the_lane_has_read(tmp_path, monkeypatch):
     assert stepped.wait(TIMEOUT_SECONDS)
     trainer.join(TIMEOUT_SECONDS)
     ema.close(TIMEOUT_SECONDS)
+
+
+def test_copy_of_a_model_that_pickles_itself_can_be_loaded_and_copied(tmp_path):
+    """Its pickles hold the state as arguments, so that a weak reference from a hook to the model would be dead."""
+    model = SelfPickling()
+    with AsyncPostHocEMA(model, checkpoint_folder=tmp_path) as ema:
+        ema.update()
+        for copied in (copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model)), ema.ema_models[0].ema_model):
+            state = {name: torch.ones_like(value) for name, value in model.state_dict().items()}
+            copy.deepcopy(copied).load_state_dict(state)
+            pickle.loads(pickle.dumps(copied)).load_state_dict(state)
