@@ -73,6 +73,8 @@ class AveragedModule:
         self._module: Module | None = None
         self._overrides: ModuleOverrides | None = None
         self._attributes: FollowedAttributes | None = None
+        skipped = [] if engine.config.share_skipped else engine.flat_buffers.tracked
+        self._unshared = {tensor.name: tensor for tensor in skipped if tensor.role == "skipped"}
         self._sources: dict[str, Tensor] = {}  # averages, copied tensors, and skipped ones that are not shared
         self._places: list[_Place] = []
         self._held: list[Tensor] = []  # the tensors in these places, as they were found last
@@ -106,7 +108,7 @@ class AveragedModule:
             source = self._sources[place.name]
             # A tensor that a user has moved to another device stays there.
             stays = tensor.device != before[place.name].device
-            self._give_memory(tensor, source, tensor.dtype, tensor.device if stays else source.device)
+            self._give_memory(tensor, place.name, tensor.dtype, tensor.device if stays else source.device)
         self._note()
 
     def mark_written(self) -> None:
@@ -144,7 +146,7 @@ class AveragedModule:
             tensors = _tensors_of_template(module, averages)
             module.requires_grad_(False)
         for tracked, source in averages:
-            self._give_memory(tensors[tracked.name], source, tracked.dtype, source.device)
+            self._give_memory(tensors[tracked.name], tracked.name, tracked.dtype, source.device)
         self._places = list(_places(module, {id(tensor): name for name, tensor in tensors.items()}))
         self._note()
         module.eval()
@@ -154,22 +156,21 @@ class AveragedModule:
     def _shown(self) -> Iterator[TrackedTensor]:
         """Yield the tensors whose values the module gets here; the others are shared with the online model."""
         yield from (tensor for tensor in self._engine.flat_buffers.tracked if tensor.role != "skipped")
-        yield from (tensor for tensor in self._unshared() if untrackable_reason(_held(tensor)) is None)
-
-    def _unshared(self) -> Iterator[TrackedTensor]:
-        """Yield the skipped tensors that the module has copies of."""
-        if not self._engine.config.share_skipped:
-            yield from (tensor for tensor in self._engine.flat_buffers.tracked if tensor.role == "skipped")
+        yield from (tensor for tensor in self._unshared.values() if untrackable_reason(_held(tensor)) is None)
 
     def _find_sources(self) -> dict[str, Tensor]:
         """Return what the module's tensors show, by canonical name."""
         pairs = [*self._engine.flat_buffers.averages(self._profile), *self._engine.flat_buffers.copies()]
-        return {tracked.name: tensor for tracked, tensor in pairs} | {t.name: _held(t) for t in self._unshared()}
+        return {tracked.name: tensor for tracked, tensor in pairs} | self._live_sources()
+
+    def _live_sources(self) -> dict[str, Tensor]:
+        """Return the online model's tensors that the module has copies of, as the model holds them now."""
+        return {name: _held(tracked) for name, tracked in self._unshared.items()}
 
     def _replacements(self, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """Return what takes the place of the online model's tensors in copies, by the ``id`` of the latter."""
         replacements = {id(_held(tracked)): tensors[tracked.name] for tracked in self._shown()}
-        for tracked in self._unshared():
+        for tracked in self._unshared.values():
             if tracked.name not in tensors:  # quantized or sharded: its values cannot be refreshed
                 replacements[id(_held(tracked))] = copy.deepcopy(_held(tracked))
         return replacements
@@ -183,23 +184,24 @@ class AveragedModule:
 
     def _refresh(self) -> None:
         """Follow what a user has done to the module's tensors, and copy averages where the module has copies."""
-        self._find_live_sources()
+        self._follow_live_sources()
         held = [place.tensors.get(place.attribute) for place in self._places]
+        if any(place.is_parameter and type(tensor) is Tensor for place, tensor in zip(self._places, held, strict=True)):
+            return  # torch.func.functional_call has put other tensors into the module, for this call
         if not all(map(operator.is_, held, self._held)) or _addresses(self._held) != self._addresses:
             self._follow(held)
         for tensor, source in self._copies:
             tensor.copy_(source)
 
-    def _find_live_sources(self) -> None:
-        """Find tensors of the online model that the module has copies of: they may have been replaced or resized."""
-        live = {tracked.name: _held(tracked) for tracked in self._unshared()}
+    def _follow_live_sources(self) -> None:
+        """Find tensors of the online model that were replaced or resized since they were last copied."""
+        live = self._live_sources()
         if all(self._sources[name] is source for name, source in live.items()):
             return
         self._sources |= live
         for place, tensor in zip(self._places, self._held, strict=True):
-            source = self._sources[place.name]
-            if tensor.shape != source.shape:
-                self._give_memory(tensor, source, tensor.dtype, tensor.device)
+            if tensor.shape != self._sources[place.name].shape:
+                self._give_memory(tensor, place.name, tensor.dtype, tensor.device)
         self._note()
 
     def _follow(self, held: list[Tensor | None]) -> None:
@@ -214,8 +216,8 @@ class AveragedModule:
             if tensor is None or is_other or tensor.is_meta or tensor.shape != self._sources[place.name].shape:
                 raise NitrousError(
                     f"ema_model: {place.name!r} was replaced or changed its shape (load_state_dict with assign=True, "
-                    "offloading to the meta device, pruning, ...), so it does not show the average. Change "
-                    "copy.deepcopy(ema_model) instead, which shares nothing with the averages."
+                    "offloading to the meta device, pruning, ...), so it does not show the average. Change a copy of "
+                    "the module instead: copy.deepcopy(ema_model), made before the tensor is replaced."
                 )
         for place, tensor, before, address in zip(self._places, held, self._held, self._addresses, strict=True):
             if tensor is not None and tensor is not before:
@@ -227,13 +229,11 @@ class AveragedModule:
                 _set(before, torch.empty_like(before))
         self._note()
 
-    def _give_memory(self, tensor: Tensor, source: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    def _give_memory(self, tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device) -> None:
         """Give a tensor the memory of the average that it shows if it has the same type and place, else its own."""
-        is_live = any(source is _held(tracked) for tracked in self._unshared())
-        if (dtype, device) == (source.dtype, source.device) and not is_live:
-            _set(tensor, source)
-        else:
-            _set(tensor, torch.empty_like(source, dtype=dtype, device=device))
+        source = self._sources[name]
+        shares = (dtype, device) == (source.dtype, source.device) and name not in self._unshared
+        _set(tensor, source if shares else torch.empty_like(source, dtype=dtype, device=device))
 
     def _note(self) -> None:
         """Note the module's tensors as they are now, and which of them are copies."""

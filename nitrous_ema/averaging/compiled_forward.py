@@ -18,6 +18,7 @@ from torch import Tensor
 
 Prepare = Callable[[], None]
 
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # not in torch 2.6
 _numbers = itertools.count()
 _prepare: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
@@ -32,6 +33,8 @@ def register(prepare: Any) -> int:
 
 def ordered(value: Any, number: int) -> Any:
     """Return arguments of a forward whose tensors are ordered behind the averaging; called while a graph is traced."""
+    if _is_exporting():
+        raise RuntimeError("ema_model cannot be exported, because its values change. Export copy.deepcopy(ema_model).")
     tensors: list[Tensor] = []
     _collect(value, tensors)
     if not tensors:

@@ -325,6 +325,12 @@ class AveragingEngine:
         if self.is_inherited:
             return
         self.check_failures(what)
+        if self._dispatch.is_capturing():
+            raise NitrousError(
+                f"{what}: the current stream is being captured into a graph, whose replays would not wait for the "
+                "averaging of later steps. Read the averages outside of the captured region, or capture a copy of them "
+                "(copy.deepcopy(ema_model))."
+            )
         self._dispatch.order_readers()
         self._check_outcome(what)
 

@@ -405,6 +405,20 @@ def test_replaced_tensors_are_an_error_and_nothing_is_written(replace):
     torch.testing.assert_close(ema.state_dict()["ema_model.head.weight"], before["ema_model.head.weight"])
 
 
+@pytest.mark.parametrize("names", [["head.weight"], ["head.weight", "norm.running_mean"]])
+def test_functional_call_of_the_module_uses_the_tensors_of_the_call(names):
+    ema = averaged(Net())
+    shown = ema.ema_model
+    tensors = {name: torch.full_like(value, 0.5) for name, value in shown.state_dict().items() if name in names}
+    expected = copy.deepcopy(shown)
+    expected.load_state_dict(tensors, strict=False)
+    output = torch.func.functional_call(shown, dict(tensors), IMAGES)
+    torch.testing.assert_close(output, expected(IMAGES))
+    assert all((value == 0.5).all() for value in tensors.values())
+    shown(IMAGES)
+    assert_shows_the_average(ema)
+
+
 # ---- skipped tensors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 
@@ -167,6 +168,15 @@ def test_forward_without_a_tensor_among_its_arguments_is_refused():
         torch.compile(ema.ema_model, backend="eager", fullgraph=True)(2.0)
 
 
+def test_export_is_refused_and_a_copy_can_be_exported(tmp_path):
+    ema = averaged(Conditioned(), PostHocEMA, tmp_path)
+    shown = ema.ema_models[0].ema_model
+    with pytest.raises(Exception, match=r"Export copy\.deepcopy\(ema_model\)"):
+        torch.export.export(shown, inputs())
+    torch.export.export(copy.deepcopy(shown), inputs())
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
 def test_operator_is_kept_out_of_cuda_graphs():
     compiled_forward._define()
     operator = torch.ops.nitrous_ema.order_behind_averaging.default

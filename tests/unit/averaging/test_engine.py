@@ -230,3 +230,15 @@ def test_nothing_is_put_into_a_graph_that_is_being_captured(call):
     lane.captures = False
     assert engine.schedule.step == 1
     engine.update()
+
+
+def test_averages_are_not_read_in_a_graph_that_is_being_captured():
+    """A replay would not wait for the averaging of its own step."""
+    lane = CapturingLane()
+    engine = engine_of(Net(), make_lane=lambda device: lane)
+    engine.update()
+    lane.captures = True
+    with pytest.raises(NitrousError, match=r"ema_model: .*captured into a graph.*copy\.deepcopy\(ema_model\)"):
+        engine.order_readers("ema_model")
+    lane.captures = False
+    engine.order_readers("ema_model")
