@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from nitrous_ema import KarrasEMA
+import nitrous_ema.async_.ema
+from nitrous_ema import AsyncPostHocEMA, KarrasEMA
+from tests.support.fakes import LateLane
 from tests.support.models import Net, SelfPickling, Tied, set_weights
 
 IMAGES = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -75,6 +77,22 @@ def test_copy_can_be_trained_and_shares_nothing(again):
     assert all(torch.equal(now[key], value) for key, value in before.items() if isinstance(value, torch.Tensor))
     torch.testing.assert_close(values(model), online, rtol=0, atol=0)
     assert not torch.equal(other.head.weight, model.head.weight)
+
+
+@AGAIN
+def test_copy_of_a_held_module_is_made_behind_a_lane_that_is_late(again, tmp_path, monkeypatch):
+    lane = LateLane()
+    monkeypatch.setattr(nitrous_ema.async_.ema, "_FEW_ELEMENTS", 0)
+    monkeypatch.setattr(nitrous_ema.async_.ema, "make_lane", lambda device: lane)
+    model = Net()
+    with AsyncPostHocEMA(model, checkpoint_folder=tmp_path) as ema:
+        held = ema.ema_models[0].ema_model.double()
+        for seed in range(3):
+            ema.fence()
+            set_weights(model, seed)
+            ema.update()
+        other = again(held)
+        torch.testing.assert_close(values(other), values(ema.ema_models[0].ema_model), rtol=0, atol=0)
 
 
 def test_pickle_names_nothing_of_this_library():
