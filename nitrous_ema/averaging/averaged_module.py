@@ -31,7 +31,7 @@ from nitrous_ema.averaging.model.attributes import FollowedAttributes
 from nitrous_ema.averaging.model.structural_copy import copy_memo, structural_copy
 from nitrous_ema.averaging.model.trackability import untrackable_reason
 from nitrous_ema.averaging.model.tracking import TrackedTensor, canonical_tensors, unwrap
-from nitrous_ema.averaging.module_overrides import _EVAL_ONLY, ModuleOverrides
+from nitrous_ema.averaging.module_overrides import EVAL_ONLY, ModuleOverrides
 from nitrous_ema.errors import NitrousError, UncopyableModelError
 
 Average = tuple[TrackedTensor, Tensor]
@@ -121,7 +121,7 @@ class AveragedModule:
         for name, submodule in module.named_modules():
             if submodule.training:
                 raise RuntimeError(
-                    f"{name or type(module).__name__!r} was put in train mode. {_EVAL_ONLY} Call eval() on it."
+                    f"{name or type(module).__name__!r} was put in train mode. {EVAL_ONLY} Call eval() on it."
                 )
         self._engine.order_readers("forward of an averaged model")
         with neutral_modes():

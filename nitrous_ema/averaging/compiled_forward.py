@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Prepare = Callable[[], None]
-
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # not in torch 2.6
 _numbers = itertools.count()
 _prepare: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()

@@ -19,7 +19,7 @@ from torch.nn import Module, Parameter
 
 from nitrous_ema.averaging import compiled_forward
 
-_EVAL_ONLY = "A model of averages stays in eval mode: a forward in train mode would write into the averages."
+EVAL_ONLY = "A model of averages stays in eval mode: a forward in train mode would write into the averages."
 _MERGING = ("merge_and_unload", "merge_adapter")
 
 
@@ -74,7 +74,7 @@ class ModuleOverrides:
         """Replace ``Module.train``: put the module in eval mode, or raise RuntimeError for train mode."""
         if mode:
             raise RuntimeError(
-                f"train() on a model of averages. {_EVAL_ONLY} Train the online model, or copy.deepcopy(ema_model)."
+                f"train() on a model of averages. {EVAL_ONLY} Train the online model, or copy.deepcopy(ema_model)."
             )
         return Module.train(self._module, False)
 

@@ -4,7 +4,8 @@ A copy of the model's structure has the attributes of the moment at which it was
 another value by now, the copy gets the new value. An attribute that a user has set on the copy stays until then.
 
 Values are compared with a *fingerprint* of the copied ones. Numbers, strings and containers count by value, tensors by
-object and version counter, and other objects by object and by their own attributes, two levels deep.
+object and version counter, and other objects by object and by their own attributes, two levels deep. Containers of more
+than 10,000 entries count by object and length.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ from nitrous_ema.errors import UncopyableModelError
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size, type)
 _BY_OBJECT = (Module, FunctionType, BuiltinFunctionType, MethodType)
+_CONTAINERS = (dict, list, tuple, deque, set, frozenset)
 _LEVELS = 2
-# Those of every module, which are no state of the model; and forward, which structural_copy checks when it copies.
-_NOT_FOLLOWED = frozenset({*Module().__dict__, "forward", "train", "_compiled_call_impl"})
+_MOST_ENTRIES = 10_000
+# Those of every module, which are no state of the model; forward, which structural_copy checks when it copies; and the
+# trainer of a LightningModule, which its copies do not have either.
+_NOT_FOLLOWED = frozenset({*Module().__dict__, "forward", "train", "_compiled_call_impl", "_trainer", "_fabric"})
 _MISSING = object()
 
 
@@ -94,14 +98,16 @@ def _fingerprint(value: Any, levels: int = _LEVELS, inside: tuple[int, ...] = ()
         return value.shape, value.dtype.str, hashlib.sha256(value.tobytes()).digest()
     if id(value) in inside or isinstance(value, _BY_OBJECT):
         return _Same(value)
+    if isinstance(value, _CONTAINERS) and len(value) > _MOST_ENTRIES:
+        return _Same(value, len(value))
     inside = (*inside, id(value))
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         parts = [(_fingerprint(key, levels, inside), _fingerprint(value[key], levels, inside)) for key in value]
         return type(value), tuple(parts)
-    if isinstance(value, (list, tuple, deque)):
-        return type(value), tuple(_fingerprint(each, levels, inside) for each in value)
     if isinstance(value, (set, frozenset)):
         return type(value), frozenset(value)
+    if isinstance(value, _CONTAINERS):
+        return type(value), tuple(_fingerprint(each, levels, inside) for each in value)
     if levels and hasattr(value, "__dict__"):
         return _Same(value), _fingerprint(vars(value), levels - 1, inside)
     return _Same(value)

@@ -143,7 +143,34 @@ def test_attribute_that_refers_to_itself_is_followed():
     assert ema.ema_model.loop[0] == 2.0
 
 
-def test_nothing_is_copied_where_nothing_has_changed(monkeypatch):
+def test_long_container_counts_by_object_and_length():
+    model = Scaled()
+    model.words = {str(number): number for number in range(20_000)}
+    ema = averaged(model)
+    copied = ema.ema_model.words
+    model.words["0"] = 5  # not seen
+    assert ema.ema_model.words is copied
+    model.words["new"] = 1
+    assert ema.ema_model.words == model.words
+
+
+def test_trainer_of_a_lightning_module_is_not_copied():
+    """Its copies have none either: its ``__getstate__`` leaves the trainer out."""
+
+    class Lightning(Scaled):
+        _trainer = None
+
+        def __getstate__(self):
+            return {**self.__dict__, "_trainer": None}
+
+    model = Lightning()
+    ema = averaged(model)
+    for _ in range(2):
+        model._trainer = types.SimpleNamespace(lock=threading.Lock())
+        assert ema.ema_model._trainer is None
+
+
+def test_nothing_is_copied_where_nothing_has_changed():
     model = Scaled()
     ema = averaged(model)
     config = ema.ema_model.config
