@@ -271,6 +271,7 @@ class PostHocEMA(EMABase):
             engine.attach(
                 make_sink(self._retaining_writer, engine.flat_buffers.layout),
                 find_resumable_run=partial(resumable_run_warning, self._store),
+                on_begin=self._retaining_writer.begin,
             )
         except BaseException:
             engine.close()  # the exception's traceback would keep the engine alive, with its hooks and threads

@@ -37,7 +37,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -115,6 +115,7 @@ class AveragingEngine:
         self._failure: BaseException | None = None  # what a lane or restore() raised
         self._failed_operation = "averaging"  # or "restore()"
         self._find_resumable_run: Callable[[str], str | None] = lambda run: None
+        self._on_begin: Callable[[], object] = lambda: None
         self.drain_request = DrainRequest()
         self.drain_timeout_seconds: float | None = None
         """How long a requested drain may take; None waits as long as it takes."""
@@ -126,16 +127,22 @@ class AveragingEngine:
         # Its arguments must not refer to this object, which would then never be freed (ENGINE-5).
         self._finalizer = weakref.finalize(self, shut_down, self._dispatch, self.guard, remove_hooks, self._process)
 
-    def attach(self, sink: SnapshotSink, find_resumable_run: Callable[[str], str | None] = lambda run: None) -> None:
+    def attach(
+        self,
+        sink: SnapshotSink,
+        find_resumable_run: Callable[[str], str | None] = lambda run: None,
+        on_begin: Callable[[], object] = lambda: None,
+    ) -> None:
         """Set the sink of snapshots. An engine without a sink takes no snapshots.
 
         Args:
             sink: Takes the snapshots.
             find_resumable_run: Called at the first update() of a run that continues no other, with the id of that run.
                 Returns a warning about a run that could have been resumed, or None.
+            on_begin: Called when a run begins: at its first update(), or when a state has been loaded.
         """
         self._dispatch.sinks.append(sink)
-        self._find_resumable_run = find_resumable_run
+        self._find_resumable_run, self._on_begin = find_resumable_run, on_begin
 
     @property
     def _sink(self) -> SnapshotSink | None:
@@ -416,6 +423,11 @@ class AveragingEngine:
         self._collect_lane_error()  # the averages stay invalid until something has been loaded
         return True
 
+    def continue_run(self, lineage: Sequence[Sequence[Any]], step: int) -> None:
+        """Continue the run of a loaded state; see ``RunLineage.continue_from``."""
+        self.run_lineage.continue_from(lineage, step)
+        self._on_begin()
+
     def mark_valid(self) -> None:
         """End the state that ``mark_invalid`` began: the averages have been set completely."""
         self._failure = None
@@ -431,6 +443,7 @@ class AveragingEngine:
     def _begin(self) -> None:
         """Warn, at the first update() of a run that continues no other, of a run that could have been resumed."""
         self.run_lineage.is_fresh = False
+        self._on_begin()
         warning = self._find_resumable_run(self.run_lineage.run)
         if warning is not None:  # before any counter changes: where warnings are errors, this update is refused
             warn(warning)

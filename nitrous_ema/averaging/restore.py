@@ -68,7 +68,7 @@ def restore(engine: AveragingEngine, snapshot: Snapshot) -> str | None:
             engine.mark_invalid("restore()", error)
             raise
     engine.schedule.load(_counters(snapshot.stamp, engine.schedule))
-    engine.run_lineage.continue_from(snapshot.stamp.lineage, snapshot.step)
+    engine.continue_run(snapshot.stamp.lineage, snapshot.step)
     engine.mark_valid()
     return _rounding_warning(snapshot)
 

@@ -149,5 +149,5 @@ def _apply(engine: AveragingEngine, found: Sequence[tuple[Tensor, Tensor]], extr
         value.copy_(saved)
     if extra is not None:
         engine.schedule.load(extra)
-        engine.run_lineage.continue_from(extra.get("lineage", ()), engine.schedule.step)
+        engine.continue_run(extra.get("lineage", ()), engine.schedule.step)
     engine.mark_valid()

@@ -25,6 +25,8 @@ RETAIN-4  A failure to drop snapshots costs no snapshot. It is    test_failure_t
     reported once, as a warning on the caller's thread.
 RETAIN-5  The rule respects every pin that was set before it is   test_pin_waits_until_the_rule_was_applied
     applied: pinning and applying the rule exclude each other.
+RETAIN-6  No rule drops what another run needs that writes while  test_history_of_a_run_that_branched_off_is_spared
+    this one does, or was closed since this one began.
 """
 
 from __future__ import annotations
@@ -34,15 +36,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from nitrous_ema._base.arguments import format_bytes
 from nitrous_ema.errors import NitrousError, SnapshotNotFound, warn
-from nitrous_ema.posthoc.keep_rules import KeepAll, KeepRule
+from nitrous_ema.posthoc.keep_rules import KeepAll, KeepBytes, KeepRule
 from nitrous_ema.snapshots.disk_space import check_disk_space
 from nitrous_ema.snapshots.header import Lineage, Stamp, header_bytes
 from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.names import closed_note_name, parse_folder_name
+from nitrous_ema.snapshots.other_runs import OtherRuns
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.stats import Ledger
 from nitrous_ema.snapshots.store import SnapshotStore
@@ -77,6 +81,8 @@ class RetainingWriter:
         self._rule_lock = threading.Lock()  # held from reading the pins to the end of hiding; never taken under _lock
         # The history of _kept_snapshots; None if both must be read from the folder. Only the thread whose turn it is
         # uses them.
+        self._others = OtherRuns(store)
+        self._has_warned = False  # that a budget of bytes cannot be held
         self._lineage: Lineage | None = None
         self._kept_snapshots: list[Snapshot] = []  # ascending by step
 
@@ -88,6 +94,11 @@ class RetainingWriter:
         """Check how many snapshots of this size fit on the disk; see ``check_disk_space``, which raises and warns."""
         snapshot_bytes = header_bytes(layout, stamp) + layout.data_bytes
         check_disk_space(self.store.root, self.store.files, snapshot_bytes, self._rule.most_snapshots(snapshot_bytes))
+
+    def begin(self) -> None:
+        """Begin a run: what other runs write from now on, they write while this one lives."""
+        with suppress(OSError):  # the first write lists the folder again
+            self._others.begin()
 
     def expect(self, stamp: Stamp) -> None:
         """Register a snapshot that was taken. A later call writes it, or forgets it."""
@@ -108,6 +119,7 @@ class RetainingWriter:
         ``warn_of_failures``.
         """
         with self._turn(stamp):
+            self._look_at_other_runs(stamp.run)
             if self._may_drop:
                 # A resumed run may find more snapshots than a byte budget allows: it drops them before it writes. An
                 # error is not reported here, since the call after the write succeeds or fails in the same way.
@@ -194,15 +206,44 @@ class RetainingWriter:
             return frozenset()
         pins = self.store.pins()
         pinned = {index for index, snapshot in enumerate(kept) if (snapshot.step, snapshot.run) in pins}
-        dropped = self._rule.drop(
-            [snapshot.t for snapshot in kept],
+        needed = {index for index, snapshot in enumerate(kept[:-1]) if self._others.need(snapshot)}
+        # Snapshots that other runs need take space, so they count towards a budget of bytes. They do not count towards
+        # a number of snapshots, which is what this run wants for itself.
+        if isinstance(self._rule, KeepBytes):
+            pinned |= needed
+        chosen_from = [index for index in range(len(kept)) if index in pinned or index not in needed]
+        # Ancestors of this run may have written larger snapshots, with another dtype, and they count at their size.
+        snapshot_bytes = max(snapshot_bytes, *(snapshot.bytes for snapshot in kept))
+        places = self._rule.drop(
+            [kept[index].t for index in chosen_from],
             gammas=layout.gammas,
-            # Ancestors of this run may have written larger snapshots, with another dtype, and they count at their size.
-            snapshot_bytes=max(snapshot_bytes, *(snapshot.bytes for snapshot in kept)),
-            pinned=pinned,
+            snapshot_bytes=snapshot_bytes,
+            pinned={place for place, index in enumerate(chosen_from) if index in pinned},
         )
         # A rule may be user code: indices of the newest and of pinned snapshots, and invalid indices, are ignored.
-        return frozenset(dropped).intersection(range(len(kept) - 1)) - pinned
+        valid = frozenset(places).intersection(range(len(chosen_from)))
+        dropped = {chosen_from[place] for place in valid} - pinned - {len(kept) - 1}
+        if needed:
+            self._warn_of_budget(sum(each.bytes for i, each in enumerate(kept) if i not in dropped) + snapshot_bytes)
+        return frozenset(dropped)
+
+    def _warn_of_budget(self, needed_bytes: int) -> None:
+        """Report once that a budget of bytes cannot hold what other runs need."""
+        if isinstance(self._rule, KeepBytes) and needed_bytes > self._rule.budget_bytes and not self._has_warned:
+            self._has_warned = True
+            self._failures.put(
+                f"{self.store.root}: keep= has a budget of {format_bytes(self._rule.budget_bytes)}, but "
+                f"{format_bytes(needed_bytes)} are in use, with snapshots that another run in this folder "
+                "resumed from. They are kept while that run lives. Raise the budget, or stop the other run and prune "
+                "the folder."
+            )
+
+    def _look_at_other_runs(self, run: str) -> None:
+        try:
+            if (message := self._others.look(run)) is not None:
+                self._failures.put(message)
+        except OSError as error:  # the write that follows fails as well, and reports it
+            _log.info("%s could not be listed: %s", self.store.root, error)
 
     def _remove_hidden(self) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 
@@ -68,7 +69,11 @@ def test_folder_that_cannot_be_read_is_logged_only(trouble, make, caplog, monkey
     if trouble == "damaged":
         os.truncate(file_of(first, 3), 100)
     else:
-        monkeypatch.setattr(second.snapshots.files, "list", lambda path: 1 / 0)
+
+        def refuse(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(second.snapshots.files, "list", refuse)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         second.update()

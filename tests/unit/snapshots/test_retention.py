@@ -375,3 +375,58 @@ def test_pin_waits_until_the_rule_was_applied(rig):
         gate.open()
         written.result(TIMEOUT_SECONDS)
         assert paused.result(TIMEOUT_SECONDS) is not None
+
+
+# Other runs in the folder
+
+
+BRANCH = ((A, 50), (B, None))
+
+
+@pytest.mark.parametrize("rule", [KeepCount(3), KeepBytes("10MB")], ids=["count", "bytes"])
+def test_history_of_a_run_that_branched_off_is_spared(rig, rule):
+    """A job is requeued while its old process lives on, and the old one drops nothing that the new one resumed from."""
+    old = rig(EveryOther())
+    old.writer.begin()
+    for step in (10, 20, 30, 40, 50):
+        old.write(step)
+    young = Rig(old.root, KeepAll())
+    young.writer.begin()
+    young.write(60, B, BRANCH)
+    old.writer._rule = rule
+    for step in range(51, 61):
+        old.write(step)
+    with pytest.warns(NitrousWarning, match=f"run {B} has written a snapshot of step 60"):
+        old.writer.warn_of_failures()
+    assert set(old.steps()) >= {10, 20, 30, 40, 50, 60}
+    assert [each.step for each in old.store.snapshots()] == [10, 20, 30, 40, 50, 60]
+    # What branched off does not count towards the number of snapshots that this run keeps for itself.
+    if isinstance(rule, KeepCount):
+        assert len([step for step in old.steps() if step > 50]) == 3
+
+
+def test_budget_that_the_history_of_another_run_exceeds_is_warned_of_once(rig):
+    old = rig(KeepBytes(10**9))
+    old.writer.begin()
+    size = max(old.write(step).bytes for step in (10, 20, 30, 40, 50))
+    Rig(old.root, KeepAll()).write(60, B, BRANCH)
+    old.writer._rule = KeepBytes(4 * size)
+    for step in (60, 70, 80):
+        old.write(step)
+    with pytest.warns(NitrousWarning) as caught:
+        old.writer.warn_of_failures()
+    (found,) = [str(each.message) for each in caught if "keep= has a budget" in str(each.message)]
+    assert "another run in this folder resumed from" in found
+    assert old.steps() == [10, 20, 30, 40, 50, 80]
+
+
+def test_same_job_started_twice_is_noticed_by_the_second_to_write(rig):
+    first = rig(KeepAll())
+    second = Rig(first.root, KeepAll())
+    for each in (first, second):
+        each.writer.begin()
+    first.write(60, OTHER, ((A, 50), (OTHER, None)))
+    second.write(60, LATER, ((A, 50), (LATER, None)))
+    first.writer.warn_of_failures()
+    with pytest.warns(NitrousWarning, match=f"run {OTHER} has written a snapshot of step 60 since this run, {LATER}"):
+        second.writer.warn_of_failures()
