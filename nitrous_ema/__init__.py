@@ -1,5 +1,20 @@
 """Post-hoc EMA: store a few averages of the weights during training, choose the EMA length afterwards.
 
+In a training loop (the first is a drop-in for nitrous-ema 0.0.1, the second works beside the training):
+
+    PostHocEMA(model), AsyncPostHocEMA(model)    update() after each optimizer step; ema_models, average_parameters()
+    KarrasEMA(model)                             one average
+    KeepCount, KeepBytes, KeepGeometric, KeepAll keep=: which snapshots stay on disk
+
+After it:
+
+    PostHocEMA.synthesize_ema_model(sigma_rel=)  a model with an average of any length
+    load_average(model, path)                    the same from a file that `nitrous-ema synthesize` wrote
+    sweep(evaluate, ...)                         the best length by evaluation
+    SnapshotStore, LegacyFolder                  folders of snapshots, of this version and of others
+
+Begin with docs/quickstart.md; docs/glossary.md has the twelve terms. The command is `nitrous-ema --help`.
+
 The names in ``__all__`` are imported when they are first used. So importing the package, or one of its modules that
 works without torch, does not import torch. docs/design.md is a tour of the packages.
 """
@@ -62,4 +77,4 @@ else:  # hidden from type checkers: with a module's __getattr__ they accept ever
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return sorted([*__all__, "async_", "errors", "posthoc", "profile", "search", "snapshots", "synthesis"])

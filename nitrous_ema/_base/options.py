@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from typing import Literal
 
 from nitrous_ema._base import exit_status
+from nitrous_ema._base.exit_status import argument
+from nitrous_ema._base.paths import local_path
 
 Steps = list[int] | Literal["all"]
 """Requested steps."""
 
 # Numbers in one list: a typing mistake before or after an ellipsis must not request outputs that fill the disk.
 _MAX_NUMBERS = 10_000
+
+
+def path_option(name: str) -> Callable[[str], object]:
+    """Return the ``type=`` of an option or argument that is a path of this machine."""
+    return argument(partial(local_path, name))
 
 
 def add_choice_options(parser: argparse.ArgumentParser) -> None:

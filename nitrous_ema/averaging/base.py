@@ -35,10 +35,31 @@ class EMABase(Module):
     """
 
     _holds_averages = True
+    _ASSIGNABLE: tuple[str, ...] = ("frozen",)
 
     def __init__(self, engine: AveragingEngine) -> None:
         super().__init__()
         self._engine = engine
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign an attribute that can be changed during training; any other public name raises AttributeError."""
+        # A class of the user's may have attributes of its own.
+        is_own = not type(self).__module__.startswith("nitrous_ema.")
+        if not (is_own or name.startswith("_") or name == "training" or name in self._ASSIGNABLE):
+            raise AttributeError(
+                f"{type(self).__name__}.{name} cannot be assigned, and an assignment would have no effect; these can: "
+                f"{', '.join(self._ASSIGNABLE)}. Pass other values to the constructor."
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether averages stay as they are after the first update; may be assigned."""
+        return self._engine.config.frozen
+
+    @frozen.setter
+    def frozen(self, value: bool) -> None:
+        self._engine.reconfigure(frozen=value)
 
     # ---- during training
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from nitrous_ema._base.arguments import parse_bytes
+from nitrous_ema._base.paths import local_path
 from nitrous_ema._base.torch_dtypes import CHECKPOINT_DTYPES
 from nitrous_ema.averaging.execution.interfaces import Lane
 from nitrous_ema.averaging.execution.write_guard import ReadMode
@@ -92,7 +93,7 @@ class EMAConfig(TrackingPolicy):
         object.__setattr__(self, "update_every", _checked_update_every(self.update_every))
         if self.step_size_correction != "exact" and not isinstance(self.step_size_correction, bool):
             raise ValueError(f"step_size_correction is {self.step_size_correction!r}; expected 'exact', True or False.")
-        _check_folder(self.checkpoint_folder)
+        object.__setattr__(self, "checkpoint_folder", local_path("checkpoint_folder", self.checkpoint_folder))
         _check_interval(self.checkpoint_every_num_steps)
         if self.checkpoint_dtype not in CHECKPOINT_DTYPES:
             known = ", ".join(map(str, CHECKPOINT_DTYPES))
@@ -217,13 +218,6 @@ def _checked_update_every(update_every: Any) -> int:
     if isinstance(update_every, bool) or not isinstance(update_every, Integral) or int(update_every) < 1:
         raise ValueError(f"update_every is {update_every!r}; expected an integer of at least 1 (calls of update()).")
     return int(update_every)
-
-
-def _check_folder(folder: Any) -> None:
-    if not isinstance(folder, (str, os.PathLike)):
-        raise TypeError(f"checkpoint_folder is {folder!r}; expected a folder for the snapshots, as a path.")
-    if not os.fspath(folder) or "\0" in str(folder):
-        raise ValueError(f"checkpoint_folder is {folder!r}; expected a folder for the snapshots.")
 
 
 def _check_interval(every: Any) -> None:

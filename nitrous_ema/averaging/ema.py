@@ -12,11 +12,14 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from numbers import Integral
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch.nn import Module
 
+from nitrous_ema._base.arguments import pluralize
+from nitrous_ema._base.paths import local_path
 from nitrous_ema.averaging.averaged_module import AveragedModule
 from nitrous_ema.averaging.base import EMABase
 from nitrous_ema.averaging.config import Background, EMAConfig
@@ -158,6 +161,10 @@ class KarrasEMA(EMABase):
         """Return the output of ``ema_model``."""
         return self.ema_model(*args, **kwargs)
 
+    def extra_repr(self) -> str:
+        """Return the profile and the step, for ``repr()``."""
+        return f"sigma_rel={self.sigma_rel:.4g}, gamma={self.gamma:.4g}, step={self.step}"
+
     def _prefixes(self) -> Mapping[int, str]:
         return {self._profile: ""}
 
@@ -251,6 +258,8 @@ class PostHocEMA(EMABase):
         )
         self._start(model, config, ema_model, lambda writer, layout: InlineSnapshotSink(writer))
 
+    _ASSIGNABLE = ("frozen", "checkpoint_folder", "checkpoint_every_num_steps")
+
     def _start(
         self,
         model: Module,
@@ -270,7 +279,7 @@ class PostHocEMA(EMABase):
             self._retaining_writer.check_disk_space(engine.flat_buffers.layout, engine.run_lineage.first_stamp())
             engine.attach(
                 make_sink(self._retaining_writer, engine.flat_buffers.layout),
-                find_resumable_run=partial(resumable_run_warning, self._store),
+                find_resumable_run=partial(_resumable_run_warning, self._retaining_writer),
                 on_begin=self._retaining_writer.begin,
             )
         except BaseException:
@@ -281,7 +290,39 @@ class PostHocEMA(EMABase):
             one_module = isinstance(ema_model, Module) and profile > 0
             views.append(KarrasEMA._view(engine, profile, None if one_module else ema_model))
         # In a tuple, not a ModuleList: the averages stay out of modules() and parameters().
-        self.ema_models: tuple[KarrasEMA, ...] = tuple(views)
+        self._views = tuple(views)
+
+    @property
+    def ema_models(self) -> tuple[KarrasEMA, ...]:
+        """One EMA for each tracked profile, in the order of the profiles."""
+        return self._views
+
+    @property
+    def checkpoint_every_num_steps(self) -> float | Literal["manual"]:
+        """Calls of update() between two snapshots, or "manual"; may be assigned."""
+        return self._engine.config.checkpoint_every_num_steps
+
+    @checkpoint_every_num_steps.setter
+    def checkpoint_every_num_steps(self, value: float | Literal["manual"]) -> None:
+        self._engine.reconfigure(checkpoint_every_num_steps=value)
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """The folder of the snapshots; may be assigned: later snapshots of this run are then written to another folder.
+
+        The assignment waits until all earlier snapshots are on disk.
+        """
+        return self._store.root
+
+    @checkpoint_folder.setter
+    def checkpoint_folder(self, folder: str | os.PathLike[str]) -> None:
+        self._engine.check_open("the assignment of checkpoint_folder")
+        store = SnapshotStore(local_path("checkpoint_folder", folder))
+        store.prepare()
+        self.flush()
+        self._engine.reconfigure(checkpoint_folder=store.root)
+        self._store = store
+        self._retaining_writer.move(store)
 
     def checkpoint(self) -> bool:
         """Take a snapshot of the averages as they are now.
@@ -535,6 +576,16 @@ class PostHocEMA(EMABase):
         """Return the outputs of all averages' modules, in the order of the profiles."""
         return tuple(view(*args, **kwargs) for view in self.ema_models)
 
+    def extra_repr(self) -> str:
+        """Return profiles, step and snapshots, for ``repr()``."""
+        lengths = ", ".join(f"{length:.4g}" for length in self.sigma_rels)
+        stats = self.stats()
+        state = "" if self._engine.is_open else ", closed"
+        return (
+            f"sigma_rels=({lengths}), step={self.step}, t={self.t}, "
+            f"{pluralize(stats.snapshots, 'snapshot')} written to {str(self.checkpoint_folder)!r}{state}"
+        )
+
     def _prefixes(self) -> Mapping[int, str]:
         return {profile: f"ema_models.{profile}." for profile in range(len(self.gammas))}
 
@@ -549,3 +600,7 @@ def _checked(step: Any) -> int | None:
     if isinstance(step, bool) or not isinstance(step, Integral):
         raise TypeError(f"step is {step!r}; expected the step of a snapshot (an integer).")
     return int(step)
+
+
+def _resumable_run_warning(writer: RetainingWriter, run: str) -> str | None:
+    return resumable_run_warning(writer.store, run)

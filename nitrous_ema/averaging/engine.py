@@ -288,8 +288,9 @@ class AveragingEngine:
         self._collect_lane_error()
         if self._failure is not None:
             snapshots = " or restore a snapshot (restore)" if self._sink is not None else ""
+            cause = f"{type(self._failure).__name__}: {self._failure}".rstrip(": ")  # KeyboardInterrupt has no text
             raise NitrousError(
-                f"{what}: {self._failed_operation} failed ({self._failure}), so the averages are no longer valid. "
+                f"{what}: {self._failed_operation} failed ({cause}), so the averages are no longer valid. "
                 f"Load a saved state (load_state_dict){snapshots}."
             ) from self._failure
 
@@ -422,6 +423,15 @@ class AveragingEngine:
         self._dispatch.drain(with_snapshots=with_snapshots)
         self._collect_lane_error()  # the averages stay invalid until something has been loaded
         return True
+
+    def reconfigure(self, **changes: Any) -> None:
+        """Change options that may change during training.
+
+        Raises:
+            TypeError, ValueError: A value is not one that the constructor accepts.
+        """
+        self.config = replace(self.config, **changes)
+        self.schedule.frozen = self.config.frozen
 
     def continue_run(self, lineage: Sequence[Sequence[Any]], step: int) -> None:
         """Continue the run of a loaded state; see ``RunLineage.continue_from``."""

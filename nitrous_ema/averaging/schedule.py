@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral, Number, Real
 from typing import Any, Literal
 
 from nitrous_ema.errors import warn
@@ -158,6 +158,11 @@ class Schedule:
 
     def check_t_delta(self, t_delta: Any) -> Time:
         """Return ``t_delta`` as a plain number, or raise what ``advance`` raises. Numbers of numpy are accepted."""
+        if hasattr(t_delta, "item") and not isinstance(t_delta, Number):
+            raise TypeError(
+                f"t_delta is {t_delta!r}; expected a number. Pass t_delta.item(), or better the number from which the "
+                "tensor was made: item() waits for the device."
+            )
         if not _is_time(t_delta):
             raise ValueError(
                 f"t_delta is {t_delta!r}: training time must move forward. Pass the steps, images or tokens since the "

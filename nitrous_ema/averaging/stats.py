@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from nitrous_ema.snapshots.stats import WriteStats
 
@@ -18,3 +18,14 @@ class Stats(WriteStats):
     held_up: int = 0
     """How often the trainer had to wait for a snapshot copy, because the scratch memory had reached its limit; or, with
     ``offload="host"``, for averaging in host memory."""
+
+    def as_metrics(self, prefix: str = "ema/") -> dict[str, float]:
+        """Return the counts as a logger of metrics accepts them: flat names, and numbers only.
+
+        Args:
+            prefix: Begins every name.
+        """
+        counts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "last_error"}
+        return {
+            f"{prefix}{name}": value for name, value in (counts | {"write_bandwidth": self.write_bandwidth}).items()
+        }

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nitrous_ema import AsyncPostHocEMA, SnapshotStore, load_average, sweep
+from nitrous_ema._base.options import path_option
 from nitrous_ema.errors import MissingExtraError, NitrousWarning
 from nitrous_ema.search.plot import plot_images, plot_sweep
 from nitrous_ema.search.table import SweepTable
@@ -337,7 +338,10 @@ def _configure(argv: Sequence[str] | None) -> DemoConfig:
         description="Train a small diffusion model on handwritten digits, then choose the EMA length.",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("nitrous-demo"), help="folder for all files (default: ./nitrous-demo)"
+        "--out",
+        type=path_option("--out"),
+        default=Path("nitrous-demo"),
+        help="folder for all files (default: ./nitrous-demo)",
     )
     parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {DemoConfig(out=Path()).steps})")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training (default: 0)")

@@ -17,7 +17,6 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from nitrous_ema import __version__
@@ -31,6 +30,7 @@ from nitrous_ema._base.options import (
     parse_lengths,
     parse_step_list,
     parse_steps,
+    path_option,
 )
 from nitrous_ema.cli.terminal import log
 
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     ) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help, description=description, allow_abbrev=False)
         if folder is not None:
-            added.add_argument("folder", type=Path, metavar="DIR", help=folder)
+            added.add_argument("folder", type=path_option("DIR"), metavar="DIR", help=folder)
         return added
 
     command("verify", "check every byte of a folder's snapshots against the checksums", _VERIFY)
@@ -165,7 +165,12 @@ def _add_length_options(inspect: argparse.ArgumentParser) -> None:
 
 def _add_import_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("new", type=Path, metavar="NEW", help="folder of the snapshots; created if it does not exist")
+    add(
+        "new",
+        type=path_option("NEW"),
+        metavar="NEW",
+        help="folder of the snapshots; created if it does not exist",
+    )
     add_old_profiles(command, required=True)
     add(
         "--dtype",
@@ -180,8 +185,19 @@ def _add_import_options(command: argparse.ArgumentParser) -> None:
 
 def _add_plot_options(plot: argparse.ArgumentParser) -> None:
     add = plot.add_argument
-    add("source", type=Path, metavar="DIR|FILE", help="a snapshot folder, or a file of sweep results")
-    add("--out", type=Path, required=True, metavar="FILE", help="the picture; its suffix is .png, .svg or .pdf")
+    add(
+        "source",
+        type=path_option("DIR"),
+        metavar="DIR|FILE",
+        help="a snapshot folder, or a file of sweep results",
+    )
+    add(
+        "--out",
+        type=path_option("--out"),
+        required=True,
+        metavar="FILE",
+        help="the picture; its suffix is .png, .svg or .pdf",
+    )
     add(
         "--sigma-rel",
         type=exit_status.argument(parse_lengths),

@@ -25,6 +25,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from nitrous_ema._base.paths import local_path
 from nitrous_ema.errors import ResultsError
 from nitrous_ema.search.table import Row, SweepTable
 from nitrous_ema.snapshots.bounded_json import brief, parse_json
@@ -43,7 +44,7 @@ class ResultsFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, files: FileSystem | None = None) -> None:
-        self.path = Path(path).absolute()
+        self.path = local_path("results", path).absolute()
         self._files = files or FileSystem()
 
     def read(self) -> list[Row]:

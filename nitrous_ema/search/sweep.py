@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from nitrous_ema._base.arguments import check_sequence
 from nitrous_ema._base.dtypes import dtype_code
+from nitrous_ema._base.paths import local_path
 from nitrous_ema.averaging.load_average import load_tensors
 from nitrous_ema.errors import EvaluationError
 from nitrous_ema.profile import checked_lengths
@@ -458,5 +459,6 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
 @contextmanager
 def _created(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Create the folder of stored averages and yield it. In contrast to ``temporary_folder``, the folder stays."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    yield Path(folder)
+    path = local_path("out", folder)
+    path.mkdir(parents=True, exist_ok=True)
+    yield path

@@ -81,6 +81,11 @@ def closed_note_name(run: str) -> str:
     return f"closed-{run}"
 
 
+def parse_closed_note_name(name: str) -> str | None:
+    """Return the run whose end a note records, or None for any other name."""
+    return name.removeprefix("closed-") if name.startswith("closed-") else None
+
+
 def pin_note_name(step: int, run: str) -> str:
     """Return the name of the note that a snapshot is pinned."""
     return f"pin-{step:012d}-{run}"

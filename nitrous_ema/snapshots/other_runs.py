@@ -12,11 +12,9 @@ import threading
 
 from nitrous_ema.errors import SnapshotError
 from nitrous_ema.snapshots.header import Lineage
-from nitrous_ema.snapshots.names import parse_folder_name
+from nitrous_ema.snapshots.names import parse_closed_note_name, parse_folder_name
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
-
-_CLOSED = "closed-"
 
 
 class OtherRuns:
@@ -59,7 +57,7 @@ class OtherRuns:
         known = self._known = names if self._known is None else self._known
         steps: dict[str, int] = {}
         for name in names - known:
-            step, other = parse_folder_name(name) or (0, name.removeprefix(_CLOSED) if name.startswith(_CLOSED) else "")
+            step, other = parse_folder_name(name) or (0, parse_closed_note_name(name) or "")
             if other and other not in self._own:
                 steps[other] = max(step, steps.get(other, 0))
         for other in steps.keys() - self._lineages.keys():

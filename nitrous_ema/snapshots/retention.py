@@ -86,6 +86,12 @@ class RetainingWriter:
         self._lineage: Lineage | None = None
         self._kept_snapshots: list[Snapshot] = []  # ascending by step
 
+    def move(self, store: SnapshotStore) -> None:
+        """Write to another store from now on. No snapshot may be in flight."""
+        with self._rule_lock:
+            self.store, self._others, self._lineage = store, OtherRuns(store), None
+        self.begin()
+
     def check(self, layout: Layout, stamp: Stamp) -> None:
         """Raise ValueError if the rule is invalid for snapshots of this size."""
         self._rule.check(layout.gammas, header_bytes(layout, stamp) + layout.data_bytes)

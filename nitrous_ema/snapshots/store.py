@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from nitrous_ema._base.paths import local_path
 from nitrous_ema.errors import SnapshotError, SnapshotMismatch, SnapshotNotFound, SnapshotUnreadable
 from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.commit import Committer
@@ -53,7 +54,9 @@ class SnapshotStore:
     """
 
     def __init__(self, root: str | os.PathLike[str], *, files: FileSystem | None = None) -> None:
-        self.root = Path(root).absolute()  # the same folder after the process has changed its working directory
+        self.root = local_path(
+            "root", root
+        ).absolute()  # the same folder after the process has changed its working directory
         self.files = files or FileSystem()
         self._inspector: FolderInspector = FolderInspector(self.files)
         self._committer = Committer(self.root, self.files, reclaim=lambda: self.remove_hidden())

@@ -16,7 +16,7 @@ from torch import nn
 
 from nitrous_ema import AsyncPostHocEMA, NitrousWarning, PostHocEMA
 from nitrous_ema.errors import UnsafeReadError
-from tests.support.fakes import TIMEOUT_SECONDS, LateLane, assert_same_bits, use_lane
+from tests.support.fakes import TIMEOUT_SECONDS, LateLane, assert_same_bits, averages_of, use_lane
 from tests.support.guarded_training import Step, averages_after, rigs, sgd, with_gradients
 from tests.support.optimizer_forms import FORMS, NoTorchOptimizer, Outer, Sam, ScheduleFree, SingleFileMuon
 
@@ -82,6 +82,53 @@ def test_closure_runs_before_the_wait(rig, named):
     assert len(rig.waits) == 1
     assert torch.equal(rig.waits[0], before)
     assert not torch.equal(rig.weights(), before)
+
+
+@pytest.mark.parametrize("read", ["guarded", "auto"])
+@pytest.mark.parametrize("named", [False, True], ids=["positional", "keyword"])
+def test_update_inside_the_closure_is_no_violation(named, read, tmp_path):
+    """Lightning calls on_before_zero_grad inside the closure, and users update their EMA there."""
+
+    def train(cls, **options):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        folder = tmp_path / cls.__name__
+        with cls(
+            model, checkpoint_folder=folder, checkpoint_every_num_steps="manual", update_every=1, **options
+        ) as ema:
+
+            def closure():
+                ema.update()
+                optimizer.zero_grad()
+                loss = (model(torch.ones(2, 8)) - 1).square().mean()
+                loss.backward()
+                return loss
+
+            for _ in range(12):
+                optimizer.step(closure=closure) if named else optimizer.step(closure)
+            return averages_of(ema)
+
+    assert_same_bits(train(AsyncPostHocEMA, read=read), train(PostHocEMA))  # warnings are errors here
+
+
+def test_writer_waits_for_an_update_in_a_later_call_of_its_closure(rig):
+    rig = rig()
+    lbfgs, calls = torch.optim.LBFGS(rig.model.parameters(), max_iter=4), []
+
+    def closure():
+        calls.append(len(rig.waits))
+        if len(calls) == 2:
+            rig.update()
+        rig.model.zero_grad()
+        loss = rig.model(torch.ones(1, 3)).square().sum()
+        loss.backward()
+        return loss
+
+    rig.update()
+    lbfgs.step(closure)
+    rig.update()  # raises nothing
+    assert calls[1] < calls[2]
 
 
 def test_closure_that_is_called_several_times_waits_once(rig):

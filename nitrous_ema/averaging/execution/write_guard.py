@@ -36,6 +36,9 @@ GUARD-6  While a graph is captured nothing waits and no state   test_nothing_wai
 GUARD-7  Writes of this library into a model are ordered after  test_average_in_the_model_waits_for_every_ema_of_it
     the reads of every EMA of that model.
 
+GUARD-8  update() may be called inside the closure of a step,   test_update_inside_the_closure_is_no_violation
+    also the first update().
+
 The counters do not see every write: writes through ``.data``, numpy, fused optimizers' kernels, graph replays and
 foreach on DTensors are not counted. Such writes are safe behind an optimizer step or ``fence()``, and nowhere else.
 
@@ -99,7 +102,8 @@ class WriteGuard:
         self._tensors: Sequence[Tensor] = ()
         self._names: Sequence[str] = ()
         self._versions: list[int] | None = []  # None: a capture has moved the counters without any write
-        self._violation: str | None = None  # detected where nothing may be raised; reported by the next check()
+        # Detected where nothing may be raised, and reported by the next raise_violation().
+        self._violation: str | None = None
         self._violation_name = ""  # the tensor that was written
         self._identities: set[int] = set()
 
@@ -107,6 +111,11 @@ class WriteGuard:
     def copies(self) -> bool:
         """Whether parameters are copied on the caller's stream instead of being read live."""
         return self._read == "copied"
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether the lane may be reading live parameters, and no writer was ordered since the last update()."""
+        return self._reading
 
     def raise_violation(self) -> None:
         """Report a violation that was detected since the last call: raise under "guarded", warn once under "auto".
@@ -309,31 +318,38 @@ class _StepHook:
 
     def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         guard = self._guard()
-        if guard is None or not guard.needs_fence(optimizer):
+        if guard is None:
             return None
+        # args[0] is the optimizer itself. Some callers pass the closure by keyword (Lightning).
+        is_keyword = kwargs.get("closure") is not None
+        closure = kwargs["closure"] if is_keyword else args[1] if len(args) > 1 and callable(args[1]) else None
         # The fence follows the closure, so that its forward and backward overlap with the averaging (GUARD-2).
-        if _calls_closure_first(optimizer):
-            # args[0] is the optimizer itself. Some callers pass the closure by keyword (Lightning).
-            if kwargs.get("closure") is not None:
-                return args, {**kwargs, "closure": _FenceAfterFirstCall(kwargs["closure"], guard)}
-            if len(args) > 1 and callable(args[1]):
-                return (args[0], _FenceAfterFirstCall(args[1], guard), *args[2:]), kwargs
-        guard.fence()
-        return None
+        if (closure is None or not _calls_closure_first(optimizer)) and guard.needs_fence(optimizer):
+            guard.fence()
+        if closure is None:
+            return None
+        fencing = _FencingClosure(closure, guard, optimizer)
+        if is_keyword:
+            return args, {**kwargs, "closure": fencing}
+        return (args[0], fencing, *args[2:]), kwargs
 
 
-class _FenceAfterFirstCall:
-    """An optimizer's closure (forward and backward), which fences after its first call: then the optimizer writes."""
+class _FencingClosure:
+    """An optimizer's closure (forward and backward), which fences after its first call: then the optimizer writes.
 
-    def __init__(self, closure: Callable[[], Any], guard: WriteGuard) -> None:
-        self._closure = closure
-        self._guard: WriteGuard | None = guard  # None after the first call
+    It also fences after a later call, and where nothing was read before the step, if the closure itself has called
+    update() (GUARD-8).
+    """
+
+    def __init__(self, closure: Callable[[], Any], guard: WriteGuard, optimizer: Optimizer) -> None:
+        self._closure, self._guard, self._optimizer = closure, guard, optimizer
+        self._is_first_call = True
 
     def __call__(self) -> Any:
         result = self._closure()
-        if self._guard is not None:
+        if (self._is_first_call or self._guard.is_reading) and self._guard.needs_fence(self._optimizer):
             self._guard.fence()
-            self._guard = None
+        self._is_first_call = False
         return result
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from nitrous_ema._base.dtypes import CODES, DTYPE_BYTES, STORED_DTYPES
+from nitrous_ema._base.paths import local_path
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
 from nitrous_ema.profile import checked_lengths, sigma_rel_to_gamma
 from nitrous_ema.snapshots.bounded_json import brief
@@ -78,7 +79,7 @@ class LegacyFolder:
                 "pass exactly one of sigma_rels and gammas, the tracked profiles; got "
                 f"{'neither' if gammas is None else 'both'} of them."
             )
-        self.root = Path(root)
+        self.root = local_path("root", root)
         checked_lengths("sigma_rels", list(sigma_rels or ()))
         self.gammas = tuple(float(each) for each in gammas or ()) or tuple(
             float(sigma_rel_to_gamma(each)) for each in sigma_rels or ()

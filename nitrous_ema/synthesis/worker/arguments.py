@@ -21,6 +21,7 @@ from nitrous_ema._base.options import (
     parse_lengths,
     parse_number,
     parse_steps,
+    path_option,
 )
 from nitrous_ema.synthesis.worker.partition import WorkPartition, parse_part
 
@@ -156,7 +157,12 @@ def _config(options: argparse.Namespace) -> WorkerConfig:
 def _add_input_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     lengths = parser.add_mutually_exclusive_group(required=True)
-    add("snapshots", type=Path, metavar="SNAPSHOTS", help="snapshot folder")
+    add(
+        "snapshots",
+        type=path_option("SNAPSHOTS"),
+        metavar="SNAPSHOTS",
+        help="snapshot folder",
+    )
     lengths.add_argument(
         "--sigma-rel",
         type=exit_status.argument(parse_lengths),

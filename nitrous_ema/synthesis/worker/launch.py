@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nitrous_ema._base.arguments import check_sequence
+from nitrous_ema._base.paths import local_path
 from nitrous_ema.synthesis.worker.job import Job, ProgressCallback
 from nitrous_ema.synthesis.worker.output_names import absolute
 
@@ -138,7 +139,7 @@ def launch(
     flags = {"skip-existing": skip_existing, "dry-run": dry_run, "follow": follow}
     arguments += [f"--{name}" for name, is_set in flags.items() if is_set]
     arguments += ["--progress-json"] if progress is not None else []
-    command = [os.fspath(python), "-c", _PROGRAM, *arguments, "--", str(Path(snapshots).absolute())]
+    command = [os.fspath(python), "-c", _PROGRAM, *arguments, "--", str(local_path("snapshots", snapshots).absolute())]
     return Job(_start(command), progress)
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Protocol
 
+from nitrous_ema._base.paths import local_path
+
 FIELDS = ("run", "step", "t", "sigma_rel", "gamma")
 _SUFFIXES = {"safetensors": ".safetensors", "pt": ".pt"}
 _DOUBLED = str.maketrans({"{": "{{", "}": "}}"})
@@ -54,6 +56,7 @@ class OutputNames:
             raise ValueError(
                 "--out is empty; expected a folder ('.' for the working directory) or a template of file names."
             )
+        object.__setattr__(self, "out", os.fspath(local_path("--out", self.out)))
         fields = self.fields
         stem, suffix = os.path.splitext(self.out)
         if not fields and suffix in _SUFFIXES.values() and not os.path.isdir(self.out):
@@ -129,5 +132,5 @@ def absolute(out: str | os.PathLike[str]) -> str:
     Braces of the working directory are doubled, so that they do not become fields. An empty name stays empty, and
     ``OutputNames`` refuses it.
     """
-    name = os.fspath(out)
+    name = os.fspath(local_path("out", out)) if os.fspath(out) else ""
     return name if not name or os.path.isabs(name) else os.path.join(os.getcwd().translate(_DOUBLED), name)
