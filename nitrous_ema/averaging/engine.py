@@ -288,7 +288,7 @@ class AveragingEngine:
         self._collect_lane_error()
         if self._failure is not None:
             snapshots = " or restore a snapshot (restore)" if self._sink is not None else ""
-            cause = f"{type(self._failure).__name__}: {self._failure}".rstrip(": ")  # KeyboardInterrupt has no text
+            cause = str(self._failure) or type(self._failure).__name__  # KeyboardInterrupt has no text
             raise NitrousError(
                 f"{what}: {self._failed_operation} failed ({cause}), so the averages are no longer valid. "
                 f"Load a saved state (load_state_dict){snapshots}."

@@ -22,6 +22,9 @@ from tests.support.memory_orders import Orders
 from tests.support.models import Net, Tied, Vector, set_weights
 from tests.support.restored_runs import CLASSES, file_of, saved, train
 
+# The runs that are compared often go on in one folder.
+pytestmark = pytest.mark.filterwarnings("ignore:.*has written a snapshot of step")
+
 
 class Mixed(nn.Module):
     """Copied tensors of several sizes, one that is not saved, and averages of several types."""
@@ -96,7 +99,6 @@ def test_copied_tensors_behind_padding_come_back(make):
     ("correction", "t_delta"), [("exact", 1), ("exact", 32), ("exact", 0.37), (True, 1), (False, 1), (True, 1.0)]
 )
 @pytest.mark.filterwarnings("ignore:step_size_correction=False")
-@pytest.mark.filterwarnings("ignore:.*has written a snapshot of step")  # both runs go on in one folder
 def test_clock_goes_on_wherever_the_snapshot_fell(correction, t_delta, update_every, at, make):
     options = {"update_every": update_every, "step_size_correction": correction}
     whole, again = make(Vector(3), **options), make(Vector(3), **options)
