@@ -82,7 +82,7 @@ def training_raises_while_the_ema_is_in_the_traceback(root: Path) -> None:
 
 def sys_exit_with_the_ema_in_a_cycle(root: Path) -> None:
     training = Training(root)
-    training.ema.cycle = training.ema
+    training.ema._cycle = training.ema
     training.steps(6)
     sys.exit(3)
 
@@ -119,7 +119,7 @@ def exit_while_a_write_hangs(root: Path) -> None:
 def exit_while_the_disk_hangs_for_good(root: Path) -> None:
     training = Training(root, hangs=True, wait_timeout=0.5)
     training.steps(6)
-    training.ema.cycle = training.ema  # a cycle keeps the EMA alive until the interpreter ends
+    training.ema._cycle = training.ema  # a cycle keeps the EMA alive until the interpreter ends
 
 
 def exception_while_the_disk_hangs_for_good(root: Path) -> None:

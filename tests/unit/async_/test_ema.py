@@ -515,7 +515,7 @@ def test_ema_that_is_collected_on_its_own_thread_is_ended_elsewhere(tmp_path):
         gate, collected = Gate(), threading.Event()
         gc.disable()
         try:
-            training.ema.cycle = [training.ema]  # so that only the collector can end it
+            training.ema._cycle = [training.ema]  # so that only the collector can end it
             gone = weakref.ref(training.ema)
             lane.enqueue_write(lambda: (gate.pass_through(), gc.collect(), collected.set()))
             del training.ema
