@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from decimal import Decimal
 from numbers import Real
 
+_NEAREST = re.compile("nearest:([0-9]{1,18})")
 _BINARY_UNITS = {f"{letter}IB": 1 << 10 * power for power, letter in enumerate("KMGT", 1)}
 _DECIMAL_UNITS = {f"{letter}B": 10 ** (3 * power) for power, letter in enumerate("KMGT", 1)}
 _UNIT_BYTES = {"": 1, "B": 1, **_BINARY_UNITS, **_DECIMAL_UNITS}
@@ -48,6 +49,36 @@ def check_sequence(name: str, value: object, items: str = "numbers") -> None:
     """
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise TypeError(f"{name} is {value!r}; expected a sequence of {items}.")
+
+
+def nearest_to(step: object) -> int | None:
+    """Return N of a step that was passed as the text ``nearest:N``; None for a step that is a number, or None.
+
+    Raises:
+        ValueError: The step is any other text.
+    """
+    if not isinstance(step, str):
+        return None
+    found = _NEAREST.fullmatch(step)
+    if found is None:
+        raise ValueError(f"step is {step!r}; expected the step of a snapshot, or a text such as 'nearest:1234'.")
+    return int(found[1])
+
+
+def choose_step(step: int | str | None, existing: Collection[int]) -> int | None:
+    """Return the existing step that ``step`` selects: the nearest, the same, or for None the last one; None if none is.
+
+    Of two steps that are equally near, the earlier one is selected.
+    """
+    near = nearest_to(step)
+    if near is not None:
+        return min(existing, key=lambda each: (abs(each - near), each), default=None)
+    return max(existing, default=None) if step is None else next((each for each in existing if each == step), None)
+
+
+def nearest_note(step: object, chosen: int) -> str:
+    """Return a sentence that names the step chosen for ``nearest:N``; an empty text if it is N, or was not chosen."""
+    return f"Step {chosen} is taken for {step!r}." if nearest_to(step) not in (None, chosen) else ""
 
 
 def parse_bytes(text: str) -> int:

@@ -6,13 +6,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from nitrous_ema._base.arguments import format_bytes
 from nitrous_ema._base.processes import ProcessState, process_state
 from nitrous_ema.errors import SnapshotMismatch, SnapshotUnreadable
 from nitrous_ema.snapshots.header import Header, Lineage, Stamp
-from nitrous_ema.snapshots.layout import Layout
+from nitrous_ema.snapshots.layout import Layout, TensorRecord
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Snapshot:
     """A committed snapshot: the paths and headers with which any part of it can be read."""
 
@@ -30,6 +31,16 @@ class Snapshot:
     def layout(self) -> Layout:
         """Tensors and profiles, and their positions in the data."""
         return self.headers[0].layout
+
+    @property
+    def path(self) -> Path:
+        """The first file."""
+        return self.paths[0]
+
+    @property
+    def records(self) -> tuple[TensorRecord, ...]:
+        """The model's tensors."""
+        return self.layout.records
 
     @property
     def step(self) -> int:
@@ -59,6 +70,14 @@ class Snapshot:
     def bytes(self) -> int:
         """Size of all files of the snapshot."""
         return sum(header.file_bytes for header in self.headers)
+
+    def __repr__(self) -> str:
+        lengths = ", ".join(f"{length:g}" for length in self.layout.sigma_rels)
+        return (
+            f"<Snapshot of step {self.step}, t={self.t}, run {self.run}: {len(self.records)} tensors, "
+            f"sigma_rels ({lengths}) as {self.layout.checkpoint_dtype}, {format_bytes(self.bytes)} in "
+            f"{str(self.path.parent)!r}>"
+        )
 
 
 @dataclass(frozen=True, slots=True)

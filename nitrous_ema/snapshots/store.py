@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from nitrous_ema._base.arguments import nearest_to
 from nitrous_ema._base.paths import local_path
 from nitrous_ema.errors import SnapshotError, SnapshotMismatch, SnapshotNotFound, SnapshotUnreadable
 from nitrous_ema.snapshots.bounded_json import brief
@@ -108,11 +109,11 @@ class SnapshotStore:
 
         return self._query(listed)
 
-    def get(self, step: int | None = None, run: str | None = None, *, exclude: Collection[int] = ()) -> Snapshot:
+    def get(self, step: int | str | None = None, run: str | None = None, *, exclude: Collection[int] = ()) -> Snapshot:
         """Return one committed snapshot of a training history, as ``snapshots`` defines it.
 
         Args:
-            step: Step of the snapshot; by default the last step.
+            step: Step of the snapshot; by default the last step. ``"nearest:1234"`` is the step nearest to 1234.
             run: The last run of the history; by default the newest run that owns a snapshot.
             exclude: Steps to leave out.
 
@@ -123,15 +124,18 @@ class SnapshotStore:
         """
         return self._query(lambda folders: self._get(step, run, exclude, folders))
 
-    def _get(self, step: int | None, run: str | None, exclude: Collection[int], folders: _Folders) -> Snapshot:
-        lineage = self._lineage(run, folders, exclude)
+    def _get(self, step: int | str | None, run: str | None, exclude: Collection[int], folders: _Folders) -> Snapshot:
+        lineage, near = self._lineage(run, folders, exclude), nearest_to(step)
         members = [member for member in _members(lineage, folders) if member[0] not in exclude]
         # The sort is stable: of several snapshots of one step, the youngest run's comes first.
-        for _, folder in sorted((m for m in members if step in (None, m[0])), key=lambda member: -member[0]):
+        for _, folder in sorted(
+            (member for member in members if near is not None or step in (None, member[0])),
+            key=lambda member: (-member[0], 0) if near is None else (abs(member[0] - near), member[0]),
+        ):
             if snapshot := self._committed(folder, lineage):
                 return snapshot
-        nearest = self._nearest(step, members)
-        if step is None:
+        nearest = () if isinstance(step, str) else self._nearest(step, members)
+        if step is None or isinstance(step, str):
             what = "holds no snapshot to read" + ("" if folders else self._legacy_hint() or ". Check the path")
         else:
             elsewhere = [other for other in sorted(folders) if step in folders[other] and other not in dict(lineage)]

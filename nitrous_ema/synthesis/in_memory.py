@@ -53,7 +53,7 @@ def synthesize(
     *,
     gammas: Sequence[float] | None = None,
     sigma_rels: Sequence[float] | None = None,
-    step: int | None = None,
+    step: int | str | None = None,
     run: str | None = None,
     exclude: Collection[int] = (),
     tolerance: float = DEFAULT_TOLERANCE,
@@ -68,7 +68,8 @@ def synthesize(
         snapshots: The snapshot folder, or a store opened on it.
         gammas: Requested lengths as exponents, or
         sigma_rels: as fractions of the training time, in (0, 12 ** -0.5). Exactly one of the two.
-        step: The target step, which must have a committed snapshot; by default the newest.
+        step: The target step, which must have a committed snapshot; by default the newest. ``"nearest:1234"`` is the
+            step nearest to 1234; a warning names it.
         run: The run whose lineage is read; by default the newest.
         exclude: Steps of snapshots to ignore, for example damaged ones.
         tolerance: Relative profile error that may be added to read fewer snapshots; 0 reads all.

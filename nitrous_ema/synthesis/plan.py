@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from nitrous_ema._base.arguments import choose_step, nearest_note, nearest_to
 from nitrous_ema._base.dtypes import STORED_DTYPES
-from nitrous_ema.errors import SnapshotMismatch
+from nitrous_ema.errors import SnapshotMismatch, warn
 from nitrous_ema.posthoc import SynthesisReport, synthesis_report
 from nitrous_ema.posthoc.coverage import condition
 from nitrous_ema.snapshots.readable_snapshot import SnapshotView, check_same_tensors, stored_snapshot_view
@@ -180,7 +181,7 @@ def plan_from_store(
     *,
     gammas: Sequence[float] | None = None,
     sigma_rels: Sequence[float] | None = None,
-    step: int | None = None,
+    step: int | str | None = None,
     run: str | None = None,
     exclude: Collection[int] = (),
     tolerance: float = DEFAULT_TOLERANCE,
@@ -191,7 +192,8 @@ def plan_from_store(
         store: The folder, or a store opened on it.
         gammas: Requested lengths as exponents, or
         sigma_rels: as fractions of the training time; as in plan_synthesis().
-        step: The target step, which must have a committed snapshot; by default the newest.
+        step: The target step, which must have a committed snapshot; by default the newest. ``"nearest:1234"`` is the
+            step nearest to 1234; a warning names it.
         run: The run whose lineage is read; by default the newest.
         exclude: Steps of snapshots to ignore, for example damaged ones.
         tolerance: As in plan_synthesis().
@@ -202,7 +204,7 @@ def plan_from_store(
         SnapshotDamaged: A snapshot that is not excluded has a wrong size or header.
         SnapshotMismatch: As plan_synthesis().
     """
-    if step is not None and step in exclude:
+    if nearest_to(step) is None and step in exclude:
         raise ValueError(
             f"step {step} is the target step and is excluded. Choose another target step, or do not exclude it."
         )
@@ -210,7 +212,8 @@ def plan_from_store(
     if not isinstance(store, SnapshotStore):
         store = SnapshotStore(store)
     snapshots = store.snapshots(run, exclude=exclude)
-    target = next((each for each in reversed(snapshots) if step in (None, each.step)), None)
+    chosen = choose_step(step, [each.step for each in snapshots])
+    target = next((each for each in snapshots if each.step == chosen), None)
     if target is None:
         # get() raises with the nearest steps. If it does not raise, the snapshot was committed after the listing, so
         # the folder is listed again.
@@ -218,6 +221,8 @@ def plan_from_store(
         return plan_from_store(
             store, gammas=gammas, sigma_rels=sigma_rels, step=step, run=run, exclude=exclude, tolerance=tolerance
         )
+    if note := nearest_note(step, target.step):
+        warn(note)
     return plan_at(target, snapshots, gammas=gammas, sigma_rels=sigma_rels, excluded=exclude, tolerance=tolerance)
 
 

@@ -28,6 +28,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from nitrous_ema._base.arguments import choose_step
 from nitrous_ema._base.dtypes import CODES, DTYPE_BYTES, STORED_DTYPES
 from nitrous_ema._base.paths import local_path
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
@@ -112,17 +113,17 @@ class LegacyFolder:
     def _snapshot(self, step: int) -> LegacySnapshot:
         return LegacySnapshot(step, self._paths[step], self.gammas, self.run)
 
-    def get(self, step: int | None = None, *, exclude: Collection[int] = ()) -> LegacySnapshot:
-        """Return the snapshot of one step, by default of the last one.
+    def get(self, step: int | str | None = None, *, exclude: Collection[int] = ()) -> LegacySnapshot:
+        """Return the snapshot of one step, by default of the last one; for ``"nearest:1234"`` that nearest to 1234.
 
         Raises:
             SnapshotNotFound: The step has no files, or is excluded; the message has the nearest steps.
         """
-        snapshots = self.snapshots(exclude=exclude)
-        found = [snapshot for snapshot in snapshots if step in (None, snapshot.step)]
-        if found:
-            return found[-1]
-        nearest = sorted(sorted((each.step for each in snapshots), key=lambda each: abs(each - (step or 0)))[:2])
+        steps = [each for each in self.steps if each not in exclude]
+        if (chosen := choose_step(step, steps)) is not None:
+            return self._snapshot(chosen)
+        number = step if isinstance(step, int) else 0
+        nearest = sorted(sorted(steps, key=lambda each: abs(each - number))[:2])
         raise SnapshotNotFound(
             f"{self.root} has no files of step {step}; nearest steps: {', '.join(map(str, nearest)) or 'none'}.",
             path=self.root,
