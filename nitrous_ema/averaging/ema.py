@@ -542,16 +542,27 @@ class PostHocEMA(EMABase):
         (template,) = self.ema_models[0]._template
         return KarrasEMA._view(engine, 0, None if isinstance(template, Module) else template)
 
-    def _target(self, step: int | None) -> Snapshot:
-        """Return the snapshot of a step in this run's lineage; None: the newest."""
+    def _target(self, step: int | str | None = None, *, exclude: Collection[int] = ()) -> Snapshot:
+        """Return the snapshot at which an average ends. It may still be on its way to disk: ``flush()`` first.
+
+        Args:
+            step: Step of a snapshot in this run's lineage; None is the newest, and ``"nearest:1234"`` is that nearest
+                to 1234. An EMA that was never updated and has loaded no state reads the newest run of its folder.
+            exclude: Steps to ignore.
+
+        Raises:
+            SnapshotNotFound: There is no such snapshot; the message names the nearest ones.
+        """
+        if self._engine.run_lineage.is_fresh:
+            return self._store.get(step, exclude=exclude)
         ancestors = self._engine.run_lineage.ancestors
         if not ancestors or self.run in self._store.runs():
-            return self._store.get(step, self.run)
+            return self._store.get(step, self.run, exclude=exclude)
         # This run has no snapshot of its own yet, so the folder does not know it. Its last ancestor stands in for it,
         # without the snapshots that the ancestor took after the step at which this run left it.
         run, left_at = ancestors[-1]
         abandoned = [snapshot.step for snapshot in self._store.snapshots(run) if snapshot.step > (left_at or 0)]
-        return self._store.get(step, run, exclude=abandoned)
+        return self._store.get(step, run, exclude=[*exclude, *abandoned])
 
     def _synthesize(self, engine: AveragingEngine, gamma: float, target: Snapshot, tolerance: float) -> Sequence[str]:
         """Write an average into ``engine`` and set its counters. Return the warnings about its accuracy."""

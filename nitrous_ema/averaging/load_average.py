@@ -7,18 +7,30 @@ the model as it was. ``synthesis.outputs.reader`` reads the file.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from nitrous_ema.errors import SnapshotMismatch
 from nitrous_ema.snapshots.bounded_json import brief
-from nitrous_ema.synthesis.outputs.reader import open_average
+from nitrous_ema.synthesis.outputs.reader import TensorDescription, open_average
 
 if TYPE_CHECKING:
     import torch
 
-    from nitrous_ema.synthesis.outputs.reader import SafetensorsFile, ShardedFile, TorchFile
+    from nitrous_ema.snapshots.layout import TensorRecord
+
+
+class _Average(Protocol):
+    """What ``open_average`` returns, or an average that is only planned."""
+
+    metadata: dict[str, str]
+    skipped: tuple[str, ...]
+    described: dict[str, TensorDescription]
+
+    def read(self, key: str) -> torch.Tensor:
+        """Return one tensor."""
+
 
 _REMEDY = (
     "Load it into the architecture that was trained, or with strict=False to load only the tensors that both have."
@@ -59,6 +71,61 @@ def load_average(model: torch.nn.Module, path: str | os.PathLike[str], *, strict
     return load_tensors(canonical_tensors(model), path, strict=strict)
 
 
+def check_fits(
+    tensors: Mapping[str, torch.Tensor],
+    records: Sequence[TensorRecord],
+    path: Path,
+    *,
+    dtype: str | None,
+    subject: str,
+    remedy: str,
+) -> None:
+    """Check that an average fits a model before it is synthesized.
+
+    Args:
+        tensors: The tensors of the model, by name.
+        records: The tensors of the target snapshot.
+        path: The snapshot.
+        dtype: Type to which floating-point numbers will be rounded, as a safetensors code; None for the model's types.
+        subject: What the message calls the average.
+        remedy: The last sentence of the message.
+
+    Raises:
+        SnapshotMismatch: As ``load_average``, except for numbers that are too large.
+    """
+    planned = _PlannedAverage(records, dtype)
+    tensors = _named_as_in_file(planned, tensors)
+    _check(path, planned, tensors, strict=True, subject=subject, remedy=remedy)
+
+
+class _PlannedAverage:
+    """An average that does not exist yet, with the attributes of an open file. Its values are zeros, which always fit.
+
+    Args:
+        records: The tensors of the target snapshot.
+        dtype: Type of its floating-point numbers, as a safetensors code; None for each tensor's own type.
+    """
+
+    def __init__(self, records: Sequence[TensorRecord], dtype: str | None) -> None:
+        from nitrous_ema.synthesis.outputs.layout import output_dtype
+
+        self.metadata: dict[str, str] = {}
+        stored = [record for record in records if record.role != "skipped" and record.persistent]
+        self.skipped = tuple(key for record in records if record.role == "skipped" for key in record.keys)
+        self.described = {
+            key: TensorDescription(output_dtype(each, dtype), each.shape) for each in stored for key in each.keys
+        }
+
+    def read(self, key: str) -> torch.Tensor:
+        """Return zeros in the shape of a tensor, which take no memory."""
+        import torch
+
+        from nitrous_ema._base.torch_dtypes import TORCH_DTYPES
+
+        described = self.described[key]
+        return torch.zeros((), dtype=TORCH_DTYPES[described.dtype]).expand(described.shape)
+
+
 def load_tensors(
     tensors: Mapping[str, torch.Tensor],
     path: str | os.PathLike[str],
@@ -82,12 +149,7 @@ def load_tensors(
     path = Path(path)
     average = open_average(path)
     tensors = _named_as_in_file(average, tensors)
-    problems = _problems(path, average, tensors, strict=strict)
-    if problems:
-        raise SnapshotMismatch(
-            f"{subject or path} does not fit the model; {'; '.join(problems[:5])}. Nothing was loaded. {remedy}",
-            path=path,
-        )
+    _check(path, average, tensors, strict=strict, subject=subject or str(path), remedy=remedy)
     fence_all(list(tensors.values()))  # an EMA in the background may still read these tensors
     for key, tensor in tensors.items():
         if key in average.described:
@@ -95,9 +157,7 @@ def load_tensors(
     return average.metadata
 
 
-def _named_as_in_file(
-    average: TorchFile | SafetensorsFile | ShardedFile, tensors: Mapping[str, torch.Tensor]
-) -> Mapping[str, torch.Tensor]:
+def _named_as_in_file(average: _Average, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """Return the tensors under the file's names if the names differ by wrappers' prefixes alone; else unchanged."""
     from nitrous_ema.averaging.model.tracking import without_wrappers
 
@@ -110,26 +170,24 @@ def _named_as_in_file(
     return {in_file[plain]: tensors[key] for key, plain in in_model.items()}
 
 
-def _problems(
-    path: Path,
-    average: TorchFile | SafetensorsFile | ShardedFile,
-    tensors: Mapping[str, torch.Tensor],
-    *,
-    strict: bool,
-) -> list[str]:
-    """Return why a file does not fit the tensors; an empty list if it does. Raises SnapshotMismatch for a snapshot."""
+def _check(
+    path: Path, average: _Average, tensors: Mapping[str, torch.Tensor], *, strict: bool, subject: str, remedy: str
+) -> None:
+    """Raise SnapshotMismatch for an average that does not fit the tensors, with the first five reasons."""
     if "layout_sha256" in average.metadata:
         raise SnapshotMismatch(
             f"{path} is a snapshot, not a synthesized average. Synthesize an average with "
             "`python -m nitrous_ema.async_.synthesize_worker` and load that.",
             path=path,
         )
-    return [*_name_problems(average, tensors, strict=strict), *_tensor_problems(average, tensors)]
+    problems = [*_name_problems(average, tensors, strict=strict), *_tensor_problems(average, tensors)]
+    if problems:
+        raise SnapshotMismatch(
+            f"{subject} does not fit the model; {'; '.join(problems[:5])}. Nothing was loaded. {remedy}", path=path
+        )
 
 
-def _name_problems(
-    average: TorchFile | SafetensorsFile | ShardedFile, tensors: Mapping[str, torch.Tensor], *, strict: bool
-) -> Iterator[str]:
+def _name_problems(average: _Average, tensors: Mapping[str, torch.Tensor], *, strict: bool) -> Iterator[str]:
     skipped = set(average.skipped)
     missing = [key for key in tensors if key not in average.described and key not in skipped]
     unexpected = [key for key in average.described if key not in tensors]
@@ -142,9 +200,7 @@ def _name_problems(
         yield "no tensor has the same name in both"
 
 
-def _tensor_problems(
-    average: TorchFile | SafetensorsFile | ShardedFile, tensors: Mapping[str, torch.Tensor]
-) -> Iterator[str]:
+def _tensor_problems(average: _Average, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
     from nitrous_ema._base.torch_dtypes import TORCH_DTYPES
 
     for key in (key for key in tensors if key in average.described):
@@ -195,7 +251,7 @@ def _are_whole(values: torch.Tensor, dtype: torch.dtype) -> bool:
     return torch.equal(values.to(dtype).double(), values)  # False for -1 as uint8, or 2 as bool
 
 
-def _overflows(average: TorchFile | SafetensorsFile | ShardedFile, key: str, dtype: torch.dtype) -> bool:
+def _overflows(average: _Average, key: str, dtype: torch.dtype) -> bool:
     """Return whether finite values of a tensor would become infinite in this type.
 
     The tensor is read only if the model's type has a far smaller range.

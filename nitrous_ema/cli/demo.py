@@ -22,7 +22,7 @@ from typing import TextIO
 import torch
 from torch import Tensor, nn
 
-from nitrous_ema import AsyncPostHocEMA, SnapshotStore, load_average, sweep
+from nitrous_ema import AsyncPostHocEMA, SnapshotStore, sweep
 from nitrous_ema._base.options import path_option
 from nitrous_ema.errors import MissingExtraError, NitrousWarning
 from nitrous_ema.search.plot import plot_images, plot_sweep
@@ -284,6 +284,7 @@ def _choose(model: Denoiser, held_out: Images, config: DemoConfig, run: str) -> 
         lambda model: evaluate(model, held_out, config.draws).mean(),
         sigma_rels=SIGMA_RELS,
         model=model,
+        restore="best",
         refine=0,  # the given lengths are close enough to each other
         metric="loss on held-out digits",
         results=config.out / "sweep.jsonl",
@@ -295,8 +296,6 @@ def _choose(model: Denoiser, held_out: Images, config: DemoConfig, run: str) -> 
         f"Synthesized {len(table.rows)} averages at step {last.step:,} in one pass over {last.snapshots_read} "
         f"snapshots ({last.bytes_read / 1e6:.1f} MB).\n"
     )
-    if best.path is not None:  # for type checkers: with ``averages`` every row has a path
-        load_average(model, best.path)
     yield from _table(table, raw, evaluate(model, held_out, config.draws))
 
     pictures[f"average, σ_rel = {best.sigma_rel:g}"] = sample(model, noise, labels)

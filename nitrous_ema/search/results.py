@@ -31,7 +31,7 @@ from nitrous_ema.search.table import Row, SweepTable
 from nitrous_ema.snapshots.bounded_json import brief, parse_json
 from nitrous_ema.snapshots.filesystem import FileSystem, sync_folder, write_fully
 
-_MAX_VALUES = 10_000  # in one line, whose only lists are the excluded steps and the lineage
+_MAX_VALUES = 10_000  # in one line, whose only lists are the excluded steps, the lineage and the fingerprint
 _KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
 
 
@@ -125,9 +125,9 @@ class ResultsFile:
 def read_table(path: str | os.PathLike[str]) -> SweepTable:
     """Return the results in a file that belong together with its last line, as a table.
 
-    They have the metric, tolerance, exclusions and dtype of the last line. They belong to its run, to an ancestor of
-    its run, or to a run that continues it. The last line also decides for all of them whether higher values are
-    better.
+    They have the metric, tolerance, exclusions, dtype and evaluation function of the last line. They belong to its
+    run, to an ancestor of its run, or to a run that continues it. The last line also decides for all of them whether
+    higher values are better.
 
     Raises:
         ResultsError: A line is not a result, or the file has no results.
@@ -142,7 +142,9 @@ def read_table(path: str | os.PathLike[str]) -> SweepTable:
     chosen = {(row.step, row.sigma_rel): row for row in alike}
     others = len(found) - len(alike)
     notes = (
-        (f"{others} other results in {path} differ in metric, run, tolerance, exclusions or dtype.",) if others else ()
+        (f"{others} other results in {path} differ in metric, run, tolerance, exclusions, dtype or evaluate.",)
+        if others
+        else ()
     )
     return SweepTable(tuple(chosen[key] for key in sorted(chosen)), notes)
 
@@ -150,6 +152,7 @@ def read_table(path: str | os.PathLike[str]) -> SweepTable:
 def _record(row: Row) -> dict[str, Any]:
     """Return a row in JSON's types; numbers that are not finite become text, because JSON has none."""
     found = {**asdict(row), "excluded": list(row.excluded), "path": str(row.path) if row.path else None}
+    found["evaluate"] = dict(row.evaluate)
     return {
         name: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in found.items()
@@ -162,6 +165,8 @@ def _row(line: bytes) -> Row:
         raise ValueError(f"{brief(repr(found))} is not an object")
     values: dict[str, Any] = {}
     for field in fields(Row):
+        if field.name not in found and field.name == "evaluate":
+            continue  # written before fingerprints were recorded: no evaluation function shares such a result
         if field.name not in found:
             raise ValueError(f"field {field.name!r} is missing")
         values[field.name] = _value(field.name, str(field.type), found[field.name])
@@ -177,6 +182,8 @@ def _value(name: str, kind: str, found: Any) -> Any:
         return tuple(found)
     if name == "lineage" and type(found) is list and all(_is_link(link) for link in found):
         return tuple((run, left_at) for run, left_at in found)
+    if name == "evaluate" and type(found) is dict and all(type(digest) is str for digest in found.values()):
+        return tuple(found.items())
     if name == "path" and (found is None or type(found) is str):
         return found if found is None else Path(found)
     if kind == "float" and found in ("nan", "inf", "-inf"):

@@ -12,59 +12,48 @@ This file is longer than 300 lines because of the docstring of ``sweep``.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from nitrous_ema._base.arguments import check_sequence
+from nitrous_ema._base.arguments import check_sequence, nearest_to
 from nitrous_ema._base.dtypes import dtype_code
 from nitrous_ema._base.paths import local_path
-from nitrous_ema.averaging.load_average import load_tensors
-from nitrous_ema.errors import EvaluationError
 from nitrous_ema.profile import checked_lengths
-from nitrous_ema.search.refinement import next_length
+from nitrous_ema.search.known_results import KnownResults
+from nitrous_ema.search.progress import sweep_progress
 from nitrous_ema.search.results import ResultsFile
-from nitrous_ema.search.table import Row, SweepTable
+from nitrous_ema.search.source import SnapshotSource, open_source
+from nitrous_ema.search.step_search import StepSearch
+from nitrous_ema.search.table import LARGE_PROFILE_ERROR, Row, SweepTable
 from nitrous_ema.search.temporary_folder import temporary_folder
-from nitrous_ema.snapshots.header import Lineage
 from nitrous_ema.snapshots.store import SnapshotStore
-from nitrous_ema.synthesis import (
-    DEFAULT_MEMORY_BYTES,
-    DEFAULT_TOLERANCE,
-    Plan,
-    SnapshotView,
-    plan_from_store,
-    plan_synthesis,
-)
-from nitrous_ema.synthesis.outputs.reader import read_average
-from nitrous_ema.synthesis.outputs.reuse import expected_outputs
-from nitrous_ema.synthesis.outputs.writer import output_name, write_outputs
+from nitrous_ema.synthesis import DEFAULT_MEMORY_BYTES, DEFAULT_TOLERANCE
 
 if TYPE_CHECKING:
     import torch
 
-    from nitrous_ema.snapshots.legacy.folder import LegacyFolder
+    from nitrous_ema.averaging.ema import PostHocEMA
+    from nitrous_ema.averaging.model_loan import ModelLoan
+    from nitrous_ema.snapshots.legacy.folder import LegacyFolder, LegacySnapshot
+    from nitrous_ema.snapshots.snapshot import Snapshot
 
 __all__ = ["sweep"]
 
-_MODEL_DTYPES = "model"  # value of Row.dtype if no dtype is requested
-
 
 def sweep(
-    snapshots: SnapshotStore | LegacyFolder | str | os.PathLike[str],
+    snapshots: SnapshotStore | LegacyFolder | PostHocEMA | str | os.PathLike[str],
     evaluate: Callable[[Any], Any],
     *,
     sigma_rels: Sequence[float],
-    steps: Sequence[int] | None = None,
+    steps: Sequence[int | str] | None = None,
     model: torch.nn.Module | None = None,
+    restore: Literal["original", "best"] = "original",
     maximize: bool = False,
     refine: int = 3,
     metric: str = "value",
@@ -82,15 +71,22 @@ def sweep(
 
     Every result is written to ``results``, durably, before the next evaluation begins. After an interruption the same
     call continues from there and evaluates nothing twice. A result is identified by metric, run, step, length,
-    tolerance, exclusions and dtype, not by the code of ``evaluate``: if that changes, pass another ``metric``.
+    tolerance, exclusions and dtype, and by the code of ``evaluate`` with the plain values that it uses (numbers, text
+    and collections of them). If only its data or the architecture changes, pass another ``metric``. A warning
+    (NitrousWarning) reports that results were read instead of evaluated.
 
     Args:
-        snapshots: The snapshot folder, a store opened on it, or a ``LegacyFolder``. Training may continue meanwhile.
+        snapshots: The snapshot folder, a store opened on it, a ``LegacyFolder``, or the EMA itself, which is flushed
+            first. Training may continue meanwhile.
         evaluate: Called with the model or, without ``model``, with a ``state_dict`` of CPU tensors; returns one number.
         sigma_rels: Lengths to evaluate, as fractions of the training time, in (0, 12 ** -0.5).
-        steps: Target steps, each with a committed snapshot; all lengths are evaluated at each. Default: the newest.
-        model: Every average is loaded into it, in place and strictly, as ``load_average`` does. At the end it holds the
-            average that was evaluated last.
+        steps: Target steps, each with a committed snapshot; all lengths are evaluated at each. ``"nearest:1234"`` is
+            the step nearest to 1234, which a note of the table names. Default: the newest.
+        model: Every average is loaded into it, in place and strictly, as ``load_average`` does, and evaluated in eval
+            mode without gradients. Its own values are copied to host memory before, and put back at the end, also if
+            the sweep raises; so are its modes.
+        restore: What the model holds at the end of a sweep that succeeds: ``"original"`` values, or the ``"best"``
+            average of the table.
         maximize: Whether higher values are better.
         refine: Largest number of evaluations, per step, of lengths between the best one and its neighbors; 0 for none.
         metric: Name of the value, in the results and in pictures.
@@ -98,7 +94,7 @@ def sweep(
         averages: Folder in which the averages are stored. Averages of other sweeps are not replaced: if a file name is
             taken, a digest is added to it. By default averages are in a hidden folder beside ``results`` until they
             are evaluated.
-        run: Run whose snapshots are read, with its ancestors; the newest by default.
+        run: Run whose snapshots are read, with its ancestors; by default the newest, or that of the EMA.
         exclude: Steps to ignore, for example damaged ones.
         tolerance: Relative profile error that may be added to read fewer snapshots; 0 reads all.
         dtype: Type to which floating-point numbers are rounded, by name ("float32", "bf16") or as a ``torch.dtype``. By
@@ -108,12 +104,14 @@ def sweep(
         ``told``: Called with each new result.
 
     Returns:
-        The results of these lengths and steps, and of the lengths that the refinement added.
+        The results of these lengths and steps, and of the lengths that the refinement added. Its notes name results
+        that were read from the file, and steps that differ from those requested or are not the newest.
 
     Raises:
         ValueError: A length or number is outside its domain, a sequence is empty, or the type is unknown.
-        TypeError: An argument is a single number or text instead of a sequence.
-        SnapshotError: A snapshot does not exist, is damaged, or does not fit the model.
+        TypeError: An argument is a single number or text instead of a sequence, or ``snapshots`` is something else.
+        SnapshotError: A snapshot does not exist, is damaged, or does not fit the model. The model is checked even if
+            all results are known.
         EvaluationError: ``evaluate`` raised, or did not return a number. The message names the length; the cause is
             chained.
         ResultsError: ``results`` is not a file of results.
@@ -121,55 +119,84 @@ def sweep(
     # All checks come first: an error must not be raised only after averages were synthesized and evaluated.
     lengths = _checked_lengths(sigma_rels)
     target_steps, excluded_steps = _checked_steps("steps", steps), _checked_steps("exclude", exclude)
-    _check_names(evaluate, metric)
+    _check_names(evaluate, metric, restore, model)
     _check_counts(refine, at_once)
-    store = SnapshotStore(snapshots) if isinstance(snapshots, (str, os.PathLike)) else snapshots
-    folder = _Folder(store, run, tuple(sorted(excluded_steps or ())), float(tolerance))
-    code = dtype_code(dtype)
-    targets, file = folder.targets(target_steps), ResultsFile(results)
-    known = {_identity(row): replace(row, maximize=maximize) for row in file.read()}
-    before = set(known)
+    code, exclusions = dtype_code(dtype), tuple(sorted(int(step) for step in excluded_steps or ()))
+    source = open_source(snapshots, run, exclusions, float(tolerance))
+    targets = source.targets(target_steps)
+    loan = _checked_loan(model, targets, code)
+    known = KnownResults(ResultsFile(results), evaluate, maximize=maximize)
     warnings: list[str] = []
-    with temporary_folder(file.path) if averages is None else _created(averages) as out:
-        search = partial(
-            _SweepSearch,
-            folder=folder,
-            evaluate=evaluate,
-            model=model,
-            maximize=maximize,
-            metric=metric,
-            file=file,
-            dtype=code,
-            memory_bytes=memory_bytes,
-            told=told,
-            out=out,
-            stores_averages=averages is not None,
-            known=known,
-            warnings=warnings,
-        )
-        found = [search(step=step, run=target_run).run_all(lengths, refine, at_once) for step, target_run in targets]
-    rows = tuple(row for at_step in found for row in at_step)
-    _record_direction(file, rows[-1])
-    return SweepTable(rows, (*_notes(rows), *dict.fromkeys(warnings), *_reused(rows, before, file.path)))
+    best_file: Path | None = None
+    with temporary_folder(known.file.path) if averages is None else _created(averages) as out:
+        try:
+            with sweep_progress(len(lengths) * len(targets)) as progress:
+                make = partial(
+                    StepSearch,
+                    source=source,
+                    evaluate=evaluate,
+                    loan=loan,
+                    maximize=maximize,
+                    metric=metric,
+                    known=known,
+                    dtype=code,
+                    memory_bytes=memory_bytes,
+                    told=told,
+                    progress=progress,
+                    out=out,
+                    stores_averages=averages is not None,
+                    warnings=warnings,
+                )
+                searches = {target.step: make(target=target, passes={}) for target in targets}
+                rows = tuple(row for each in searches.values() for row in each.run_all(lengths, refine, at_once))
+            table = SweepTable(rows, tuple(_all_notes(source, target_steps, targets, rows, warnings, known)))
+            _record_direction(known.file, rows[-1])
+            if loan is not None and restore == "best":
+                best_file = searches[table.best.step].best_file(table.best)
+        finally:
+            if loan is not None:
+                loan.give_back(best_file)
+    return table
 
 
-def _check_names(evaluate: object, metric: object) -> None:
+def _check_names(evaluate: object, metric: object, restore: object, model: object) -> None:
     """Check arguments that would otherwise fail only after a synthesis or an evaluation."""
     if not callable(evaluate):
         raise TypeError(f"evaluate is {evaluate!r}; expected a function of a model or a state_dict.")
     if not isinstance(metric, str):
         raise TypeError(f"metric is {metric!r}; expected a name, as text.")
+    if restore not in ("original", "best"):
+        raise ValueError(f"restore is {restore!r}; expected 'original' or 'best'.")
+    if restore == "best" and model is None:
+        raise ValueError("restore is 'best', and there is no model to hold the best average; pass model=.")
 
 
-def _checked_steps(name: str, value: Iterable[int] | None) -> list[int] | None:
+def _checked_steps(name: str, value: Iterable[int | str] | None) -> list[int | str] | None:
     if value is None:
         return None
     items = "steps, such as [10_000, 20_000]"
     check_sequence(name, value, items)
     steps = list(value)
-    if not all(isinstance(step, Real) for step in steps):
+    is_near = [name == "steps" and isinstance(step, str) and step.startswith("nearest:") for step in steps]
+    if not all(near or isinstance(step, Real) for near, step in zip(is_near, steps, strict=True)):
         raise TypeError(f"{name} is {value!r}; expected a sequence of {items}.")
+    for step in steps:
+        nearest_to(step)  # raises for a text without a number
     return steps
+
+
+def _checked_loan(
+    model: torch.nn.Module | None, targets: Sequence[Snapshot | LegacySnapshot], dtype: str | None
+) -> ModelLoan | None:
+    """Return the loan of a model that averages of all targets fit; None without a model."""
+    if model is None:
+        return None
+    from nitrous_ema.averaging.model_loan import ModelLoan
+
+    loan = ModelLoan(model)
+    for target in targets:
+        loan.check(target.records, target.path, dtype=dtype, subject=f"An average at step {target.step}")
+    return loan
 
 
 def _check_counts(refine: int, at_once: int) -> None:
@@ -188,243 +215,6 @@ def _record_direction(file: ResultsFile, row: Row) -> None:
         file.add(row)
 
 
-def _identity(row: Row) -> tuple[object, ...]:
-    return (*row.recipe, row.step, row.sigma_rel)
-
-
-@dataclass(frozen=True, slots=True)
-class _Folder:
-    """The snapshots of a sweep, and how to read them."""
-
-    snapshots: SnapshotStore | LegacyFolder
-    run: str | None
-    exclude: tuple[int, ...]
-    tolerance: float
-
-    def targets(self, steps: Sequence[int] | None) -> list[tuple[int, str]]:
-        """Return step and run of each target snapshot. A missing one raises here, before anything is evaluated."""
-        wanted = [None] if steps is None else sorted(set(steps))
-        if not wanted:
-            raise ValueError("steps is empty; pass steps that have a snapshot, or None for the newest.")
-        found = [self._get(step) for step in wanted]
-        return [(each.step, each.run) for each in found]
-
-    def _get(self, step: int | None) -> Any:
-        if isinstance(self.snapshots, SnapshotStore):
-            return self.snapshots.get(step, self.run, exclude=self.exclude)
-        if self.run is not None:
-            raise ValueError(f"run is {self.run!r}, but a folder of {{i}}.{{step}}.pt files has no runs; omit run=.")
-        return self.snapshots.get(step, exclude=self.exclude)
-
-    def plan(self, step: int, run: str, sigma_rels: Sequence[float]) -> Plan:
-        """Return the plan of averages of some lengths at one target step."""
-        if isinstance(self.snapshots, SnapshotStore):
-            return plan_from_store(
-                self.snapshots,
-                sigma_rels=sigma_rels,
-                step=step,
-                run=run,
-                exclude=self.exclude,
-                tolerance=self.tolerance,
-            )
-        snapshots: list[SnapshotView] = list(self.snapshots.snapshots(exclude=self.exclude))
-        return plan_synthesis(
-            snapshots,
-            target=self.snapshots.get(step),
-            sigma_rels=sigma_rels,
-            excluded=self.exclude,
-            tolerance=self.tolerance,
-        )
-
-    def name_of(self, run: str) -> str:
-        """Return the name under which results store a run: its id, or the folder's path for an old folder."""
-        return run if isinstance(self.snapshots, SnapshotStore) else str(self.snapshots.root.absolute())
-
-    def lineage_of(self, plan: Plan) -> Lineage:
-        """Return the lineage of a plan's target, by these names."""
-        return tuple((self.name_of(run), left_at) for run, left_at in plan.target.lineage)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _SweepSearch:
-    """The search for the best length at one target step."""
-
-    folder: _Folder
-    evaluate: Callable[[Any], Any]
-    model: torch.nn.Module | None
-    maximize: bool
-    metric: str
-    file: ResultsFile
-    dtype: str | None
-    memory_bytes: int
-    told: Callable[[Row], object] | None
-    step: int
-    run: str
-    out: Path
-    """Folder of the averages."""
-    stores_averages: bool
-    """Whether averages stay in ``out`` after their evaluation."""
-    known: dict[tuple[object, ...], Row]
-    """Every result by its identity; grows."""
-    warnings: list[str]
-    """Warnings of the plans; grows."""
-
-    def run_all(self, lengths: Sequence[float], refine: int, at_once: int) -> list[Row]:
-        """Return the rows of all lengths, and of the lengths that the refinement adds, ascending by length."""
-        rows: dict[float, Row] = {}
-        for begin in range(0, len(lengths), at_once):
-            rows.update(self._one_pass(lengths[begin : begin + at_once]))
-        for _ in range(refine):
-            # The proposal depends on the losses alone, so a repeated call proposes the same lengths again.
-            closer = next_length({length: row.loss for length, row in rows.items()})
-            if closer is None:
-                break
-            rows.update(self._one_pass([closer]))
-        return [rows[length] for length in sorted(rows)]
-
-    def _one_pass(self, lengths: Sequence[float]) -> dict[float, Row]:
-        """Return the results of some lengths; evaluate unknown ones, synthesized in one pass with all the others."""
-        missing = [length for length in lengths if self._key(length) not in self.known]
-        if missing or self.stores_averages:
-            # All lengths, not only the missing ones: the choice of snapshots, and so the bits, depend on all of them.
-            plan = self.folder.plan(self.step, self.run, lengths)
-            paths = self._paths(plan)
-            self._write(plan, paths, is_due=bool(missing))
-            for index, (length, path) in enumerate(zip(lengths, paths, strict=True)):
-                if length in missing:
-                    self._evaluate_one(plan, index, path)
-                if self.stores_averages:
-                    # A known result may come from a sweep that stored no file.
-                    self.known[self._key(length)] = replace(self.known[self._key(length)], path=path.absolute())
-                else:
-                    path.unlink()
-        return {length: self.known[self._key(length)] for length in lengths}
-
-    def _paths(self, plan: Plan) -> list[Path]:
-        """Return a path for each average of a plan.
-
-        An average that was evaluated before stays at its path. Any other average gets its plain name, or a longer name
-        if the plain one is taken. The longer name has a digest of everything that the average depends on, so it is the
-        same in each call.
-
-        Raises:
-            ValueError: The longer name is taken, too.
-        """
-        plain = [self.out / output_name(self.step, length) for length in plan.sigma_rels]
-        if not self.stores_averages:
-            return plain  # the temporary folder is empty
-        recipe = (self.run, self.folder.tolerance, self.folder.exclude, self.dtype, plan.steps)
-        digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
-        longer = [path.with_name(f"{path.stem}-{digest}{path.suffix}") for path in plain]
-        names = (expected_outputs(plan, paths, dtype=self.dtype) for paths in (plain, longer))
-        paths: list[Path] = []
-        for length, *both in zip(plan.sigma_rels, *names, strict=True):
-            free = (each.path for each in both if each.is_reusable or not os.path.lexists(each.path))
-            path = self._evaluated(length) or next(free, None)
-            if path is None:
-                raise ValueError(
-                    f"averages: {both[-1].path} exists and is not an average of this sweep; move it, or pass another "
-                    "folder."
-                )
-            paths.append(path)
-        return paths
-
-    def _evaluated(self, length: float) -> Path | None:
-        """Return the stored average of a known result; None if the file does not exist any more."""
-        row = self.known.get(self._key(length))
-        path = row.path if row else None
-        return path if path and path.parent == self.out.absolute() and path.exists() else None
-
-    def _write(self, plan: Plan, paths: Sequence[Path], *, is_due: bool) -> None:
-        """Write the averages of a plan.
-
-        Args:
-            plan: The plan.
-            paths: The path of each average.
-            is_due: Whether to write them in any case. Otherwise they are written only if a stored one is missing.
-        """
-        places: Sequence[int] = range(len(paths))
-        if self.stores_averages:
-            expected = expected_outputs(plan, paths, dtype=self.dtype)
-            # A file that exists but is not the expected one was evaluated when the plan read other snapshots. It is not
-            # replaced, because its result belongs to it.
-            places = [place for place in places if expected[place].is_reusable or not paths[place].exists()]
-            is_due = is_due or not all(expected[place].is_reusable for place in places)
-        if is_due:
-            self.warnings.extend(plan.report.warnings)
-            self.out.mkdir(exist_ok=True)
-            write_outputs(
-                plan.only(places), [paths[place] for place in places], dtype=self.dtype, memory_bytes=self.memory_bytes
-            )
-
-    def _key(self, length: float) -> tuple[object, ...]:
-        folder, dtype = self.folder, self.dtype or _MODEL_DTYPES
-        run = folder.name_of(self.run)
-        return (run, self.metric, folder.tolerance, folder.exclude, dtype, self.step, length)
-
-    def _evaluate_one(self, plan: Plan, index: int, path: Path) -> None:
-        """Evaluate one average and record the result."""
-        length = plan.sigma_rels[index]
-        subject = self._load(path, length)
-        began = time.monotonic()
-        value = self._value(subject, length)
-        row = Row(
-            metric=self.metric,
-            run=self.folder.name_of(self.run),
-            lineage=self.folder.lineage_of(plan),
-            step=self.step,
-            t=float(plan.target.t),
-            sigma_rel=length,
-            value=value,
-            maximize=self.maximize,
-            profile_error=float(plan.report.profile_error[index]),
-            rounding=float(plan.report.rounding[index]),
-            tolerance=self.folder.tolerance,
-            excluded=self.folder.exclude,
-            dtype=self.dtype or _MODEL_DTYPES,
-            snapshots_read=len(plan.steps),
-            bytes_read=plan.bytes_to_read,
-            seconds=round(time.monotonic() - began, 6),
-            path=path.absolute() if self.stores_averages else None,
-        )
-        self.file.add(row)  # on disk before the caller sees the result or the next evaluation begins
-        self.known[self._key(length)] = row
-        if self.told is not None:
-            self.told(row)
-
-    def _load(self, path: Path, length: float) -> torch.nn.Module | dict[str, torch.Tensor]:
-        if self.model is None:
-            return read_average(path)
-        from nitrous_ema.averaging.model.tracking import canonical_tensors, check_module
-
-        check_module(self.model)
-        load_tensors(
-            canonical_tensors(self.model),
-            path,
-            # Not the path: the file may be a temporary one, which is removed when this is read.
-            subject=f"The average of sigma_rel {length:g} at step {self.step}",
-            remedy="Pass as model= the architecture that was trained.",
-        )
-        return self.model
-
-    def _value(self, subject: torch.nn.Module | dict[str, torch.Tensor], length: float) -> float:
-        failure = "raised"
-        try:
-            returned = self.evaluate(subject)
-            failure = f"returned {type(returned).__name__}, not one number:"
-            if isinstance(returned, (str, bytes)):
-                raise TypeError("text is not a number")  # float() would parse it
-            return float(returned.detach() if hasattr(returned, "detach") else returned)  # torch warns of gradients
-        except Exception as error:
-            raise EvaluationError(
-                f"evaluate() {failure} {type(error).__name__}: {error}. Its argument was the average of sigma_rel "
-                f"{length:g} at step {self.step}. Earlier results are in {self.file.path}; the same call continues "
-                "from there.",
-                step=self.step,
-                sigma_rel=length,
-            ) from error
-
-
 def _checked_lengths(sigma_rels: Sequence[float]) -> list[float]:
     """Return the lengths, ascending, without duplicates."""
     check_sequence("sigma_rels", sigma_rels)
@@ -435,10 +225,16 @@ def _checked_lengths(sigma_rels: Sequence[float]) -> list[float]:
     return sorted({float(each) for each in lengths})
 
 
-def _reused(rows: Sequence[Row], before: Collection[tuple[object, ...]], path: Path) -> Iterator[str]:
-    count = sum(_identity(row) in before for row in rows)
-    if count:
-        yield f"{count} of {len(rows)} results were read from {path} instead of evaluated again."
+def _all_notes(
+    source: SnapshotSource,
+    steps: Sequence[int | str] | None,
+    targets: Sequence[Snapshot | LegacySnapshot],
+    rows: Sequence[Row],
+    warnings: Iterable[str],
+    known: KnownResults,
+) -> list[str]:
+    found = [*source.notes(steps, targets), *_notes(rows), *dict.fromkeys(warnings), *known.notes(rows)]
+    return list(filter(None, found))
 
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
@@ -454,6 +250,11 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
         if best in (finite[0], finite[-1]):
             end, beyond = ("shortest", "shorter") if best is finite[0] else ("longest", "longer")
             yield f"The best length at step {step} is the {end} one evaluated; {beyond} lengths may be better."
+        if best.is_inaccurate:
+            yield (
+                f"The best length at step {step} has a profile error above {LARGE_PROFILE_ERROR:.0%}: the snapshots "
+                "cannot reconstruct it, and its value is that of another profile."
+            )
 
 
 @contextmanager

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from html import escape
 from pathlib import Path
 from typing import Any
 
+from nitrous_ema.search.fingerprint import differences
+
 __all__ = ["Row", "SweepTable"]
+
+LARGE_PROFILE_ERROR = 0.05
+"""Profile error above which a row is marked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +58,8 @@ class Row:
     """Duration of ``evaluate``."""
     path: Path | None = None
     """File of the average; None if it was not stored."""
+    evaluate: tuple[tuple[str, str], ...] = ()
+    """Fingerprint of the evaluation function: name and digest of each part (see ``fingerprint``)."""
 
     @property
     def recipe(self) -> tuple[object, ...]:
@@ -58,13 +67,25 @@ class Row:
         return (self.run, *self._recipe_without_run)
 
     @property
+    def identity(self) -> tuple[object, ...]:
+        """Everything that distinguishes a result from others of the same evaluation function."""
+        return (*self.recipe, self.step, self.sigma_rel)
+
+    @property
+    def is_inaccurate(self) -> bool:
+        """Whether the average differs so much from the requested one that its value is of little use."""
+        return self.profile_error > LARGE_PROFILE_ERROR
+
+    @property
     def _recipe_without_run(self) -> tuple[object, ...]:
         return (self.metric, self.tolerance, self.excluded, self.dtype)
 
     def is_alike(self, other: Row) -> bool:
         """Return whether two results belong in one table: same recipe except for the run, and one training history."""
-        return self._recipe_without_run == other._recipe_without_run and (
-            self._is_before(other) or other._is_before(self)
+        return (
+            self._recipe_without_run == other._recipe_without_run
+            and not differences(dict(self.evaluate), dict(other.evaluate))
+            and (self._is_before(other) or other._is_before(self))
         )
 
     def _is_before(self, other: Row) -> bool:
@@ -80,7 +101,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class SweepTable:
-    """The rows of a sweep, ascending by step and length. ``str()`` and notebooks show it as a text table."""
+    """The rows of a sweep, ascending by step and length. Iterating yields the rows; notebooks show a table in HTML."""
 
     rows: tuple[Row, ...]
     """At least one row."""
@@ -125,14 +146,34 @@ class SweepTable:
             for record in self.records():
                 excluded = " ".join(map(str, record["excluded"]))
                 lineage = " ".join(run for run, _ in record["lineage"])
-                writer.writerow({**record, "excluded": excluded, "lineage": lineage, "path": record["path"] or ""})
+                texts = {"excluded": excluded, "lineage": lineage, "path": record["path"] or ""}
+                writer.writerow({**record, **texts, "evaluate": json.dumps(dict(record["evaluate"]))})
 
-    def __str__(self) -> str:
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _cells(self) -> list[list[str]]:
+        """Return the table as text: a header, then four numbers and a mark per row."""
         best = min(_finite(self.rows), key=lambda row: row.loss, default=None)
         lines = [["step", "sigma_rel", self.rows[0].metric, "profile error", ""]]
         for row in self.rows:
             numbers = [str(row.step), f"{row.sigma_rel:g}", f"{row.value:.6g}", f"{row.profile_error:.1e}"]
-            lines.append([*numbers, "<- best" if row is best else ""])
+            large = f"profile error above {LARGE_PROFILE_ERROR:.0%}" if row.is_inaccurate else ""
+            lines.append([*numbers, ", ".join(filter(None, ("<- best" if row is best else "", large)))])
+        return lines
+
+    def _repr_html_(self) -> str:
+        header, *rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in self._cells()]
+        header = header.replace("td>", "th>")
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        return f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>{notes}"
+
+    def __str__(self) -> str:
+        lines = self._cells()
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = ["   ".join(map(str.rjust, line[:-1], widths)) + f"   {line[-1]}" for line in lines]
         return "\n".join(line.rstrip() for line in [*text, *self.notes])

@@ -37,7 +37,9 @@ def test_evaluation_follows_a_training_up_to_its_last_snapshot(tmp_path):
     assert {snapshot.step for snapshot in SnapshotStore(tmp_path / "snapshots").snapshots()} >= set(steps)
 
     before = (tmp_path / "sweep.jsonl").read_bytes()
-    assert run_example("follow_training.py", *options, "--attach") == lines[-1:]  # nothing is evaluated again
+    assert (
+        run_example("follow_training.py", *options, "--attach", warned="default") == lines[-1:]
+    )  # nothing is evaluated again
     assert (tmp_path / "sweep.jsonl").read_bytes() == before
 
 

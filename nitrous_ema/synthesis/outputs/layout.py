@@ -137,7 +137,7 @@ def _entries(plan: Plan, dtype: str | None, *, tied_once: bool, names: Collectio
     order of the flat average, and their segments can be joined.
     """
     named = [
-        (key, record, dtype if dtype is not None and _is_real(record) else record.dtype)
+        (key, record, output_dtype(record, dtype))
         for record in plan.target.records
         if record.role != "skipped" and record.persistent and (names is None or record.name in names)
         for key in (record.keys[:1] if tied_once else record.keys)
@@ -151,9 +151,10 @@ def _entries(plan: Plan, dtype: str | None, *, tied_once: bool, names: Collectio
     return entries
 
 
-def _is_real(record: TensorRecord) -> bool:
-    """Return whether a tensor has real floating numbers, which can be rounded to another type."""
-    return record.dtype in FLOAT_TYPES or (record.role == "averaged" and record.dtype != "C64")
+def output_dtype(record: TensorRecord, dtype: str | None) -> str:
+    """Return the type of a tensor in an output: the requested one for real floating numbers, else its own."""
+    is_real = record.dtype in FLOAT_TYPES or (record.role == "averaged" and record.dtype != "C64")
+    return dtype if dtype is not None and is_real else record.dtype
 
 
 def _averaged_segments(plan: Plan, entries: Sequence[OutputEntry]) -> list[Segment]:

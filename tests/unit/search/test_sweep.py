@@ -1,21 +1,25 @@
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from nitrous_ema import PostHocEMA, SnapshotStore, load_average, sweep
+from nitrous_ema import AsyncPostHocEMA, PostHocEMA, SnapshotStore, load_average, sweep
 from nitrous_ema.errors import (
     EvaluationError,
     NitrousError,
+    NitrousWarning,
     ResultsError,
     SnapshotDamaged,
     SnapshotMismatch,
@@ -60,15 +64,25 @@ def mean_time(sigma_rel: float) -> float:
     return float((found + 1) / (found + 2))
 
 
+class Fault:
+    """Raises at one call. Its type is part of the fingerprint of ``Distance``, its values are not."""
+
+    def __init__(self, breaks_at, error):
+        self.breaks_at, self.error = breaks_at, error
+
+    def pass_call(self, number):
+        if number == self.breaks_at:
+            raise self.error("out of cheese")
+
+
 class Distance:
     """Squared distance of an average from the average of one length; records its arguments and raises at one call."""
 
     def __init__(self, best=0.085, *, breaks_at=None, error=RuntimeError):
-        self.wanted, self.breaks_at, self.error, self.seen = mean_time(best), breaks_at, error, []
+        self.wanted, self.fault, self.seen = mean_time(best), Fault(breaks_at, error), []
 
     def __call__(self, state):
-        if len(self.seen) == self.breaks_at:
-            raise self.error("out of cheese")
+        self.fault.pass_call(len(self.seen))
         weight = float(state["0.weight"].mean()) if isinstance(state, dict) else float(state[0].weight.detach().mean())
         step = int(state["1.num_batches_tracked"] if isinstance(state, dict) else state[1].num_batches_tracked)
         self.seen.append((step, weight))
@@ -76,9 +90,13 @@ class Distance:
 
 
 def swept(folder, tmp_path, evaluate=None, **more):
-    return sweep(
-        folder, evaluate or Distance(), **{"sigma_rels": LENGTHS, "results": tmp_path / "r.jsonl", "refine": 0, **more}
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "sweep.. reads results", NitrousWarning)
+        return sweep(
+            folder,
+            evaluate or Distance(),
+            **{"sigma_rels": LENGTHS, "results": tmp_path / "r.jsonl", "refine": 0, **more},
+        )
 
 
 def names(folder) -> list[str]:
@@ -172,18 +190,20 @@ def test_refinement_finds_the_best_length_between_the_given_ones(folder, tmp_pat
 
 def test_higher_is_better_on_request(folder, tmp_path):
     near = Distance(0.12)
-    table = swept(folder, tmp_path, lambda state: -near(state), maximize=True, refine=3)
+    negative = lambda state: -near(state)  # noqa: E731
+    table = swept(folder, tmp_path, negative, maximize=True, refine=3)
     assert table.best.sigma_rel == pytest.approx(0.12, rel=0.05)
-    again = swept(folder, tmp_path, lambda state: -near(state))  # the same results, seen the other way round
+    again = swept(folder, tmp_path, negative)  # the same results, seen the other way round
     assert again.best.value == min(row.value for row in again.rows) < max(row.value for row in again.rows)
 
 
 def test_results_that_are_not_finite_are_noted_and_never_the_best(folder, tmp_path):
     values = iter([math.nan, 3.0, 2.0, -math.inf, 4.0])
-    table = swept(folder, tmp_path, lambda _: next(values))
+    evaluate = lambda _: next(values)  # noqa: E731
+    table = swept(folder, tmp_path, evaluate)
     assert table.best.value == 2.0
     assert "Results that are not finite are never the best: 0.05 at step 400, 0.14 at step 400." in table.notes
-    assert swept(folder, tmp_path, Distance(breaks_at=0)).best.value == 2.0  # also when it comes from the file
+    assert swept(folder, tmp_path, evaluate).best.value == 2.0  # also when it comes from the file
 
 
 def test_best_at_an_end_of_the_range_is_noted(folder, tmp_path):
@@ -228,11 +248,12 @@ import os, signal, sys
 from nitrous_ema import sweep
 seen = []
 def evaluate(state):
-    if len(seen) == 2:
+    if len(seen) == 2 and not sys.argv[3:]:
         os.kill(os.getpid(), signal.SIGKILL)
     seen.append(state)
     return float(len(seen))
-sweep(sys.argv[1], evaluate, sigma_rels=[0.05, 0.07, 0.1, 0.14, 0.2], results=sys.argv[2])
+table = sweep(sys.argv[1], evaluate, sigma_rels=[0.05, 0.07, 0.1, 0.14, 0.2], results=sys.argv[2], refine=0)
+print([row.value for row in table])
 """
 
 
@@ -241,10 +262,9 @@ def test_killed_sweep_continues_and_leaves_nothing_but_results(folder, tmp_path)
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(names(tmp_path)) == 2  # averages were waiting for their evaluation
-    rest = Distance()
-    table = swept(folder, tmp_path, rest)
-    assert [row.value for row in table.rows[:2]] == [1.0, 2.0]
-    assert len(rest.seen) == 3
+    rest = subprocess.run([*command, "again"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert rest.returncode == 0, rest.stderr
+    assert json.loads(rest.stdout) == [1.0, 2.0, 1.0, 2.0, 3.0]  # two from the file, and three evaluations
     assert names(tmp_path) == ["r.jsonl"]
 
 
@@ -416,7 +436,7 @@ def test_finished_sweep_with_the_other_direction_records_it_in_its_file(folder, 
     first = swept(folder, tmp_path, evaluate)
     assert read_table(tmp_path / "r.jsonl").best == first.best
     for _ in range(2):
-        second = swept(folder, tmp_path, Distance(breaks_at=0), maximize=True)
+        second = swept(folder, tmp_path, evaluate, maximize=True)
         assert second.best.sigma_rel != first.best.sigma_rel
         assert read_table(tmp_path / "r.jsonl").best == second.best
         assert len((tmp_path / "r.jsonl").read_text().splitlines()) == len(LENGTHS) + 1
@@ -465,6 +485,8 @@ def test_old_folders_are_swept_too(tmp_path):
         ({"refine": 1.5}, ValueError, "refine is 1.5; expected a whole number"),
         ({"refine": -1}, ValueError, "refine is -1"),
         ({"at_once": 0}, ValueError, "at_once is 0"),
+        ({"restore": "last"}, ValueError, "restore is 'last'; expected 'original' or 'best'"),
+        ({"restore": "best"}, ValueError, "there is no model to hold the best average"),
         ({"dtype": "int8"}, ValueError, "dtype is 'int8'; expected one of float64"),
         ({"tolerance": -1.0}, ValueError, "tolerance"),
         ({"run": "unknown"}, SnapshotNotFound, "unknown"),
@@ -490,7 +512,7 @@ def test_model_that_does_not_fit_is_refused_untouched(folder, tmp_path):
     before = model.weight.clone()
     with pytest.raises(
         SnapshotMismatch,
-        match=r"^The average of sigma_rel 0\.05 at step 400 does not fit the model; missing in the .*Pass as model= ",
+        match=r"^An average at step 400 does not fit the model; missing in the .*Pass as model= ",
     ):
         swept(folder, tmp_path, Distance(breaks_at=0), model=model)
     assert torch.equal(model.weight, before)
@@ -503,3 +525,222 @@ def test_damaged_snapshot_is_an_error_and_can_be_excluded(folder, tmp_path):
     with pytest.raises(SnapshotDamaged, match="200"):
         swept(root, tmp_path, tolerance=0.0)
     assert len(swept(root, tmp_path, tolerance=0.0, exclude=[200]).rows) == len(LENGTHS)
+
+
+# Results of another function
+
+
+def scaled(factor):
+    def evaluate(state):
+        return factor * float(state["0.weight"].mean())
+
+    return evaluate
+
+
+def test_changed_function_is_evaluated_again(folder, tmp_path):
+    first = swept(folder, tmp_path, scaled(1.0))
+    second = swept(folder, tmp_path, scaled(2.0))
+    assert [row.value for row in second] == [2 * row.value for row in first]
+    (note,) = [note for note in second.notes if "evaluated again, because evaluate has changed" in note]
+    assert note.startswith(f"5 of 5 results in {tmp_path / 'r.jsonl'}")
+    assert note.endswith("evaluate: factor.")
+    assert swept(folder, tmp_path, scaled(1.0)).rows == first.rows
+    assert read_table(tmp_path / "r.jsonl").rows == second.rows  # the last lines, and none of the first function
+
+
+def test_results_without_a_fingerprint_are_evaluated_again(folder, tmp_path):
+    first = swept(folder, tmp_path, scaled(1.0))
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["evaluate"]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = []
+    evaluate = lambda state: seen.append(state) or 7.0  # noqa: E731
+    assert [row.value for row in swept(folder, tmp_path, evaluate)] == [7.0] * len(first)
+
+
+def test_reused_results_are_warned_about_once(folder, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for lengths in (LENGTHS[:2], LENGTHS):
+            sweep(folder, scaled(1.0), sigma_rels=lengths, results=tmp_path / "r.jsonl", refine=0, at_once=1)
+    (warning,) = caught
+    assert warning.category is NitrousWarning
+    assert "reads results from" in str(warning.message)
+    assert warning.filename == __file__
+
+
+# The model
+
+
+def test_model_is_evaluated_in_eval_mode_without_gradients_and_given_back(folder, tmp_path):
+    model, seen = net().train(), []
+    model[2].eval()
+    own = {name: each.clone() for name, each in model.state_dict().items()}
+    pointers = [each.data_ptr() for each in model.state_dict().values()]
+
+    def evaluate(given):
+        seen.append(
+            (given.training, given[1].training, torch.is_grad_enabled(), float(given[0].weight.detach().mean()))
+        )
+        given.train()
+        return float(given[0].weight.detach().mean())
+
+    swept(folder, tmp_path, evaluate, model=model)
+    assert [each[:3] for each in seen] == [(False, False, False)] * len(LENGTHS)
+    assert len({each[3] for each in seen}) == len(LENGTHS)
+    assert all(torch.equal(each, own[name]) for name, each in model.state_dict().items())
+    assert [each.data_ptr() for each in model.state_dict().values()] == pointers
+    assert [module.training for module in model.modules()] == [True, True, True, False]
+    assert torch.is_grad_enabled()
+
+
+def test_model_is_given_back_if_the_evaluation_raises(folder, tmp_path):
+    model = net().train()
+    own = {name: each.clone() for name, each in model.state_dict().items()}
+    with pytest.raises(EvaluationError):
+        swept(folder, tmp_path, Distance(breaks_at=2), model=model, restore="best")
+    assert all(torch.equal(each, own[name]) for name, each in model.state_dict().items())
+    assert model.training
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_model_holds_the_best_average_on_request(folder, tmp_path, stored, known):
+    more = {"averages": tmp_path / "kept"} if stored else {}
+    model, weights, near = net().train(), {}, Distance(0.085)
+
+    def evaluate(given):
+        weights[near(given)] = given[0].weight.detach().clone()
+        return next(reversed(weights))
+
+    for _ in range(1 + known):
+        table = swept(folder, tmp_path, evaluate, model=model, restore="best", refine=2, steps=[200, 400], **more)
+        assert torch.equal(model[0].weight, weights[table.best.value])
+        assert model.training
+        torch.nn.init.zeros_(model[0].weight)
+
+
+def test_model_is_checked_although_all_results_are_known(folder, tmp_path):
+    evaluate = Distance()
+    swept(folder, tmp_path, evaluate)
+    with pytest.raises(SnapshotMismatch, match="does not fit the model"):
+        swept(folder, tmp_path, evaluate, model=torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="model is 3"):
+        swept(folder, tmp_path, evaluate, model=3)
+
+
+# The EMA, live folders and steps
+
+
+def training(root, steps, **more):
+    ema = PostHocEMA(net(), checkpoint_every_num_steps=10, checkpoint_folder=root, update_every=1, **more)
+    for _ in range(steps):
+        ema.model[1].num_batches_tracked += 1
+        ema.update()
+    return ema
+
+
+@pytest.mark.parametrize("kind", [PostHocEMA, AsyncPostHocEMA])
+def test_ema_is_flushed_and_its_own_run_is_swept(tmp_path, kind):
+    root, model = tmp_path / "s", net()
+    more = {"read": "guarded"} if kind is AsyncPostHocEMA else {}
+    with kind(model, checkpoint_every_num_steps=10, checkpoint_folder=root, update_every=1, **more) as ema:
+        for _ in range(25):
+            ema.fence()
+            model[1].num_batches_tracked += 1
+            ema.update()
+        ema.flush()
+        later = training(root, 0)
+        later.restore()
+        later.update()
+        later.checkpoint()
+        later.close()
+        assert SnapshotStore(root).get().step == 21  # the newest run is another one
+        table = swept(ema, tmp_path, model=model)
+        assert table.steps == (20,)
+        assert {row.run for row in table} == {ema.run}
+        assert any("newest snapshot is of step 20, and the EMA is at step 25" in note for note in table.notes)
+        ema.checkpoint()
+        again = swept(ema, tmp_path, model=model)
+        assert again.steps == (25,)
+        assert not any("the EMA is at step" in note for note in again.notes)
+        ema.update()  # the model's weights were put back behind the fence: no violation
+
+
+def test_ema_that_was_never_updated_sweeps_the_newest_run(tmp_path):
+    training(tmp_path / "s", 40).close()
+    with PostHocEMA(net(), checkpoint_folder=tmp_path / "s") as ema:
+        assert swept(ema, tmp_path).steps == (40,)
+
+
+def test_snapshot_that_is_still_being_written_is_noted(tmp_path):
+    training(tmp_path / "s", 40).close()
+    run = SnapshotStore(tmp_path / "s").runs()[0]
+    assert not any("being written" in note for note in swept(tmp_path / "s", tmp_path).notes)
+    (tmp_path / "s" / f"step-{50:012d}-{run}").mkdir()
+    notes = swept(tmp_path / "s", tmp_path).notes
+    assert any(
+        "newest complete snapshot is of step 40; that of step 50 is still being written" in each for each in notes
+    )
+    assert not any("being written" in note for note in swept(tmp_path / "s", tmp_path, steps=[40]).notes)
+
+
+def test_nearest_step_is_taken_and_noted(folder, tmp_path):
+    table = swept(folder, tmp_path, steps=["nearest:188", "nearest:190", 400])
+    assert table.steps == (180, 400)  # 180 and 200 are equally near to 190
+    assert "Step 180 is taken for 'nearest:188'." in table.notes
+    with pytest.raises(ValueError, match="step is 'nearest:'; expected"):
+        swept(folder, tmp_path, steps=["nearest:"])
+
+
+def test_something_else_than_snapshots_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="snapshots is 3; expected a snapshot folder"):
+        swept(3, tmp_path)
+
+
+# Progress and marks
+
+
+def test_progress_counts_known_results_and_the_refinement(folder, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar:
+        disable = False
+
+        def __init__(self, total, **options):
+            self.total, self.count = total, 0
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def set_postfix_str(self, text, refresh):
+            self.text = text
+
+        def update(self):
+            self.count += 1
+
+    monkeypatch.setitem(sys.modules, "tqdm.auto", SimpleNamespace(tqdm=Bar))
+    for _ in range(2):
+        table = swept(folder, tmp_path, scaled(1.0), refine=2, steps=[200, 400])
+    assert [(bar.total, bar.count) for bar in bars] == [(len(table), len(table))] * 2
+    assert len(table) > 2 * len(LENGTHS)
+    assert bars[0].text == f"best {table.best.value:.4g} at sigma_rel {table.best.sigma_rel:g}"
+
+
+def test_sweep_works_without_tqdm(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    assert len(swept(folder, tmp_path)) == len(LENGTHS)
+
+
+def test_inaccurate_row_is_marked(folder, tmp_path):
+    table = swept(folder, tmp_path, scaled(-1.0), sigma_rels=[0.004, 0.1])
+    assert table.rows[0].profile_error > 0.05 > table.rows[1].profile_error
+    lines = str(table).splitlines()
+    assert lines[1].endswith("<- best, profile error above 5%")
+    assert not lines[2].endswith("5%")
+    assert any("its value is that of another profile" in note for note in table.notes)

@@ -57,3 +57,14 @@ def test_records_and_csv_have_every_field_of_every_row(tmp_path):
         first, second = csv.DictReader(file)
     assert (first["sigma_rel"], first["value"], first["excluded"], first["path"]) == ("0.05", "3.0", "7 9", "/a/b")
     assert (second["value"], second["excluded"], second["path"]) == ("nan", "", "")
+
+
+def test_table_is_iterated_by_row_and_shown_as_html():
+    table = SweepTable((row(0.05, 3.0, metric="<b>"), row(0.1, 1.0, profile_error=0.2, metric="<b>")), ("A & B.",))
+    assert [each.value for each in table] == [3.0, 1.0]
+    assert len(table) == 2
+    html = table._repr_html_()
+    assert html.count("<tr>") == 3
+    assert "<th>&lt;b&gt;</th>" in html
+    assert "<td>1</td><td>2.0e-01</td><td>&lt;- best, profile error above 5%</td>" in html
+    assert html.endswith("</table><p>A &amp; B.</p>")
