@@ -76,6 +76,14 @@ def choose_step(step: int | str | None, existing: Collection[int]) -> int | None
     return max(existing, default=None) if step is None else next((each for each in existing if each == step), None)
 
 
+def check_not_excluded(step: int | str | None, exclude: Collection[int]) -> None:
+    """Raise ValueError for a target step that is excluded as well."""
+    if nearest_to(step) is None and step in exclude:
+        raise ValueError(
+            f"step {step} is the target step and is excluded. Choose another target step, or do not exclude it."
+        )
+
+
 def nearest_note(step: object, chosen: int) -> str:
     """Return a sentence that names the step chosen for ``nearest:N``; an empty text if it is N, or was not chosen."""
     return f"Step {chosen} is taken for {step!r}." if nearest_to(step) not in (None, chosen) else ""

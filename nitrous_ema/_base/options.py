@@ -10,11 +10,12 @@ from functools import partial
 from typing import Literal
 
 from nitrous_ema._base import exit_status
+from nitrous_ema._base.arguments import nearest_to
 from nitrous_ema._base.exit_status import argument
 from nitrous_ema._base.paths import local_path
 
-Steps = list[int] | Literal["all"]
-"""Requested steps."""
+Steps = list[int | str] | Literal["all"]
+"""Requested steps; a text is ``nearest:1234``."""
 
 # Numbers in one list: a typing mistake before or after an ellipsis must not request outputs that fill the disk.
 _MAX_NUMBERS = 10_000
@@ -74,18 +75,21 @@ def parse_profiles(text: str) -> list[float]:
 
 
 def parse_steps(text: str) -> Steps:
-    """Parse a list of steps, with ``...`` as in ``parse_lengths``, or the word ``all``.
+    """Parse a list of steps, with ``...`` as in ``parse_lengths`` and ``nearest:1234`` as a step; or the word ``all``.
 
     Raises:
         ValueError: The text is not such a list, or a number is not a whole number of at least 0.
     """
     if text.strip() == "all":
         return "all"
-    numbers = _parse_numbers(text, "1000,2000,...,10000")
+    words = [word.strip() for word in text.split(",")]
+    near: list[int | str] = [word for word in words if word.startswith("nearest:") and nearest_to(word) is not None]
+    plain = ",".join(word for word in words if word not in near)
+    numbers = _parse_numbers(plain, "1000,2000,...,10000") if plain or not near else []
     for number in numbers:
         if number < 0 or number != number.to_integral_value():
-            raise ValueError(f"{text!r}: {number} is not a step; expected whole numbers, or 'all'")
-    return list(dict.fromkeys(int(number) for number in numbers))
+            raise ValueError(f"{text!r}: {number} is not a step; expected whole numbers, 'nearest:1234' or 'all'")
+    return list(dict.fromkeys([*(int(number) for number in numbers), *near]))
 
 
 def parse_step_list(text: str) -> list[int]:

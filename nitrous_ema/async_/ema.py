@@ -21,6 +21,7 @@ from nitrous_ema.averaging.execution.interfaces import Lane
 from nitrous_ema.averaging.execution.write_guard import ReadMode
 from nitrous_ema.averaging.load_average import load_tensors
 from nitrous_ema.averaging.model.tracking import NameFilter, check_module
+from nitrous_ema.averaging.positional import refuse_length_by_position
 from nitrous_ema.averaging.schedule import StepSizeCorrection
 from nitrous_ema.errors import SnapshotUnreadable, WorkerError, warn
 from nitrous_ema.posthoc.keep_rules import Keep
@@ -74,6 +75,7 @@ class AsyncPostHocEMA(PostHocEMA):
         NitrousError: There is not enough host memory for the slots.
     """
 
+    @refuse_length_by_position(3, "gammas", "sigma_rels")
     def __init__(
         self,
         model: Module,
@@ -143,7 +145,9 @@ class AsyncPostHocEMA(PostHocEMA):
         self._start(model, config, ema_model, make_sink, background=background)
         self._engine.drain_timeout_seconds = config.wait_timeout
 
-    def _synthesize(self, engine: AveragingEngine, gamma: float, target: Snapshot, tolerance: float) -> Sequence[str]:
+    def _synthesize(
+        self, engine: AveragingEngine, gamma: float, target: Snapshot, exclude: Collection[int], tolerance: float
+    ) -> Sequence[str]:
         """Synthesize in a worker process, and load the file that it writes. Return its warnings."""
         flat_buffers = engine.flat_buffers
         tensors = {
@@ -159,6 +163,7 @@ class AsyncPostHocEMA(PostHocEMA):
                 gammas=[gamma],
                 step=target.step,
                 run=target.run,
+                exclude=list(exclude),
                 tolerance=tolerance,
                 dtype="float64" if exact else "float32",
             )
@@ -168,8 +173,8 @@ class AsyncPostHocEMA(PostHocEMA):
                 if error.exit_code != exit_status.DAMAGED:
                     raise
                 raise SnapshotUnreadable(str(error), path=self.snapshots.root, step=None) from error
-            load_tensors(tensors, output.path)
-        engine.schedule.load({"step": target.step, "now": target.t, "t": target.t, "updates": 1})
+            # Not strict: the target was checked, and one of the two may skip a tensor of the other.
+            load_tensors(tensors, output.path, strict=False)
         return job.warnings
 
 

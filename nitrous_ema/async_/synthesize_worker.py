@@ -34,7 +34,7 @@ from nitrous_ema.errors import bug
 from nitrous_ema.synthesis.worker.arguments import WorkerConfig, parse_arguments
 from nitrous_ema.synthesis.worker.output_names import OutputNames
 from nitrous_ema.synthesis.worker.partition import WorkPartition, part_of_process
-from nitrous_ema.synthesis.worker.reporting import log
+from nitrous_ema.synthesis.worker.reporting import log, log_warning
 
 if TYPE_CHECKING:
     from nitrous_ema.snapshots.snapshot import Snapshot
@@ -114,6 +114,8 @@ def _run_existing(
                 "a different newest snapshot. Pass the target steps."
             )
         paths = names.of_all(targets, lengths)
+    if note := inputs.legacy_note():
+        log_warning(note)
     if unrelated := inputs.unrelated_runs():
         log(f"ignoring unrelated runs (select one with --run): {', '.join(unrelated)}")
     if config.exclude and (unknown := unknown_exclusions(config.exclude, inputs.steps())):
@@ -149,6 +151,8 @@ def _follow(
     with exit_status.usage_errors():
         if names.fields and not {"step", "t"} & set(names.fields):
             raise ValueError(f"--out {config.out!r}: with --follow each step needs its own file name. Add {{step}}.")
+        if near := [step for step in config.steps or () if isinstance(step, str) and config.steps != "all"]:
+            raise ValueError(f"--step {near[0]} has no meaning with --follow, which waits for steps. Pass a number.")
 
     def synthesize(target: Snapshot) -> None:
         with exit_status.usage_errors():

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import Module
 
-from nitrous_ema._base.arguments import pluralize
+from nitrous_ema._base.arguments import check_not_excluded, check_sequence, nearest_note, nearest_to, pluralize
 from nitrous_ema._base.paths import local_path
 from nitrous_ema.averaging.averaged_module import AveragedModule
 from nitrous_ema.averaging.base import EMABase
@@ -27,17 +27,21 @@ from nitrous_ema.averaging.engine import AveragingEngine
 from nitrous_ema.averaging.execution.inline import InlineSnapshotSink
 from nitrous_ema.averaging.execution.interfaces import SnapshotSink
 from nitrous_ema.averaging.execution.torch_modes import neutral_modes
+from nitrous_ema.averaging.fill_average import check_records, copy_missing, fill_average
 from nitrous_ema.averaging.model.tracking import NameFilter
+from nitrous_ema.averaging.positional import refuse_length_by_position
 from nitrous_ema.averaging.restore import restore
 from nitrous_ema.averaging.resumable_run import resumable_run_warning
 from nitrous_ema.averaging.schedule import StepSizeCorrection
-from nitrous_ema.errors import SnapshotError, SnapshotUnreadable, warn
+from nitrous_ema.averaging.state_dict import LoadProblems
+from nitrous_ema.errors import NitrousError, SnapshotError, SnapshotUnreadable, warn
 from nitrous_ema.posthoc.keep_rules import Keep
 from nitrous_ema.snapshots.layout import Layout
+from nitrous_ema.snapshots.names import IMPORTED
 from nitrous_ema.snapshots.retention import RetainingWriter
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
-from nitrous_ema.synthesis import DEFAULT_TOLERANCE, plan_from_store, stream, stream_copied
+from nitrous_ema.synthesis import DEFAULT_TOLERANCE, plan_from_store
 
 Template = Module | Callable[[], Module]
 
@@ -218,6 +222,7 @@ class PostHocEMA(EMABase):
         Karras et al. 2023, arXiv:2312.02696, section 3.2.
     """
 
+    @refuse_length_by_position(3, "gammas", "sigma_rels")
     def __init__(
         self,
         model: Module,
@@ -391,7 +396,7 @@ class PostHocEMA(EMABase):
             if left_at is None or pinned_step <= left_at:
                 self._store.unpin(pinned_step, run)
 
-    def restore(self, step: int | None = None, run: str | None = None) -> int:
+    def restore(self, step: int | str | None = None, run: str | None = None) -> int:
         """Restore averages, copied tensors, step, training time and lineage from a snapshot.
 
         Use it to resume training without a saved ``state_dict()`` of the EMA. As after ``load_state_dict``, this run
@@ -402,7 +407,8 @@ class PostHocEMA(EMABase):
         for models of float64. A warning (NitrousWarning) reports averages that were rounded when they were stored.
 
         Args:
-            step: Step of a snapshot in the run's lineage; None restores the newest.
+            step: Step of a snapshot in the run's lineage; None restores the newest. ``"nearest:1234"`` restores the one
+                nearest to step 1234; a warning names its step.
             run: Id of the run to continue. None: this run if it has snapshots, else the newest run in the folder.
 
         Returns:
@@ -419,7 +425,7 @@ class PostHocEMA(EMABase):
         Nothing has changed when one of these is raised, with one exception: if the file was damaged while it was being
         read, the averages are refused until something is loaded.
         """
-        step = _checked(step)
+        step = _checked(step, nearest=True)
         engine = self._engine
         if not engine.prepare_loading("restore()", with_snapshots=True):
             return self.step
@@ -432,8 +438,8 @@ class PostHocEMA(EMABase):
         except SnapshotUnreadable as error:
             error.args = (f"restore(): {error} Restore another snapshot with restore(step=...).",)
             raise
-        if warning is not None:
-            warn(warning)
+        for each in filter(None, (nearest_note(step, snapshot.step), warning)):
+            warn(each)
         return snapshot.step
 
     def request_drain(self) -> None:
@@ -498,21 +504,31 @@ class PostHocEMA(EMABase):
             warn(f"{error} Readers that follow this run will not see that it has ended.")
         self._retaining_writer.end()
 
+    @refuse_length_by_position(1, "gamma", "sigma_rel")
     def synthesize_ema_model(
         self,
         gamma: float | None = None,
         sigma_rel: float | None = None,
-        step: int | None = None,
+        step: int | str | None = None,
         *,
+        run: str | None = None,
+        exclude: Collection[int] = (),
         tolerance: float = DEFAULT_TOLERANCE,
         device: torch.device | str | None = None,
     ) -> KarrasEMA:
         """Synthesize an average of any length from the snapshots of this run and of the runs that it continues.
 
+        An EMA that was never updated and has loaded no state reads the newest run of its folder, as ``restore()`` does.
+        So an average of a finished training needs nothing but the model and the folder. The profiles of this EMA have
+        no effect on the average.
+
         Args:
             gamma: Exponent of the requested average; or
             sigma_rel: its length as a fraction of the training time, in (0, 12 ** -0.5). Pass exactly one of the two.
-            step: Step of a snapshot, at which the average ends; None ends it at the newest.
+            step: Step of a snapshot, at which the average ends; None ends it at the newest. ``"nearest:1234"`` ends it
+                at the snapshot nearest to step 1234; a warning names its step.
+            run: Id of the run whose snapshots are read, with the runs that it continues; None reads those of this EMA.
+            exclude: Steps to ignore, for example damaged snapshots.
             tolerance: Relative profile error that may be added by reading only a few of the snapshots; 0 reads all.
             device: Device of the average; None: each tensor is on the device of its parameter.
 
@@ -520,10 +536,11 @@ class PostHocEMA(EMABase):
             A frozen EMA: call it, or use its ``ema_model``. Skipped tensors are those of the online model.
 
         Raises:
-            ValueError: Both or neither of gamma and sigma_rel are given, one is outside its domain, or ``tolerance`` is
-                negative.
+            ValueError: Both or neither of gamma and sigma_rel are given, one is outside its domain, ``tolerance`` is
+                negative, or the target step is excluded.
             TypeError: ``step`` is not an integer.
             SnapshotNotFound: There is no snapshot of that step; the message names the nearest ones.
+            SnapshotMismatch: The snapshots are of another model.
             SnapshotDamaged: A file does not contain what was written.
 
         A warning (NitrousWarning) reports a length that the snapshots cannot reconstruct accurately, and the remedy.
@@ -533,28 +550,40 @@ class PostHocEMA(EMABase):
         config = self._engine.frozen_config(
             sigma_rels=None if sigma_rel is None else (sigma_rel,), gammas=None if gamma is None else (gamma,)
         )
+        check_sequence("exclude", exclude, "steps")
+        step = _checked(step, nearest=True)
         self.flush()
+        target = self._target(step, run=run, exclude=exclude)
         engine = self._engine.frozen_copy(config, None if device is None else torch.device(device))
+        check_records(engine.flat_buffers, target.records, target.path)
         with neutral_modes():
-            warnings = self._synthesize(engine, config.profiles.gammas[0], self._target(step), tolerance)
-        for warning in warnings:
+            copy_missing(engine.flat_buffers, target.records)
+            warnings = self._synthesize(engine, config.profiles.gammas[0], target, exclude, tolerance)
+        engine.schedule.load({"step": target.step, "now": target.t, "t": target.t, "updates": 1})
+        for warning in filter(None, [nearest_note(step, target.step), *warnings]):
             warn(warning)
         (template,) = self.ema_models[0]._template
         return KarrasEMA._view(engine, 0, None if isinstance(template, Module) else template)
 
-    def _target(self, step: int | str | None = None, *, exclude: Collection[int] = ()) -> Snapshot:
+    def _target(
+        self, step: int | str | None = None, *, run: str | None = None, exclude: Collection[int] = ()
+    ) -> Snapshot:
         """Return the snapshot at which an average ends. It may still be on its way to disk: ``flush()`` first.
 
         Args:
             step: Step of a snapshot in this run's lineage; None is the newest, and ``"nearest:1234"`` is that nearest
-                to 1234. An EMA that was never updated and has loaded no state reads the newest run of its folder.
+                to 1234.
+            run: Id of the last run of the lineage; None: this run. An EMA that was never updated and has loaded no
+                state has no run yet, and reads the newest.
             exclude: Steps to ignore.
 
         Raises:
+            ValueError: The step is excluded.
             SnapshotNotFound: There is no such snapshot; the message names the nearest ones.
         """
-        if self._engine.run_lineage.is_fresh:
-            return self._store.get(step, exclude=exclude)
+        check_not_excluded(step, exclude)
+        if run is not None or self._engine.run_lineage.is_fresh:
+            return self._store.get(step, run, exclude=exclude)
         ancestors = self._engine.run_lineage.ancestors
         if not ancestors or self.run in self._store.runs():
             return self._store.get(step, self.run, exclude=exclude)
@@ -564,24 +593,15 @@ class PostHocEMA(EMABase):
         abandoned = [snapshot.step for snapshot in self._store.snapshots(run) if snapshot.step > (left_at or 0)]
         return self._store.get(step, run, exclude=[*exclude, *abandoned])
 
-    def _synthesize(self, engine: AveragingEngine, gamma: float, target: Snapshot, tolerance: float) -> Sequence[str]:
-        """Write an average into ``engine`` and set its counters. Return the warnings about its accuracy."""
-        flat_buffers = engine.flat_buffers
-        plan = plan_from_store(self._store, gammas=[gamma], step=target.step, run=target.run, tolerance=tolerance)
-        stream(
-            plan,
-            lambda begin, block: flat_buffers.fill(0, begin, torch.from_numpy(block[0])),
-            on_calling_thread=True,  # torch's current stream and its modes are thread-local
+    def _synthesize(
+        self, engine: AveragingEngine, gamma: float, target: Snapshot, exclude: Collection[int], tolerance: float
+    ) -> Sequence[str]:
+        """Write an average into ``engine``, which the target fits. Return the warnings about it."""
+        plan = plan_from_store(
+            self._store, gammas=[gamma], step=target.step, run=target.run, exclude=exclude, tolerance=tolerance
         )
-        # The padding before the copied tensors differs between files with different numbers of profiles.
-        padding = min((begin for begin, _ in plan.target.copied_spans.values()), default=0)
-
-        def fill_copied(begin: int, piece: memoryview) -> None:
-            flat_buffers.fill_copied(begin - padding, torch.frombuffer(piece, dtype=torch.uint8))
-
-        stream_copied(plan, fill_copied)
-        engine.schedule.load({"step": target.step, "now": target.t, "t": target.t, "updates": 1})
-        return plan.report.warnings
+        fill_average(engine.flat_buffers, plan)
+        return [self._store.legacy_note(), *plan.report.warnings]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return the outputs of all averages' modules, in the order of the profiles."""
@@ -600,16 +620,46 @@ class PostHocEMA(EMABase):
     def _prefixes(self) -> Mapping[int, str]:
         return {profile: f"ema_models.{profile}." for profile in range(len(self.gammas))}
 
+    def _load(self, state_dict: Mapping[str, Any], prefix: str, *, partial: bool) -> LoadProblems:
+        problems = super()._load(state_dict, prefix, partial=partial)
+        is_loaded = not problems.errors and (partial or not (problems.missing or problems.unexpected))
+        # Only a state of nitrous-ema 0.0.1 leaves an EMA without ancestors: it records no lineage.
+        if is_loaded and self.step > 0 and not self._engine.run_lineage.ancestors:
+            self._continue_import()
+        return problems
+
+    def _continue_import(self) -> None:
+        """Continue the run in the folder if it was imported from the same profiles and tensors, and warn of it."""
+        try:
+            newest = self._store.get()
+            check_records(self._engine.flat_buffers, newest.records, newest.path)
+        except NitrousError:
+            return
+        gammas, first = newest.layout.gammas, self._store.snapshots(newest.run)[0].step
+        same = len(gammas) == len(self.gammas) and all(
+            abs(one - other) <= 1e-9 for one, other in zip(gammas, self.gammas, strict=True)
+        )
+        if IMPORTED not in newest.stamp.trainer or not same or first > self.step:
+            return
+        self._engine.run_lineage.continue_from(newest.stamp.lineage, self.step)
+        warn(
+            f"The loaded state names no run, as states of nitrous-ema 0.0.1 do not. {self._store.root} holds run "
+            f"{newest.run}, which was imported from snapshots of the same profiles and tensors, so this run continues "
+            f"it from step {self.step}. If those snapshots are of another training, construct the EMA with another "
+            "checkpoint_folder."
+        )
+
     def _averaged_module_of(self, profile: int) -> AveragedModule:
         return self.ema_models[profile]._averaged_module
 
 
-def _checked(step: Any) -> int | None:
-    """Return a step as a plain int, or None; numpy's integers are accepted."""
-    if step is None:
-        return None
+def _checked(step: Any, *, nearest: bool = False) -> Any:
+    """Return a step as a plain int, or None; numpy's integers are accepted, and ``nearest:1234`` on request."""
+    if step is None or (nearest and str(step).startswith("nearest:") and nearest_to(step) is not None):
+        return step
     if isinstance(step, bool) or not isinstance(step, Integral):
-        raise TypeError(f"step is {step!r}; expected the step of a snapshot (an integer).")
+        near = ", or 'nearest:1234'" if nearest else ""
+        raise TypeError(f"step is {step!r}; expected the step of a snapshot (an integer){near}.")
     return int(step)
 
 

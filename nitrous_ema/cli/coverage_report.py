@@ -123,7 +123,7 @@ def predictions(
     ]
 
 
-def _target_steps(request: LengthRequest, listed: Sequence[Snapshot | SnapshotView]) -> Sequence[int | None]:
+def _target_steps(request: LengthRequest, listed: Sequence[Snapshot | SnapshotView]) -> Sequence[int | str | None]:
     return [each.step for each in listed] if request.steps == "all" else request.steps or [None]
 
 

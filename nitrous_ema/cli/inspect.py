@@ -84,16 +84,15 @@ def run(config: InspectConfig) -> int:
     """Print the contents of a folder; return the exit status."""
     store = SnapshotStore(config.folder).remembering()
     found = survey(store, config.run)
-    if not found["runs"]:
-        found["legacy"] = legacy_steps(store.root)
-        if config.request and not config.is_legacy and (sentence := legacy_sentence(found["folder"], "inspect")):
-            raise exit_status.UsageError(sentence)
+    found["legacy"], found["legacy_note"] = legacy_steps(store.root), store.legacy_note() if found["runs"] else ""
+    if config.request and not found["runs"] and found["legacy"] and not config.is_legacy:
+        raise exit_status.UsageError(legacy_sentence(store.root, "inspect"))
     with exit_status.usage_errors():
         source = _source(config, store)
         found["covered"] = coverage(source, config.run, config.exclude) if found["runs"] or config.is_legacy else None
         found["asked"] = predictions(source, config.request, config.run, config.exclude) if config.request else []
     show(json.dumps(found, indent=2) if config.as_json else "\n".join(_lines(found, all_rows=config.all_rows)))
-    return exit_status.DONE
+    return exit_status.DONE if found["runs"] or found["legacy"] else exit_status.NOT_FOUND
 
 
 def _source(config: InspectConfig, store: SnapshotStore) -> SnapshotStore | LegacyFolder:
@@ -190,7 +189,8 @@ def _legacy_lines(found: dict[str, Any], most: int) -> list[str]:
         return []
     rows = [[f"{each['step']}", f"{each['profiles']}", format_bytes(each["bytes"])] for each in found["legacy"]]
     table = columns([["step", "profiles", "size"], *elide_rows(rows, most=most, hint="(--all)")])
-    return ["", *paragraph("", legacy_sentence(found["folder"], "inspect")), *table]
+    note = found["legacy_note"] or legacy_sentence(found["folder"], "inspect")
+    return ["", *paragraph("", note), *table]
 
 
 def _section(title: str, entries: list[str]) -> list[str]:

@@ -40,9 +40,11 @@ class SnapshotSource:
         return [found[step] for step in sorted(found)]
 
     def notes(self, steps: Sequence[int | str] | None, targets: Sequence[Snapshot | LegacySnapshot]) -> list[str]:
-        """Return notes on steps that differ from the expected ones: chosen as the nearest, or not the newest."""
-        chosen = [nearest_note(step, self.find(step).step) for step in steps or () if isinstance(step, str)]
-        return [note for note in chosen if note] + ([self._age_note(targets[-1])] if steps is None else [])
+        """Return notes on steps that differ from the expected ones, and on files that are not read."""
+        found = [nearest_note(step, self.find(step).step) for step in steps or () if isinstance(step, str)]
+        found += [self._age_note(targets[-1])] if steps is None else []
+        found += [self.snapshots.legacy_note()] if isinstance(self.snapshots, SnapshotStore) else []
+        return list(filter(None, found))
 
     def _age_note(self, newest: Snapshot | LegacySnapshot) -> str:
         """Return a note that the newest snapshot is older than the newest step; an empty text if it is not."""

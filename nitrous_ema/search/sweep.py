@@ -233,8 +233,7 @@ def _all_notes(
     warnings: Iterable[str],
     known: KnownResults,
 ) -> list[str]:
-    found = [*source.notes(steps, targets), *_notes(rows), *dict.fromkeys(warnings), *known.notes(rows)]
-    return list(filter(None, found))
+    return [*source.notes(steps, targets), *_notes(rows), *dict.fromkeys(warnings), *known.notes(rows)]
 
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from nitrous_ema._base.arguments import nearest_to
+from nitrous_ema._base.arguments import nearest_to, pluralize
 from nitrous_ema._base.paths import local_path
 from nitrous_ema.errors import SnapshotError, SnapshotMismatch, SnapshotNotFound, SnapshotUnreadable
 from nitrous_ema.snapshots.bounded_json import brief
@@ -154,6 +154,22 @@ class SnapshotStore:
             ", but {profile}.{step}.pt files of nitrous-ema 0.0.1 or ema-pytorch. Name the profiles that they track: "
             "--sigma-rels or --gammas on the command line, nitrous_ema.LegacyFolder in Python; or rewrite "
             "them with nitrous-ema import"
+        )
+
+    def legacy_note(self) -> str:
+        """Return a note on legacy files beside the snapshots, which no reader of the snapshots reads; "" without any.
+
+        Raises:
+            SnapshotNotFound: There is no such folder.
+        """
+        files = sum(parse_legacy_file_name(name) is not None for name in self._root_names())
+        if not files:
+            return ""
+        return (
+            f"{self.root} also holds {pluralize(files, 'file')} of nitrous-ema 0.0.1 or ema-pytorch "
+            "({profile}.{step}.pt). They are not read together with the snapshots. LegacyFolder (on the command line: "
+            "--sigma-rels or --gammas) reads them alone, and `nitrous-ema import` converts them into a folder of their "
+            "own. Move them away if they are not needed."
         )
 
     def examine(self, run: str | None = None) -> Listing:

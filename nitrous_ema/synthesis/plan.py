@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nitrous_ema._base.arguments import choose_step, nearest_note, nearest_to
+from nitrous_ema._base.arguments import check_not_excluded, choose_step, nearest_note
 from nitrous_ema._base.dtypes import STORED_DTYPES
 from nitrous_ema.errors import SnapshotMismatch, warn
 from nitrous_ema.posthoc import SynthesisReport, synthesis_report
@@ -204,10 +204,7 @@ def plan_from_store(
         SnapshotDamaged: A snapshot that is not excluded has a wrong size or header.
         SnapshotMismatch: As plan_synthesis().
     """
-    if nearest_to(step) is None and step in exclude:
-        raise ValueError(
-            f"step {step} is the target step and is excluded. Choose another target step, or do not exclude it."
-        )
+    check_not_excluded(step, exclude)
     lengths_of(gammas, sigma_rels)  # an invalid length is reported before thousands of snapshots are listed
     if not isinstance(store, SnapshotStore):
         store = SnapshotStore(store)

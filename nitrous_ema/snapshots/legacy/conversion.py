@@ -32,13 +32,11 @@ from nitrous_ema.profile import gamma_to_sigma_rel
 from nitrous_ema.snapshots.header import Stamp, header_bytes
 from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.legacy.folder import LegacyFolder, LegacySnapshot
-from nitrous_ema.snapshots.names import new_run_id
+from nitrous_ema.snapshots.names import IMPORTED, new_run_id
 from nitrous_ema.snapshots.readable_snapshot import check_same_tensors
 from nitrous_ema.snapshots.reading import OpenFiles
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
-
-_FINGERPRINT = "imported"  # the field of a stamp's trainer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -194,7 +192,7 @@ def _step(old: LegacySnapshot, run: str, dtype: str | None) -> ImportStep:
         t_first=1,  # both libraries apply the first call of update()
         run=run,
         lineage=((run, None),),
-        trainer={_FINGERPRINT: old.fingerprint()},
+        trainer={IMPORTED: old.fingerprint()},
         created_ns=max(path.stat().st_mtime_ns for path in old.paths),
     )
     return ImportStep(old=old, layout=layout, stamp=stamp)
@@ -257,7 +255,7 @@ def _existing(new: SnapshotStore, intact: Sequence[LegacySnapshot]) -> tuple[dic
     if listing.damaged:
         raise listing.damaged[0]
     existing = {each.step: each for each in listing.snapshots}
-    imported = all(_FINGERPRINT in each.stamp.trainer for each in existing.values())
+    imported = all(IMPORTED in each.stamp.trainer for each in existing.values())
     if len(runs) > 1 or not imported or not existing.keys() & {each.step for each in intact}:
         raise SnapshotMismatch(
             f"{new.root} holds run {', '.join(runs)}, which was not imported from this folder. "
@@ -279,7 +277,7 @@ def _check_same_import(existing: Snapshot, step: ImportStep) -> None:
     """Refuse to continue an import of other files, or an import with other profiles or another type."""
     folder, layout = existing.paths[0].parent, existing.layout
     for difference, found, expected in (
-        ("was imported from other files than", existing.stamp.trainer[_FINGERPRINT], step.stamp.trainer[_FINGERPRINT]),
+        ("was imported from other files than", existing.stamp.trainer[IMPORTED], step.stamp.trainer[IMPORTED]),
         ("was imported with other profiles than those given for", layout.gammas, step.layout.gammas),
         ("stores averages in another type than requested for", layout.checkpoint_dtype, step.layout.checkpoint_dtype),
     ):

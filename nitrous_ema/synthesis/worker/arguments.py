@@ -41,8 +41,8 @@ class WorkerConfig:
     """Requested lengths as fractions of the training time; None where ``gammas`` has them."""
     gammas: tuple[float, ...] | None = None
     """Requested lengths as exponents; None where ``sigma_rels`` has them."""
-    steps: tuple[int, ...] | Literal["all"] | None = None
-    """Target steps, without repetitions; None is the newest snapshot."""
+    steps: tuple[int | str, ...] | Literal["all"] | None = None
+    """Target steps, numbers or ``nearest:1234``, without repetitions; None is the newest snapshot."""
     run: str | None = None
     """Run whose lineage is read; None is the newest run."""
     exclude: tuple[int, ...] = ()
@@ -176,7 +176,7 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         type=exit_status.argument(parse_steps),
         action="append",
         metavar="STEPS",
-        help="target steps: 1000,2000,...,10000, or 'all' (default: the newest snapshot)",
+        help="target steps: 1000,2000,...,10000, nearest:1234, or 'all' (default: the newest snapshot)",
     )
     add("--run", help="run whose snapshots are read, together with its ancestors (default: the newest run)")
     add_choice_options(parser)
@@ -246,11 +246,11 @@ def _add_follow_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _merge_steps(options: list[Steps] | None) -> tuple[int, ...] | Literal["all"] | None:
+def _merge_steps(options: list[Steps] | None) -> tuple[int | str, ...] | Literal["all"] | None:
     """Return the steps of all ``--step`` options together."""
     if options is None:
         return None
-    steps: dict[int, None] = {}
+    steps: dict[int | str, None] = {}
     for option in options:
         if option == "all":
             return "all"

@@ -25,7 +25,7 @@ from nitrous_ema.errors import SnapshotNotFound
 from nitrous_ema.snapshots.names import parse_folder_name, parse_rank_file_name
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.synthesis.worker.inputs import StoredSnapshots
-from nitrous_ema.synthesis.worker.reporting import log
+from nitrous_ema.synthesis.worker.reporting import log, log_warning
 
 # Retention may drop a snapshot between its listing and its reading. After three failures in a row the error is raised
 # instead of trying forever.
@@ -48,7 +48,7 @@ class RunFollower:
     """
 
     snapshots: StoredSnapshots
-    steps: Sequence[int] | Literal["all"] | None
+    steps: Sequence[int | str] | Literal["all"] | None
     synthesize: Callable[[Snapshot], None]
     idle_seconds: float | None = None
     look_every_seconds: float = 2.0
@@ -139,6 +139,8 @@ class RunFollower:
             return
         if self.steps is None:
             self._done.update((each.run, each.step) for each in listed[:-1])
+        if note := self.snapshots.legacy_note():
+            log_warning(note)
         log(f"following run {self.snapshots.lineage[-1][0]} from step {listed[-1].step} on")
 
     def _find_continuation(self, followed: str) -> str:
@@ -186,7 +188,8 @@ class RunFollower:
     @property
     def _listed_steps(self) -> Sequence[int] | None:
         """The target steps if they were listed one by one; None otherwise."""
-        return None if isinstance(self.steps, str) else self.steps
+        # A text among them, such as nearest:1234, is refused before.
+        return None if isinstance(self.steps, str) or self.steps is None else [int(step) for step in self.steps]
 
     def _has_all(self) -> bool:
         return self._listed_steps is not None and not self._missing_steps()

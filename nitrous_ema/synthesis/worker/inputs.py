@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nitrous_ema._base.arguments import check_not_excluded, choose_step, nearest_note
 from nitrous_ema.snapshots.header import Lineage
 from nitrous_ema.snapshots.names import parse_folder_name
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis.plan import Plan, plan_at, plan_synthesis
+from nitrous_ema.synthesis.worker.reporting import log_warning
 
 if TYPE_CHECKING:
     from nitrous_ema.snapshots.legacy.folder import LegacySnapshot
@@ -89,7 +91,11 @@ class StoredSnapshots:
         """
         self.listed = self.store.snapshots(run or self.requested_run, exclude=self.requested.exclude)
 
-    def targets(self, steps: Sequence[int] | Literal["all"] | None) -> list[Snapshot]:
+    def legacy_note(self) -> str:
+        """Return a note on legacy files beside the snapshots, which are not read; "" without any."""
+        return self.store.legacy_note()
+
+    def targets(self, steps: Sequence[int | str] | Literal["all"] | None) -> list[Snapshot]:
         """List the lineage and return the snapshots at which averages end.
 
         Args:
@@ -99,20 +105,22 @@ class StoredSnapshots:
             ValueError: A target step is excluded.
             SnapshotNotFound: A target step has no snapshot; the message names the nearest steps.
         """
-        _check_not_excluded(steps, self.requested.exclude)
+        selected = _selected(steps, self.requested.exclude)
         self.refresh()
         by_step = {each.step: each for each in self.listed}
-        newest = max(by_step, default=None)
-        selected: Sequence[int | None] = [newest]
-        if steps is not None and (by_step or steps != "all"):
-            selected = sorted(by_step) if steps == "all" else steps
+        if steps == "all" and by_step:
+            return self.listed
+        chosen: dict[int, Snapshot] = {}
         for step in selected:
-            if step not in by_step:
+            place = choose_step(step, by_step)
+            if place is None:
                 # get() raises with the nearest steps. If it does not raise, the snapshot was committed after the
                 # listing, so the lineage is listed again.
                 self.store.get(step, self.requested_run, exclude=self.requested.exclude)
                 return self.targets(steps)
-        return [by_step[step] for step in selected if step is not None]
+            chosen[place] = by_step[place]
+            _log_nearest(step, place)
+        return list(chosen.values())
 
     def plan(self, target: Snapshot) -> Plan:
         """Plan the averages that end at a snapshot of the listed lineage; raises as ``plan_at``."""
@@ -170,13 +178,17 @@ class LegacySnapshots:
         self._folder = LegacyFolder(root, sigma_rels=sigma_rels, gammas=gammas)
         self._snapshots = self._folder.snapshots(exclude=requested.exclude)
 
-    def targets(self, steps: Sequence[int] | Literal["all"] | None) -> list[LegacySnapshot]:
+    def targets(self, steps: Sequence[int | str] | Literal["all"] | None) -> list[LegacySnapshot]:
         """Return the snapshots at which averages end; arguments and errors as ``StoredSnapshots.targets``."""
-        _check_not_excluded(steps, self.requested.exclude)
+        selected = _selected(steps, self.requested.exclude)
         if steps == "all":
             return self._snapshots
-        selected = [None] if steps is None else steps
-        return [self._folder.get(step, exclude=self.requested.exclude) for step in selected]
+        chosen: dict[int, LegacySnapshot] = {}
+        for step in selected:
+            found = self._folder.get(step, exclude=self.requested.exclude)
+            chosen[found.step] = found
+            _log_nearest(step, found.step)
+        return list(chosen.values())
 
     def plan(self, target: Any) -> Plan:
         """Plan the averages that end at a snapshot of the folder; raises as ``plan_synthesis``."""
@@ -198,10 +210,21 @@ class LegacySnapshots:
         """Return an empty list: the folder has no runs."""
         return []
 
+    def legacy_note(self) -> str:
+        """Return an empty text: the legacy files are read."""
+        return ""
 
-def _check_not_excluded(steps: Sequence[int] | Literal["all"] | None, exclude: Collection[int]) -> None:
-    for step in steps if steps not in (None, "all") else ():
-        if step in exclude:
-            raise ValueError(
-                f"step {step} is a target step and is excluded. Choose another target step, or do not exclude it."
-            )
+
+def _selected(
+    steps: Sequence[int | str] | Literal["all"] | None, exclude: Collection[int]
+) -> Sequence[int | str | None]:
+    """Return the target steps one by one; the newest, as None, if they are not listed."""
+    selected: Sequence[int | str | None] = [None] if steps is None or isinstance(steps, str) else steps
+    for step in selected:
+        check_not_excluded(step, exclude)
+    return selected
+
+
+def _log_nearest(step: int | str | None, chosen: int) -> None:
+    if note := nearest_note(step, chosen):
+        log_warning(note)

@@ -45,8 +45,8 @@ def launch(
     out: str | os.PathLike[str],
     sigma_rels: Sequence[float] | None = None,
     gammas: Sequence[float] | None = None,
-    step: int | None = None,
-    steps: Sequence[int] | Literal["all"] | None = None,
+    step: int | str | None = None,
+    steps: Sequence[int | str] | Literal["all"] | None = None,
     run: str | None = None,
     exclude: Sequence[int] = (),
     tolerance: float | None = None,
@@ -78,7 +78,8 @@ def launch(
             folders are created.
         sigma_rels: Lengths as fractions of the training time, in (0, 12 ** -0.5), or
         gammas: lengths as exponents. Exactly one of the two.
-        step: Target step, one with a committed snapshot; the newest by default. Or
+        step: Target step, one with a committed snapshot; the newest by default. ``"nearest:1234"`` is the step nearest
+            to 1234; a warning names it. Or
         steps: several target steps, or "all".
         run: Run whose snapshots are read, together with its ancestors; the newest run by default.
         exclude: Steps of snapshots to ignore, for example damaged ones.

@@ -27,6 +27,11 @@ def log(line: str) -> None:
     to_stderr(f"synthesize: {line}\n")
 
 
+def log_warning(text: str) -> None:
+    """Print a warning about the averages, which a job also has in its ``warnings``."""
+    to_stderr(f"{WARNING}{text}\n")
+
+
 def log_plan(plan: Plan, condition: float) -> None:
     """Print what a plan reads and how accurate its averages will be, with the plan's warnings.
 
@@ -51,7 +56,7 @@ def log_plan(plan: Plan, condition: float) -> None:
             f"rounding amplification without the tolerance {max(plan.least_error_l2):.3g}"
         )
     for warning in report.warnings:
-        to_stderr(f"{WARNING}{warning}\n")
+        log_warning(warning)
 
 
 class TextProgress:

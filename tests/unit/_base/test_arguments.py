@@ -10,9 +10,11 @@ import pytest
 
 from nitrous_ema._base.arguments import (
     check_sequence,
+    choose_step,
     clamp_timeout,
     deadline_after,
     format_bytes,
+    nearest_note,
     parse_bytes,
     pluralize,
 )
@@ -79,3 +81,23 @@ def test_a_deadline_is_the_remainder_of_a_timeout():
 def test_timeout_that_is_no_number_is_refused():
     with pytest.raises(TypeError, match=r"timeout is 'x'; expected seconds as a number, or None"):
         clamp_timeout("x")
+
+
+@pytest.mark.parametrize(
+    ("step", "chosen"),
+    [(None, 30), (20, 20), (25, None), ("nearest:25", 20), ("nearest:26", 30), ("nearest:0", 10), ("nearest:30", 30)],
+)
+def test_step_is_chosen_among_the_existing_ones(step, chosen):
+    assert choose_step(step, [30, 10, 20]) == chosen
+    assert choose_step(step, []) is None
+
+
+@pytest.mark.parametrize("step", ["25", "nearest", "nearest:", "nearest:x", "nearest:-1", "nearest:1.5", "nearest: 5"])
+def test_other_text_is_not_a_step(step):
+    with pytest.raises(ValueError, match=f"step is {step!r}; expected the step of a snapshot"):
+        choose_step(step, [10])
+
+
+def test_note_names_a_step_that_differs():
+    assert nearest_note("nearest:25", 20) == "Step 20 is taken for 'nearest:25'."
+    assert nearest_note("nearest:20", 20) == nearest_note(20, 20) == nearest_note(None, 20) == ""

@@ -48,7 +48,7 @@ def test_folder_that_is_not_there_exits_with_3(command, tmp_path, capsys):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("command", "status"), [("verify", 3), ("inspect", 0)])
+@pytest.mark.parametrize(("command", "status"), [("verify", 3), ("inspect", 3)])
 def test_folder_without_snapshots_is_reported_and_not_verified(command, status, tmp_path, capsys):
     assert cli.main([command, str(tmp_path)]) == status
     assert "holds no snapshot" in capsys.readouterr().out

@@ -56,6 +56,33 @@ def test_legacy_files_are_named_where_there_is_no_snapshot(store):
         store.get(exclude=range(10**4))
 
 
+def test_legacy_files_beside_snapshots_are_noted(store):
+    assert store.legacy_note() == ""
+    commit(store)
+    (store.root / "0.100.pt").touch()
+    assert "also holds 1 file of nitrous-ema 0.0.1 or ema-pytorch" in store.legacy_note()
+
+
+def test_nearest_complete_snapshot_is_chosen(store):
+    for step in (10, 20, 40):
+        commit(store, step)
+    (store.root / f"step-{30:012d}-{A}").mkdir()
+    assert [store.get(f"nearest:{step}").step for step in (1, 15, 16, 29, 31, 99)] == [10, 10, 20, 20, 40, 40]
+    assert store.get("nearest:19", exclude=[20]).step == 10
+    with pytest.raises(ValueError, match="'nearest:1234'"):
+        store.get("newest")
+    with pytest.raises(SnapshotNotFound, match="holds no snapshot to read"):
+        store.get("nearest:10", exclude=[10, 20, 40])
+
+
+def test_repr_of_a_snapshot_is_one_short_line(store):
+    commit(store, 20)
+    text = repr(store.get())
+    assert text.startswith(f"<Snapshot of step 20, t=20, run {A}: {len(LAYOUT.records)} tensors, sigma_rels (")
+    assert text.endswith(f" in {str(store.root / f'step-{20:012d}-{A}')!r}>")
+    assert len(text) < 300
+
+
 def test_unreadable_folder_is_an_error(store):
     class Forbidden(FileSystem):
         def list(self, path):

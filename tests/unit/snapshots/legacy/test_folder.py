@@ -277,3 +277,13 @@ def test_two_profiles_of_one_step_must_hold_the_same_tensors(tmp_path, real_net)
     with pytest.raises(SnapshotDamaged, match=r"'0\.weight' is missing, or differs in shape or type from") as e:
         synthesized(tmp_path, 400)
     assert e.value.path == tmp_path / "1.200.pt"
+
+
+def test_nearest_step_is_chosen(tmp_path):
+    for step in STEPS:
+        torch.save(nitrous_state(model(), step), tmp_path / f"0.{step}.pt")
+    folder = LegacyFolder(tmp_path, sigma_rels=SIGMA_RELS[:1])
+    assert [folder.get(f"nearest:{step}").step for step in (1, 150, 151, 999)] == [100, 100, 200, 400]
+    assert folder.get("nearest:190", exclude=[200]).step == 100
+    with pytest.raises(SnapshotNotFound, match="no files of step 190; nearest steps: 100, 200"):
+        folder.get(190)
