@@ -20,7 +20,7 @@ from nitrous_ema.averaging.execution.inline import InlineLane
 from nitrous_ema.averaging.execution.interfaces import Lane
 from nitrous_ema.averaging.execution.write_guard import ReadMode
 from nitrous_ema.averaging.load_average import load_tensors
-from nitrous_ema.averaging.model.tracking import NameFilter, check_module
+from nitrous_ema.averaging.model.tracking import BufferPolicy, NameFilter, check_module
 from nitrous_ema.averaging.positional import refuse_length_by_position
 from nitrous_ema.averaging.schedule import StepSizeCorrection
 from nitrous_ema.errors import SnapshotUnreadable, WorkerError, warn
@@ -93,6 +93,7 @@ class AsyncPostHocEMA(PostHocEMA):
         ignore_names: NameFilter | None = (),
         ignore_startswith_names: Collection[str] | None = (),
         share_skipped: bool = True,
+        buffers: BufferPolicy = "auto",
         allow_different_devices: bool = False,
         move_ema_to_online_device: bool = False,
         step_size_correction: StepSizeCorrection = "exact",
@@ -118,6 +119,7 @@ class AsyncPostHocEMA(PostHocEMA):
             ignore_names=ignore_names,
             ignore_startswith_names=ignore_startswith_names,
             share_skipped=share_skipped,
+            buffers=buffers,
             allow_different_devices=allow_different_devices,
             move_ema_to_online_device=move_ema_to_online_device,
             step_size_correction=step_size_correction,

@@ -28,6 +28,7 @@ from nitrous_ema.averaging.engine import AveragingEngine
 from nitrous_ema.averaging.execution.torch_modes import neutral_modes
 from nitrous_ema.averaging.kernels.flat_buffers import move_versions
 from nitrous_ema.averaging.model.attributes import FollowedAttributes
+from nitrous_ema.averaging.model.spectral_norm import fit_spectral_norms, spectral_vectors
 from nitrous_ema.averaging.model.structural_copy import copy_memo, structural_copy
 from nitrous_ema.averaging.model.trackability import untrackable_reason
 from nitrous_ema.averaging.model.tracking import TrackedTensor, canonical_tensors, unwrap
@@ -79,6 +80,8 @@ class AveragedModule:
         self._places: list[_Place] = []
         self._held: list[Tensor] = []  # the tensors in these places, as they were found last
         self._addresses: list[int] = []
+        self._fitted: frozenset[str] = frozenset()  # vectors of spectral norms, which are computed from the averages
+        self._is_fitted = False
         self._copies: list[tuple[Tensor, Tensor]] = []  # a tensor of the module, and the average that it is copied from
         engine.viewers.add(self)
 
@@ -113,6 +116,7 @@ class AveragedModule:
 
     def mark_written(self) -> None:
         """Move the version counters of the module's tensors that have the memory of averages."""
+        self._is_fitted = False
         copies = {id(tensor) for tensor, _ in self._copies}
         move_versions([tensor for tensor in self._held if id(tensor) not in copies])
 
@@ -145,10 +149,13 @@ class AveragedModule:
             module = unwrap(template)
             tensors = _tensors_of_template(module, averages)
             module.requires_grad_(False)
+        vectors = {id(tensor) for pair in spectral_vectors(module) for tensor in pair}
+        self._fitted = frozenset(name for name, tensor in tensors.items() if id(tensor) in vectors)
         for tracked, source in averages:
             self._give_memory(tensors[tracked.name], tracked.name, tracked.dtype, source.device)
         self._places = list(_places(module, {id(tensor): name for name, tensor in tensors.items()}))
         self._note()
+        self._is_fitted = False
         module.eval()
         self._overrides = ModuleOverrides(module, self)
         return module
@@ -192,6 +199,9 @@ class AveragedModule:
             self._follow(held)
         for tensor, source in self._copies:
             tensor.copy_(source)
+        if self._fitted and not self._is_fitted and self._module is not None:
+            fit_spectral_norms(self._module)
+            self._is_fitted = True
 
     def _follow_live_sources(self) -> None:
         """Find tensors of the online model that were replaced or resized since they were last copied."""
@@ -209,6 +219,7 @@ class AveragedModule:
 
         They were given memory by other code, which may belong to another model and must not be written.
         """
+        self._is_fitted = False
         self._sources = self._find_sources()  # share_memory_() moves these as well
         for place, tensor, before in zip(self._places, held, self._held, strict=True):
             # A cast of a module replaces its buffers, and the values of its parameters.
@@ -232,7 +243,9 @@ class AveragedModule:
     def _give_memory(self, tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device) -> None:
         """Give a tensor the memory of the average that it shows if it has the same type and place, else its own."""
         source = self._sources[name]
-        shares = (dtype, device) == (source.dtype, source.device) and name not in self._unshared
+        shares = (
+            (dtype, device) == (source.dtype, source.device) and name not in self._fitted and name not in self._unshared
+        )
         _set(tensor, source if shares else torch.empty_like(source, dtype=dtype, device=device))
 
     def _note(self) -> None:
@@ -242,7 +255,8 @@ class AveragedModule:
         copies = {}
         for place, tensor in zip(self._places, self._held, strict=True):
             source = self._sources[place.name]
-            if (tensor.data_ptr(), tensor.dtype) != (source.data_ptr(), source.dtype):
+            is_other = (tensor.data_ptr(), tensor.dtype) != (source.data_ptr(), source.dtype)
+            if is_other and place.name not in self._fitted:
                 copies[id(tensor)] = tensor, source
         self._copies = [*copies.values()]
 

@@ -28,7 +28,7 @@ from nitrous_ema.averaging.execution.inline import InlineSnapshotSink
 from nitrous_ema.averaging.execution.interfaces import SnapshotSink
 from nitrous_ema.averaging.execution.torch_modes import neutral_modes
 from nitrous_ema.averaging.fill_average import check_records, copy_missing, fill_average
-from nitrous_ema.averaging.model.tracking import NameFilter
+from nitrous_ema.averaging.model.tracking import BufferPolicy, NameFilter
 from nitrous_ema.averaging.positional import refuse_length_by_position
 from nitrous_ema.averaging.restore import restore
 from nitrous_ema.averaging.resumable_run import resumable_run_warning
@@ -66,6 +66,8 @@ class KarrasEMA(EMABase):
         ignore_names: Names, or a function of a name: tensors that are left out entirely.
         ignore_startswith_names: Prefixes of names: tensors that are left out entirely.
         share_skipped: Whether ``ema_model`` shares the tensors that are left out with the online model, or has copies.
+        buffers: Which floating-point buffers are averaged: "auto", running means and variances; "average", all that
+            state_dict() saves, as nitrous-ema 0.0.1 does; "copy", none; or names, or a function of a name.
         allow_different_devices: The average may live on another device than the parameters, which each update then
             copies over.
         move_ema_to_online_device: The average follows parameters that are found on another device.
@@ -92,10 +94,11 @@ class KarrasEMA(EMABase):
         param_or_buffer_names_no_ema: NameFilter | None = (),
         ignore_names: NameFilter | None = (),
         ignore_startswith_names: Collection[str] | None = (),
-        share_skipped: bool = True,
         allow_different_devices: bool = False,
         move_ema_to_online_device: bool = False,
         step_size_correction: StepSizeCorrection = "exact",
+        share_skipped: bool = True,
+        buffers: BufferPolicy = "auto",
     ) -> None:
         if (sigma_rel is None) == (gamma is None):
             raise ValueError("Give either sigma_rel or gamma: the length of the average, or its exponent.")
@@ -109,6 +112,7 @@ class KarrasEMA(EMABase):
             ignore_names=ignore_names,
             ignore_startswith_names=ignore_startswith_names,
             share_skipped=share_skipped,
+            buffers=buffers,
             allow_different_devices=allow_different_devices,
             move_ema_to_online_device=move_ema_to_online_device,
             step_size_correction=step_size_correction,
@@ -206,6 +210,8 @@ class PostHocEMA(EMABase):
         ignore_names: Names, or a function of a name: tensors that are left out entirely.
         ignore_startswith_names: Prefixes of names: tensors that are left out entirely.
         share_skipped: Whether ``ema_model`` shares the tensors that are left out with the online model, or has copies.
+        buffers: Which floating-point buffers are averaged: "auto", running means and variances; "average", all that
+            state_dict() saves, as nitrous-ema 0.0.1 does; "copy", none; or names, or a function of a name.
         allow_different_devices: Averages may live on another device than the parameters, which each update then copies
             over.
         move_ema_to_online_device: Averages follow parameters that are found on another device.
@@ -240,6 +246,7 @@ class PostHocEMA(EMABase):
         ignore_names: NameFilter | None = (),
         ignore_startswith_names: Collection[str] | None = (),
         share_skipped: bool = True,
+        buffers: BufferPolicy = "auto",
         allow_different_devices: bool = False,
         move_ema_to_online_device: bool = False,
         step_size_correction: StepSizeCorrection = "exact",
@@ -257,6 +264,7 @@ class PostHocEMA(EMABase):
             ignore_names=ignore_names,
             ignore_startswith_names=ignore_startswith_names,
             share_skipped=share_skipped,
+            buffers=buffers,
             allow_different_devices=allow_different_devices,
             move_ema_to_online_device=move_ema_to_online_device,
             step_size_correction=step_size_correction,

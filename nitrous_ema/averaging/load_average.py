@@ -43,7 +43,9 @@ def load_average(model: torch.nn.Module, path: str | os.PathLike[str], *, strict
     The model may be wrapped (``torch.compile``, DDP) and have tied tensors; names are those of the unwrapped model's
     ``state_dict()``. Wrappers' prefixes in the file (old folders of a wrapped model) are removed where that is
     unambiguous. All tensors are checked before the first one is written, and an EMA that reads this model in the
-    background is waited for. The file does not contain tensors that were skipped while training; the model's stay.
+    background is waited for. The vectors of torch's spectral norms are then computed from the loaded weights; after a
+    plain ``load_state_dict`` of the file they are the online model's of that step. The file does not contain tensors
+    that were skipped while training; the model's stay.
 
     ema-pytorch stores whole numbers as float16 like all other tensors. They become the model's whole numbers if they
     are still whole, and so small (below 2048 in float16, else 256) that no rounding can have changed them.
@@ -65,10 +67,13 @@ def load_average(model: torch.nn.Module, path: str | os.PathLike[str], *, strict
         SnapshotError: The file cannot be read.
         TypeError: ``model`` is not a module.
     """
+    from nitrous_ema.averaging.model.spectral_norm import fit_spectral_norms
     from nitrous_ema.averaging.model.tracking import canonical_tensors, check_module
 
     check_module(model)
-    return load_tensors(canonical_tensors(model), path, strict=strict)
+    metadata = load_tensors(canonical_tensors(model), path, strict=strict)
+    fit_spectral_norms(model)
+    return metadata
 
 
 def check_fits(

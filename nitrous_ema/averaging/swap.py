@@ -11,6 +11,7 @@ from torch.nn import Module
 from nitrous_ema.averaging.engine import AveragingEngine
 from nitrous_ema.averaging.execution.torch_modes import neutral_modes
 from nitrous_ema.averaging.model.live_tensors import holding_averages
+from nitrous_ema.averaging.model.spectral_norm import fit_spectral_norms, spectral_vectors
 from nitrous_ema.averaging.model.tracking import writable_view, write
 from nitrous_ema.errors import NitrousError
 
@@ -33,6 +34,7 @@ def swapped(engine: AveragingEngine, profile: int, *, restore_buffers: bool = Fa
         pairs = [writable_view(tracked.live(), average) for tracked, average in engine.flat_buffers.averages(profile)]
         weights = [live.detach().clone() for live, _ in pairs]
         buffers = _Buffers(engine.model) if restore_buffers else None
+        vectors = [(vector, vector.clone()) for pair in spectral_vectors(engine.model) for vector in pair]
     refusal = NitrousError(
         "the model currently holds averaged weights. Leave the `with ema.average_parameters()` block first."
     )
@@ -42,6 +44,7 @@ def swapped(engine: AveragingEngine, profile: int, *, restore_buffers: bool = Fa
             with neutral_modes():
                 for live, average in pairs:
                     write(live, average)
+                fit_spectral_norms(engine.model)
             yield
     finally:
         try:
@@ -50,6 +53,8 @@ def swapped(engine: AveragingEngine, profile: int, *, restore_buffers: bool = Fa
                     buffers.restore()
                 for (live, _), weight in zip(pairs, weights, strict=True):
                     write(live, weight)
+                for vector, value in vectors:
+                    write(vector, value)
         finally:
             engine.end_refusal(refusal)
 

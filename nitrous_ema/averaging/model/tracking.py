@@ -7,11 +7,16 @@ the names. A user's own submodule that happens to be called ``module`` stays in 
 =========  =============================================================  ==============================================
 role       which tensors                                                  what happens at an applied update
 =========  =============================================================  ==============================================
-averaged   floating-point and complex64 parameters and persistent buffers one average per profile moves towards it
-copied     integers, ``param_or_buffer_names_no_ema``, non-persistent     the present value is stored, once
-           buffers, floating-point buffers that hold inf or nan
+averaged   floating-point and complex64 parameters; buffers as           one average per profile moves towards it
+           ``buffers`` states
+copied     all other buffers, integers, ``param_or_buffer_names_no_ema``, the present value is stored, once
+           floating-point buffers that hold inf or nan
 skipped    ``ignore_names``, ``ignore_startswith_names``                  nothing; it is not in snapshots either
 =========  =============================================================  ==============================================
+
+Most buffers have no meaningful average: the average of a pruning mask is no mask, that of a unit vector has another
+length, that of a counter or a quantization scale fits no weights. Running statistics do have one. So ``buffers="auto"``
+averages the buffers that torch's normalization layers name ``running_mean`` and ``running_var``.
 
 A parameter under several keys (tied weights, a module used twice) is one tensor with all of these keys.
 """
@@ -22,6 +27,7 @@ import difflib
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +38,9 @@ from nitrous_ema._base.torch_dtypes import TORCH_CODES
 from nitrous_ema.averaging.model.trackability import check_gathered, untrackable_reason
 from nitrous_ema.errors import UntrackableModelError, warn
 from nitrous_ema.snapshots.layout import Role, TensorRecord
+
+BufferPolicy = Literal["auto", "average", "copy"] | Collection[str] | Callable[[str], bool]
+"""Which floating-point buffers are averaged: running statistics, all, none; or a ``NameFilter`` of those averaged."""
 
 NameFilter = Collection[str] | Callable[[str], bool]
 """Canonical names, or a function that returns whether a canonical name matches."""
@@ -48,6 +57,7 @@ _WRAPPERS = (
         "_checkpoint_wrapped_module",
     ),
 )
+_RUNNING_STATISTICS = ("running_mean", "running_var")  # of torch.nn's batch and instance normalization
 _WRAPPER_ATTRIBUTES = frozenset(attribute for _, _, attribute in _WRAPPERS)
 
 
@@ -113,10 +123,22 @@ class TrackingPolicy:
     """Names, or a function of a name that returns a bool: these tensors are neither averaged nor copied nor stored."""
     ignore_startswith_names: Collection[str] | None = ()
     """Prefixes: tensors whose name starts with one of them are neither averaged nor copied nor stored."""
+    buffers: BufferPolicy = "auto"
+    """Which floating-point buffers that ``state_dict()`` saves are averaged: "auto": those named ``running_mean`` or
+    ``running_var``; "average": all; "copy": none; or names, or a function of a name. The others are copied."""
 
     def __post_init__(self) -> None:
-        for argument in ("param_or_buffer_names_no_ema", "ignore_names", "ignore_startswith_names"):
+        if isinstance(self.buffers, str) and self.buffers not in ("auto", "average", "copy"):
+            raise ValueError(
+                f"buffers is {self.buffers!r}; expected 'auto', 'average', 'copy', a collection of names, or a "
+                "function of a name."
+            )
+        if self.buffers is None or isinstance(self.buffers, bool):
+            raise TypeError(f"buffers is {self.buffers!r}; expected 'auto', 'average' or 'copy'.")
+        for argument in ("param_or_buffer_names_no_ema", "ignore_names", "ignore_startswith_names", "buffers"):
             names = getattr(self, argument)
+            if argument == "buffers" and isinstance(names, str):
+                continue
             if isinstance(names, str):
                 raise TypeError(f"{argument} is the string {names!r}; expected a collection of names: [{names!r}].")
             if names is None or callable(names):
@@ -287,8 +309,8 @@ def _role(found: _Found, policy: TrackingPolicy) -> Role:
     tensor = found.tensor
     if _matches(policy.param_or_buffer_names_no_ema, found) or not (tensor.is_floating_point() or tensor.is_complex()):
         return "copied"
-    if not found.persistent:
-        return "copied"  # a cache that the model rebuilds, often a mask with -inf, whose average would be nan
+    if not found.is_parameter and not _averages_buffer(found, policy.buffers):
+        return "copied"
     if not found.is_parameter and not torch.isfinite(tensor.detach().abs().float()).all():
         warn(
             f"buffer {found.keys[0]!r} holds inf or nan, which cannot be averaged, so it is copied at each update. "
@@ -296,6 +318,16 @@ def _role(found: _Found, policy: TrackingPolicy) -> Role:
         )
         return "copied"
     return "averaged"
+
+
+def _averages_buffer(found: _Found, buffers: BufferPolicy) -> bool:
+    if not found.persistent:
+        return False  # a cache that the model rebuilds, often a mask with -inf, whose average would be nan
+    if buffers == "auto":
+        return found.attribute in _RUNNING_STATISTICS
+    if isinstance(buffers, str):
+        return buffers == "average"
+    return _matches(buffers, found)
 
 
 def _check_trackable(found: _Found) -> None:
@@ -315,6 +347,7 @@ def _check_filters(policy: TrackingPolicy, found: list[_Found]) -> None:
     for argument, wanted in (
         ("param_or_buffer_names_no_ema", policy.param_or_buffer_names_no_ema),
         ("ignore_names", policy.ignore_names),
+        ("buffers", () if isinstance(policy.buffers, str) else policy.buffers),
     ):
         if callable(wanted):
             if not any(wanted(each.keys[0]) for each in found):

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from nitrous_ema import PostHocEMA
 from nitrous_ema.averaging.model.live_tensors import StructureCheck
@@ -60,7 +61,8 @@ def test_names_are_the_keys_of_the_state_dict_in_its_order():
 def test_buffer_that_is_not_saved_is_copied():
     model = nn.Linear(2, 2)
     model.register_buffer("cache", torch.ones(3), persistent=False)
-    (cache,) = [tensor for tensor in track(model) if tensor.name == "cache"]
+    tracked = track(model, TrackingPolicy(buffers="average"))
+    (cache,) = [tensor for tensor in tracked if tensor.name == "cache"]
     assert (cache.role, cache.persistent) == ("copied", False)
 
 
@@ -69,7 +71,7 @@ def test_buffer_that_is_saved_under_one_of_its_names_is_averaged():
     shared = torch.ones(2)
     model[0].register_buffer("cache", shared, persistent=False)
     model[1].register_buffer("cache", shared)
-    (cache,) = [tensor for tensor in track(model) if "1.cache" in tensor.keys]
+    (cache,) = [tensor for tensor in track(model, TrackingPolicy(buffers="average")) if "1.cache" in tensor.keys]
     assert (cache.role, cache.persistent, cache.keys) == ("averaged", True, ("1.cache",))
 
 
@@ -77,7 +79,60 @@ def test_buffer_with_infinities_is_copied_and_told():
     model = nn.Linear(2, 2)
     model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
     with pytest.warns(NitrousWarning, match="'mask' holds inf or nan"):
-        assert roles(model)["mask"] == "copied"
+        assert roles(model, buffers="average")["mask"] == "copied"
+    assert roles(model)["mask"] == "copied"  # without a warning: its average is not asked for
+
+
+class Buffers(nn.Module):
+    """Running statistics, and buffers whose averages mean nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("scale", torch.ones(3))
+        self.register_buffer("count", torch.tensor(5))
+        self.register_buffer("cache", torch.ones(3), persistent=False)
+        prune.random_unstructured(self.linear, "weight", amount=0.5)
+
+
+@pytest.mark.parametrize(
+    ("buffers", "averaged"),
+    [
+        ("auto", {"norm.running_mean", "norm.running_var"}),
+        ("average", {"norm.running_mean", "norm.running_var", "scale", "linear.weight_mask"}),
+        ("copy", set()),
+        (["scale"], {"scale"}),
+        (lambda name: name.startswith("norm."), {"norm.running_mean", "norm.running_var"}),
+    ],
+)
+def test_buffers_are_averaged_as_requested(buffers, averaged):
+    found = roles(Buffers(), buffers=buffers)
+    parameters = {"linear.weight_orig", "linear.bias", "norm.weight", "norm.bias"}
+    assert {name for name, role in found.items() if role == "averaged"} == parameters | averaged
+    assert set(found.values()) == {"averaged", "copied"}
+
+
+def test_filters_overrule_the_request_for_buffers():
+    found = roles(
+        Buffers(), buffers="average", param_or_buffer_names_no_ema=["scale"], ignore_names=["norm.running_var"]
+    )
+    assert (found["scale"], found["norm.running_var"]) == ("copied", "skipped")
+
+
+@pytest.mark.parametrize(
+    ("buffers", "error", "message"),
+    [
+        ("all", ValueError, r"buffers is 'all'; expected 'auto', 'average', 'copy'"),
+        (None, TypeError, "buffers is None"),
+        (True, TypeError, "buffers is True"),
+        (["shift"], ValueError, "buffers: 'shift' matches no tensor of the model"),
+        ([3], TypeError, "buffers has 3"),
+    ],
+)
+def test_invalid_request_for_buffers_is_refused(buffers, error, message):
+    with pytest.raises(error, match=message):
+        roles(Buffers(), buffers=buffers)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,107 @@
+"""Buffers whose average means nothing keep their meaning in every model with averaged weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import spectral_norm as old_spectral_norm
+
+from nitrous_ema import AsyncPostHocEMA, PostHocEMA, load_average
+from nitrous_ema.async_.synthesize_worker import launch
+from tests.support.fakes import TIMEOUT_SECONDS
+
+
+def train(model: nn.Module, ema: nn.Module, steps: int = 30) -> None:
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(torch.randn(8, 16)) - 1).square().mean().backward()
+        optimizer.step()
+        ema.update()
+
+
+@pytest.mark.parametrize("cls", [PostHocEMA, AsyncPostHocEMA])
+def test_pruning_masks_stay_masks_while_the_sparsity_grows(cls, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 1))
+    for layer in (model[0], model[2]):
+        prune.random_unstructured(layer, "weight", amount=0.2)
+    options = {"update_every": 1, "checkpoint_every_num_steps": 10, "checkpoint_folder": tmp_path / "ema"}
+    with cls(model, **options) as ema:
+        train(model, ema)
+        for layer in (model[0], model[2]):
+            prune.l1_unstructured(layer, "weight", amount=0.75)
+        train(model, ema)
+        ema.flush(TIMEOUT_SECONDS)
+        averages = [
+            ema.ema_models[0].ema_model.state_dict(),
+            ema.synthesize_ema_model(sigma_rel=0.1).ema_model.state_dict(),
+        ]
+    for state in averages:
+        mask = state["0.weight_mask"]
+        assert torch.equal(mask, model[0].weight_mask)
+        assert (mask == 0).double().mean() == pytest.approx(0.8, abs=0.01)
+
+
+class Clamped(nn.Module):
+    """Layers with spectral norms of both kinds, one of them of a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = parametrizations.spectral_norm(nn.Conv2d(1, 4, 3))
+        self.old = old_spectral_norm(nn.Linear(16, 8))
+        self.new = parametrizations.spectral_norm(nn.Linear(8, 6))
+        self.vector = parametrizations.spectral_norm(nn.Linear(6, 6), name="bias")
+
+    def forward(self, x):
+        x = self.convolution(x.view(-1, 1, 4, 4)).flatten(1)
+        return self.vector(self.new(self.old(x)))
+
+
+def norms(model: nn.Module) -> list[float]:
+    """Return the largest singular value of each weight as a forward uses it."""
+    model.eval()
+    with torch.no_grad():
+        model(torch.zeros(2, 16))
+    layers = [getattr(model, name).weight for name in ("convolution", "old", "new")]
+    return [torch.linalg.svdvals(weight.detach().flatten(1).double())[0].item() for weight in layers]
+
+
+@pytest.mark.parametrize("cls", [PostHocEMA, AsyncPostHocEMA])
+def test_averaged_layers_with_spectral_norm_have_norm_1(cls, tmp_path):
+    """Oracle: all singular values. The online model's vectors, or averaged ones, give norms of 1.1 to 5."""
+    torch.manual_seed(0)
+    model = Clamped()
+    options = {"update_every": 1, "checkpoint_every_num_steps": 5, "checkpoint_folder": tmp_path / "ema"}
+    with cls(model, sigma_rels=(0.1, 0.25), **options) as ema:
+        train(model, ema, steps=60)
+        averaged = ema.ema_models[1].ema_model
+        assert norms(averaged) == pytest.approx([1, 1, 1], abs=1e-3)
+        train(model, ema, steps=20)
+        assert norms(ema.ema_models[1].ema_model) == pytest.approx([1, 1, 1], abs=1e-3)
+        assert averaged is ema.ema_models[1].ema_model
+        model.eval()
+        online = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with ema.average_parameters(1):
+            assert norms(model) == pytest.approx([1, 1, 1], abs=1e-3)
+        assert all(torch.equal(tensor, online[name]) for name, tensor in model.state_dict().items())
+        ema.flush(TIMEOUT_SECONDS)
+        synthesized = ema.synthesize_ema_model(sigma_rel=0.2).ema_model
+        assert norms(synthesized) == pytest.approx([1, 1, 1], abs=1e-3)
+    (output,) = launch(tmp_path / "ema", sigma_rels=[0.2], out=tmp_path / "out").result(TIMEOUT_SECONDS)
+    loaded = Clamped()
+    load_average(loaded, output.path)
+    assert norms(loaded) == pytest.approx([1, 1, 1], abs=1e-3)
+
+
+def test_averaging_leaves_the_vectors_of_the_online_model_alone(tmp_path):
+    model = Clamped()
+    with PostHocEMA(model, update_every=1, checkpoint_folder=tmp_path / "ema") as ema:
+        train(model, ema)
+        before = model.old.weight_u.clone()
+        assert not torch.equal(ema.ema_models[0].ema_model.old.weight_u, before)
+        ema.ema_models[0].ema_model(torch.zeros(2, 16))
+        assert torch.equal(model.old.weight_u, before)
