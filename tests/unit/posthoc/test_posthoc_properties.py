@@ -27,12 +27,12 @@ class Integral:
 
     def __init__(self, t_i, gamma_i, t_r):
         self.t, self.gamma = t_i.astype(REAL) / REAL(t_r), gamma_i.astype(REAL)
-        ends = np.unique(self.t)
+        ends = np.unique(np.append(self.t, REAL(1)))  # the last average may end before the target
         edges = [REAL(0), ends[0] * REAL(1e-18)]
         for end in ends:
             pieces = max(1, int(np.ceil(np.log(float(end / edges[-1])) / np.log(1.1))))
             edges += [*(edges[-1] * (end / edges[-1]) ** (REAL(k) / pieces) for k in range(1, pieces)), end]
-        edges = np.array([*edges, REAL(1)] if edges[-1] < 1 else edges, REAL)
+        edges = np.array(edges, REAL)
         x, wx = (a.astype(REAL) for a in np.polynomial.legendre.leggauss(16))
         width = np.diff(edges)[:, None]
         self.u, self.quadrature = (edges[:-1, None] + width * (x + 1) / 2).ravel(), (width * wx / 2).ravel()
