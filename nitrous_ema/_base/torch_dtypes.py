@@ -8,11 +8,16 @@ import torch
 
 from nitrous_ema._base.dtypes import DTYPES, STORED_CODES
 
-# torch 2.6 has no float8_e8m0fnu, so no model contains it.
+# Without float8_e8m0fnu, which stores scales: it cannot be averaged, and torch 2.6 does not have it.
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     dtype.code: getattr(torch, dtype.name) for dtype in DTYPES if dtype.code != "F8_E8M0"
 }
 """torch.dtype for each code in a file."""
+
+READABLE_DTYPES: Mapping[str, torch.dtype] = {
+    dtype.code: getattr(torch, dtype.name) for dtype in DTYPES if hasattr(torch, dtype.name)
+}
+"""The same, with all types that this torch can read."""
 
 TORCH_CODES: Mapping[torch.dtype, str] = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 """Code in a file for each torch.dtype."""

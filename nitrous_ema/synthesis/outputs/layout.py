@@ -35,7 +35,7 @@ class OutputEntry:
     record: TensorRecord
     """The tensor of the target snapshot."""
     dtype: str
-    """Its type in the file, as a safetensors code."""
+    """Its type, as a safetensors code."""
     begin: int
     """First byte, counted from the first byte of the tensors."""
     end: int
@@ -43,7 +43,12 @@ class OutputEntry:
 
     @property
     def header_entry(self) -> dict[str, Any]:
-        """The entry of this tensor in the header."""
+        """The entry of this tensor in the header.
+
+        Complex numbers are pairs of float32 numbers there, because safetensors before 0.7 reads no complex type.
+        """
+        if self.dtype == "C64":
+            return tensor_entry("F32", (*self.record.shape, 2), self.begin, self.end)
         return tensor_entry(self.dtype, self.record.shape, self.begin, self.end)
 
 
@@ -198,6 +203,8 @@ def metadata_of(plan: Plan, index: int, accumulate: str) -> dict[str, str]:
         accumulate: Type of products and sums.
     """
     target, report = plan.target, plan.report
+    stored = [record for record in target.records if record.role != "skipped" and record.persistent]
+    complex_keys = [key for record in stored if record.dtype == "C64" for key in record.keys]
     return {
         "format": "pt",  # transformers refuses files without this entry
         "library_version": __version__,
@@ -219,6 +226,7 @@ def metadata_of(plan: Plan, index: int, accumulate: str) -> dict[str, str]:
         "lineage": json.dumps(target.lineage),
         "skipped": json.dumps(list(_names(plan, "skipped"))),
         "copied": json.dumps(list(_names(plan, "copied"))),
+        **({"complex": json.dumps(complex_keys)} if complex_keys else {}),
     }
 
 

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,25 +93,29 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.metadata, self.described = _describe(*read_header(path))
-        skipped = parse_json(self.metadata.get("skipped", "[]"), max_values=MAX_HEADER_VALUES)
-        if type(skipped) is not list or not all(type(name) is str for name in skipped):
-            raise ValueError("metadata field 'skipped' is not a JSON list of strings")
-        self.skipped: tuple[str, ...] = tuple(skipped)
+        self.metadata, described = _describe(*read_header(path))
+        self.skipped = _names_in(self.metadata, "skipped")
+        self.described = _with_complex(described, _names_in(self.metadata, "complex"))
 
     def read(self, key: str) -> torch.Tensor:
         """Return one tensor, on the CPU.
 
         Raises:
             SnapshotDamaged: The file became shorter after it was opened.
-            SnapshotError: The file cannot be read.
+            SnapshotError: The file cannot be read, or this version of torch does not have the tensor's type.
         """
         import torch
 
-        from nitrous_ema._base.torch_dtypes import TORCH_DTYPES
+        from nitrous_ema._base.torch_dtypes import READABLE_DTYPES
 
         described = self.described[key]
-        tensor = torch.empty(described.shape, dtype=TORCH_DTYPES[described.dtype], device="cpu")
+        if described.dtype not in READABLE_DTYPES:
+            raise SnapshotError(
+                f"{self._path}: {brief(repr(key))} is {described.dtype}, a type that torch {torch.__version__} does not "
+                "have. Upgrade torch.",
+                path=self._path,
+            )
+        tensor = torch.empty(described.shape, dtype=READABLE_DTYPES[described.dtype], device="cpu")
         if described.end > described.begin:
             # Read into the tensor's own memory, without a second copy. The file is opened for each tensor, so that an
             # average in many parts keeps no descriptors open.
@@ -267,6 +271,25 @@ def _describe(header: Any, data_begin: int, file_bytes: int) -> tuple[dict[str, 
     if position != file_bytes:
         raise ValueError(f"the tensors end at byte {position} of {file_bytes}")
     return metadata, described
+
+
+def _names_in(metadata: dict[str, str], field: str) -> tuple[str, ...]:
+    """Return a field of the metadata that is a JSON list of tensors' names; empty without the field."""
+    names = parse_json(metadata.get(field, "[]"), max_values=MAX_HEADER_VALUES)
+    if type(names) is not list or not all(type(name) is str for name in names):
+        raise ValueError(f"metadata field {field!r} is not a JSON list of strings")
+    return tuple(names)
+
+
+def _with_complex(described: dict[str, TensorDescription], names: tuple[str, ...]) -> dict[str, TensorDescription]:
+    """Return the tensors, those with these names as complex ones: they are stored as pairs of float32 numbers."""
+    for name in names:
+        if (pairs := described.get(name)) is None:  # it is in another part
+            continue
+        if pairs.dtype != "F32" or pairs.shape[-1:] != (2,):
+            raise ValueError(f"the complex tensor {brief(repr(name))} is not stored as pairs of F32 numbers")
+        described = {**described, name: replace(pairs, dtype="C64", shape=pairs.shape[:-1])}
+    return described
 
 
 def _describe_tensor(key: str, entry: Any, data_begin: int) -> TensorDescription:

@@ -20,6 +20,7 @@ from nitrous_ema.synthesis.outputs.writer import write_outputs, write_shard
 from nitrous_ema.synthesis.plan import plan_from_store
 from tests.support.fakes import TIMEOUT_SECONDS, Gate
 from tests.support.old_folders import write_nitrous_001
+from tests.support.outputs import load_output
 
 
 class Model(nn.Module):
@@ -78,7 +79,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrap", WRAPPERS)
 @pytest.mark.parametrize("file", FILES)
 def test_model_takes_an_average_however_it_is_wrapped(trained, wrap, file):
-    expected = safetensors.torch.load_file(trained / "average.safetensors")
+    expected = load_output(trained / "average.safetensors")
     model = Model()
     model.module = checkpoint_wrapper(model.module)  # a wrapper inside, and in a submodule that is called like one
     before = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
@@ -96,7 +97,7 @@ def test_model_takes_an_average_however_it_is_wrapped(trained, wrap, file):
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_average_is_cast_to_the_types_that_the_model_has(trained, file, dtype):
-    expected = safetensors.torch.load_file(trained / "average.safetensors")
+    expected = load_output(trained / "average.safetensors")
     model = Model()
     model.module.to(dtype)
     load_average(model, trained / file)
@@ -206,7 +207,7 @@ def test_wrong_model_and_wrong_path_are_named(trained):
 
 
 def test_model_made_in_inference_mode_takes_an_average(trained):
-    expected = safetensors.torch.load_file(trained / "average.safetensors")
+    expected = load_output(trained / "average.safetensors")
     with torch.inference_mode():
         frozen = Model()
     load_average(frozen, trained / "average.safetensors")

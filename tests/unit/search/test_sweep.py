@@ -661,9 +661,10 @@ def test_ema_is_flushed_and_its_own_run_is_swept(tmp_path, kind):
         assert table.steps == (20,)
         assert {row.run for row in table} == {ema.run}
         assert any("newest snapshot is of step 20, and the EMA is at step 25" in note for note in table.notes)
+        ema.checkpoint()
         with pytest.warns(NitrousWarning, match="has written a snapshot of step 21 since this run"):
-            ema.checkpoint()
-            again = swept(ema, tmp_path, model=model)
+            ema.flush()
+        again = swept(ema, tmp_path, model=model)
         assert again.steps == (25,)
         assert not any("the EMA is at step" in note for note in again.notes)
         ema.update()  # the model's weights were put back behind the fence: no violation

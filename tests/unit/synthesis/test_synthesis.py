@@ -24,10 +24,11 @@ from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis import float_conversion as numbers
 from nitrous_ema.synthesis import streaming
 from nitrous_ema.synthesis.in_memory import synthesize
-from nitrous_ema.synthesis.outputs.reader import read_average
+from nitrous_ema.synthesis.outputs.reader import read_average, read_header
 from nitrous_ema.synthesis.outputs.writer import write_outputs
 from nitrous_ema.synthesis.plan import plan_from_store
 from nitrous_ema.synthesis.streaming import TILE_ELEMENTS, engine_sizes, stream
+from tests.support.outputs import load_output
 from tests.support.snapshot_folders import (
     TORCH_TYPES,
     layout_of,
@@ -309,7 +310,7 @@ def network_folder(root: Path) -> None:
 def test_model_takes_the_output_strictly(tmp_path, suffix):
     network_folder(tmp_path)
     (path,) = written(tmp_path, tmp_path / "out", [0.08], suffix)
-    state = safetensors.torch.load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)
+    state = load_output(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)
     model = Network()
     assert {key: each.dtype for key, each in state.items()} == {k: v.dtype for k, v in model.state_dict().items()}
     model.load_state_dict(state, strict=True)
@@ -320,6 +321,40 @@ def test_model_takes_the_output_strictly(tmp_path, suffix):
     assert model.head.weight is model.embed.weight
     phase = torch.view_as_complex(torch.from_numpy(expected["phase"][0])).to(torch.complex64)
     torch.testing.assert_close(model.phase.detach(), phase)
+
+
+OF_SAFETENSORS_0_4 = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"}
+
+
+def test_complex_tensors_are_pairs_that_any_safetensors_reads(tmp_path):
+    copied = np.array([1 + 2j, 3 - 4j], np.complex64)
+    layout = layout_of([record("z", (5, 2), "C64", tied=["y"]), record("c", (2,), "C64", "copied"), record("w", (3,))])
+    write_run(tmp_path, layout, STEPS, copied=lambda step: {"c": copied.tobytes()})
+    (path,) = written(tmp_path, tmp_path / "out", [0.08])
+    header = read_header(path)[0]
+    assert json.loads(header.pop("__metadata__")["complex"]) == ["z", "y", "c"]
+    assert {each["dtype"] for each in header.values()} <= OF_SAFETENSORS_0_4
+    assert {key: each["shape"] for key, each in header.items()} == {
+        "z": [5, 2, 2],
+        "y": [5, 2, 2],
+        "c": [2, 2],
+        "w": [3],
+    }
+    found = read_average(path)
+    assert {key: (each.dtype, tuple(each.shape)) for key, each in found.items()} == {
+        "z": (torch.complex64, (5, 2)), "y": (torch.complex64, (5, 2)), "c": (torch.complex64, (2,)),
+        "w": (torch.float32, (3,)),
+    }  # fmt: skip
+    assert found["c"].numpy().tolist() == copied.tolist()
+    expected = synthesize(tmp_path, sigma_rels=[0.08], tolerance=0).averaged(0)["z"]
+    np.testing.assert_array_equal(found["z"].numpy(), expected)
+
+
+def test_complex_tensors_of_earlier_outputs_are_read(tmp_path):
+    numbers = torch.tensor([1 + 2j, 3 - 4j])
+    safetensors.torch.save_file({"z": numbers}, tmp_path / "x.safetensors")  # as C64
+    assert read_header(tmp_path / "x.safetensors")[0]["z"]["dtype"] == "C64"
+    assert torch.equal(read_average(tmp_path / "x.safetensors")["z"], numbers)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -365,7 +400,7 @@ def test_dtype_changes_real_floating_tensors_only(tmp_path):
     copied = {"fixed": fixed.tobytes(), "count": np.array([3, -4]).tobytes()}
     write_run(tmp_path, layout_of(records), STEPS, copied=lambda step: copied)
     (path,) = written(tmp_path, tmp_path / "out", [0.08], dtype="BF16")
-    state = safetensors.torch.load_file(path)
+    state = load_output(path)
     assert {key: each.dtype for key, each in state.items()} == {
         "w": torch.bfloat16, "z": torch.complex64, "fixed": torch.bfloat16, "count": torch.int64
     }  # fmt: skip
