@@ -85,6 +85,7 @@ def run(config: InspectConfig) -> int:
     store = SnapshotStore(config.folder).remembering()
     found = survey(store, config.run)
     found["legacy"], found["legacy_note"] = legacy_steps(store.root), store.legacy_note() if found["runs"] else ""
+    found["hint"] = "" if found["runs"] or found["legacy"] else store.location_hint()
     if config.request and not found["runs"] and found["legacy"] and not config.is_legacy:
         raise exit_status.UsageError(legacy_sentence(store.root, "inspect"))
     with exit_status.usage_errors():
@@ -104,7 +105,8 @@ def _source(config: InspectConfig, store: SnapshotStore) -> SnapshotStore | Lega
 def _lines(found: dict[str, Any], *, all_rows: bool) -> list[str]:
     """Return a survey as text."""
     disk, most = found["disk"], 10**9 if all_rows else _MOST_ROWS
-    lines = [found["folder"] if found["runs"] or found["legacy"] else f"{found['folder']} holds no snapshot"]
+    is_empty = not (found["runs"] or found["legacy"])
+    lines = [f"{found['folder']} holds no snapshot{found['hint']}." if is_empty else found["folder"]]
     if disk["free_bytes"] is not None:
         fit = disk["snapshots_that_fit"]
         space = (

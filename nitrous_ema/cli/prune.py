@@ -158,7 +158,9 @@ def _listing(store: SnapshotStore, config: PruneConfig) -> Listing:
     if not any(each.step not in config.exclude for each in listing.snapshots):
         if sentence := legacy_sentence(store.root, "prune"):
             raise exit_status.UsageError(sentence)
-        raise SnapshotNotFound(f"{store.root} holds no snapshot to prune.", path=store.root, nearest=())
+        raise SnapshotNotFound(
+            f"{store.root} holds no snapshot to prune{store.location_hint()}.", path=store.root, nearest=()
+        )
     return listing
 
 

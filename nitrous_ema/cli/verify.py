@@ -49,7 +49,7 @@ def run(config: VerifyConfig) -> int:
     if store.runs():
         show("all snapshots are intact")
         return exit_status.DONE
-    show(legacy_sentence(store.root, "verify") or f"{store.root} holds no snapshot")
+    show(legacy_sentence(store.root, "verify") or f"{store.root} holds no snapshot{store.location_hint()}.")
     return exit_status.NOT_FOUND
 
 

@@ -60,7 +60,7 @@ from nitrous_ema.snapshots.bounded_json import (
     parse_header_json,
 )
 from nitrous_ema.snapshots.layout import Layout, Role, TensorRecord, is_tuple_of, tensor_entry
-from nitrous_ema.snapshots.names import damaged, exclusion_hint, is_run_id, parse_folder_name
+from nitrous_ema.snapshots.names import INCOMPLETE_COPY, damaged, exclusion_hint, is_run_id, parse_folder_name
 
 FORMAT_VERSION = 1
 ALIGNMENT_BYTES = 4096  # of the data in the file: page cache, O_DIRECT
@@ -255,7 +255,7 @@ def _check_lineage(run: str, lineage: Lineage) -> None:
 
 def _header_end(prefix: bytes, file_bytes: int) -> int:
     if len(prefix) < 8:
-        raise ValueError(f"the file has only {file_bytes} bytes")
+        raise ValueError(f"the file has only {file_bytes} bytes. {INCOMPLETE_COPY}")
     end = 8 + int.from_bytes(prefix[:8], "little")
     if end > MAX_HEADER_BYTES or end % ALIGNMENT_BYTES:
         raise ValueError(
@@ -263,7 +263,7 @@ def _header_end(prefix: bytes, file_bytes: int) -> int:
             f"and 8 less than a multiple of {ALIGNMENT_BYTES}"
         )
     if end > file_bytes:
-        raise ValueError(f"its length is {end - 8} bytes, but the file has only {file_bytes}")
+        raise ValueError(f"its length is {end - 8} bytes, but the file has only {file_bytes}. {INCOMPLETE_COPY}")
     return end
 
 
@@ -296,7 +296,8 @@ def _decode(blob: bytes, path: Path, file_bytes: int) -> Header:
     if end < expected or (end > expected and not stamp.unknown):
         raise ValueError(f"it has {end} bytes, expected {expected} for its layout")
     if file_bytes != end + layout.data_bytes:
-        raise ValueError(f"the file has {file_bytes} bytes, expected {end + layout.data_bytes} for its layout")
+        hint = f". {INCOMPLETE_COPY}" if file_bytes < end + layout.data_bytes else ""
+        raise ValueError(f"the file has {file_bytes} bytes, expected {end + layout.data_bytes} for its layout{hint}")
     return Header(
         layout=layout, stamp=stamp, crc32=chunk_crcs, data_begin=end, file_bytes=file_bytes, nonfinite=nonfinite
     )

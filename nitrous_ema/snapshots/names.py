@@ -20,6 +20,9 @@ from nitrous_ema.errors import SnapshotDamaged
 IMPORTED = "imported"
 """Field of a stamp's ``trainer`` in snapshots that were imported: the fingerprint of their legacy files."""
 
+INCOMPLETE_COPY = "Incomplete copy? Copy it again"
+"""In messages on files that are shorter than their header states."""
+
 _RUN = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}-[0-9a-f]{8}")
 _FOLDER = re.compile(rf"step-([0-9]{{12,18}})-({_RUN.pattern})")
 _HIDDEN = re.compile(rf"\.trash-({_FOLDER.pattern})(?:\.[0-9a-f]{{8}})?")  # the suffix: its removal has begun

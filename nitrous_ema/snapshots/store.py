@@ -38,6 +38,7 @@ from nitrous_ema.snapshots.names import (
 from nitrous_ema.snapshots.removal import SnapshotRemover
 from nitrous_ema.snapshots.snapshot import Incomplete, Listing, Snapshot, TemporaryFile, VerificationFailure
 from nitrous_ema.snapshots.validation import FolderGone, FolderInspector, RememberingInspector
+from nitrous_ema.snapshots.wrong_folder import right_folder
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -136,13 +137,14 @@ class SnapshotStore:
                 return snapshot
         nearest = () if isinstance(step, str) else self._nearest(step, members)
         if step is None or isinstance(step, str):
-            what = "holds no snapshot to read" + ("" if folders else self._legacy_hint() or ". Check the path")
+            what = "holds no snapshot to read" + ("" if folders else self._legacy_hint() or self.location_hint())
         else:
             elsewhere = [other for other in sorted(folders) if step in folders[other] and other not in dict(lineage)]
             other_runs = f"; run {', '.join(elsewhere)} has that step (choose with run=)" if elsewhere else ""
             steps = f"{' and '.join(map(str, nearest))} (choose with step=)" if nearest else "none"
             of_run = f" of run {lineage[-1][0]}" if lineage else ""
             what = f"has no snapshot of step {step}{of_run}; nearest steps there: {steps}{other_runs}"
+            what += "" if folders else self._legacy_hint() or self.location_hint()
         excluded = f". Excluded steps: {sorted(exclude)}" if exclude else ""
         raise SnapshotNotFound(f"{self.root} {what}{excluded}.", path=self.root, nearest=nearest)
 
@@ -155,6 +157,10 @@ class SnapshotStore:
             "--sigma-rels or --gammas on the command line, nitrous_ema.LegacyFolder in Python; or rewrite "
             "them with nitrous-ema import"
         )
+
+    def location_hint(self) -> str:
+        """Return the end of a message for a folder without snapshots: which folder to give instead, or to check it."""
+        return f". {right_folder(self.files, self.root) or 'Check the path.'}".removesuffix(".")
 
     def legacy_note(self) -> str:
         """Return a note on legacy files beside the snapshots, which no reader of the snapshots reads; "" without any.
@@ -413,7 +419,7 @@ class SnapshotStore:
         try:
             return self.files.list(self.root)
         except (FileNotFoundError, NotADirectoryError) as error:
-            message = f"{self.root} is not a folder of snapshots: {error.strerror}. Check the path."
+            message = f"{self.root} is not a folder of snapshots: {error.strerror}{self.location_hint()}."
             raise SnapshotNotFound(message, path=self.root, nearest=()) from error
         except OSError as error:
             raise SnapshotError(

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.filesystem import open_regular
+from nitrous_ema.snapshots.names import INCOMPLETE_COPY
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Checksums = Mapping[int, frozenset[int]]
 """By the address of a mapped storage: the CRC-32 that its bytes may have."""
 
+_BEGINS = b"PK\x03\x04"
 _PIECE_BYTES = 1 << 20
 _ENCRYPTED = 0x1 | 0x20 | 0x40  # encrypted, patched, or strongly encrypted: flags in the archive's directory
 
@@ -48,7 +50,10 @@ def load_torch_file(path: Path) -> Any:
         try:
             _check_archive(file)
         except Exception as error:  # zipfile raises exceptions of eight classes
-            raise ValueError(f"it is not an archive written by torch: {brief(str(error))}") from error
+            # The directory is at the end of an archive, so an archive that was cut has none.
+            file.seek(0)
+            hint = f". {INCOMPLETE_COPY}" if isinstance(error, zipfile.BadZipFile) and file.read(4) == _BEGINS else ""
+            raise ValueError(f"it is not an archive written by torch: {brief(str(error))}{hint}") from error
     import torch
 
     try:

@@ -35,7 +35,7 @@ from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
 from nitrous_ema.profile import checked_lengths, sigma_rel_to_gamma
 from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.disk_space import explained
-from nitrous_ema.snapshots.filesystem import open_regular
+from nitrous_ema.snapshots.filesystem import FileSystem, open_regular
 from nitrous_ema.snapshots.header import Lineage
 from nitrous_ema.snapshots.layout import TensorRecord
 from nitrous_ema.snapshots.names import exclusion_hint, parse_folder_name, parse_legacy_file_name
@@ -46,6 +46,7 @@ from nitrous_ema.snapshots.torch_archive import (
     plain_tensor,
     verify_storage,
 )
+from nitrous_ema.snapshots.wrong_folder import right_folder
 
 if TYPE_CHECKING:
     import torch
@@ -139,8 +140,9 @@ class LegacyFolder:
                 " Its snapshots are in the current format, which records the profiles: omit --sigma-rels and --gammas "
                 "(in Python, use SnapshotStore)."
             )
+            hint = remedy if is_ours else f" {right_folder(FileSystem(), self.root) or 'Check the path.'}"
             raise SnapshotNotFound(
-                f"{self.root} has no files named {{i}}.{{step}}.pt.{remedy if is_ours else ' Check the path.'}",
+                f"{self.root} has no files named {{i}}.{{step}}.pt.{hint}",
                 path=self.root,
                 nearest=(),
             )

@@ -22,6 +22,7 @@ from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
 from nitrous_ema.snapshots.bounded_json import MAX_HEADER_BYTES, MAX_HEADER_VALUES, brief, parse_json
 from nitrous_ema.snapshots.disk_space import explained
 from nitrous_ema.snapshots.filesystem import open_regular
+from nitrous_ema.snapshots.names import INCOMPLETE_COPY
 from nitrous_ema.snapshots.torch_archive import load_torch_file, locate_storages, plain_tensor, verify_archive
 
 if TYPE_CHECKING:
@@ -111,8 +112,8 @@ class SafetensorsFile:
         described = self.described[key]
         if described.dtype not in READABLE_DTYPES:
             raise SnapshotError(
-                f"{self._path}: {brief(repr(key))} is {described.dtype}, a type that torch {torch.__version__} does not "
-                "have. Upgrade torch.",
+                f"{self._path}: {brief(repr(key))} is {described.dtype}, a type that torch {torch.__version__} lacks. "
+                "Upgrade torch.",
                 path=self._path,
             )
         tensor = torch.empty(described.shape, dtype=READABLE_DTYPES[described.dtype], device="cpu")
@@ -250,7 +251,9 @@ def read_header(path: Path) -> tuple[Any, int, int]:
         file_bytes = os.fstat(file.fileno()).st_size
         header_bytes = int.from_bytes(file.read(8), "little")
         if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
-            raise ValueError(f"invalid header size: {header_bytes} bytes in a file of {file_bytes} bytes")
+            # A file that was cut within its header begins like this, too.
+            hint = f". {INCOMPLETE_COPY}" if 2 <= header_bytes <= MAX_HEADER_BYTES else ""
+            raise ValueError(f"invalid header size: {header_bytes} bytes in a file of {file_bytes} bytes{hint}")
         return parse_json(file.read(header_bytes), max_values=MAX_HEADER_VALUES), 8 + header_bytes, file_bytes
 
 
@@ -268,6 +271,8 @@ def _describe(header: Any, data_begin: int, file_bytes: int) -> tuple[dict[str, 
         if each.begin != position:
             raise ValueError(f"tensor {brief(repr(key))} begins at byte {each.begin}, expected {position}")
         position = each.end
+    if position > file_bytes:
+        raise ValueError(f"the file has {file_bytes} bytes, and its header states {position}. {INCOMPLETE_COPY}")
     if position != file_bytes:
         raise ValueError(f"the tensors end at byte {position} of {file_bytes}")
     return metadata, described
@@ -322,7 +327,8 @@ def named_errors(path: Path) -> Iterator[None]:
         raise SnapshotError(f"{path} cannot be read: {explained(error, path)}", path=path) from error
     except ValueError as error:
         raise SnapshotDamaged(
-            f"{path}: not a synthesized average, or damaged: {error}. Synthesize it again.",
+            f"{path}: not a synthesized average, or damaged: {error}. "
+            f"{'Or s' if INCOMPLETE_COPY in str(error) else 'S'}ynthesize it again.",
             path=path,
             step=None,
             chunk=None,

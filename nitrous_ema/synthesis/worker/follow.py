@@ -24,6 +24,7 @@ from typing import Literal
 from nitrous_ema.errors import SnapshotNotFound
 from nitrous_ema.snapshots.names import parse_folder_name, parse_rank_file_name
 from nitrous_ema.snapshots.snapshot import Snapshot
+from nitrous_ema.snapshots.wrong_folder import right_folder
 from nitrous_ema.synthesis.worker.inputs import StoredSnapshots
 from nitrous_ema.synthesis.worker.reporting import log, log_warning
 
@@ -74,6 +75,8 @@ class RunFollower:
         store = self.snapshots.store
         missing = "" if store.files.exists(store.root) else " (the folder does not exist yet)"
         log(f"waiting for snapshots in {store.root}{missing}")
+        if hint := right_folder(store.files, store.root):
+            log(hint)
         while True:
             end = self._why_ended(last_news)  # before the poll: FOLLOW-1
             # A poll that found work is repeated even after the end: more may have been committed during the work.

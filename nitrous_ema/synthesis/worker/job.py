@@ -29,7 +29,7 @@ from itertools import count
 from typing import IO
 
 from nitrous_ema._base import exit_status
-from nitrous_ema._base.arguments import clamp_timeout
+from nitrous_ema._base.arguments import clamp_timeout, pluralize
 from nitrous_ema.errors import WorkerError, bug
 from nitrous_ema.synthesis.worker.output_record import Output
 from nitrous_ema.synthesis.worker.reporting import PROGRESS, WARNING
@@ -69,6 +69,12 @@ class Job:
         ]
         for drain in self._drains:
             drain.start()
+
+    def __repr__(self) -> str:
+        status = self._process.poll()
+        state = "running" if status is None else "done" if status == 0 else f"ended with exit status {status}"
+        with self._changed:
+            return f"<Job of process {self._process.pid}: {state}, {pluralize(len(self._lines), 'output')} so far>"
 
     def done(self) -> bool:
         """Return whether the process has ended, successfully or not."""

@@ -342,3 +342,12 @@ def test_floating_weights_take_no_whole_numbers(tmp_path):
     path = written(tmp_path / "a.safetensors", {"weight": torch.ones(2, 2, dtype=torch.int64), "bias": torch.ones(2)})
     with pytest.raises(SnapshotMismatch, match="'weight' is I64 in the file"):
         load_average(nn.Linear(2, 2), path)
+
+
+@pytest.mark.parametrize("file", ["average.safetensors", "average.pt"])
+@pytest.mark.parametrize("kept", [100, -1])
+def test_cut_copy_of_an_average_is_named_as_such(trained, tmp_path, file, kept):
+    path = tmp_path / file
+    path.write_bytes((trained / file).read_bytes()[:kept])
+    with pytest.raises(SnapshotDamaged, match=r"Incomplete copy\? Copy it again\."):
+        load_average(Model(), path)

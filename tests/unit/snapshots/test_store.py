@@ -63,6 +63,19 @@ def test_legacy_files_beside_snapshots_are_noted(store):
     assert "also holds 1 file of nitrous-ema 0.0.1 or ema-pytorch" in store.legacy_note()
 
 
+@pytest.mark.parametrize("kept", [0, 5, 100, 4000, -1])
+def test_cut_copy_is_named_as_such_and_a_longer_file_is_not(store, kept):
+    file = commit(store, 20).paths[0]
+    content = file.read_bytes()
+    file.write_bytes(content[:kept])
+    with pytest.raises(SnapshotDamaged, match=r"Incomplete copy\? Copy it again\. Exclude this snapshot"):
+        store.get()
+    assert "Incomplete copy?" in store.verify()[0].message
+    file.write_bytes(content + b"more")
+    with pytest.raises(SnapshotDamaged, match=r"expected \d+ for its layout\. Exclude"):
+        store.get()
+
+
 def test_nearest_complete_snapshot_is_chosen(store):
     for step in (10, 20, 40):
         commit(store, step)

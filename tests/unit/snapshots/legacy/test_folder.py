@@ -287,3 +287,11 @@ def test_nearest_step_is_chosen(tmp_path):
     assert folder.get("nearest:190", exclude=[200]).step == 100
     with pytest.raises(SnapshotNotFound, match="no files of step 190; nearest steps: 100, 200"):
         folder.get(190)
+
+
+def test_cut_copy_of_a_file_is_named_as_such(tmp_path):
+    torch.save(nitrous_state(model(), 100), tmp_path / "0.100.pt")
+    content = (tmp_path / "0.100.pt").read_bytes()
+    (tmp_path / "0.100.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(SnapshotDamaged, match=r"Incomplete copy\? Copy it again\. Exclude"):
+        _ = LegacyFolder(tmp_path, sigma_rels=SIGMA_RELS[:1]).get().records

@@ -67,7 +67,7 @@ def test_type_that_this_torch_lacks_is_named(path, monkeypatch):
     path.write_bytes(raw({"s": {"dtype": "F8_E8M0", "shape": [3], "data_offsets": [0, 3]}}, bytes(3)))
     known = {code: dtype for code, dtype in torch_dtypes.READABLE_DTYPES.items() if code != "F8_E8M0"}
     monkeypatch.setattr(torch_dtypes, "READABLE_DTYPES", known)
-    with pytest.raises(SnapshotError, match=r"'s' is F8_E8M0, a type that torch .* does not have\. Upgrade torch\."):
+    with pytest.raises(SnapshotError, match=r"'s' is F8_E8M0, a type that torch .* lacks\. Upgrade torch\."):
         read_average(path)
 
 

@@ -44,18 +44,22 @@ def test_outputs_come_while_the_worker_runs(folder, tmp_path):
     assert not job.done()
     with pytest.raises(TimeoutError, match="no further output within"):
         list(job.outputs(timeout=0.01))
+    assert repr(job) == f"<Job of process {job._process.pid}: running, 1 output so far>"
     (tmp_path / "gate").write_text("")
     assert list(outputs) == []
     assert len(list(job.outputs())) == 1
+    assert repr(job) == f"<Job of process {job._process.pid}: done, 1 output so far>"
 
 
 def test_outputs_end_with_the_error_of_the_worker(folder, tmp_path):
     line = line_of(folder, tmp_path)
     script = f"import json\nprint(json.dumps({line}), flush=True)\nraise LookupError('where')"
-    outputs = launch(folder, sigma_rels=[0.07], out=tmp_path, python=interpreter(tmp_path, script)).outputs(TIMEOUT)
+    job = launch(folder, sigma_rels=[0.07], out=tmp_path, python=interpreter(tmp_path, script))
+    outputs = job.outputs(TIMEOUT)
     assert next(outputs).step == 1000
     with pytest.raises(WorkerError, match=r"(?s)Traceback.*LookupError: where"):
         next(outputs)
+    assert repr(job).endswith(": ended with exit status 1, 1 output so far>")
 
 
 @pytest.mark.parametrize("timeout", [None, TIMEOUT, float("inf")])
