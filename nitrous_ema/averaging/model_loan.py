@@ -12,6 +12,7 @@ from torch.nn import Module
 
 from nitrous_ema.averaging.execution.write_guard import fence_all
 from nitrous_ema.averaging.load_average import check_fits, load_average, load_tensors
+from nitrous_ema.averaging.model.spectral_norm import fit_spectral_norms
 from nitrous_ema.averaging.model.tracking import canonical_tensors, check_module, writable_view, write
 from nitrous_ema.snapshots.layout import TensorRecord
 
@@ -50,6 +51,7 @@ class ModelLoan:
         if self._own is None:
             self._own = _copies(self._model)
         load_tensors(canonical_tensors(self._model), path, subject=subject, remedy=_REMEDY)
+        fit_spectral_norms(self._model)
         self._model.eval()
         with torch.no_grad():
             yield self._model

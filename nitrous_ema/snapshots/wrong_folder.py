@@ -17,7 +17,7 @@ _MOST_NAMED = 3
 
 
 def right_folder(files: FileSystem, root: Path) -> str:
-    """Return a sentence that names the folder to give instead of ``root``; an empty text if there is none near.
+    """Return a sentence that names the folder to give instead of ``root``; an empty text if it knows no other.
 
     Args:
         files: The file system.

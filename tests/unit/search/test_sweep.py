@@ -621,6 +621,27 @@ def test_model_holds_the_best_average_on_request(folder, tmp_path, stored, known
         torch.nn.init.zeros_(model[0].weight)
 
 
+def test_spectral_norms_fit_each_average_and_come_back(tmp_path):
+    """Oracle: the largest singular value of a layer with spectral norm is 1."""
+    model = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(6, 6))
+    with PostHocEMA(model, checkpoint_every_num_steps=10, checkpoint_folder=tmp_path / "s", update_every=1) as ema:
+        for seed in range(40):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                model.parametrizations.weight.original.normal_()
+            ema.update()
+    own = {name: each.clone() for name, each in model.state_dict().items()}
+    norms = []
+
+    def evaluate(given):
+        norms.append(float(torch.linalg.matrix_norm(given.weight, 2)))
+        return norms[-1]
+
+    swept(tmp_path / "s", tmp_path, evaluate, model=model)
+    assert norms == pytest.approx([1.0] * len(LENGTHS), abs=1e-3)
+    assert all(torch.equal(each, own[name]) for name, each in model.state_dict().items())
+
+
 def test_model_is_checked_although_all_results_are_known(folder, tmp_path):
     evaluate = Distance()
     swept(folder, tmp_path, evaluate)
