@@ -303,7 +303,7 @@ class PostHocEMA(EMABase):
             one_module = isinstance(ema_model, Module) and profile > 0
             views.append(KarrasEMA._view(engine, profile, None if one_module else ema_model))
         # In a tuple, not a ModuleList: the averages stay out of modules() and parameters().
-        self._views = tuple(views)
+        self._views = _Views(views)
 
     @property
     def ema_models(self) -> tuple[KarrasEMA, ...]:
@@ -673,3 +673,14 @@ def _checked(step: Any, *, nearest: bool = False) -> Any:
 
 def _resumable_run_warning(writer: RetainingWriter, run: str) -> str | None:
     return resumable_run_warning(writer.store, run)
+
+
+class _Views(tuple[KarrasEMA, ...]):
+    """The EMAs of the profiles. ``torch.distributed`` looks up the names in a state_dict as attributes: "0", "1"."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> KarrasEMA:
+        if name.isdecimal() and int(name) < len(self):
+            return self[int(name)]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -115,6 +115,8 @@ class AveragingEngine:
         self._failure: BaseException | None = None  # what a lane or restore() raised
         self._failed_operation = "averaging"  # or "restore()"
         self._find_resumable_run: Callable[[str], str | None] = lambda run: None
+        self.saved_versions: dict[int, int] = {}
+        """Version counters of averages, by ``id``, when they were last part of a state_dict()."""
         self._on_begin: Callable[[], object] = lambda: None
         self.drain_request = DrainRequest()
         self.drain_timeout_seconds: float | None = None
@@ -180,7 +182,7 @@ class AveragingEngine:
         if self.guard is not None:
             self.guard.raise_violation()
         self._refuse_capture("update()")
-        self.schedule.check_t_delta(t_delta)
+        self.schedule.warn_of_jump(self.schedule.check_t_delta(t_delta))
         live = None
         if self.schedule.is_due:
             if self.guard is not None:

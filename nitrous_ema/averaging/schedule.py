@@ -27,6 +27,7 @@ from nitrous_ema.profile import gamma_to_sigma_rel, update_weight
 
 Time = int | float
 _LEAST_WEIGHT = 1e-4
+_LARGEST_JUMP = 8  # of the interval between updates at a resume; batch sizes rarely change by more
 StepSizeCorrection = Literal["exact"] | bool
 
 
@@ -55,6 +56,7 @@ class Schedule:
         self.least_weight = _LEAST_WEIGHT
         """``warn_of_small`` warns below this weight of the parameters; 0 for float64 averages and after a warning."""
         self._applied_at: int | None = None  # step of the last applied update; None at first and after load()
+        self._usual_delta: float | None = None  # of a loaded state, until the first call of update() after it
         self._interval_was_whole = False  # no checkpoint and no resume between the last two applied updates
         if correction is False and update_every > 1:
             self._warn_uncorrected()
@@ -135,6 +137,18 @@ class Schedule:
         self.t = state.get("t", last)
         self.t_first = state.get("t_first", min(step, 1))
         self.updates = int(state.get("updates", -(-step // self.update_every)))
+        self._usual_delta = self.now / step if step else None
+
+    def warn_of_jump(self, t_delta: Time) -> None:
+        """Warn if the first interval after a load suggests that training time is counted in another unit since then."""
+        usual, self._usual_delta = self._usual_delta, None
+        if usual is not None and not 1 / _LARGEST_JUMP <= t_delta / usual <= _LARGEST_JUMP:
+            warn(
+                f"t_delta is {t_delta:g}, but training time had advanced by {usual:g} per update() in the state that "
+                f"was loaded (to {self.now:g} in {self.step} steps). If the unit has changed, from steps to images for "
+                "example, the averages forget their past too early or too late: pass t_delta in the unit of the state, "
+                "or begin a new EMA. If the batch size has changed, all is well."
+            )
 
     def _apply(self) -> tuple[float, ...]:
         before, self.t = self.t, self.now

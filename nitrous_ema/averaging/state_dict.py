@@ -18,8 +18,10 @@ from torch import Tensor
 
 from nitrous_ema.averaging.engine import AveragingEngine
 from nitrous_ema.averaging.model.tracking import TrackedTensor, without_wrappers
+from nitrous_ema.errors import NitrousError
 
 EXTRA = "_extra_state"
+_PEER_COUNTERS = ("step", "initted")  # of ema-pytorch, as tensors
 
 
 @dataclass(slots=True)
@@ -35,6 +37,7 @@ def save(engine: AveragingEngine, profile: int, destination: dict[str, Any], pre
     """Add one profile to a state_dict. The tensors have the memory of the averages, not copies."""
     for tracked, value in _values(engine, profile):
         alias = value.detach()
+        engine.saved_versions[id(value)] = value._version
         for key in tracked.keys if tracked.persistent else ():
             destination[f"{prefix}ema_model.{key}"] = alias
     schedule = engine.schedule
@@ -73,7 +76,11 @@ def load(
         head = f"{prefix}ema_model."
         names = _saved_names(engine.flat_buffers.tracked, [key[len(head) :] for key in state if key.startswith(head)])
         # Keys of skipped tensors are expected, too, because nitrous-ema 0.0.1 saved them.
-        used |= {prefix + EXTRA, *(head + name for present in names.values() for name in present)}
+        used |= {
+            prefix + EXTRA,
+            *(prefix + name for name in _PEER_COUNTERS),
+            *(head + name for present in names.values() for name in present),
+        }
         for tracked, value in _values(engine, profile):
             if names[tracked.name]:
                 key = head + names[tracked.name][0]
@@ -81,11 +88,34 @@ def load(
                 problems.errors += _mismatch(key, state[key], value)
             elif tracked.persistent:
                 problems.missing.append(head + tracked.name)
-        _check_extra(engine, profile, prefix, state, problems)
+        _check_extra(engine, profile, prefix, _extra(state, prefix), problems)
+    counters = next(filter(None, (_extra(state, prefix) for prefix in profiles.values())), None)
+    # An error also with strict=False: the next update() would be the first, which copies the model over the averages.
+    if counters is None and found and not engine.schedule.updates:
+        problems.errors.append(
+            f"{root + EXTRA!r} is missing: the state has averages without the number of steps. Load a state of this "
+            "library, of nitrous-ema 0.0.1 or of ema-pytorch (with its 'step' and 'initted')."
+        )
     problems.unexpected = [key for key in state if key.startswith(root) and key not in used]
     if not problems.errors and (partial or not (problems.missing or problems.unexpected)):
-        _apply(engine, found, state.get(next(iter(profiles.values())) + EXTRA))
+        _apply(engine, found, counters)
+    else:
+        _refuse_overwritten(engine, found)
     return problems
+
+
+def _refuse_overwritten(engine: AveragingEngine, found: Sequence[tuple[Tensor, Any]]) -> None:
+    """Refuse the averages until a load succeeds, if a state that cannot be loaded has already been written into them.
+
+    ``torch.distributed.checkpoint.load`` asks for a ``state_dict()`` and reads the file into its tensors, which have
+    the memory of the averages, before it calls ``load_state_dict()``.
+    """
+    for value, saved in found:
+        is_alias = isinstance(saved, Tensor) and saved.numel() > 0 and saved.data_ptr() == value.data_ptr()
+        if is_alias and value._version != engine.saved_versions.get(id(value)):
+            error = NitrousError("the state was read into the averages before it could be compared with this EMA")
+            engine.mark_invalid("load_state_dict()", error)
+            return
 
 
 def _values(engine: AveragingEngine, profile: int) -> Iterator[tuple[TrackedTensor, Tensor]]:
@@ -129,10 +159,16 @@ def _saved_names(tracked: Sequence[TrackedTensor], saved: Collection[str]) -> di
     }
 
 
-def _check_extra(
-    engine: AveragingEngine, profile: int, prefix: str, state: Mapping[str, Any], problems: LoadProblems
-) -> None:
-    extra, gamma = state.get(prefix + EXTRA), engine.config.profiles.gammas[profile]
+def _extra(state: Mapping[str, Any], prefix: str) -> Any:
+    """Return the counters of one profile in a state, or None; those of ema-pytorch are tensors of their own."""
+    step, initted = (state.get(prefix + name) for name in _PEER_COUNTERS)
+    if prefix + EXTRA in state or step is None or initted is None:
+        return state.get(prefix + EXTRA)
+    return {"step": int(step) if bool(initted) else 0}
+
+
+def _check_extra(engine: AveragingEngine, profile: int, prefix: str, extra: Any, problems: LoadProblems) -> None:
+    gamma = engine.config.profiles.gammas[profile]
     if extra is None:
         problems.missing.append(prefix + EXTRA)
     elif not isinstance(extra, Mapping) or not isinstance(extra.get("step"), int):

@@ -2,8 +2,8 @@
 
 The layers estimate that value with two unit vectors, which a power iteration moves on in each training forward. The
 average of unit vectors is shorter than 1, and the online model's vectors fit the online weights: with averaged weights
-the estimate is too small, so that the layer's norm exceeds 1. The vectors are therefore computed from the averaged weights,
-exactly: power iteration may need thousands of steps where two singular values are close.
+the estimate is too small, so that the layer's norm exceeds 1. The vectors are therefore computed from the averaged
+weights, exactly: power iteration may need thousands of steps where two singular values are close.
 
 Both forms of torch are recognized: ``torch.nn.utils.parametrizations.spectral_norm``, and ``torch.nn.utils.
 spectral_norm`` with its hook. Neither class has a public name.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from nitrous_ema import KarrasEMA, NitrousWarning, PostHocEMA
+from nitrous_ema.errors import NitrousError
 from tests.support.memory_orders import Orders
 from tests.support.models import Net, Tied, set_weights
 
@@ -291,3 +296,102 @@ def test_update_every_may_change_at_a_resume(tmp_path):
     train(second, model, range(4, 8))
     assert (second.step, second.t) == (8, 7)
     assert not issubclass(NitrousWarning, DeprecationWarning)
+
+
+# torch.distributed.checkpoint, which reads into the tensors of a state_dict() before it calls load_state_dict()
+
+
+def test_averages_that_a_failed_load_has_overwritten_are_refused_until_a_load_succeeds(make):
+    saved, other = make(Net(), sigma_rels=(0.05, 0.1)), make(Net(), sigma_rels=(0.15, 0.25))
+    for ema in (saved, other):
+        train(ema, ema.model, range(1, 4))
+    before = copy.deepcopy(dict(other.state_dict()))
+    state = other.state_dict()
+    for key, value in saved.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            with torch.no_grad():
+                state[key].copy_(value)
+        else:
+            state[key] = value
+    with pytest.raises(RuntimeError, match="the state was averaged with gamma"):
+        other.load_state_dict(state)
+    for refused in (other.update, lambda: other.ema_models[0].ema_model):
+        with pytest.raises(NitrousError, match=r"load_state_dict\(\) failed \(the state was read into the averages"):
+            refused()
+    other.load_state_dict(before)
+    other.update()
+
+
+def test_failed_load_that_has_touched_nothing_leaves_the_averages_in_use(make):
+    saved, other = make(Net(), sigma_rels=(0.05, 0.1)), make(Net(), sigma_rels=(0.15, 0.25))
+    for ema in (saved, other):
+        train(ema, ema.model, range(1, 4))
+    with pytest.raises(RuntimeError, match="the state was averaged with gamma"):
+        other.load_state_dict(saved.state_dict())
+    state = dict(other.state_dict()) | {"unknown": torch.ones(1)}
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        other.load_state_dict(state)
+    other.update()
+
+
+def test_state_of_a_module_that_owns_an_ema_is_found_by_torch_distributed(make):
+    class Owner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+            self.ema = make(self.net)
+
+    owner = Owner()
+    owner.ema.update()
+    state = get_model_state_dict(owner)
+    assert set(state) == set(owner.state_dict())
+    with pytest.raises(AttributeError, match="'2'"):
+        getattr(owner.ema.ema_models, "2")
+
+
+# ---- the unit of training time
+
+
+@pytest.mark.parametrize(("t_delta", "warns"), [(256, True), (0.1, True), (8, False), (0.5, False), (1, False)])
+def test_first_interval_after_a_load_may_not_be_of_another_unit(t_delta, warns, make):
+    first, second = make(Net()), make(Net())
+    train(first, first.model, range(1, 6))
+    second.load_state_dict(copy.deepcopy(dict(first.state_dict())))
+    expected = pytest.warns(NitrousWarning, match="advanced by 1 per update") if warns else nullcontext()
+    with expected:
+        second.update(t_delta)
+    second.update(t_delta)  # warned of once: warnings are errors here
+
+
+# ema-pytorch
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_state_of_ema_pytorch_brings_its_counters(strict, tmp_path):
+    ema_pytorch = pytest.importorskip("ema_pytorch")
+    model = nn.Linear(3, 2)
+    options = {"sigma_rels": (0.05, 0.1), "update_every": 1}
+    peer = ema_pytorch.PostHocEMA(model, checkpoint_folder=tmp_path / "peer", **options)
+    ours = posthoc(model, tmp_path / "ema", **options)
+    for seed in range(6):
+        set_weights(model, seed)
+        peer.update()
+    ours.load_state_dict(peer.state_dict(), strict=strict)
+    assert ours.step == int(peer.ema_models[0].step)
+    expected = {name: value.clone() for name, value in peer.ema_models[1].ema_model.state_dict().items()}
+    assert_same(dict(ours.ema_models[1].ema_model.state_dict()), expected)
+    set_weights(model, 7)
+    ours.update()
+    weight = ours.ema_models[1].ema_model.weight
+    assert not torch.equal(weight, model.weight), "the first update() would copy the model over the averages"
+
+
+def test_averages_without_a_counter_are_refused(tmp_path):
+    model = Net()
+    first, second = posthoc(model, tmp_path / "1"), posthoc(model, tmp_path / "2")
+    train(first, model, range(4))
+    state = {key: value for key, value in first.state_dict().items() if not key.endswith("_extra_state")}
+    before = tensors(second.state_dict())
+    with pytest.raises(RuntimeError, match="averages without the number of steps"):
+        second.load_state_dict(state, strict=False)
+    assert_same(tensors(second.state_dict()), before)
