@@ -74,8 +74,12 @@ class AveragedModule:
         self._module: Module | None = None
         self._overrides: ModuleOverrides | None = None
         self._attributes: FollowedAttributes | None = None
-        skipped = [] if engine.config.share_skipped else engine.flat_buffers.tracked
-        self._unshared = {tensor.name: tensor for tensor in skipped if tensor.role == "skipped"}
+        skipped = [tensor for tensor in engine.flat_buffers.tracked if tensor.role == "skipped"]
+        shared = engine.config.share_skipped
+        self._unshared = {tensor.name: tensor for tensor in skipped if tensor.persistent and not shared}
+        # Caches of the online model are copied at each use: a forward of either module may write or replace them.
+        self._caches = [tensor for tensor in skipped if not tensor.persistent]
+        self._cache_places: list[tuple[_Place, TrackedTensor]] = []
         self._sources: dict[str, Tensor] = {}  # averages, copied tensors, and skipped ones that are not shared
         self._places: list[_Place] = []
         self._held: list[Tensor] = []  # the tensors in these places, as they were found last
@@ -143,7 +147,13 @@ class AveragedModule:
         averages = [(tracked, self._sources[tracked.name]) for tracked in self._shown()]
         if template is None:
             tensors = {tracked.name: _replacement(tracked, source) for tracked, source in averages}
-            module, pairs = structural_copy(unwrap(self._engine.model), self._replacements(tensors))
+            caches = {
+                tracked.name: held.detach().clone() for tracked in self._caches if (held := _find(tracked)) is not None
+            }
+            module, pairs = structural_copy(unwrap(self._engine.model), self._replacements(tensors | caches))
+            by_name = {tracked.name: tracked for tracked in self._caches}
+            places = _places(module, {id(tensor): name for name, tensor in caches.items()})
+            self._cache_places = [(place, by_name[place.name]) for place in places]
             self._attributes = FollowedAttributes(pairs)
         else:
             module = unwrap(template)
@@ -180,17 +190,25 @@ class AveragedModule:
         for tracked in self._unshared.values():
             if tracked.name not in tensors:  # quantized or sharded: its values cannot be refreshed
                 replacements[id(_held(tracked))] = copy.deepcopy(_held(tracked))
+        for tracked in self._caches:
+            if tracked.name in tensors and (held := _find(tracked)) is not None:
+                replacements[id(held)] = tensors[tracked.name]
         return replacements
 
     def _memo(self) -> dict[int, object]:
         """Return the memo for copies of the online model's attributes."""
         tensors = {place.name: tensor for place, tensor in zip(self._places, self._held, strict=True)}
+        caches = {place.name: place.tensors.get(place.attribute) for place, _ in self._cache_places}
+        tensors |= {name: tensor for name, tensor in caches.items() if tensor is not None}
         return copy_memo(unwrap(self._engine.model), self._replacements(tensors))
 
     # ---- values
 
     def _refresh(self) -> None:
         """Follow what a user has done to the module's tensors, and copy averages where the module has copies."""
+        for place, tracked in self._cache_places:
+            cache = _find(tracked)
+            place.tensors[place.attribute] = None if cache is None else cache.detach().clone()
         self._follow_live_sources()
         held = [place.tensors.get(place.attribute) for place in self._places]
         if any(place.is_parameter and type(tensor) is Tensor for place, tensor in zip(self._places, held, strict=True)):
@@ -270,8 +288,12 @@ class AveragedModule:
 
 def _held(tracked: TrackedTensor) -> Tensor:
     """Return the tensor that the online model holds now, whatever its kind."""
-    held = (tracked.holder._parameters if tracked.is_parameter else tracked.holder._buffers).get(tracked.attribute)
+    held = _find(tracked)
     return tracked.live() if held is None else held  # which raises
+
+
+def _find(tracked: TrackedTensor) -> Tensor | None:
+    return (tracked.holder._parameters if tracked.is_parameter else tracked.holder._buffers).get(tracked.attribute)
 
 
 def _places(module: Module, names: Mapping[int, str]) -> Iterator[_Place]:

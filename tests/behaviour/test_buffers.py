@@ -105,3 +105,42 @@ def test_averaging_leaves_the_vectors_of_the_online_model_alone(tmp_path):
         assert not torch.equal(ema.ema_models[0].ema_model.old.weight_u, before)
         ema.ema_models[0].ema_model(torch.zeros(2, 16))
         assert torch.equal(model.old.weight_u, before)
+
+
+class Cached(nn.Module):
+    """A model with a cache that follows the length of its input, as rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.register_buffer("cache", torch.zeros(0), persistent=False)
+
+    def forward(self, x):
+        if self.cache is None or len(self.cache) != len(x):
+            self.cache = torch.arange(len(x), dtype=torch.float32)
+        return self.linear(x) + self.cache[:, None]
+
+
+@pytest.mark.parametrize("cls", [PostHocEMA, AsyncPostHocEMA])
+def test_cache_may_grow_in_training_and_in_validation(cls, tmp_path):
+    torch.manual_seed(0)
+    model = Cached()
+    options = {"update_every": 1, "checkpoint_every_num_steps": 2, "checkpoint_folder": tmp_path / "ema"}
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    with cls(model, **options) as ema:
+        averaged = ema.ema_models[0].ema_model
+        for length in (4, 8, 8, 3, 12):
+            optimizer.zero_grad()
+            model(torch.randn(length, 16)).square().mean().backward()
+            optimizer.step()
+            ema.update()
+            assert averaged(torch.zeros(length + 5, 16)).shape == (length + 5, 16)  # a longer validation
+            assert len(model.cache) == length
+            with ema.average_parameters():
+                model(torch.zeros(length + 2, 16))
+        model.cache = None  # emptied between phases
+        ema.update()
+        assert averaged(torch.zeros(2, 16)).shape == (2, 16)
+        ema.flush(TIMEOUT_SECONDS)
+        assert "cache" not in {record.name for record in ema.snapshots.get().layout.records if record.role != "skipped"}
+        assert ema.synthesize_ema_model(sigma_rel=0.1).ema_model(torch.zeros(7, 16)).shape == (7, 16)

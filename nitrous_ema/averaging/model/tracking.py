@@ -11,7 +11,8 @@ averaged   floating-point and complex64 parameters; buffers as           one ave
            ``buffers`` states
 copied     all other buffers, integers, ``param_or_buffer_names_no_ema``, the present value is stored, once
            floating-point buffers that hold inf or nan
-skipped    ``ignore_names``, ``ignore_startswith_names``                  nothing; it is not in snapshots either
+skipped    ``ignore_names``, ``ignore_startswith_names``; non-persistent  nothing; it is not in snapshots either
+           buffers, which are caches that the model rebuilds
 =========  =============================================================  ==============================================
 
 Most buffers have no meaningful average: the average of a pruning mask is no mask, that of a unit vector has another
@@ -303,11 +304,12 @@ def _is_skipped(found: _Found, policy: TrackingPolicy) -> bool:
 
 
 def _role(found: _Found, policy: TrackingPolicy) -> Role:
-    if _is_skipped(found, policy):
+    is_named = _matches(policy.param_or_buffer_names_no_ema, found)
+    if _is_skipped(found, policy) or not (found.persistent or is_named):
         return "skipped"
     _check_trackable(found)
     tensor = found.tensor
-    if _matches(policy.param_or_buffer_names_no_ema, found) or not (tensor.is_floating_point() or tensor.is_complex()):
+    if is_named or not (tensor.is_floating_point() or tensor.is_complex()):
         return "copied"
     if not found.is_parameter and not _averages_buffer(found, policy.buffers):
         return "copied"
@@ -321,8 +323,6 @@ def _role(found: _Found, policy: TrackingPolicy) -> Role:
 
 
 def _averages_buffer(found: _Found, buffers: BufferPolicy) -> bool:
-    if not found.persistent:
-        return False  # a cache that the model rebuilds, often a mask with -inf, whose average would be nan
     if buffers == "auto":
         return found.attribute in _RUNNING_STATISTICS
     if isinstance(buffers, str):

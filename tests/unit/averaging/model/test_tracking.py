@@ -58,12 +58,13 @@ def test_names_are_the_keys_of_the_state_dict_in_its_order():
     assert names(model) == list(model.state_dict())
 
 
-def test_buffer_that_is_not_saved_is_copied():
+def test_buffer_that_is_not_saved_is_skipped_unless_it_is_named():
     model = nn.Linear(2, 2)
     model.register_buffer("cache", torch.ones(3), persistent=False)
     tracked = track(model, TrackingPolicy(buffers="average"))
     (cache,) = [tensor for tensor in tracked if tensor.name == "cache"]
-    assert (cache.role, cache.persistent) == ("copied", False)
+    assert (cache.role, cache.persistent) == ("skipped", False)
+    assert roles(model, param_or_buffer_names_no_ema=["cache"])["cache"] == "copied"
 
 
 def test_buffer_that_is_saved_under_one_of_its_names_is_averaged():
@@ -110,6 +111,7 @@ def test_buffers_are_averaged_as_requested(buffers, averaged):
     found = roles(Buffers(), buffers=buffers)
     parameters = {"linear.weight_orig", "linear.bias", "norm.weight", "norm.bias"}
     assert {name for name, role in found.items() if role == "averaged"} == parameters | averaged
+    assert found.pop("cache") == "skipped"
     assert set(found.values()) == {"averaged", "copied"}
 
 
