@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch.nn import Module
+from torch.nn.parameter import is_lazy
 
 from nitrous_ema._base import exit_status
 from nitrous_ema.async_.background_writer import BackgroundSnapshotSink
@@ -134,7 +135,7 @@ class AsyncPostHocEMA(PostHocEMA):
         )
         check_module(model)
         offloads = config.offload == "host"
-        num_elements = sum(parameter.numel() for parameter in model.parameters())
+        num_elements = sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
         is_small = not offloads and num_elements <= _FEW_ELEMENTS
         on_accelerator = any(parameter.device.type != "cpu" for parameter in model.parameters())
         background = Background(

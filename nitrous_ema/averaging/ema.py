@@ -290,8 +290,11 @@ class PostHocEMA(EMABase):
             self._retaining_writer.check(engine.flat_buffers.layout, engine.run_lineage.first_stamp())
             self._store.prepare()
             self._retaining_writer.check_disk_space(engine.flat_buffers.layout, engine.run_lineage.first_stamp())
+            # Slots that are allocated in inference mode could not be written outside of it.
+            with neutral_modes():
+                sink = make_sink(self._retaining_writer, engine.flat_buffers.layout)
             engine.attach(
-                make_sink(self._retaining_writer, engine.flat_buffers.layout),
+                sink,
                 find_resumable_run=partial(_resumable_run_warning, self._retaining_writer),
                 on_begin=self._retaining_writer.begin,
             )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 from nitrous_ema import KarrasEMA, PostHocEMA
-from nitrous_ema.errors import ClosedError
+from nitrous_ema.errors import ClosedError, UntrackableModelError
 from tests.support.fakes import TIMEOUT_SECONDS
 from tests.support.models import Net
 from tests.support.restored_runs import CLASSES, train
@@ -112,3 +114,21 @@ def test_repr_shows_profiles_step_and_snapshots(make, tmp_path):
     ema.close(TIMEOUT_SECONDS)
     assert repr(ema) == f"{shown}, closed)"
     assert repr(KarrasEMA(Net(), gamma=7.0)) == "KarrasEMA(sigma_rel=0.09938, gamma=7, step=0)"
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_lazy_module_that_has_not_run_is_named(cls, tmp_path):
+    with pytest.raises(UntrackableModelError, match="'0.weight' is uninitialized. Run one forward pass"):
+        cls(nn.Sequential(nn.LazyLinear(3)), checkpoint_folder=tmp_path / "ema")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_ema_may_be_made_in_inference_mode(cls, make):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with torch.inference_mode():
+        ema = make(model, cls, checkpoint_every_num_steps=2)
+    for _ in range(4):
+        model(torch.randn(8, 4)).square().mean().backward()
+        ema.update()
+    ema.flush(TIMEOUT_SECONDS)
+    assert [each.step for each in ema.snapshots.snapshots()] == [2, 4]
