@@ -65,6 +65,8 @@ class KarrasEMA(EMABase):
         param_or_buffer_names_no_ema: Names, or a function of a name: tensors that are copied instead of averaged.
         ignore_names: Names, or a function of a name: tensors that are left out entirely.
         ignore_startswith_names: Prefixes of names: tensors that are left out entirely.
+        trainable_only: Whether parameters that require no gradients are left out: ``ema_model`` shares those of the
+            online model. None averages all, and warns if most of the bytes require no gradients.
         share_skipped: Whether ``ema_model`` shares the tensors that are left out with the online model, or has copies.
         buffers: Which floating-point buffers are averaged: "auto", running means and variances; "average", all that
             state_dict() saves, as nitrous-ema 0.0.1 does; "copy", none; or names, or a function of a name.
@@ -99,6 +101,7 @@ class KarrasEMA(EMABase):
         step_size_correction: StepSizeCorrection = "exact",
         share_skipped: bool = True,
         buffers: BufferPolicy = "auto",
+        trainable_only: bool | None = None,
     ) -> None:
         if (sigma_rel is None) == (gamma is None):
             raise ValueError("Give either sigma_rel or gamma: the length of the average, or its exponent.")
@@ -111,6 +114,7 @@ class KarrasEMA(EMABase):
             param_or_buffer_names_no_ema=param_or_buffer_names_no_ema,
             ignore_names=ignore_names,
             ignore_startswith_names=ignore_startswith_names,
+            trainable_only=trainable_only,
             share_skipped=share_skipped,
             buffers=buffers,
             allow_different_devices=allow_different_devices,
@@ -209,6 +213,8 @@ class PostHocEMA(EMABase):
         param_or_buffer_names_no_ema: Names, or a function of a name: tensors that are copied instead of averaged.
         ignore_names: Names, or a function of a name: tensors that are left out entirely.
         ignore_startswith_names: Prefixes of names: tensors that are left out entirely.
+        trainable_only: Whether parameters that require no gradients are left out: ``ema_model`` shares those of the
+            online model. None averages all, and warns if most of the bytes require no gradients.
         share_skipped: Whether ``ema_model`` shares the tensors that are left out with the online model, or has copies.
         buffers: Which floating-point buffers are averaged: "auto", running means and variances; "average", all that
             state_dict() saves, as nitrous-ema 0.0.1 does; "copy", none; or names, or a function of a name.
@@ -245,6 +251,7 @@ class PostHocEMA(EMABase):
         param_or_buffer_names_no_ema: NameFilter | None = (),
         ignore_names: NameFilter | None = (),
         ignore_startswith_names: Collection[str] | None = (),
+        trainable_only: bool | None = None,
         share_skipped: bool = True,
         buffers: BufferPolicy = "auto",
         allow_different_devices: bool = False,
@@ -263,6 +270,7 @@ class PostHocEMA(EMABase):
             param_or_buffer_names_no_ema=param_or_buffer_names_no_ema,
             ignore_names=ignore_names,
             ignore_startswith_names=ignore_startswith_names,
+            trainable_only=trainable_only,
             share_skipped=share_skipped,
             buffers=buffers,
             allow_different_devices=allow_different_devices,

@@ -56,6 +56,7 @@ class LiveTensors:
             (tensor.holder.__dict__, "_parameters" if tensor.is_parameter else "_buffers", tensor.attribute)
             for tensor in self._tracked
         ]
+        self._frozen = [tensor for tensor in tracked if tensor.is_frozen]
         self._found: list[Tensor] = []
         self._memory: list[list[object]] = []
         self._by_name: Mapping[str, Tensor] = {}
@@ -68,6 +69,7 @@ class LiveTensors:
                 submodule was replaced; or its values may be stale.
         """
         self._structure.check()
+        self._warn_of_trained()
         check_gathered(self._tracked[0].holder)  # Megatron hooks every submodule, so one module is enough
         # Dictionaries instead of getattr: a thousand attribute lookups on modules take a millisecond.
         found = [holder[kind].get(attribute) for holder, kind, attribute in self._places]
@@ -78,11 +80,32 @@ class LiveTensors:
         self._by_name = {tracked.name: live for tracked, live in zip(self._tracked, self._found, strict=True)}
         return self._by_name
 
+    def _warn_of_trained(self) -> None:
+        """Warn once of parameters that are trained by now, though they were left out as frozen ones."""
+        held = [tensor.holder._parameters.get(tensor.attribute) for tensor in self._frozen]
+        trained = [
+            tensor.name
+            for tensor, parameter in zip(self._frozen, held, strict=True)
+            if parameter is not None and parameter.requires_grad
+        ]
+        if trained:
+            self._frozen = []
+            warn(
+                "parameters require gradients now that required none when the EMA was constructed: "
+                f"{_listed(trained)}. trainable_only=True has left them out, so ema_model has their newest values, not "
+                "their averages. Construct the EMA after requires_grad_(True), or another EMA when more parameters are "
+                "trained."
+            )
+
     def _are_known(self, found: Sequence[Tensor | None]) -> bool:
         if len(found) != len(self._found) or not all(map(operator.is_, found, self._found)):
             return False
         # The same objects may have new memory: p.data = ... and .to() replace only the storage.
         return _memory(self._found) == self._memory
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join([*map(repr, names[:3]), *(["..."] if len(names) > 3 else [])])
 
 
 def _memory(tensors: Sequence[Tensor]) -> list[list[object]]:
@@ -131,10 +154,9 @@ class StructureCheck:
         known = {key for tensor in self._tracked for key in tensor.keys}
         added = [name for name in now if name not in known]
         if added:
-            names = ", ".join([*map(repr, added[:3]), *(["..."] if len(added) > 3 else [])])
             warn(
-                f"tensors added to the model since tracking began are not averaged: {names}. Make a new EMA after "
-                "changing the model."
+                f"tensors added to the model since tracking began are not averaged: {_listed(added)}. Make a new EMA "
+                "after changing the model."
             )
         self._record()
 

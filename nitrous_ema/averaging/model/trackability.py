@@ -62,7 +62,10 @@ def untrackable_reason(tensor: Tensor) -> str | None:
 def _reason_in_values(tensor: Tensor) -> str | None:
     if getattr(tensor, "quant_state", None) is not None or getattr(tensor, "SCB", None) is not None:
         # bitsandbytes/nn/modules.py, Params4bit and Int8Params
-        return f"is a quantized {type(tensor).__name__}, whose packed values have no average. Skip it with ignore_names"
+        return (
+            f"is a quantized {type(tensor).__name__}, whose packed values have no average. Skip it with ignore_names, "
+            "or all parameters that require no gradients with trainable_only=True"
+        )
     if tensor.is_conj() or tensor.is_neg():
         return "is a conjugated or negated view. Give the model tensor.resolve_conj().resolve_neg() instead"
     if tensor.is_quantized or tensor.layout != torch.strided:

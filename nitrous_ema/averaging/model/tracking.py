@@ -12,7 +12,8 @@ averaged   floating-point and complex64 parameters; buffers as           one ave
 copied     all other buffers, integers, ``param_or_buffer_names_no_ema``, the present value is stored, once
            floating-point buffers that hold inf or nan
 skipped    ``ignore_names``, ``ignore_startswith_names``; non-persistent  nothing; it is not in snapshots either
-           buffers, which are caches that the model rebuilds
+           buffers, which are caches that the model rebuilds; with
+           ``trainable_only`` parameters that require no gradients
 =========  =============================================================  ==============================================
 
 Most buffers have no meaningful average: the average of a pruning mask is no mask, that of a unit vector has another
@@ -20,6 +21,8 @@ length, that of a counter or a quantization scale fits no weights. Running stati
 averages the buffers that torch's normalization layers name ``running_mean`` and ``running_var``.
 
 A parameter under several keys (tied weights, a module used twice) is one tensor with all of these keys.
+
+Longer than 300 lines: names, roles and the filters that choose roles depend on one another.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
+from nitrous_ema._base.arguments import format_bytes
 from nitrous_ema._base.torch_dtypes import TORCH_CODES
 from nitrous_ema.averaging.model.trackability import check_gathered, untrackable_reason
 from nitrous_ema.errors import UntrackableModelError, warn
@@ -59,6 +63,7 @@ _WRAPPERS = (
     ),
 )
 _RUNNING_STATISTICS = ("running_mean", "running_var")  # of torch.nn's batch and instance normalization
+_FEW_BYTES = 2**20  # frozen parameters of a test model are worth no warning
 _WRAPPER_ATTRIBUTES = frozenset(attribute for _, _, attribute in _WRAPPERS)
 
 
@@ -79,6 +84,8 @@ class TrackedTensor:
     is_parameter: bool
     holder: Module
     attribute: str
+    is_frozen: bool = False
+    """Whether it is skipped because it required no gradients (``trainable_only``)."""
 
     def live(self) -> Tensor:
         """Return the tensor that the model holds now.
@@ -127,6 +134,9 @@ class TrackingPolicy:
     buffers: BufferPolicy = "auto"
     """Which floating-point buffers that ``state_dict()`` saves are averaged: "auto": those named ``running_mean`` or
     ``running_var``; "average": all; "copy": none; or names, or a function of a name. The others are copied."""
+    trainable_only: bool | None = None
+    """Whether parameters that require no gradients are left to the online model: neither averaged nor copied nor
+    stored. None: they are averaged, and a warning reports that they are most of the bytes."""
 
     def __post_init__(self) -> None:
         if isinstance(self.buffers, str) and self.buffers not in ("auto", "average", "copy"):
@@ -136,6 +146,8 @@ class TrackingPolicy:
             )
         if self.buffers is None or isinstance(self.buffers, bool):
             raise TypeError(f"buffers is {self.buffers!r}; expected 'auto', 'average' or 'copy'.")
+        if self.trainable_only is not None and not isinstance(self.trainable_only, bool):
+            raise TypeError(f"trainable_only is {self.trainable_only!r}; expected True, False or None.")
         for argument in ("param_or_buffer_names_no_ema", "ignore_names", "ignore_startswith_names", "buffers"):
             names = getattr(self, argument)
             if argument == "buffers" and isinstance(names, str):
@@ -237,14 +249,16 @@ def track(model: Module, policy: TrackingPolicy | None = None) -> tuple[TrackedT
         check_gathered(module)
     found = list(_walk(model))
     _check_filters(policy, found)
-    tracked = tuple(_tracked(each, _role(each, policy)) for each in found)
+    tracked = tuple(_tracked(each, policy) for each in found)
     if not any(tensor.role == "averaged" for tensor in tracked):
         raise UntrackableModelError(
             f"{type(unwrap(model)).__name__} has no tensor to average: none of its {len(tracked)} tensors is a "
             "floating-point parameter or buffer that the filters leave in. Pass a model with weights, or filter fewer "
-            "tensors (param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names).",
+            "tensors (param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names, trainable_only).",
             name="",
         )
+    if policy.trainable_only is None:
+        _warn_of_frozen(tracked)
     return tracked
 
 
@@ -305,7 +319,8 @@ def _is_skipped(found: _Found, policy: TrackingPolicy) -> bool:
 
 def _role(found: _Found, policy: TrackingPolicy) -> Role:
     is_named = _matches(policy.param_or_buffer_names_no_ema, found)
-    if _is_skipped(found, policy) or not (found.persistent or is_named):
+    is_left_out = not found.persistent or _is_frozen(found, policy)
+    if _is_skipped(found, policy) or (is_left_out and not is_named):
         return "skipped"
     _check_trackable(found)
     tensor = found.tensor
@@ -320,6 +335,25 @@ def _role(found: _Found, policy: TrackingPolicy) -> Role:
         )
         return "copied"
     return "averaged"
+
+
+def _is_frozen(found: _Found, policy: TrackingPolicy) -> bool:
+    return bool(policy.trainable_only) and found.is_parameter and not found.tensor.requires_grad
+
+
+def _warn_of_frozen(tracked: Collection[TrackedTensor]) -> None:
+    """Warn where most of the averaged bytes never change, as with adapters in a frozen model."""
+    averaged = [tensor for tensor in tracked if tensor.role == "averaged"]
+    frozen = [tensor for tensor in averaged if tensor.is_parameter and not tensor.live().requires_grad]
+    num_bytes, frozen_bytes = (sum(tensor.live().nbytes for tensor in each) for each in (averaged, frozen))
+    # Before requires_grad_(True) none of the parameters requires gradients.
+    is_trained = len(frozen) < sum(tensor.is_parameter for tensor in averaged)
+    if is_trained and frozen_bytes > num_bytes / 2 and frozen_bytes > _FEW_BYTES:
+        warn(
+            f"{format_bytes(frozen_bytes)} of the {format_bytes(num_bytes)} of averaged tensors are parameters that "
+            "require no gradients. They take memory for each profile, and disk space in each snapshot. "
+            "trainable_only=True leaves them to the online model; trainable_only=False silences this warning."
+        )
 
 
 def _averages_buffer(found: _Found, buffers: BufferPolicy) -> bool:
@@ -367,7 +401,8 @@ def _no_match(argument: str, name: str, names: list[str]) -> str:
     return f"{argument}: {name!r} matches no tensor of the model. Nearest names: {', '.join(map(repr, near))}."
 
 
-def _tracked(found: _Found, role: Role) -> TrackedTensor:
+def _tracked(found: _Found, policy: TrackingPolicy) -> TrackedTensor:
+    role = _role(found, policy)
     return TrackedTensor(
         name=found.keys[0],
         keys=tuple(dict.fromkeys(found.keys)),
@@ -379,4 +414,5 @@ def _tracked(found: _Found, role: Role) -> TrackedTensor:
         is_parameter=found.is_parameter,
         holder=found.holder,
         attribute=found.attribute,
+        is_frozen=role == "skipped" and not _is_skipped(found, policy) and _is_frozen(found, policy),
     )
