@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from nitrous_ema.errors import SnapshotError, SnapshotMismatch
+from nitrous_ema._base.arguments import pluralize
+from nitrous_ema.errors import SnapshotError
 from nitrous_ema.snapshots.header import Lineage
 from nitrous_ema.snapshots.layout import Layout, TensorRecord
 from nitrous_ema.snapshots.reading import FileSource, Source
@@ -121,27 +122,28 @@ def stored_snapshot_view(snapshot: Snapshot) -> StoredSnapshotView:
     )
 
 
-def check_same_tensors(target: SnapshotView, snapshots: Sequence[SnapshotView]) -> None:
-    """Check that the averaged tensors of all snapshots are the target's, by name and shape.
+def with_same_tensors(target: SnapshotView, snapshots: Sequence[SnapshotView]) -> tuple[list[SnapshotView], str | None]:
+    """Return the snapshots whose averaged tensors are the target's, and a note on the others, or None.
 
-    Raises:
-        SnapshotMismatch: The first snapshot whose tensors differ, with the first difference.
+    Only averages of the same tensors can be summed. A run may have snapshots of other tensors, since training may go on
+    with a longer vocabulary; averages at the target contain the earlier weights all the same, as far as they fit.
     """
     expected = _signature(target)
     # Snapshots of a run share one list of records (headers are decoded through a cache), which is compared once.
-    checked: set[int] = {id(target.records)}
+    difference: dict[int, str | None] = {id(target.records): None}
     for snapshot in snapshots:
-        if id(snapshot.records) in checked:
-            continue
-        checked.add(id(snapshot.records))
-        found = _signature(snapshot)
-        if found != expected:
-            raise SnapshotMismatch(
-                f"{snapshot.path} and {target.path} hold different tensors: {_first_difference(found, expected)}. "
-                f"Exclude step {snapshot.step} (exclude=, or --exclude on the command line), or choose a target step "
-                "with the same architecture.",
-                path=snapshot.path,
-            )
+        if id(snapshot.records) not in difference:
+            found = _signature(snapshot)
+            difference[id(snapshot.records)] = None if found == expected else _first_difference(found, expected)
+    same = [snapshot for snapshot in snapshots if difference[id(snapshot.records)] is None]
+    others = [snapshot for snapshot in snapshots if difference[id(snapshot.records)] is not None]
+    if not others:
+        return same, None
+    last = others[-1]
+    return same, (
+        f"Not read, because they hold other tensors than step {target.step}: {pluralize(len(others), 'snapshot')}, the "
+        f"last of step {last.step} ({difference[id(last.records)]})."
+    )
 
 
 def _sources(snapshot: Snapshot) -> list[Source]:
@@ -185,8 +187,8 @@ def _first_difference(found: _Signature, expected: _Signature) -> str:
     shapes = {name: shape for name, shape, _ in expected}
     for name, shape, _ in found:
         if name not in shapes:
-            return f"{name!r} is averaged in the first only"
+            return f"{name!r} is averaged in the former only"
         if shapes[name] != shape:
-            return f"{name!r} is {shape} in the first and {shapes[name]} in the second"
+            return f"{name!r} is {shape} in the former and {shapes[name]} in the latter"
     missing = [name for name in shapes if name not in {name for name, _, _ in found}]
-    return f"{missing[0]!r} is averaged in the second only" if missing else "their order or types differ"
+    return f"{missing[0]!r} is averaged in the latter only" if missing else "their order or types differ"

@@ -19,7 +19,7 @@ from nitrous_ema._base.dtypes import STORED_DTYPES
 from nitrous_ema.errors import SnapshotMismatch, warn
 from nitrous_ema.posthoc import SynthesisReport, synthesis_report
 from nitrous_ema.posthoc.coverage import condition
-from nitrous_ema.snapshots.readable_snapshot import SnapshotView, check_same_tensors, stored_snapshot_view
+from nitrous_ema.snapshots.readable_snapshot import SnapshotView, stored_snapshot_view, with_same_tensors
 from nitrous_ema.snapshots.reading import Source
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
@@ -122,7 +122,8 @@ def plan_synthesis(
 ) -> Plan:
     """Choose the columns and solve for the weights of averages that end at the target's step.
 
-    Candidates are the snapshots up to the target's training time. The plan reads the fewest of them that give all
+    Candidates are the snapshots up to the target's training time that hold the same tensors; a warning of the report
+    counts the others. The plan reads the fewest of them that give all
     averages together within the tolerance, with weights that sum to 1. It does not read columns whose weight is 0 in
     every output: for a tracked length all columns but one. The remaining tolerance is spent on smaller weights where
     the weights would amplify rounding errors (see ``choose_columns``).
@@ -139,7 +140,7 @@ def plan_synthesis(
     Raises:
         ValueError: Both or neither of gammas and sigma_rels, or one outside its domain; or a negative tolerance.
         TypeError: A single length or text instead of a sequence.
-        SnapshotMismatch: The target has no averaged tensors, or two of the chosen snapshots hold different tensors.
+        SnapshotMismatch: The target has no averaged tensors.
 
     Source:
         Karras et al. 2023, arXiv:2312.02696, Algorithm 3.
@@ -149,6 +150,7 @@ def plan_synthesis(
         raise SnapshotMismatch(f"{target.path}: the snapshot has no averaged tensors to synthesize.", path=target.path)
     # A snapshot after the target contains weights of later steps, which no average that ends at the target contains.
     candidates = [view for view in snapshots if view.t <= target.t and view.gammas]
+    candidates, note = with_same_tensors(target, candidates)
     selection = choose_columns(
         [view.t for view in candidates],
         [view.gammas for view in candidates],
@@ -157,15 +159,14 @@ def plan_synthesis(
         tolerance=tolerance,
     )
     chosen = [(candidates[place], profile) for place, profile in selection.places]
-    # Only the chosen snapshots have to fit together: the first steps of a run may belong to another architecture.
-    check_same_tensors(target, [view for view, _ in chosen])
+    report = _report(selection, chosen, target, lengths)
     return Plan(
         target=target,
         sigma_rels=tuple(sigma_rel for sigma_rel, _ in lengths),
         gammas=tuple(gamma for _, gamma in lengths),
         columns=tuple(_column(view, profile) for view, profile in chosen),
         weights=selection.weights,
-        report=_report(selection, chosen, target, lengths),
+        report=report if note is None else replace(report, warnings=(*report.warnings, note)),
         steps=tuple(dict.fromkeys(view.step for view, _ in chosen)),
         lower_bound=selection.steps.lower_bound,
         candidates=selection.steps.candidates,

@@ -33,7 +33,7 @@ from nitrous_ema.snapshots.header import Stamp, header_bytes
 from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.legacy.folder import LegacyFolder, LegacySnapshot
 from nitrous_ema.snapshots.names import IMPORTED, new_run_id
-from nitrous_ema.snapshots.readable_snapshot import check_same_tensors
+from nitrous_ema.snapshots.readable_snapshot import with_same_tensors
 from nitrous_ema.snapshots.reading import OpenFiles
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
@@ -135,7 +135,12 @@ def plan_import(
     if not intact:
         reason = damaged[0] if damaged else f"every step of {old.root} is excluded."
         raise SnapshotNotFound(f"nothing to import: {reason}", path=old.root, nearest=())
-    check_same_tensors(intact[-1], intact)
+    if (note := with_same_tensors(intact[-1], intact)[1]) is not None:
+        raise SnapshotMismatch(
+            f"{intact[-1].path.parent} holds averages of different tensors: {note} Import each model's files from a "
+            "folder of their own.",
+            path=intact[-1].path.parent,
+        )
     existing, is_finished = _existing(new, intact)
     # An earlier import is continued under its own id, also where its first steps are excluded now.
     run = next((each.run for each in existing.values()), None) or _run_id(intact[0], dtype)

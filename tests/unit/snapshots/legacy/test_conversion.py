@@ -294,7 +294,7 @@ def _other_profiles(old, new):
 @pytest.mark.parametrize(
     ("prepare", "error", "message"),
     [
-        (_other_model, SnapshotMismatch, "hold different tensors"),
+        (_other_model, SnapshotMismatch, "holds averages of different tensors"),
         (_other_training, SnapshotMismatch, "was imported from other files"),
         (_another_run, SnapshotMismatch, "was not imported from this folder"),
         (_other_steps, SnapshotMismatch, "was not imported from this folder"),
