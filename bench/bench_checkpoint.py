@@ -1,11 +1,12 @@
 """One checkpoint of two averages: how long the training thread is held by it, and how fast it gets to durable disk.
 
-Three tables:
+Four tables:
   held       from the call of checkpoint() until it returns, which is when the training thread goes on. The rest of the
              work, in the background, is waited for before the next sample, untimed
   training   by how much a checkpoint lengthens some training steps: as long as they go on, what is left to the
              background competes with them for cores and memory
   durable    until the bytes are durable, next to one plain write and fsync of as many bytes from host memory
+  checked    what a writer computes from the bytes of a snapshot: checksums, and whether every value is finite
 
 Files are removed between samples, untimed, with whatever of them is not written yet. All files are on one disk: that of
 ``--folder``, which should be the one that snapshots will be on.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -33,10 +35,13 @@ from bench.harness import Measure, Report, added_by, compare, parser, start, syn
 from bench.savers import Saver, clear
 from nitrous_ema import PostHocEMA
 from nitrous_ema.snapshots import Layout, SnapshotStore, Stamp, new_run_id
+from nitrous_ema.snapshots.nonfinite import NonFiniteCounter
 
 MEMORY_COPY = "one copy in memory"
 PLAIN = "plain write and fsync"
 STORE = "SnapshotStore.write, from host memory"
+CHECKSUMS = "checksums"
+FINITE = "is every value finite?"
 PIECE_BYTES = 16 << 20
 
 
@@ -148,6 +153,19 @@ def durable(report: Report, size: Size, model: nn.Module, rivals: dict[str, Save
     )
 
 
+def checked(report: Report, size: Size, model: nn.Module, rivals: dict[str, Saver], parent: Path) -> None:
+    """What a writer computes."""
+    memory = HostMemory(model, parent)
+    measures = {CHECKSUMS: timed(memory.checksum), FINITE: timed(memory.look_for_nonfinite)}
+    report.add(
+        f"computed by a writer: {_described(size, model, parent)}",
+        compare(measures, rounds=size.rounds, warm_up_rounds=size.warm_up_rounds),
+        baseline=CHECKSUMS,
+        sample_bytes=memory.layout.data_bytes,
+        note="Both are done on a writer's thread, from the same memory.",
+    )
+
+
 def memory_copy(model: nn.Module) -> Callable[[], None]:
     """The least wait of a training loop that goes on with a copy."""
     source = torch.rand(2 * models.averaged_elements(model), device=_device(model))
@@ -211,7 +229,8 @@ class HostMemory:
         self.layout = _layout(model, parent)
         self._memory = memoryview(mmap.mmap(-1, self.layout.data_bytes))  # page-aligned, as buffers for I/O should be
         noise = torch.frombuffer(self._memory, dtype=torch.uint8)
-        noise.copy_(torch.randint(256, (1 << 20,), dtype=torch.uint8).repeat(-(-len(noise) >> 20))[: len(noise)])
+        numbers = torch.rand(1 << 18).view(torch.uint8)  # finite, as averages are
+        noise.copy_(numbers.repeat(-(-len(noise) >> 20))[: len(noise)])
         self._plain, root = parent / "plain", parent / "store"
         self._plain.mkdir()
         self._store = SnapshotStore(root)
@@ -235,6 +254,17 @@ class HostMemory:
         step = next(self._steps)
         stamp = Stamp(step=step, t=step, t_first=1, run=self._run, lineage=((self._run, None),))
         self._store.write(self.layout, stamp, lambda: [self._memory[begin:end] for begin, end in self.layout.chunks])
+
+    def checksum(self) -> None:
+        """The checksums of a snapshot."""
+        for begin, end in self.layout.chunks:
+            zlib.crc32(self._memory[begin:end])
+
+    def look_for_nonfinite(self) -> None:
+        """The search for values that are not finite."""
+        counter = NonFiniteCounter(self.layout)
+        for begin, end in self.layout.chunks:
+            counter.add(begin, self._memory[begin:end])
 
     def settle(self) -> None:
         """Remove what was written."""
@@ -271,7 +301,7 @@ def _file_system(path: Path) -> str:
     return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else "an unknown file system"
 
 
-TABLES = {"held": held, "training": training, "durable": durable}
+TABLES = {"held": held, "training": training, "durable": durable, "checked": checked}
 
 if __name__ == "__main__":
     main()

@@ -119,6 +119,15 @@ class SnapshotWriteError(SnapshotError):
     """Step of the snapshot that was not written."""
 
 
+class NonFiniteError(SnapshotError, ArithmeticError):
+    """An average in a snapshot has values that are not finite (``on_nonfinite="raise"``)."""
+
+    step: int
+    """Step of the snapshot."""
+    name: str
+    """Canonical name of the first tensor with such a value."""
+
+
 class WorkerError(NitrousError):
     """The synthesis process failed."""
 

@@ -116,7 +116,7 @@ class BackgroundSnapshotSink:
 
         Files that could not be dropped cause a warning in both cases, because no snapshot is lost by them.
         """
-        self._retaining_writer.warn_of_failures()
+        self._retaining_writer.report_failures()
         failures = []
         while not self._failures.empty():
             failures.append(self._failures.get())

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from nitrous_ema._base import exit_status
 from nitrous_ema.async_.background_writer import BackgroundSnapshotSink
 from nitrous_ema.async_.lanes import AcceleratorLane, ThreadLane
-from nitrous_ema.averaging.config import AsyncEMAConfig, Background
+from nitrous_ema.averaging.config import AsyncEMAConfig, Background, OnNonFinite
 from nitrous_ema.averaging.ema import PostHocEMA, Template
 from nitrous_ema.averaging.engine import AveragingEngine
 from nitrous_ema.averaging.execution.inline import InlineLane
@@ -99,6 +99,7 @@ class AsyncPostHocEMA(PostHocEMA):
         allow_different_devices: bool = False,
         move_ema_to_online_device: bool = False,
         step_size_correction: StepSizeCorrection = "exact",
+        on_nonfinite: OnNonFinite = "warn",
         read: ReadMode = "auto",
         max_pending: int = 2,
         on_full: Literal["wait", "skip", "raise"] = "wait",
@@ -126,6 +127,7 @@ class AsyncPostHocEMA(PostHocEMA):
             allow_different_devices=allow_different_devices,
             move_ema_to_online_device=move_ema_to_online_device,
             step_size_correction=step_size_correction,
+            on_nonfinite=on_nonfinite,
             read=read,
             max_pending=max_pending,
             on_full=on_full,

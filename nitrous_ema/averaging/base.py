@@ -81,6 +81,8 @@ class EMABase(Module):
             SnapshotWriteError: A snapshot could not be written. With writes in the background, it is a snapshot of an
                 earlier step, and the error is raised once. Otherwise it is the snapshot of this step. In both cases
                 this step was counted and averaged.
+            NonFiniteError: A snapshot has values that are not finite (``on_nonfinite="raise"``); raised once per run.
+                The snapshot is written, and this step was counted and averaged.
             TimeoutError: No slot for a snapshot became free, or a requested drain did not end, in ``wait_timeout``.
 
         Nothing has changed when one of the first three is raised.

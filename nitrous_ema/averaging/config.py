@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -29,6 +29,9 @@ from nitrous_ema.posthoc.keep_rules import Keep, KeepRule, keep_rule
 from nitrous_ema.profile import checked_lengths, gamma_to_sigma_rel, sigma_rel_to_gamma
 
 DEFAULT_SIGMA_RELS = (0.05, 0.10)
+
+OnNonFinite = Literal["warn", "raise"]
+"""What happens when a snapshot has values that are not finite."""
 
 
 class Profiles(NamedTuple):
@@ -76,6 +79,8 @@ class EMAConfig(TrackingPolicy):
     """Averages follow parameters that are found on another device."""
     step_size_correction: StepSizeCorrection = "exact"
     """How an applied update weights the parameters; see the table in ``averaging/schedule.py``."""
+    on_nonfinite: OnNonFinite = "warn"
+    """Warn of values in a snapshot that are not finite, or raise an error at the next call; once per run."""
     profiles: Profiles = field(init=False)
     """The profiles that ``sigma_rels`` or ``gammas`` describe."""
 
@@ -93,6 +98,9 @@ class EMAConfig(TrackingPolicy):
         object.__setattr__(self, "update_every", _checked_update_every(self.update_every))
         if self.step_size_correction != "exact" and not isinstance(self.step_size_correction, bool):
             raise ValueError(f"step_size_correction is {self.step_size_correction!r}; expected 'exact', True or False.")
+        if self.on_nonfinite not in get_args(OnNonFinite):
+            expected = ", ".join(map(repr, get_args(OnNonFinite)))
+            raise ValueError(f"on_nonfinite is {self.on_nonfinite!r}; expected one of {expected}.")
         object.__setattr__(self, "checkpoint_folder", local_path("checkpoint_folder", self.checkpoint_folder))
         _check_interval(self.checkpoint_every_num_steps)
         if self.checkpoint_dtype not in CHECKPOINT_DTYPES:

@@ -22,7 +22,7 @@ from nitrous_ema._base.arguments import check_not_excluded, check_sequence, near
 from nitrous_ema._base.paths import local_path
 from nitrous_ema.averaging.averaged_module import AveragedModule
 from nitrous_ema.averaging.base import EMABase
-from nitrous_ema.averaging.config import Background, EMAConfig
+from nitrous_ema.averaging.config import Background, EMAConfig, OnNonFinite
 from nitrous_ema.averaging.engine import AveragingEngine
 from nitrous_ema.averaging.execution.inline import InlineSnapshotSink
 from nitrous_ema.averaging.execution.interfaces import SnapshotSink
@@ -223,6 +223,9 @@ class PostHocEMA(EMABase):
         move_ema_to_online_device: Averages follow parameters that are found on another device.
         step_size_correction: ``"exact"``: the profile is exact at any ``update_every``. True or False: the numbers of
             nitrous-ema 0.0.1 (table in ``averaging/schedule.py``).
+        on_nonfinite: What happens when a snapshot has values that are not finite, because weights were not, or because
+            they exceed the range of ``checkpoint_dtype``: ``"warn"``, or ``"raise"`` NonFiniteError. Both once per run,
+            at the end of the update() that has written the snapshot, or at the next call.
 
     Raises:
         ValueError: An argument is outside its range, a filter matches no tensor, or ``keep`` has no space for 3
@@ -257,6 +260,7 @@ class PostHocEMA(EMABase):
         allow_different_devices: bool = False,
         move_ema_to_online_device: bool = False,
         step_size_correction: StepSizeCorrection = "exact",
+        on_nonfinite: OnNonFinite = "warn",
     ) -> None:
         config = EMAConfig(
             sigma_rels=sigma_rels,
@@ -276,6 +280,7 @@ class PostHocEMA(EMABase):
             allow_different_devices=allow_different_devices,
             move_ema_to_online_device=move_ema_to_online_device,
             step_size_correction=step_size_correction,
+            on_nonfinite=on_nonfinite,
         )
         self._start(model, config, ema_model, lambda writer, layout: InlineSnapshotSink(writer))
 
@@ -293,7 +298,9 @@ class PostHocEMA(EMABase):
         engine = AveragingEngine(model, config, background=background)
         super().__init__(engine)
         self._store = SnapshotStore(config.checkpoint_folder)
-        self._retaining_writer = RetainingWriter(self._store, config.retention_rule)
+        self._retaining_writer = RetainingWriter(
+            self._store, config.retention_rule, raises_nonfinite=config.on_nonfinite == "raise"
+        )
         try:
             self._retaining_writer.check(engine.flat_buffers.layout, engine.run_lineage.first_stamp())
             self._store.prepare()
@@ -423,7 +430,8 @@ class PostHocEMA(EMABase):
         not changed: load its own weights of that step into it. Waits until all queued work is done and on disk.
 
         Averages are restored bit for bit from files of their own type: ``checkpoint_dtype=torch.float32``, or float64
-        for models of float64. A warning (NitrousWarning) reports averages that were rounded when they were stored.
+        for models of float64. A warning (NitrousWarning) reports averages that were rounded when they were stored, and
+        averages with values that are not finite.
 
         Args:
             step: Step of a snapshot in the run's lineage; None restores the newest. ``"nearest:1234"`` restores the one
@@ -453,11 +461,11 @@ class PostHocEMA(EMABase):
         try:
             snapshot = self._store.get(step, run)
             with neutral_modes():
-                warning = restore(engine, snapshot)
+                warnings = restore(engine, snapshot)
         except SnapshotUnreadable as error:
             error.args = (f"restore(): {error} Restore another snapshot with restore(step=...).",)
             raise
-        for each in filter(None, (nearest_note(step, snapshot.step), warning)):
+        for each in filter(None, (nearest_note(step, snapshot.step), *warnings)):
             warn(each)
         return snapshot.step
 
@@ -562,7 +570,8 @@ class PostHocEMA(EMABase):
             SnapshotMismatch: The snapshots are of another model.
             SnapshotDamaged: A file does not contain what was written.
 
-        A warning (NitrousWarning) reports a length that the snapshots cannot reconstruct accurately, and the remedy.
+        A warning (NitrousWarning) reports a length that the snapshots cannot reconstruct accurately, and snapshots with
+        values that are not finite, each with a remedy.
         """
         if (sigma_rel is None) == (gamma is None):
             raise ValueError("Give either sigma_rel or gamma: the length of the average, or its exponent.")

@@ -15,7 +15,7 @@ RESTORE-3  The search for other runs (``resumable_run.py``)      test_folder_tha
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,6 +30,7 @@ from nitrous_ema.averaging.schedule import Schedule, Time
 from nitrous_ema.errors import SnapshotMismatch
 from nitrous_ema.snapshots.header import Stamp
 from nitrous_ema.snapshots.layout import Layout, TensorRecord
+from nitrous_ema.snapshots.nonfinite import nonfinite_text
 from nitrous_ema.snapshots.readable_snapshot import StoredSnapshotView, stored_snapshot_view
 from nitrous_ema.snapshots.reading import OpenFiles, Source
 from nitrous_ema.snapshots.snapshot import Snapshot
@@ -40,7 +41,7 @@ _MAX_NAMED = 5
 _log = logging.getLogger(__name__)
 
 
-def restore(engine: AveragingEngine, snapshot: Snapshot) -> str | None:
+def restore(engine: AveragingEngine, snapshot: Snapshot) -> Sequence[str]:
     """Set averages, copied tensors, counters and lineage to those of a snapshot.
 
     Args:
@@ -48,7 +49,7 @@ def restore(engine: AveragingEngine, snapshot: Snapshot) -> str | None:
         snapshot: A committed snapshot.
 
     Returns:
-        A warning that the averages were rounded when they were stored; None if they were not.
+        Warnings: the averages were rounded when they were stored, or have values that are not finite.
 
     Raises:
         SnapshotMismatch: It has other profiles, or does not fit the model; names the first tensors that differ.
@@ -70,7 +71,7 @@ def restore(engine: AveragingEngine, snapshot: Snapshot) -> str | None:
     engine.schedule.load(_counters(snapshot.stamp, engine.schedule))
     engine.continue_run(snapshot.stamp.lineage, snapshot.step)
     engine.mark_valid()
-    return _rounding_warning(snapshot)
+    return [*_rounding_warnings(snapshot), *_nonfinite_warnings(snapshot)]
 
 
 # ---- whether the snapshot fits the model
@@ -232,14 +233,23 @@ def _counters(stamp: Stamp, schedule: Schedule) -> dict[str, Time]:
     return {"step": stamp.step, "now": now, "t": stamp.t, "t_first": stamp.t_first}
 
 
-def _rounding_warning(snapshot: Snapshot) -> str | None:
+def _rounding_warnings(snapshot: Snapshot) -> list[str]:
     stored = snapshot.layout.checkpoint_dtype
     averaged_in = "float64" if any(record.dtype == "F64" for record in snapshot.layout.averaged) else "float32"
     if stored == "F64" or (stored == "F32" and averaged_in == "float32"):
-        return None
+        return []
     dtype = STORED_DTYPES[stored]
-    return (
+    return [
         f"The averages of step {snapshot.step} were {averaged_in} but are stored as {dtype.name} (checkpoint_dtype). "
         f"The restored averages are rounded by up to {dtype.half_unit:.1e} of each value, and training continues from "
         "them. A state_dict() has the exact averages."
-    )
+    ]
+
+
+def _nonfinite_warnings(snapshot: Snapshot) -> list[str]:
+    if snapshot.is_finite:
+        return []
+    return [
+        f"The restored averages of step {snapshot.step} have values that are not finite (inf or nan; "
+        f"{nonfinite_text(snapshot)}), and no update makes them finite again. Restore a snapshot of an earlier step."
+    ]

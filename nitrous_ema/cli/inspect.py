@@ -14,6 +14,7 @@ from nitrous_ema.cli.coverage_report import LengthRequest, coverage, coverage_li
 from nitrous_ema.cli.survey import legacy_sentence, legacy_steps, survey
 from nitrous_ema.cli.terminal import columns, elide_rows, paragraph, show
 from nitrous_ema.snapshots.legacy.folder import LegacyFolder
+from nitrous_ema.snapshots.nonfinite import NonFiniteAverage
 from nitrous_ema.snapshots.store import SnapshotStore
 
 _MOST_ROWS = 16
@@ -151,6 +152,7 @@ def _run_lines(run: dict[str, Any], newest: str, most: int) -> list[str]:
         f"  tensors    {run['tensors']}; {run['average_elements']:,} averaged elements per profile, stored as "
         f"{run['checkpoint_dtype']}",
         f"  snapshots  {len(rows)}, {format_bytes(run['bytes'])}",
+        *_nonfinite_lines(run["snapshots"]),
         *columns([["step", "t", "size", "written", ""], *elide_rows(rows, most=most, hint="(--all)")], indent="    "),
     ]
 
@@ -173,7 +175,21 @@ def _readers(run: dict[str, Any], newest: str) -> str:
 
 def _marks(snapshot: dict[str, Any]) -> str:
     files = f"{snapshot['files']} files" if snapshot["files"] > 1 else ""
-    return ", ".join(filter(None, ("pinned" if snapshot["pinned"] else "", files)))
+    nonfinite = "not finite" if snapshot["nonfinite"] else ""
+    return ", ".join(filter(None, ("pinned" if snapshot["pinned"] else "", files, nonfinite)))
+
+
+def _nonfinite_lines(snapshots: list[dict[str, Any]]) -> list[str]:
+    """Return how many of a run's snapshots have values that are not finite, and what the first one records."""
+    found = [each for each in snapshots if each["nonfinite"]]
+    if not found:
+        return []
+    first = "; ".join(str(NonFiniteAverage(**each)) for each in found[0]["nonfinite"])
+    return paragraph(
+        "  not finite",
+        f"{pluralize(len(found), 'snapshot')}, from step {found[0]['step']} on, with values that are inf or nan "
+        f"({first})",
+    )
 
 
 def _temporary_line(temporary: dict[str, Any]) -> str:

@@ -50,7 +50,7 @@ class PrunePlan:
     pinned: frozenset[int]
     """Steps that are kept in any case, besides the newest."""
     kept: frozenset[int]
-    """Steps to keep."""
+    """Steps to keep. Snapshots with values that are not finite are kept only where the finite ones do not suffice."""
     retention: Retention
     """Errors before and after. Its places count training times, not snapshots."""
 
@@ -82,6 +82,7 @@ class PrunePlan:
             "pinned": sorted(self.pinned),
             "bytes_before": before,
             "bytes_after": before - sum(each.bytes for each in dropped),
+            "nonfinite": [each.step for each in self.snapshots if not each.is_finite],
             "lower_bound": {"of": "worst error" if target.error is None else "steps", "value": found.lower_bound},
             "targets": [self._described_target(row, step) for row, step in enumerate(self.target_steps)],
             "warnings": list(found.warnings),
@@ -130,28 +131,55 @@ def plan_pruning(snapshots: Sequence[Snapshot], pinned: Collection[int], target:
     _check_profiles(snapshots)
     pinned_steps, fixed = frozenset(pinned), {*pinned, snapshots[-1].step}
     pinned_times = {each.t for each in snapshots if each.step in pinned_steps}
-    # The last snapshot of a time is its candidate, so that the newest snapshot, which is kept anyway, is one. A pinned
-    # snapshot has priority.
+    # The last snapshot of a time is its candidate, so that the newest snapshot, which is kept anyway, is one. Finite
+    # snapshots have priority, and pinned ones before them.
     by_time: dict[float, Snapshot] = {}
-    for each in snapshots:
+    for each in sorted(snapshots, key=lambda each: (each.is_finite or each.step in fixed, each.step)):
         if each.t not in by_time or by_time[each.t].step not in pinned_steps:
             by_time[each.t] = each
-    candidates = sorted(by_time.values(), key=lambda each: each.t)
+    candidates: Sequence[Snapshot] = sorted(by_time.values(), key=lambda each: each.t)
     # Kept snapshots that share their time with a candidate: they count, although retain() does not see them.
     beside = fixed - {each.step for each in candidates}
     keep = _count(snapshots, target, fixed)
-    retention = retain(
-        [each.t for each in candidates],
-        snapshots[-1].layout.gammas,
-        keep=None if keep is None else keep - len(beside),
-        error=target.error,
-        sigma_rels=target.sigma_rels,
-        pinned=[place for place, each in enumerate(candidates) if each.t in pinned_times],
-    )
+    count = None if keep is None else keep - len(beside)
+    candidates, retention = _choose(candidates, fixed, pinned_times, target, count)
     kept = beside | {candidates[place].step for place in retention.kept.tolist()}
     return PrunePlan(
         target=target, snapshots=tuple(snapshots), pinned=pinned_steps, kept=frozenset(kept), retention=retention
     )
+
+
+def _choose(
+    candidates: Sequence[Snapshot],
+    fixed: Collection[int],
+    pinned_times: Collection[float],
+    target: PruneTarget,
+    count: int | None,
+) -> tuple[Sequence[Snapshot], Retention]:
+    """Return the candidates that were chosen from, and the choice.
+
+    Snapshots with values that are not finite are candidates only if all finite ones do not suffice, which then stay.
+    """
+
+    def chosen(some: Sequence[Snapshot], required: Collection[int] = ()) -> Retention:
+        return retain(
+            [each.t for each in some],
+            some[-1].layout.gammas,
+            keep=count,
+            error=target.error,
+            sigma_rels=target.sigma_rels,
+            pinned=[place for place, each in enumerate(some) if each.t in pinned_times],
+            required=[place for place, each in enumerate(some) if each.step in required],
+        )
+
+    preferred = [each for each in candidates if each.is_finite or each.step in fixed]
+    if len(preferred) == len(candidates):
+        return candidates, chosen(candidates)
+    if count is None or count <= len(preferred):
+        found = chosen(preferred)
+        if target.error is None or (found.error_before[:, found.in_range] <= target.error).all():
+            return preferred, found
+    return candidates, chosen(candidates, {each.step for each in preferred})
 
 
 def _count(snapshots: Sequence[Snapshot], target: PruneTarget, fixed: Collection[int]) -> int | None:
@@ -213,6 +241,9 @@ def lines(found: dict[str, Any]) -> list[str]:
         text += paragraph("warning:", warning)
     if found["dropped"]:
         text += paragraph("note:", _OLD_STEPS)
+    if found["nonfinite"]:
+        others = pluralize(len(found["nonfinite"]), "snapshot")
+        text += paragraph("note:", f"{others} with values that are not finite: dropped before any finite one.")
     return text
 
 

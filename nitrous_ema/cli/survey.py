@@ -11,6 +11,7 @@ from nitrous_ema.cli.terminal import format_time
 from nitrous_ema.snapshots.header import Lineage
 from nitrous_ema.snapshots.legacy.folder import files_by_step
 from nitrous_ema.snapshots.names import closed_note_name, pin_note_name
+from nitrous_ema.snapshots.nonfinite import nonfinite_averages
 from nitrous_ema.snapshots.snapshot import Listing, Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
 
@@ -102,6 +103,9 @@ def _described_snapshot(snapshot: Snapshot, *, pinned: bool, in_lineage: bool) -
         "written": format_time(snapshot.stamp.created_ns),
         "pinned": pinned,
         "in_history": in_lineage,
+        "nonfinite": [
+            each._asdict() for header in snapshot.headers for each in nonfinite_averages(header) if each is not None
+        ],
         "path": str(snapshot.paths[0].parent),
     }
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nitrous_ema._base import exit_status
+from nitrous_ema._base.arguments import pluralize
 from nitrous_ema.cli.survey import legacy_sentence
 from nitrous_ema.cli.terminal import log, show
+from nitrous_ema.snapshots.nonfinite import nonfinite_text
 from nitrous_ema.snapshots.snapshot import VerificationFailure
 from nitrous_ema.snapshots.store import SnapshotStore
 
@@ -44,6 +46,8 @@ def run(config: VerifyConfig) -> int:
     for incomplete in store.incomplete():
         if incomplete.path not in folders:
             log(f"{incomplete.path} is not a complete snapshot and was skipped: {incomplete.reason}.")
+    for message in _nonfinite(store):
+        show(message)
     if by_file or misplaced:
         return exit_status.DAMAGED
     if store.runs():
@@ -51,6 +55,21 @@ def run(config: VerifyConfig) -> int:
         return exit_status.DONE
     show(legacy_sentence(store.root, "verify") or f"{store.root} holds no snapshot{store.location_hint()}.")
     return exit_status.NOT_FOUND
+
+
+def _nonfinite(store: SnapshotStore) -> list[str]:
+    """Return a message on each run with snapshots that were written with values that are not finite."""
+    messages = []
+    for examined in store.examine_runs():
+        run = examined.lineage[-1][0]
+        found = [each for each in examined.snapshots if each.run == run and not each.is_finite]
+        if found:
+            messages.append(
+                f"run {run}: {pluralize(len(found), 'snapshot')} as written, but with values that are not finite (inf "
+                f"or nan), from step {found[0].step} on ({nonfinite_text(found[0])}). Synthesized averages that read "
+                "them have such values, too."
+            )
+    return messages
 
 
 def _misplaced(store: SnapshotStore, reported: Set[Path]) -> list[str]:

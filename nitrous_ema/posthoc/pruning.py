@@ -78,6 +78,7 @@ def retain(
     error: float | None = None,
     sigma_rels: tuple[float, float] | None = None,
     pinned: Collection[int] = (),
+    required: Collection[int] = (),
 ) -> Retention:
     """Choose the steps of a finished run to keep: the best of a given number, or the fewest for a given error.
 
@@ -94,6 +95,7 @@ def retain(
             steps may have up to 1.1 times the error of all steps.
         sigma_rels: Shortest and longest length that you may request; default as in ``KeepCount``.
         pinned: Places in ``t`` of steps that must be kept and stay usable as targets for the same lengths.
+        required: Places in ``t`` of further steps that must be kept. They need not stay usable as targets.
 
     Returns:
         The steps to keep and to drop, with the errors before and after, in the range and beyond it.
@@ -107,17 +109,18 @@ def retain(
     """
     tracked = exponents("gammas", gammas).ravel()
     lengths, target_times = wanted_lengths(tracked, sigma_rels), _target_times(t, pinned)
+    kept_times = np.union1d(target_times, _target_times(t, required))
     reported = np.union1d(lengths, _REPORTED_LENGTHS)
     in_range = np.flatnonzero((reported >= lengths[0]) & (reported <= lengths[-1]))
     # Steps are chosen for the lengths in the range; errors are reported for all lengths.
     solver = _solver(t, tracked, target_times, reported[in_range])
-    required = np.searchsorted(solver.t, target_times)
+    fixed = np.searchsorted(solver.t, kept_times)
     everything = np.arange(solver.t.size)
     warnings: list[str] = []
     if keep is not None and error is None:
-        places, bound = _best_of_count(solver, int(keep), required)
+        places, bound = _best_of_count(solver, int(keep), fixed)
     elif error is not None and keep is None:
-        places, bound, warnings = _fewest_within(solver, error, required)
+        places, bound, warnings = _fewest_within(solver, error, fixed)
     else:
         raise ValueError(f"keep={keep!r} and error={error!r}: expected exactly one of them.")
     reported_solver = _solver(t, tracked, target_times, reported)

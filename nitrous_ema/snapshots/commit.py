@@ -62,6 +62,7 @@ from nitrous_ema.snapshots.filesystem import (
 from nitrous_ema.snapshots.header import Header, Stamp, encode_header, header_bytes
 from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.names import closed_note_name, folder_name, rank_file_name
+from nitrous_ema.snapshots.nonfinite import NonFiniteCounter
 from nitrous_ema.snapshots.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -197,15 +198,23 @@ class Committer:
         # A full disk is then noticed before any byte is written.
         reserve(self.files, descriptor, file_bytes)
         # The hint of ``hint_writeback`` is repeated only while the kernel accepts it.
-        crc32, is_paced = [0] * len(layout.chunks), True
+        crc32, counter, is_paced = [0] * len(layout.chunks), NonFiniteCounter(layout), True
         for chunk, begin, view in _matched(layout, chunks()):
             crc32[chunk] = zlib.crc32(view, crc32[chunk])
+            counter.add(begin, view)
             write_fully(self.files, descriptor, view, data_begin + begin)
             is_paced = is_paced and hint_writeback(self.files, descriptor, data_begin + begin, len(view))
         # Last, because it holds the checksums, and because a disk that loses its latest writes then loses the header
         # too: no reader lists such a file.
-        write_fully(self.files, descriptor, encode_header(layout, stamp, crc32), 0)
-        return Header(layout=layout, stamp=stamp, crc32=tuple(crc32), data_begin=data_begin, file_bytes=file_bytes)
+        write_fully(self.files, descriptor, encode_header(layout, stamp, crc32, counter.result()), 0)
+        return Header(
+            layout=layout,
+            stamp=stamp,
+            crc32=tuple(crc32),
+            data_begin=data_begin,
+            file_bytes=file_bytes,
+            nonfinite=counter.result(),
+        )
 
     def _publish(self, temporary: Path, final: Path, step: int) -> None:
         try:

@@ -15,6 +15,7 @@ from nitrous_ema._base.arguments import pluralize
 from nitrous_ema.errors import SnapshotError
 from nitrous_ema.snapshots.header import Lineage
 from nitrous_ema.snapshots.layout import Layout, TensorRecord
+from nitrous_ema.snapshots.nonfinite import NonFiniteAverage, nonfinite_averages
 from nitrous_ema.snapshots.reading import FileSource, Source
 from nitrous_ema.snapshots.snapshot import Snapshot
 
@@ -65,6 +66,10 @@ class SnapshotView(Protocol):
         """One source per profile."""
 
     @property
+    def nonfinite(self) -> Sequence[NonFiniteAverage | None]:
+        """Per profile: what the snapshot records of values that are not finite, or None."""
+
+    @property
     def copied(self) -> Source | None:
         """The copied tensors back to back, as bytes; None if the model has no copied tensors."""
 
@@ -87,6 +92,7 @@ class StoredSnapshotView:
     average_spans: Sequence[tuple[int, int]]
     gammas: Sequence[float]
     averages: Sequence[Source]
+    nonfinite: Sequence[NonFiniteAverage | None]
     copied: Source | None
     copied_spans: Mapping[str, tuple[int, int]]
 
@@ -117,6 +123,7 @@ def stored_snapshot_view(snapshot: Snapshot) -> StoredSnapshotView:
         average_spans=layout.average_spans,
         gammas=layout.gammas,
         averages=sources[:profiles],
+        nonfinite=nonfinite_averages(snapshot.headers[0]),
         copied=sources[profiles] if len(sources) > profiles else None,
         copied_spans=_copied_spans(layout),
     )

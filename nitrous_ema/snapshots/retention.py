@@ -25,6 +25,8 @@ RETAIN-4  A failure to drop snapshots costs no snapshot. It is    test_failure_t
     reported once, as a warning on the caller's thread.
 RETAIN-5  The rule respects every pin that was set before it is   test_pin_waits_until_the_rule_was_applied
     applied: pinning and applying the rule exclude each other.
+RETAIN-7  No rule prefers a snapshot with values that are not     test_finite_snapshots_are_kept_before_others
+    finite to a finite one.
 RETAIN-6  No rule drops what another run needs that writes while  test_history_of_a_run_that_branched_off_is_spared
     this one does, or was closed since this one began.
 """
@@ -40,12 +42,13 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from nitrous_ema._base.arguments import format_bytes
-from nitrous_ema.errors import NitrousError, SnapshotNotFound, warn
+from nitrous_ema.errors import NitrousError, NonFiniteError, SnapshotNotFound, warn
 from nitrous_ema.posthoc.keep_rules import KeepAll, KeepBytes, KeepRule
 from nitrous_ema.snapshots.disk_space import check_disk_space
 from nitrous_ema.snapshots.header import Lineage, Stamp, header_bytes
 from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.names import closed_note_name, parse_folder_name
+from nitrous_ema.snapshots.nonfinite import has_nan, nonfinite_error
 from nitrous_ema.snapshots.other_runs import OtherRuns
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.stats import Ledger
@@ -65,15 +68,18 @@ class RetainingWriter:
     Args:
         store: The store to write to.
         rule: Decides which snapshots are kept.
+        raises_nonfinite: Whether values that are not finite are reported as an error, not as a warning.
     """
 
-    def __init__(self, store: SnapshotStore, rule: KeepRule = _KEEP_ALL) -> None:
+    def __init__(self, store: SnapshotStore, rule: KeepRule = _KEEP_ALL, *, raises_nonfinite: bool = False) -> None:
         self.store = store
         self.ledger = Ledger()
         """Counts written and dropped snapshots; a sink adds the other counts."""
         self._rule = rule
         self._may_drop = not isinstance(rule, KeepAll)
-        self._failures: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._failures: queue.SimpleQueue[str | NonFiniteError] = queue.SimpleQueue()
+        self._raises_nonfinite = raises_nonfinite
+        self._nonfinite_runs: set[str] = set()  # whose first values that are not finite were reported; under _lock
         # A lock of its own: a Condition's __enter__ is Python, and Ctrl-C inside it would leave it held for ever.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -122,7 +128,7 @@ class RetainingWriter:
         """Write a snapshot in its turn, then hide the snapshots that the rule drops. Blocks; safe from any thread.
 
         For arguments and errors see ``SnapshotStore.write``. A failure to drop snapshots raises nothing here; see
-        ``warn_of_failures``.
+        ``report_failures``.
         """
         with self._turn(stamp):
             self._look_at_other_runs(stamp.run)
@@ -136,6 +142,8 @@ class RetainingWriter:
             snapshot = self.store.write(layout, stamp, chunks)
             seconds = time.monotonic() - started
             self.ledger.add(snapshots=1, bytes_written=snapshot.bytes, seconds_writing=seconds)
+            if not snapshot.is_finite:
+                self._report_nonfinite(snapshot, chunks)
             if self._may_drop and (error := self._apply_rule(stamp, layout, snapshot.bytes, snapshot)) is not None:
                 self._report("snapshots that keep= drops could not be hidden", error)
             return snapshot
@@ -144,7 +152,7 @@ class RetainingWriter:
         """Remove the snapshots that were hidden last: no more will be written. A failure is a warning."""
         if self._may_drop:
             self._remove_hidden()
-            self.warn_of_failures()
+            self.report_failures()
 
     @contextmanager
     def paused(self, run: str) -> Iterator[list[int]]:
@@ -154,10 +162,17 @@ class RetainingWriter:
                 in_flight = [step for owner, step in self._in_flight if owner == run]
             yield in_flight
 
-    def warn_of_failures(self) -> None:
-        """Report each failure to drop snapshots since the last call, as a ``NitrousWarning``."""
+    def report_failures(self) -> None:
+        """Report what writing has found since the last call: as a ``NitrousWarning``, if it is no error.
+
+        Raises:
+            NonFiniteError: Once per run, with ``raises_nonfinite``.
+        """
         while not self._failures.empty():
-            warn(self._failures.get())
+            failure = self._failures.get()
+            if isinstance(failure, NonFiniteError):
+                raise failure
+            warn(failure)
 
     @contextmanager
     def _turn(self, stamp: Stamp) -> Iterator[None]:
@@ -220,18 +235,30 @@ class RetainingWriter:
         chosen_from = [index for index in range(len(kept)) if index in pinned or index not in needed]
         # Ancestors of this run may have written larger snapshots, with another dtype, and they count at their size.
         snapshot_bytes = max(snapshot_bytes, *(snapshot.bytes for snapshot in kept))
-        places = self._rule.drop(
-            [kept[index].t for index in chosen_from],
-            gammas=layout.gammas,
-            snapshot_bytes=snapshot_bytes,
-            pinned={place for place, index in enumerate(chosen_from) if index in pinned},
-        )
-        # A rule may be user code: indices of the newest and of pinned snapshots, and invalid indices, are ignored.
-        valid = frozenset(places).intersection(range(len(chosen_from)))
-        dropped = {chosen_from[place] for place in valid} - pinned - {len(kept) - 1}
+        # First as if there were only the finite ones, and the newest, which stays in any case. Then all of these stay.
+        preferred = [i for i in chosen_from if kept[i].is_finite or i in pinned or i == len(kept) - 1]
+        # Behind the newest finite one no average can end, and training cannot be restored.
+        stay = pinned if kept[-1].is_finite else pinned | set([i for i in preferred if kept[i].is_finite][-1:])
+        dropped = self._ask_rule(preferred, stay, layout, snapshot_bytes)
+        if len(preferred) < len(chosen_from):
+            stay = stay | set(preferred) - dropped
+            dropped |= self._ask_rule([i for i in chosen_from if i not in dropped], stay, layout, snapshot_bytes)
         if needed:
             self._warn_of_budget(sum(each.bytes for i, each in enumerate(kept) if i not in dropped) + snapshot_bytes)
         return frozenset(dropped)
+
+    def _ask_rule(self, indices: list[int], pinned: set[int], layout: Layout, snapshot_bytes: int) -> set[int]:
+        """Return which of the snapshots with these indices in ``_kept_snapshots``, ascending, the rule drops."""
+        kept = self._kept_snapshots
+        places = self._rule.drop(
+            [kept[index].t for index in indices],
+            gammas=layout.gammas,
+            snapshot_bytes=snapshot_bytes,
+            pinned={place for place, index in enumerate(indices) if index in pinned},
+        )
+        # A rule may be user code: indices of the newest and of pinned snapshots, and invalid indices, are ignored.
+        valid = frozenset(places).intersection(range(len(indices)))
+        return {indices[place] for place in valid} - pinned - {len(kept) - 1}
 
     def _warn_of_budget(self, needed_bytes: int) -> None:
         """Report once that a budget of bytes cannot hold what other runs need."""
@@ -256,6 +283,16 @@ class RetainingWriter:
             self.ledger.add(bytes_freed=self.store.remove_hidden())
         except Exception as error:  # the new snapshot is written all the same (RETAIN-4)
             self._report("snapshots that keep= has dropped could not be removed", error)
+
+    def _report_nonfinite(self, snapshot: Snapshot, chunks: Callable[[], Iterable[ReadableBuffer]]) -> None:
+        """Count a snapshot with values that are not finite, and report the first one of each run."""
+        self.ledger.add(nonfinite=1)
+        with self._lock:
+            if snapshot.run in self._nonfinite_runs:
+                return
+            self._nonfinite_runs.add(snapshot.run)
+        error = nonfinite_error(snapshot, has_nan=has_nan(snapshot.layout, chunks))
+        self._failures.put(error if self._raises_nonfinite else str(error))
 
     def _report(self, what: str, error: Exception) -> None:
         cause = str(error) if isinstance(error, (NitrousError, OSError)) else repr(error)

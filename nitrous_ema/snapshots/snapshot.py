@@ -62,6 +62,11 @@ class Snapshot:
         return process_state(self.stamp.trainer, silent_seconds=time.time() - self.stamp.created_ns / 1e9)
 
     @property
+    def is_finite(self) -> bool:
+        """Whether no average has a value that is not finite, as far as the files record it."""
+        return not any(any(header.nonfinite or ()) for header in self.headers)
+
+    @property
     def data_begin(self) -> int:
         """Position in the first file at which the data begins: position 0 of the layout."""
         return self.headers[0].data_begin

@@ -18,6 +18,10 @@ class WriteStats:
     """Snapshots not taken because every slot was busy (``on_full="skip"``)."""
     failed: int = 0
     """Snapshots that could not be written."""
+    nonfinite: int = 0
+    """Snapshots that were written with values that are not finite."""
+    updates_skipped: int = 0
+    """Updates that were skipped (``on_nonfinite="skip"``) before the newest snapshot on disk was taken."""
     dropped: int = 0
     """Snapshots that ``keep=`` has dropped, also those of earlier runs that this one continued."""
     bytes_written: int = 0
@@ -49,6 +53,12 @@ class Ledger:
         with self._lock:
             added = {name: getattr(self._stats, name) + count for name, count in counts.items()}
             self._stats = replace(self._stats, **added, last_error=last_error or self._stats.last_error)
+
+    def raise_to(self, **counts: float) -> None:
+        """Raise fields of ``WriteStats`` to these counts, by name; higher counts stay."""
+        with self._lock:
+            raised = {name: max(getattr(self._stats, name), count) for name, count in counts.items()}
+            self._stats = replace(self._stats, **raised)
 
     def read(self) -> WriteStats:
         """Return the counts so far."""

@@ -19,12 +19,15 @@ from nitrous_ema._base.dtypes import STORED_DTYPES
 from nitrous_ema.errors import SnapshotMismatch, warn
 from nitrous_ema.posthoc import SynthesisReport, synthesis_report
 from nitrous_ema.posthoc.coverage import condition
+from nitrous_ema.snapshots.nonfinite import NonFiniteAverage
 from nitrous_ema.snapshots.readable_snapshot import SnapshotView, stored_snapshot_view, with_same_tensors
 from nitrous_ema.snapshots.reading import Source
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis.requested_lengths import lengths_of
 from nitrous_ema.synthesis.snapshot_selection import DEFAULT_TOLERANCE, ColumnSelection, choose_columns
+
+_MOST_STEPS_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,6 +42,8 @@ class Column:
     """Exponent of the profile."""
     source: Source
     """The column's numbers on disk."""
+    nonfinite: NonFiniteAverage | None = None
+    """What the snapshot records of values that are not finite; None if all are finite or nothing is recorded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -74,6 +79,11 @@ class Plan:
     """Steps that were ignored on request, ascending."""
     trainer: Mapping[str, str | int | float] = field(default_factory=dict)
     """The process that wrote the newest snapshot: ``host``, ``pid``, ``started`` (seconds since 1970)."""
+
+    @property
+    def nonfinite_steps(self) -> tuple[int, ...]:
+        """Steps of the columns with values that are not finite, ascending. All outputs have such values, too."""
+        return tuple(dict.fromkeys(column.step for column in self.columns if column.nonfinite))
 
     @property
     def elements(self) -> int:
@@ -159,14 +169,15 @@ def plan_synthesis(
         tolerance=tolerance,
     )
     chosen = [(candidates[place], profile) for place, profile in selection.places]
+    columns = tuple(_column(view, profile) for view, profile in chosen)
     report = _report(selection, chosen, target, lengths)
     return Plan(
         target=target,
         sigma_rels=tuple(sigma_rel for sigma_rel, _ in lengths),
         gammas=tuple(gamma for _, gamma in lengths),
-        columns=tuple(_column(view, profile) for view, profile in chosen),
+        columns=columns,
         weights=selection.weights,
-        report=report if note is None else replace(report, warnings=(*report.warnings, note)),
+        report=replace(report, warnings=(*_nonfinite_warnings(columns), *report.warnings, *filter(None, (note,)))),
         steps=tuple(dict.fromkeys(view.step for view, _ in chosen)),
         lower_bound=selection.steps.lower_bound,
         candidates=selection.steps.candidates,
@@ -278,7 +289,27 @@ def _report(
 
 
 def _column(view: SnapshotView, profile: int) -> Column:
-    return Column(step=view.step, t=view.t, gamma=view.gammas[profile], source=view.averages[profile])
+    return Column(
+        step=view.step,
+        t=view.t,
+        gamma=view.gammas[profile],
+        source=view.averages[profile],
+        nonfinite=view.nonfinite[profile],
+    )
+
+
+def _nonfinite_warnings(columns: Sequence[Column]) -> list[str]:
+    """Return a warning if a column has values that are not finite: 0 times NaN is NaN, so every output has them too."""
+    found = [column for column in columns if column.nonfinite is not None]
+    if not found:
+        return []
+    steps = list(dict.fromkeys(column.step for column in found))
+    more = f" and {len(steps) - _MOST_STEPS_NAMED} more" if len(steps) > _MOST_STEPS_NAMED else ""
+    return [
+        f"The synthesized averages have values that are not finite (inf or nan), because stored averages have them: at "
+        f"step {', '.join(map(str, steps[:_MOST_STEPS_NAMED]))}{more} ({found[0].nonfinite}). Choose an earlier target "
+        "step, or exclude these steps (exclude=, or --exclude on the command line)."
+    ]
 
 
 def _coarsest(chosen: Sequence[tuple[SnapshotView, int]]) -> str:

@@ -141,16 +141,19 @@ _BOTH_FOLDERS = """\
             sync_folder(self.files, self.root)
 """
 _WRITES = """\
-        crc32, is_paced = [0] * len(layout.chunks), True
+        crc32, counter, is_paced = [0] * len(layout.chunks), NonFiniteCounter(layout), True
         for chunk, begin, view in _matched(layout, chunks()):
             crc32[chunk] = zlib.crc32(view, crc32[chunk])
+            counter.add(begin, view)
             write_fully(self.files, descriptor, view, data_begin + begin)
             is_paced = is_paced and hint_writeback(self.files, descriptor, data_begin + begin, len(view))
 """
-_HEADER_LAST = "        write_fully(self.files, descriptor, encode_header(layout, stamp, crc32), 0)\n"
+_HEADER_LAST = """\
+        write_fully(self.files, descriptor, encode_header(layout, stamp, crc32, counter.result()), 0)
+"""
 _HEADER_FIRST = """\
         views = list(_matched(layout, chunks()))
-        crc32 = [zlib.crc32(view) for _, _, view in views]
+        crc32, counter = [zlib.crc32(view) for _, _, view in views], NonFiniteCounter(layout)
         write_fully(self.files, descriptor, encode_header(layout, stamp, crc32), 0)
         for _, begin, view in views:
             write_fully(self.files, descriptor, view, data_begin + begin)

@@ -130,7 +130,7 @@ class InlineSnapshotSink:
 
     def raise_failures(self) -> None:
         """Warn of files that could not be dropped; a failed write was raised by ``take_snapshot``."""
-        self._retaining_writer.warn_of_failures()
+        self._retaining_writer.report_failures()
 
     def flush(self, timeout_seconds: float | None = None) -> None:
         """Do nothing: no snapshot is ever pending."""

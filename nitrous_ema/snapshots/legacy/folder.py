@@ -190,6 +190,7 @@ class LegacySnapshot:
         self.t: float = step
         self._paths = [paths[profile] for profile in sorted(paths)]
         self.gammas = tuple(gammas[profile] for profile in sorted(paths))
+        self.nonfinite = (None,) * len(self.gammas)  # not recorded in these files
 
     @property
     def path(self) -> Path:

@@ -67,6 +67,8 @@ class Output:
     """Relative profile error that reading few snapshots was allowed to add."""
     excluded: tuple[int, ...]
     """Steps that were ignored on request."""
+    nonfinite: tuple[int, ...]
+    """Steps that were read and have stored averages with values that are not finite: then the output has them, too."""
     bytes_read: int
     """Bytes read for all outputs and all parts of this step together; 0 if this output was reused."""
     file_bytes: int
@@ -86,7 +88,7 @@ class Output:
         """Parse one line of the worker's stdout. Keys that this version does not know are ignored."""
         found = json.loads(line)
         known = {field.name: found[field.name] for field in fields(cls)}
-        steps = {name: tuple(known[name]) for name in ("excluded", "steps_read")}
+        steps = {name: tuple(known[name]) for name in ("excluded", "nonfinite", "steps_read")}
         return cls(**{**known, **steps, "path": Path(known["path"])})
 
 
@@ -161,6 +163,7 @@ class RecordWriter:
             lower_bound=plan.lower_bound,
             tolerance=plan.tolerance,
             excluded=plan.excluded,
+            nonfinite=plan.nonfinite_steps,
             bytes_read=0 if state == "kept" else plan.bytes_to_read,
             file_bytes=expected.path.stat().st_size if state == "written" else expected.num_bytes,
             memory_bytes=0 if state == "kept" else self._memory_bytes,

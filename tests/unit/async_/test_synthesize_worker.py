@@ -38,6 +38,7 @@ FIELDS += [
     "lower_bound",
     "tolerance",
     "excluded",
+    "nonfinite",
     "bytes_read",
 ]
 FIELDS += ["file_bytes", "memory_bytes", "seconds"]

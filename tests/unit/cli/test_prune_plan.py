@@ -18,10 +18,19 @@ STEPS = (10, 20, 30, 40, 60, 80, 110, 150, 200)
 
 @pytest.fixture
 def written(tmp_path):
-    def write(steps=STEPS, times=None, layout=LAYOUT) -> list[Snapshot]:
-        zeros = [np.zeros(2)] * len(layout.gammas)
-        times = times or steps
-        return [write_snapshot(tmp_path, layout, step, zeros, run=run_id(), t=t) for step, t in zip(steps, times)]  # noqa: B905
+    def write(steps=STEPS, times=None, layout=LAYOUT, nonfinite=()) -> list[Snapshot]:
+        run = run_id()
+        return [
+            write_snapshot(
+                tmp_path,
+                layout,
+                step,
+                [np.full(2, np.nan if step in nonfinite else 0.0)] * len(layout.gammas),
+                run=run,
+                t=t,
+            )
+            for step, t in zip(steps, times or steps, strict=True)
+        ]
 
     return write
 
@@ -150,3 +159,53 @@ def test_error_that_not_all_steps_reach_is_reported(written):
     found = plan_pruning(written(), (), PruneTarget(error=1e-9, sigma_rels=(0.06, 0.2)))
     assert "Errors in the wanted range as close to the limit as all snapshots allow need at least" in text_of(found)
     assert "even with all snapshots" in text_of(found)
+
+
+# Snapshots with values that are not finite
+
+
+@pytest.mark.parametrize("keep", [2, 4, 6])
+def test_best_set_is_chosen_among_the_finite_snapshots(written, keep):
+    bad = {20, 60, 150}
+    found = plan_pruning(written(nonfinite=bad), (), PruneTarget(keep=keep, sigma_rels=(0.05, 0.25)))
+    best = min(worst_error(each, 200) for each in subsets(keep) if not bad & set(each))
+    assert not bad & found.kept
+    assert worst_error(found.kept, 200) <= best * 1.02
+    described = found.described()
+    assert described["nonfinite"] == sorted(bad)
+    assert "note: 3 snapshots with values that are not finite: dropped before any finite one." in lines(described)
+
+
+def test_best_of_the_others_fill_a_number_that_the_finite_ones_do_not_reach(written):
+    bad = {20, 40, 60, 80, 150}
+    found = plan_pruning(written(nonfinite=bad), (), PruneTarget(keep=6, sigma_rels=(0.05, 0.25)))
+    finite = set(STEPS) - bad
+    assert finite <= found.kept
+    assert len(found.kept) == 6
+    assert worst_error(found.kept, 200) <= 1.02 * min(worst_error(each, 200) for each in subsets(6, *finite))
+
+
+@pytest.mark.parametrize(("error", "kept_bad"), [(0.6, False), (0.2, True)])
+def test_others_are_kept_for_an_error_that_the_finite_ones_miss(written, error, kept_bad):
+    bad = {60, 80, 110, 150}
+    found = plan_pruning(written(nonfinite=bad), (), PruneTarget(error=error, sigma_rels=(0.05, 0.2)))
+    assert bool(bad & found.kept) == kept_bad
+    assert worst_error(found.kept, 200, (0.05, 0.2)) <= error * 1.001
+    assert not kept_bad or set(STEPS) - bad <= found.kept
+
+
+def test_snapshots_are_chosen_as_usual_where_none_is_finite(written):
+    found = plan_pruning(written(nonfinite=STEPS), (), PruneTarget(keep=4))
+    usual = plan_pruning(written([step + 1000 for step in STEPS], STEPS)[:], (), PruneTarget(keep=4))
+    assert found.kept == {step - 1000 for step in usual.kept}
+
+
+def test_finite_snapshot_of_a_time_is_its_candidate(written):
+    snapshots = written([10, 20, 21, 30], [10, 20, 20, 30], nonfinite=[21])
+    assert plan_pruning(snapshots, (), PruneTarget(keep=3)).kept == {10, 20, 30}
+    assert plan_pruning(snapshots, [21], PruneTarget(keep=3)).kept == {10, 21, 30}
+
+
+def test_newest_and_pinned_snapshots_stay_though_they_are_not_finite(written):
+    found = plan_pruning(written(nonfinite=[40, 200]), [40], PruneTarget(keep=4))
+    assert {40, 200} <= found.kept

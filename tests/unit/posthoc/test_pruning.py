@@ -120,3 +120,10 @@ def test_run_with_few_snapshots_keeps_all():
 def test_bad_argument_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         retain(**{"t": [1.0, 2.0, 3.0], "gammas": gammas_of(PAIR), **arguments})
+
+
+@pytest.mark.parametrize("by", [{"keep": 5}, {"error": 0.1}])
+def test_required_steps_are_kept_without_being_targets(by):
+    choice = retain(np.arange(1, 41), gammas_of(PAIR), required=(6, 20), sigma_rels=(0.05, 0.2), **by)
+    assert {6, 20, 39} <= set(choice.kept.tolist())
+    assert choice.error_after.shape[0] == 1

@@ -12,7 +12,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 import numpy as np
 import pytest
 
-from nitrous_ema.errors import NitrousWarning, SnapshotWriteError
+from nitrous_ema.errors import NitrousWarning, NonFiniteError, SnapshotWriteError
 from nitrous_ema.posthoc.keep_rules import KeepAll, KeepBytes, KeepCount, KeepGeometric
 from nitrous_ema.snapshots.header import Stamp
 from nitrous_ema.snapshots.retention import RetainingWriter
@@ -32,13 +32,13 @@ def stamp_of(step, run=A, lineage=None):
 class Rig:
     """A retaining writer and its folder."""
 
-    def __init__(self, root, rule, files=None):
+    def __init__(self, root, rule, files=None, **options):
         root.mkdir(exist_ok=True)
         self.root, self.store = root, SnapshotStore(root, files=files or QuickFiles())
-        self.writer = RetainingWriter(self.store, rule)
+        self.writer = RetainingWriter(self.store, rule, **options)
 
-    def write(self, step, run=A, lineage=None, layout=LAYOUT):
-        chunks = [bytes(end - begin) for begin, end in layout.chunks]
+    def write(self, step, run=A, lineage=None, layout=LAYOUT, fill=bytes(4)):
+        chunks = [(fill * (end - begin))[: end - begin] for begin, end in layout.chunks]
         return self.writer.write(layout, stamp_of(step, run, lineage), lambda: chunks)
 
     def steps(self, run=A):
@@ -315,15 +315,15 @@ def test_failure_to_drop_costs_no_snapshot_and_warns_once(operation, rig):
     files.stubborn = frozenset([operation])
     rig.write(4)
     with pytest.warns(NitrousWarning, match=r"keep=.*Permission denied.*Training goes on") as caught:
-        rig.writer.warn_of_failures()
+        rig.writer.report_failures()
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rig.writer.warn_of_failures()
+        rig.writer.report_failures()
     assert rig.steps()[-1] == 4
     files.stubborn = frozenset()
     rig.write(5)
-    rig.writer.warn_of_failures()
+    rig.writer.report_failures()
     assert len(rig.steps()) == 2
     assert len(rig.hidden()) == 1
     assert rig.store.verify() == []
@@ -336,7 +336,7 @@ def test_rule_that_raises_costs_no_snapshot(rig):
     rule.error = KeyError("a mistake in it")
     rig.write(2)
     with pytest.warns(NitrousWarning, match="a mistake in it"):
-        rig.writer.warn_of_failures()
+        rig.writer.report_failures()
     rule.error = None
     rig.write(4)
     assert rig.steps() == [2, 4]
@@ -397,7 +397,7 @@ def test_history_of_a_run_that_branched_off_is_spared(rig, rule):
     for step in range(51, 61):
         old.write(step)
     with pytest.warns(NitrousWarning, match=f"run {B} has written a snapshot of step 60"):
-        old.writer.warn_of_failures()
+        old.writer.report_failures()
     assert set(old.steps()) >= {10, 20, 30, 40, 50, 60}
     assert [each.step for each in old.store.snapshots()] == [10, 20, 30, 40, 50, 60]
     # What branched off does not count towards the number of snapshots that this run keeps for itself.
@@ -414,7 +414,7 @@ def test_budget_that_the_history_of_another_run_exceeds_is_warned_of_once(rig):
     for step in (60, 70, 80):
         old.write(step)
     with pytest.warns(NitrousWarning) as caught:
-        old.writer.warn_of_failures()
+        old.writer.report_failures()
     (found,) = [str(each.message) for each in caught if "keep= has a budget" in str(each.message)]
     assert "another run in this folder resumed from" in found
     assert old.steps() == [10, 20, 30, 40, 50, 80]
@@ -427,6 +427,94 @@ def test_same_job_started_twice_is_noticed_by_the_second_to_write(rig):
         each.writer.begin()
     first.write(60, OTHER, ((A, 50), (OTHER, None)))
     second.write(60, LATER, ((A, 50), (LATER, None)))
-    first.writer.warn_of_failures()
+    first.writer.report_failures()
     with pytest.warns(NitrousWarning, match=f"run {OTHER} has written a snapshot of step 60 since this run, {LATER}"):
-        second.writer.warn_of_failures()
+        second.writer.report_failures()
+
+
+# Values that are not finite
+
+NAN = np.float32(np.nan).tobytes()
+
+
+def write_nan(rig, step, run=A):
+    return rig.write(step, run, fill=NAN)
+
+
+def test_values_that_are_not_finite_are_reported_once_in_a_run(rig):
+    rig = rig(KeepAll())
+    rig.write(1)
+    rig.writer.report_failures()
+    write_nan(rig, 2)
+    with pytest.warns(NitrousWarning, match="not finite at step 2 .*Restore a snapshot of an earlier step") as caught:
+        rig.writer.report_failures()
+    assert len(caught) == 1
+    write_nan(rig, 3)
+    rig.writer.report_failures()
+    assert rig.writer.ledger.read().nonfinite == 2
+    write_nan(rig, 3, B)  # another run: after a restore
+    with pytest.warns(NitrousWarning, match="not finite at step 3 "):
+        rig.writer.report_failures()
+
+
+def test_values_that_are_not_finite_are_raised_once_in_a_run_if_asked(rig):
+    rig = rig(KeepAll(), raises_nonfinite=True)
+    write_nan(rig, 2)
+    write_nan(rig, 3)
+    with pytest.raises(NonFiniteError, match="not finite at step 2 "):
+        rig.writer.report_failures()
+    rig.writer.report_failures()
+    assert rig.steps() == [2, 3]
+
+
+def test_finite_snapshots_are_kept_before_others(rig):
+    rig = rig(KeepCount(4))
+    for step in range(1, 41):
+        (rig.write if step <= 20 else lambda step: write_nan(rig, step))(step)
+    # The newest stays whatever it holds, so it takes the place of one of the four finite snapshots.
+    finite = [each.step for each in rig.store.snapshots() if each.is_finite]
+    assert len(finite) == 3
+    assert rig.steps() == [*finite, 40]
+    for step in range(41, 60):
+        rig.write(step)
+    assert all(each.is_finite for each in rig.store.snapshots())
+    assert len(rig.steps()) == 4
+
+
+def test_finite_snapshots_are_chosen_as_if_there_were_no_others(tmp_path):
+    """A snapshot that is not finite does not count as a near neighbor of a finite one."""
+    for name, written in (("mixed", range(1, 101)), ("finite", range(1, 101, 2))):
+        rig = Rig(tmp_path / name, KeepGeometric(1.3))
+        for step in written:
+            rig.write(step) if step % 2 else write_nan(rig, step)
+        rig.write(101)
+    mixed, finite = (SnapshotStore(tmp_path / name).snapshots() for name in ("mixed", "finite"))
+    assert [each.step for each in mixed if each.is_finite] == [each.step for each in finite]
+
+
+def test_rule_chooses_among_snapshots_that_are_not_finite_where_there_are_no_others(tmp_path):
+    for name, fill in (("finite", bytes(4)), ("not", NAN)):
+        rig = Rig(tmp_path / name, KeepCount(5))
+        for step in range(1, 31):
+            rig.write(step, fill=fill)
+    finite, other = ([each.step for each in SnapshotStore(tmp_path / name).snapshots()] for name in ("finite", "not"))
+    assert other == finite
+
+
+def test_budget_of_bytes_holds_with_snapshots_that_are_not_finite(rig):
+    rig = rig(KeepCount(2))
+    size = rig.write(1).bytes
+    rig = Rig(rig.root, KeepBytes(4 * size))
+    for step in range(2, 30):
+        (rig.write if step % 3 else lambda step: write_nan(rig, step))(step)
+        assert len(rig.steps()) <= 3
+    assert [step for step in rig.steps()[:-1] if step % 3 == 0] == []
+
+
+def test_pinned_snapshot_stays_though_it_is_not_finite(rig):
+    rig = rig(KeepCount(2))
+    write_nan(rig, 1)
+    rig.store.pin(1, A)
+    for step in range(2, 9):
+        rig.write(step)
+    assert rig.steps() == [1, 8]
