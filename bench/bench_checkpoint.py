@@ -232,7 +232,7 @@ class HostMemory:
         numbers = torch.rand(1 << 18).view(torch.uint8)  # finite, as averages are
         noise.copy_(numbers.repeat(-(-len(noise) >> 20))[: len(noise)])
         self._plain, root = parent / "plain", parent / "store"
-        self._plain.mkdir()
+        self._plain.mkdir(exist_ok=True)  # there may be another one of these
         self._store = SnapshotStore(root)
         self._store.prepare()
         self._root, self._run, self._steps = root, new_run_id(), count(1)
