@@ -75,12 +75,9 @@ def test_snapshots_and_outputs_hold_what_is_trained(cls, tmp_path):
 
 
 def test_most_of_the_bytes_being_frozen_is_reported_once():
-    with pytest.warns(
-        NitrousWarning, match=r"2.0 MiB of the 2.0 MiB of averaged tensors .* trainable_only=True"
-    ) as said:
+    with pytest.warns(NitrousWarning, match=r"2.0 MiB of the 2.0 MiB of averaged tensors .* trainable_only=True"):
         ema = KarrasEMA(Adapted(), sigma_rel=0.1, update_every=1)
-        ema.update()
-    assert len(said) == 1
+    ema.update()  # warned of once: warnings are errors here
 
 
 @pytest.mark.parametrize(
