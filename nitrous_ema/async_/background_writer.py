@@ -100,6 +100,19 @@ class BackgroundSnapshotSink:
             raise
         return True
 
+    def resize(self, layout: Layout) -> None:
+        """Give the slots pages for another layout. No snapshot may be in flight.
+
+        Raises:
+            NitrousError: There is not enough host memory.
+        """
+        try:
+            self._pool.resize(layout)
+        except (RuntimeError, MemoryError) as error:
+            raise NitrousError(f"Not enough host memory for larger snapshots: {error}. {_LESS_MEMORY}") from error
+        self._layout = layout
+        self._copiers.clear()
+
     def has_lost(self, step: int) -> bool:
         """Return whether a snapshot of this step was taken and could not be written."""
         return step in self._lost

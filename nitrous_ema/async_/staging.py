@@ -181,6 +181,28 @@ class SlotPool:
         self._begins = [span.begin for span in self.spans]
         self._slots = [Slot([_page(end - begin, pin) for begin, end in self.spans]) for _ in range(num_slots)]
 
+    def resize(self, layout: Layout) -> None:
+        """Give every slot pages for another layout. All slots are free.
+
+        Raises:
+            RuntimeError, MemoryError: From torch, if there is not enough memory; the slots stay as they were.
+        """
+        spans = page_spans(layout, self.is_pinned)
+        with self._lock:
+            for slot in self._slots:
+                self._check(slot, SlotState.FREE)
+        # Pages of equal size stay: those of the averages, which are nearly all of the memory.
+        pages = [
+            [
+                old if old is not None and old.numel() == end - begin else _page(end - begin, self.is_pinned)
+                for old, (begin, end) in zip([*slot.pages, *[None] * len(spans)], spans, strict=False)
+            ]
+            for slot in self._slots
+        ]
+        self.spans, self._begins = spans, [span.begin for span in spans]
+        for slot, its_pages in zip(self._slots, pages, strict=True):
+            slot.pages, slot.marks = its_pages, {}
+
     def claim(self, timeout_seconds: float | None) -> Slot | None:
         """Return a free slot, which becomes FILLING; None if no slot became free in time (0: do not wait)."""
         with self._lock:

@@ -116,7 +116,11 @@ class AveragedModule:
             # A tensor that a user has moved to another device stays there.
             stays = tensor.device != before[place.name].device
             self._give_memory(tensor, place.name, tensor.dtype, tensor.device if stays else source.device)
-        self._note()
+        held = [place.tensors.get(place.attribute) for place in self._places]
+        if all(map(operator.is_, held, self._held)):
+            self._note()
+        else:  # _refresh() follows what a user has put into these places
+            self._addresses = _addresses(self._held)
 
     def mark_written(self) -> None:
         """Move the version counters of the module's tensors that have the memory of averages."""
@@ -239,6 +243,13 @@ class AveragedModule:
         """
         self._is_fitted = False
         self._sources = self._find_sources()  # share_memory_() moves these as well
+        # Observers resize their buffers in a forward, also in eval mode.
+        resizable = {tracked.name for tracked in self._engine.flat_buffers.copied if tracked.may_resize}
+        for place, tensor in zip(self._places, held, strict=True):
+            if place.name in resizable and tensor is not None and tensor.shape != self._sources[place.name].shape:
+                source = self._sources[place.name]
+                place.tensors[place.attribute] = torch.empty_like(source, dtype=tensor.dtype, device=tensor.device)
+        held = [place.tensors.get(place.attribute) for place in self._places]
         for place, tensor, before in zip(self._places, held, self._held, strict=True):
             # A cast of a module replaces its buffers, and the values of its parameters.
             is_other = place.is_parameter and tensor is not before
@@ -261,9 +272,9 @@ class AveragedModule:
     def _give_memory(self, tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device) -> None:
         """Give a tensor the memory of the average that it shows if it has the same type and place, else its own."""
         source = self._sources[name]
-        shares = (
-            (dtype, device) == (source.dtype, source.device) and name not in self._fitted and name not in self._unshared
-        )
+        is_alike = (dtype, device) == (source.dtype, source.device)
+        # Observers resize empty buffers in their first forward; memory within a buffer of averages cannot be resized.
+        shares = is_alike and source.numel() > 0 and name not in self._fitted and name not in self._unshared
         _set(tensor, source if shares else torch.empty_like(source, dtype=dtype, device=device))
 
     def _note(self) -> None:
@@ -335,7 +346,7 @@ def _tensors_of_template(template: Module, averages: list[Average]) -> dict[str,
     tensors = {}
     for tracked, average in averages:
         tensor = found.get(tracked.name)
-        if tensor is None or tensor.shape != average.shape:
+        if tensor is None or (tensor.shape != average.shape and not tracked.may_resize):
             difference = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
             raise UncopyableModelError(
                 f"ema_model: {tracked.name!r} {difference}; the online model has it with shape "

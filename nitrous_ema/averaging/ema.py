@@ -30,7 +30,7 @@ from nitrous_ema.averaging.execution.torch_modes import neutral_modes
 from nitrous_ema.averaging.fill_average import check_records, copy_missing, fill_average
 from nitrous_ema.averaging.model.tracking import BufferPolicy, NameFilter
 from nitrous_ema.averaging.positional import refuse_length_by_position
-from nitrous_ema.averaging.restore import restore
+from nitrous_ema.averaging.restore import resized_shapes, restore
 from nitrous_ema.averaging.resumable_run import resumable_run_warning
 from nitrous_ema.averaging.schedule import StepSizeCorrection
 from nitrous_ema.averaging.state_dict import LoadProblems
@@ -583,6 +583,7 @@ class PostHocEMA(EMABase):
         self.flush()
         target = self._target(step, run=run, exclude=exclude)
         engine = self._engine.frozen_copy(config, None if device is None else torch.device(device))
+        engine.resize(resized_shapes(engine.flat_buffers, target.records))
         check_records(engine.flat_buffers, target.records, target.path)
         with neutral_modes():
             copy_missing(engine.flat_buffers, target.records)

@@ -388,6 +388,29 @@ class AveragingEngine:
             for viewer in self.viewers:
                 viewer.rebind()
 
+    def resize(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Give copied tensors new shapes. Their values are zeros then. Waits until all work is done and on disk.
+
+        Args:
+            shapes: The new shapes, by name.
+        """
+        if not shapes:
+            return
+        tracked = [
+            replace(tensor, shape=shapes[tensor.name]) if tensor.name in shapes else tensor
+            for tensor in self.flat_buffers.tracked
+        ]
+        layout = replace(self.flat_buffers.layout, records=tuple(tensor.record for tensor in tracked))
+        self._dispatch.drain()
+        if self._sink is not None:
+            self._sink.resize(layout)
+        with neutral_modes():
+            self.flat_buffers.resize(tracked, layout)
+            self._dispatch.place()
+            self._checked = None
+            for viewer in self.viewers:
+                viewer.rebind()
+
     def copy_from_model(self) -> None:
         """Set every average to the model's current weights."""
         if self.is_inherited:
@@ -479,6 +502,8 @@ class AveragingEngine:
     def _live(self) -> Mapping[str, Tensor]:
         """Return every averaged or copied tensor by name, as the model holds it now."""
         live = self._tensors.find()
+        if live is not self._checked:
+            self._follow_shapes(live)
         if live is not self._checked and not self._offloads and not self.config.allow_different_devices:
             self._check_devices(live)
         self._checked = live
@@ -488,6 +513,19 @@ class AveragingEngine:
                 "`with ema.average_parameters()` block first."
             )
         return live
+
+    def _follow_shapes(self, live: Mapping[str, Tensor]) -> None:
+        """Give copied tensors the shapes that they have in the model now, and their values."""
+        shapes = {
+            tracked.name: live[tracked.name].shape
+            for tracked in self.flat_buffers.copied
+            if live[tracked.name].shape != tracked.shape
+        }
+        self.resize(shapes)
+        with neutral_modes():
+            for tracked, value in self.flat_buffers.copies() if shapes else ():
+                if tracked.name in shapes:
+                    value.copy_(live[tracked.name])
 
     def _check_devices(self, live: Mapping[str, Tensor]) -> None:
         for name, tensor in live.items():

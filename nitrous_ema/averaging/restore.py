@@ -15,8 +15,8 @@ RESTORE-3  The search for other runs (``resumable_run.py``)      test_folder_tha
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -29,7 +29,7 @@ from nitrous_ema.averaging.kernels.flat_buffers import FlatBuffers
 from nitrous_ema.averaging.schedule import Schedule, Time
 from nitrous_ema.errors import SnapshotMismatch
 from nitrous_ema.snapshots.header import Stamp
-from nitrous_ema.snapshots.layout import Layout, TensorRecord
+from nitrous_ema.snapshots.layout import TensorRecord
 from nitrous_ema.snapshots.nonfinite import nonfinite_text
 from nitrous_ema.snapshots.readable_snapshot import StoredSnapshotView, stored_snapshot_view
 from nitrous_ema.snapshots.reading import OpenFiles, Source
@@ -57,13 +57,14 @@ def restore(engine: AveragingEngine, snapshot: Snapshot) -> Sequence[str]:
     """
     view = stored_snapshot_view(snapshot)
     _check_profiles(engine, snapshot)
-    _check_tensors(engine.flat_buffers.layout, snapshot)
+    _check_tensors(engine.flat_buffers, snapshot)
     sections = list(_sections(engine.flat_buffers, view))
     with OpenFiles(section.source.path for section in sections) as files:
         for section in sections:
             section.check(files)
+        engine.resize(resized_shapes(engine.flat_buffers, snapshot.records))
         try:
-            for section in sections:
+            for section in _sections(engine.flat_buffers, view):
                 section.write(files)
         except BaseException as error:  # also Ctrl-C: some averages are restored and some are not
             engine.mark_invalid("restore()", error)
@@ -91,10 +92,21 @@ def _check_profiles(engine: AveragingEngine, snapshot: Snapshot) -> None:
         )
 
 
-def _check_tensors(layout: Layout, snapshot: Snapshot) -> None:
+def resized_shapes(flat_buffers: FlatBuffers, records: Iterable[TensorRecord]) -> dict[str, torch.Size]:
+    """Return the shapes in a snapshot of the tensors that may change their shape, where they have another one here."""
+    found = {record.name: torch.Size(record.shape) for record in records if record.role == "copied"}
+    resizable = [tensor for tensor in flat_buffers.copied if tensor.may_resize]
+    return {each.name: found[each.name] for each in resizable if found.get(each.name, each.shape) != each.shape}
+
+
+def _check_tensors(flat_buffers: FlatBuffers, snapshot: Snapshot) -> None:
     """Compare all tensors by canonical name. A tensor that one side skips may be skipped or absent on the other."""
     found = {record.name: record for record in snapshot.layout.records}
-    expected = {record.name: record for record in layout.records}
+    resized = resized_shapes(flat_buffers, snapshot.records)
+    expected = {
+        record.name: replace(record, shape=tuple(resized.get(record.name, record.shape)))
+        for record in flat_buffers.layout.records
+    }
     differences = [
         f"{name!r}: {difference}"
         for name in dict.fromkeys([*expected, *found])

@@ -84,8 +84,8 @@ def load(
         for tracked, value in _values(engine, profile):
             if names[tracked.name]:
                 key = head + names[tracked.name][0]
-                found.append((value, state[key]))
-                problems.errors += _mismatch(key, state[key], value)
+                found.append((tracked.name, value, state[key]))
+                problems.errors += _mismatch(key, state[key], value, may_resize=tracked.may_resize)
             elif tracked.persistent:
                 problems.missing.append(head + tracked.name)
         _check_extra(engine, profile, prefix, _extra(state, prefix), problems)
@@ -104,13 +104,13 @@ def load(
     return problems
 
 
-def _refuse_overwritten(engine: AveragingEngine, found: Sequence[tuple[Tensor, Any]]) -> None:
+def _refuse_overwritten(engine: AveragingEngine, found: Sequence[tuple[str, Tensor, Any]]) -> None:
     """Refuse the averages until a load succeeds, if a state that cannot be loaded has already been written into them.
 
     ``torch.distributed.checkpoint.load`` asks for a ``state_dict()`` and reads the file into its tensors, which have
     the memory of the averages, before it calls ``load_state_dict()``.
     """
-    for value, saved in found:
+    for _, value, saved in found:
         is_alias = isinstance(saved, Tensor) and saved.numel() > 0 and saved.data_ptr() == value.data_ptr()
         if is_alias and value._version != engine.saved_versions.get(id(value)):
             error = NitrousError("the state was read into the averages before it could be compared with this EMA")
@@ -123,8 +123,8 @@ def _values(engine: AveragingEngine, profile: int) -> Iterator[tuple[TrackedTens
     yield from engine.flat_buffers.copies()
 
 
-def _mismatch(key: str, saved: Any, value: Tensor) -> list[str]:
-    if not isinstance(saved, Tensor) or saved.shape != value.shape:
+def _mismatch(key: str, saved: Any, value: Tensor, *, may_resize: bool) -> list[str]:
+    if not isinstance(saved, Tensor) or (saved.shape != value.shape and not may_resize):
         found = f"shape {tuple(saved.shape)}" if isinstance(saved, Tensor) else type(saved).__name__
         return [f"{key!r} has {found} in the state but shape {tuple(value.shape)} in the model."]
     widens = torch.promote_types(saved.dtype, value.dtype) == value.dtype
@@ -180,9 +180,13 @@ def _check_extra(engine: AveragingEngine, profile: int, prefix: str, extra: Any,
         )
 
 
-def _apply(engine: AveragingEngine, found: Sequence[tuple[Tensor, Tensor]], extra: Mapping[str, Any] | None) -> None:
-    for value, saved in found:
-        value.copy_(saved)
+def _apply(
+    engine: AveragingEngine, found: Sequence[tuple[str, Tensor, Tensor]], extra: Mapping[str, Any] | None
+) -> None:
+    engine.resize({name: saved.shape for name, value, saved in found if saved.shape != value.shape})
+    copies = {tracked.name: value for tracked, value in engine.flat_buffers.copies()}  # new ones after a resize
+    for name, value, saved in found:
+        copies.get(name, value).copy_(saved)
     if extra is not None:
         engine.schedule.load(extra)
         engine.continue_run(extra.get("lineage", ()), engine.schedule.step)

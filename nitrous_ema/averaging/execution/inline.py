@@ -10,6 +10,7 @@ from nitrous_ema.averaging.execution.device_to_host import ChunkCopier
 from nitrous_ema.averaging.execution.interfaces import Lane, Mark, PendingSnapshot, Work
 from nitrous_ema.averaging.execution.torch_modes import neutral_modes
 from nitrous_ema.errors import SnapshotWriteError
+from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.retention import RetainingWriter
 from nitrous_ema.snapshots.stats import WriteStats
 
@@ -116,6 +117,9 @@ class InlineSnapshotSink:
             self._ledger.add(failed=1, last_error=str(failure))
             raise
         return True
+
+    def resize(self, layout: Layout) -> None:
+        """Do nothing: each snapshot gets a page of its own."""
 
     def has_lost(self, step: int) -> bool:
         """Return False: ``take_snapshot`` raises by itself."""

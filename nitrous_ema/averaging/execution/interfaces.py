@@ -21,6 +21,7 @@ import torch
 
 from nitrous_ema.averaging.kernels.flat_buffers import FlatBuffers
 from nitrous_ema.snapshots.header import Stamp
+from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.stats import WriteStats
 
 Work = Callable[[], None]
@@ -130,6 +131,9 @@ class SnapshotSink(Protocol):
             pending: The snapshot.
             lane: Returns the lane of a device.
         """
+
+    def resize(self, layout: Layout) -> None:
+        """Prepare for snapshots of another layout, whose copied tensors have other shapes. None may be in flight."""
 
     def has_lost(self, step: int) -> bool:
         """Return whether a snapshot of this step was taken and could not be written."""

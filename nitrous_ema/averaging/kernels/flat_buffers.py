@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,7 +106,9 @@ class FlatBuffers:
         self.copied = tuple(by_name[record.name] for record in layout.copied)
         self.layout = layout
         self.groups = self._make_groups(device)
-        self.copy_groups = self._make_copy_groups(device)
+        self.copy_groups = self._make_copy_groups(
+            {tensor.name: device or tensor.live().device for tensor in self.copied}
+        )
         self._places = {tensor.tracked.name: (group, tensor) for group in self.groups for tensor in group.tensors}
         # By profile and name; None as the profile of copied tensors.
         self._returned: dict[tuple[int | None, str], Tensor] = {}
@@ -203,6 +205,26 @@ class FlatBuffers:
         for copies in self.copy_groups:
             copies.device, copies.flat = device, copies.flat.to(device)
 
+    def resize(self, tracked: Sequence[TrackedTensor], layout: Layout) -> None:
+        """Give copied tensors new shapes. Their values are zeros then; all others stay.
+
+        Views taken before still show the old buffers.
+
+        Args:
+            tracked: The model's tensors, in its order; all but copied ones as before.
+            layout: The order of these tensors in snapshot files.
+        """
+        by_name = {tensor.name: tensor for tensor in tracked}
+        before = {name.name: value for name, value in self.copies()}
+        devices = {tensor.name: group.device for group in self.copy_groups for tensor, _, _ in group.tensors}
+        self.tracked, self.layout = tuple(tracked), layout
+        self.copied = tuple(by_name[record.name] for record in layout.copied)
+        self.copy_groups = self._make_copy_groups(devices)
+        self._returned = {key: tensor for key, tensor in self._returned.items() if key[0] is not None}
+        for tensor, value in self.copies():
+            if value.shape == before[tensor.name].shape:
+                value.copy_(before[tensor.name])
+
     def _tensor(
         self,
         key: tuple[int | None, str],
@@ -240,10 +262,10 @@ class FlatBuffers:
             group.flats, group.together = _buffers(group, len(self.layout.gammas))
         return groups
 
-    def _make_copy_groups(self, device: torch.device | None) -> list[CopiedGroup]:
+    def _make_copy_groups(self, devices: Mapping[str, torch.device]) -> list[CopiedGroup]:
         groups: list[CopiedGroup] = []
         for tracked in self.copied:
-            place = device or tracked.live().device
+            place = devices[tracked.name]
             end = groups[-1].tensors[-1][2] if groups else 0
             last = groups[-1].tensors[-1][0] if groups else tracked
             moved = last.live().device != tracked.live().device

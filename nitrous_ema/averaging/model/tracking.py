@@ -87,18 +87,24 @@ class TrackedTensor:
     is_frozen: bool = False
     """Whether it is skipped because it required no gradients (``trainable_only``)."""
 
+    @property
+    def may_resize(self) -> bool:
+        """Whether the tensor may change its shape during training, as the buffers of observers do."""
+        return self.role == "copied" and not self.is_parameter
+
     def live(self) -> Tensor:
         """Return the tensor that the model holds now.
 
         Raises:
-            UntrackableModelError: The tensor is gone, has another shape or type than when tracking began, or can no
-                longer be averaged.
+            UntrackableModelError: The tensor is gone, has another type than when tracking began, has another shape and
+                may not change it, or can no longer be averaged.
         """
         held = (self.holder._parameters if self.is_parameter else self.holder._buffers).get(self.attribute)
         reason = None if held is None else untrackable_reason(held)
         if reason is not None:
             raise UntrackableModelError(f"{self.name!r} {reason}.", name=self.name)
-        if held is None or held.shape != self.shape or held.dtype != self.dtype:
+        resized = held is not None and held.shape != self.shape and not self.may_resize
+        if held is None or resized or held.dtype != self.dtype:
             found = "gone" if held is None else f"{held.dtype} of shape {tuple(held.shape)}"
             raise UntrackableModelError(
                 f"{self.name!r} is {found} now but was {self.dtype} of shape {tuple(self.shape)} when tracking began. "

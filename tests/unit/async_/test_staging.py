@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -69,6 +70,34 @@ def test_a_slot_has_a_page_for_each_chunk(pool, layout):
     slot = pool.claim(0)
     assert [page.numel() for page in slot.pages] == [end - begin for begin, end in layout.chunks]
     assert pool.spans == layout.chunks
+
+
+@pytest.mark.parametrize("pin", [False, True])
+def test_slots_of_another_layout_keep_the_pages_of_the_averages(layout, pin, monkeypatch):
+    monkeypatch.setattr(staging, "_page", lambda size_bytes, pin: torch.zeros(size_bytes, dtype=torch.uint8))
+    pool = SlotPool(layout, 2, pin=pin)
+    before = list(pool.claim(0).pages)
+    larger = resized(layout, (1000,))
+    with pytest.raises(RuntimeError, match="a slot is filling, not free"):
+        pool.resize(larger)
+    pool.abandon(pool._slots[0])
+    pool.resize(larger)
+    slot = pool.claim(0)
+    assert pool.spans == page_spans(larger, pin)
+    assert [page.numel() for page in slot.pages] == [end - begin for begin, end in pool.spans]
+    of_averages = [span for span in pool.spans if span.end <= larger.sections[1].end]
+    assert all(new is old for new, old, _ in zip(slot.pages, before, of_averages, strict=False))
+    pool.abandon(slot)
+    pool.resize(layout)
+    assert [page.numel() for page in pool.claim(0).pages] == [page.numel() for page in before]
+
+
+def resized(layout, shape):
+    """Return the layout with another shape of its first copied tensor."""
+    first = layout.copied[0].name
+    return replace(
+        layout, records=tuple(replace(each, shape=shape) if each.name == first else each for each in layout.records)
+    )
 
 
 @pytest.mark.parametrize("numbers", [1, 1024, 1025, 3 * 2**18, 2**20 + 5, 2**22 + 2**13 + 77])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,6 +145,22 @@ def test_copied_bytes_go_out_and_come_back(orders, pieces):
         second.fill_copied(begin - padding, part)
     for (tracked, value), (_, again) in zip(first.copies(), second.copies(), strict=True):
         assert torch.equal(value, again), tracked.name
+
+
+def test_copied_tensor_gets_another_shape_and_the_other_values_stay(orders):
+    flat_buffers = flat_buffers_of(orders)
+    for _, value in flat_buffers.copies():
+        value.fill_(1)
+    first, *others = flat_buffers.copied
+    tracked = [replace(each, shape=torch.Size((5, 3))) if each is first else each for each in flat_buffers.tracked]
+    before = dict(flat_buffers.averages(0))
+    flat_buffers.resize(tracked, replace(flat_buffers.layout, records=tuple(each.record for each in tracked)))
+    values = {each.name: value for each, value in flat_buffers.copies()}
+    assert values[first.name].shape == (5, 3)
+    assert not values[first.name].any()
+    assert others
+    assert all((values[each.name] == 1).all() for each in others)
+    assert all(average is before[each] for each, average in flat_buffers.averages(0))
 
 
 def test_order_of_copied_tensors_is_the_layouts():
