@@ -71,6 +71,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "long copy, ema_model": {**HELD, "then": "ema_model", "is_held_up": True},
     "long copy, average_parameters": {**HELD, "then": "average_parameters", "is_held_up": True},
     "long copy, state_dict": {**HELD, "then": "state_dict", "is_held_up": True},
+    "long copy, grown buffer": {**HELD, "then": "grow a buffer", "kind": "batch norm"},
     "long copy, loaded": {**HELD, "then": "save and load"},
     # other uses of the EMA between updates
     "no optimizer": {"writes": "fence"},
@@ -87,6 +88,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "average_parameters": {"then": "average_parameters"},
     "state_dict": {"then": "state_dict"},
     "copies to the model": {"then": "copy to the model"},
+    "grown buffer": {"then": "grow a buffer", "kind": "batch norm"},
+    "grown buffer, copied": {"then": "grow a buffer", "kind": "batch norm", "read": "copied"},
     "saved and loaded": {"then": "save and load"},
     "other values loaded": {**MANUAL, "then": "load other values"},
     "replaced storages": {"then": "replace storages"},
@@ -100,6 +103,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "host, copied": {"offload": "host", "read": "copied", "writes": "unfenced"},
     "host, bfloat16": {"offload": "host", "kind": "bfloat16"},
     "host, batch norm": {"offload": "host", "kind": "batch norm"},
+    "host, grown buffer": {"offload": "host", "then": "grow a buffer", "kind": "batch norm"},
     "host, transposed": {"offload": "host", "kind": "transposed"},
     "host, tied": {"offload": "host", "kind": "tied"},
     "host, snapshot at every step": {"offload": "host", **MANUAL, "then": "checkpoint"},
@@ -115,6 +119,7 @@ IN_DEPTH = (
     "scratch used again at once", "scratch used again at once, two streams", "long copies, snapshot at every step",
     "long copy, two streams", "long copy, optimizer in backward", "long copy, state_dict", "streams", "ema_model",
     "cast ema_model",
+    "grown buffer", "long copy, grown buffer",
     "saved and loaded", "unseen once", "storages replaced by other values", "assigned parameters", "host",
     "host, copied", "host, batch norm", "host, transposed",
 )  # fmt: skip

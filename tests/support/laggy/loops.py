@@ -63,6 +63,8 @@ class Loop:
     seen: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     held: list[nn.Module] = field(default_factory=list)
+    may_wait: bool = False
+    """Whether the next update may stop the host."""
 
     @property
     def on_accelerator(self) -> bool:
@@ -118,7 +120,8 @@ def train(
             laggy.take_host_waits()
             WRITERS[writes](loop)
             loop.ema.update()
-            waits += laggy.take_host_waits()
+            waits += [] if loop.may_wait else laggy.take_host_waits()
+            loop.may_wait = False
             held_up += [loop.step] if laggy.is_held_up() else []
             THEN[then](loop)
         laggy.release_copies()
@@ -334,6 +337,16 @@ def _flush_in_the_middle(loop: Loop) -> None:
         loop.ema.flush()
 
 
+def _grow_buffer(loop: Loop) -> None:
+    """Replace a copied buffer by a larger one; the trainer reuses the old one for something else."""
+    if loop.step == 2:
+        laggy.release_copies()
+        norm = loop.model[1]
+        old, norm.num_batches_tracked = norm.num_batches_tracked, torch.arange(2000, device=loop.device)
+        old.fill_(7)
+        loop.may_wait = True
+
+
 def _copy_to_model(loop: Loop) -> None:
     loop.ema.copy_params_from_ema_to_model()
 
@@ -400,6 +413,7 @@ THEN: dict[str, Callable[[Loop], None]] = {
     "state_dict": _read_state,
     "flush": _flush_in_the_middle,
     "copy to the model": _copy_to_model,
+    "grow a buffer": _grow_buffer,
     "save and load": _save_and_load,
     "load other values": _load_other_values,
     "checkpoint": _checkpoint,
