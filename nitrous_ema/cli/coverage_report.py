@@ -22,7 +22,7 @@ from nitrous_ema.posthoc.coverage import LONGEST, SHORTEST, Stretch, covered_len
 from nitrous_ema.posthoc.report import rounding_of
 from nitrous_ema.profile import FloatArray, gamma_to_sigma_rel
 from nitrous_ema.snapshots.legacy.folder import LegacyFolder
-from nitrous_ema.snapshots.readable_snapshot import SnapshotView
+from nitrous_ema.snapshots.readable_snapshot import SnapshotView, with_same_tensors
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis.plan import Plan, plan_at, plan_synthesis
@@ -64,6 +64,7 @@ def coverage(source: SnapshotStore | LegacyFolder, run: str | None, exclude: Col
     else:
         # examine() lists damaged snapshots apart, where snapshots() would raise.
         listed = [each for each in source.examine(run).snapshots if each.step not in exclude]
+        listed = with_same_tensors(listed[-1], listed)[0] if listed else []
     if not listed:
         return None
     last, times, gammas = listed[-1], [each.t for each in listed], [_gammas(each) for each in listed]
@@ -111,14 +112,12 @@ def predictions(
     if isinstance(source, LegacyFolder):
         views = source.snapshots(exclude=exclude)
         return [
-            _described(
-                plan_synthesis(views, target=target, **plan_options), [each for each in views if each.t <= target.t]
-            )
+            _described(plan_synthesis(views, target=target, **plan_options), views)
             for target in (source.get(step, exclude=exclude) for step in _target_steps(request, views))
         ]
     listed = source.snapshots(run, exclude=exclude)
     return [
-        _described(plan_at(target, listed, **plan_options), [each for each in listed if each.t <= target.t])
+        _described(plan_at(target, listed, **plan_options), listed)
         for target in (source.get(step, run, exclude=exclude) for step in _target_steps(request, listed))
     ]
 
@@ -135,13 +134,14 @@ def _plain(stretches: Sequence[Stretch]) -> list[list[float]]:
     return [[each.shortest, each.longest, each.weight_l2] for each in stretches]
 
 
-def _described(plan: Plan, candidates: Sequence[Snapshot | SnapshotView]) -> dict[str, Any]:
+def _described(plan: Plan, listed: Sequence[Snapshot | SnapshotView]) -> dict[str, Any]:
     """Return a plan in values that JSON can hold.
 
     Args:
         plan: The plan for one target step.
-        candidates: Snapshots up to the target, ascending.
+        listed: The snapshots that it chose from, and others, ascending.
     """
+    candidates = [each for each in listed if each.t <= plan.target.t and each.step not in plan.left_out]
     report, dtypes = plan.report, {column.source.dtype for column in plan.columns}
     per_length = zip(plan.sigma_rels, plan.gammas, _steps_alone(plan, candidates), strict=True)
     return {

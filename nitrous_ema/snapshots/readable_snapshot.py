@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from nitrous_ema._base.arguments import pluralize
 from nitrous_ema.errors import SnapshotError
@@ -129,7 +129,18 @@ def stored_snapshot_view(snapshot: Snapshot) -> StoredSnapshotView:
     )
 
 
-def with_same_tensors(target: SnapshotView, snapshots: Sequence[SnapshotView]) -> tuple[list[SnapshotView], str | None]:
+class _Listed(Protocol):
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def records(self) -> Sequence[TensorRecord]: ...
+
+
+_Snapshot = TypeVar("_Snapshot", bound=_Listed)
+
+
+def with_same_tensors(target: _Listed, snapshots: Sequence[_Snapshot]) -> tuple[list[_Snapshot], str | None]:
     """Return the snapshots whose averaged tensors are the target's, and a note on the others, or None.
 
     Only averages of the same tensors can be summed. A run may have snapshots of other tensors, since training may go on
@@ -148,8 +159,8 @@ def with_same_tensors(target: SnapshotView, snapshots: Sequence[SnapshotView]) -
         return same, None
     last = others[-1]
     return same, (
-        f"Not read, because they hold other tensors than step {target.step}: {pluralize(len(others), 'snapshot')}, the "
-        f"last of step {last.step} ({difference[id(last.records)]})."
+        f"Left out {pluralize(len(others), 'snapshot')} with other tensors than step {target.step}. In the last one, "
+        f"of step {last.step}, {difference[id(last.records)]}."
     )
 
 
@@ -184,7 +195,7 @@ def _copied_spans(layout: Layout) -> dict[str, tuple[int, int]]:
     }
 
 
-def _signature(snapshot: SnapshotView) -> _Signature:
+def _signature(snapshot: _Listed) -> _Signature:
     """Return name, shape and complexity of each averaged tensor, in file order: only equal signatures can be summed."""
     averaged = [record for record in snapshot.records if record.role == "averaged"]
     return [(record.name, record.shape, record.dtype == "C64") for record in averaged]
@@ -194,8 +205,8 @@ def _first_difference(found: _Signature, expected: _Signature) -> str:
     shapes = {name: shape for name, shape, _ in expected}
     for name, shape, _ in found:
         if name not in shapes:
-            return f"{name!r} is averaged in the former only"
+            return f"{name!r} is averaged as well"
         if shapes[name] != shape:
-            return f"{name!r} is {shape} in the former and {shapes[name]} in the latter"
+            return f"{name!r} is {shape} instead of {shapes[name]}"
     missing = [name for name in shapes if name not in {name for name, _, _ in found}]
-    return f"{missing[0]!r} is averaged in the latter only" if missing else "their order or types differ"
+    return f"{missing[0]!r} is not averaged" if missing else "the order or the types of the tensors differ"

@@ -20,7 +20,12 @@ from nitrous_ema.errors import SnapshotMismatch, warn
 from nitrous_ema.posthoc import SynthesisReport, synthesis_report
 from nitrous_ema.posthoc.coverage import condition
 from nitrous_ema.snapshots.nonfinite import NonFiniteAverage
-from nitrous_ema.snapshots.readable_snapshot import SnapshotView, stored_snapshot_view, with_same_tensors
+from nitrous_ema.snapshots.readable_snapshot import (
+    SnapshotView,
+    StoredSnapshotView,
+    stored_snapshot_view,
+    with_same_tensors,
+)
 from nitrous_ema.snapshots.reading import Source
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
@@ -77,6 +82,8 @@ class Plan:
     """``weight_l2`` with the weights of least error: above the report's where tolerance was spent on rounding."""
     excluded: tuple[int, ...] = ()
     """Steps that were ignored on request, ascending."""
+    left_out: tuple[int, ...] = ()
+    """Steps that were ignored because they hold other tensors than the target, ascending."""
     trainer: Mapping[str, str | int | float] = field(default_factory=dict)
     """The process that wrote the newest snapshot: ``host``, ``pid``, ``started`` (seconds since 1970)."""
 
@@ -133,10 +140,10 @@ def plan_synthesis(
     """Choose the columns and solve for the weights of averages that end at the target's step.
 
     Candidates are the snapshots up to the target's training time that hold the same tensors; a warning of the report
-    counts the others. The plan reads the fewest of them that give all
-    averages together within the tolerance, with weights that sum to 1. It does not read columns whose weight is 0 in
-    every output: for a tracked length all columns but one. The remaining tolerance is spent on smaller weights where
-    the weights would amplify rounding errors (see ``choose_columns``).
+    counts the others. The plan reads the fewest of them that give all averages together within the tolerance, with
+    weights that sum to 1. It does not read columns whose weight is 0 in every output: for a tracked length all columns
+    but one. The remaining tolerance is spent on smaller weights where the weights would amplify rounding errors (see
+    ``choose_columns``).
 
     Args:
         snapshots: Committed snapshots of one lineage, ascending in time, including the target.
@@ -160,15 +167,9 @@ def plan_synthesis(
         raise SnapshotMismatch(f"{target.path}: the snapshot has no averaged tensors to synthesize.", path=target.path)
     # A snapshot after the target contains weights of later steps, which no average that ends at the target contains.
     candidates = [view for view in snapshots if view.t <= target.t and view.gammas]
-    candidates, note = with_same_tensors(target, candidates)
-    selection = choose_columns(
-        [view.t for view in candidates],
-        [view.gammas for view in candidates],
-        target.t,
-        [gamma for _, gamma in lengths],
-        tolerance=tolerance,
-    )
-    chosen = [(candidates[place], profile) for place, profile in selection.places]
+    same, note, selection = _select(candidates, target, [gamma for _, gamma in lengths], tolerance)
+    chosen = [(same[place], profile) for place, profile in selection.places]
+    kept = set(map(id, same))
     columns = tuple(_column(view, profile) for view, profile in chosen)
     report = _report(selection, chosen, target, lengths)
     return Plan(
@@ -185,7 +186,34 @@ def plan_synthesis(
         profile_error_of_all=selection.steps.profile_error_of_all,
         least_error_l2=selection.least_error_l2,
         excluded=tuple(sorted(excluded)),
+        left_out=tuple(view.step for view in candidates if id(view) not in kept),
     )
+
+
+def _select(
+    candidates: list[SnapshotView], target: SnapshotView, gammas: Sequence[float], tolerance: float
+) -> tuple[list[SnapshotView], str | None, ColumnSelection]:
+    """Choose columns of the candidates with the target's tensors.
+
+    Returns:
+        These candidates; a note on the others, or None; the columns.
+    """
+
+    def choose(views: Sequence[SnapshotView]) -> ColumnSelection:
+        return choose_columns(
+            [view.t for view in views], [view.gammas for view in views], target.t, gammas, tolerance=tolerance
+        )
+
+    if isinstance(target, StoredSnapshotView):
+        same, note = with_same_tensors(target, candidates)
+        return same, note, choose(same)
+    # The tensors of a legacy snapshot are read from its files, and thousands of files take minutes. So the chosen ones
+    # are compared first, and all of them only if one differs.
+    selection = choose(candidates)
+    if with_same_tensors(target, [candidates[place] for place, _ in selection.places])[1] is None:
+        return candidates, None, selection
+    same, note = with_same_tensors(target, candidates)
+    return same, note, choose(same)
 
 
 def plan_from_store(

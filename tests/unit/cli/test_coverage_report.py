@@ -71,6 +71,24 @@ def test_folder_with_too_few_snapshots_supports_the_tracked_lengths_only(tmp_pat
     assert inspected(capsys, tmp_path)["covered"] is None
 
 
+def test_snapshots_of_other_tensors_do_not_count(tmp_path, capsys):
+    """Training went on with a longer vocabulary."""
+    longer = layout_of([record("w", (40,)), RECORDS[1]], (0.05, 0.10))
+    copied = {"copied": lambda step: {"n": np.int64(step).tobytes()}}
+    run = run_id()
+    folder_of(tmp_path / "s", range(100, 1001, 100), run=run)
+    write_run(tmp_path / "s", longer, range(1100, 2001, 100), run=run, **copied)
+    write_run(tmp_path / "alone", longer, range(1100, 2001, 100), **copied)
+    lengths = ("--sigma-rel", "0.07,0.15")
+    mixed, alone = (inspected(capsys, tmp_path / name, *lengths) for name in ("s", "alone"))
+    assert mixed["covered"] == alone["covered"]
+    (one,), (other,) = mixed["asked"], alone["asked"]
+    note, *warnings = sorted(one.pop("warnings"), key=lambda each: "10 snapshots" not in each)
+    assert "'w' is (30,) instead of (40,)" in note
+    assert warnings == other.pop("warnings")
+    assert {**one, "run": ""} == {**other, "run": ""}
+
+
 def test_excluded_and_unrelated_snapshots_do_not_count(tmp_path, capsys):
     folder = folder_of(tmp_path / "s", run=run_id(0))
     folder_of(tmp_path / "s", [50], run=run_id(-1))

@@ -89,8 +89,11 @@ def test_snapshots_of_other_tensors_are_left_out_with_a_note(tmp_path):
     write_run(tmp_path, layout(), range(3, 61), run=run)
     plan = plan_from_store(tmp_path, sigma_rels=LENGTHS, tolerance=0)
     assert plan.steps == tuple(range(3, 61))
+    assert plan.left_out == (1, 2)
     (note,) = [each for each in plan.report.warnings if "other tensors" in each]
-    assert "than step 60: 2 snapshots, the last of step 2 ('w' is (3,) in the former" in note
+    assert note == (
+        "Left out 2 snapshots with other tensors than step 60. In the last one, of step 2, 'w' is (3,) instead of (7,)."
+    )
     early = plan_from_store(tmp_path, sigma_rels=LENGTHS, step=2, tolerance=0)
     assert early.steps == (1, 2)
     assert not any("other tensors" in each for each in early.report.warnings)

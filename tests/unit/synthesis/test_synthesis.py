@@ -210,7 +210,7 @@ def test_different_tensors_in_one_history_are_not_summed(tmp_path):
     write_run(tmp_path, layout_of([record("w", (4, 2))]), [200, 300], run=run)
     plan = synthesize(tmp_path, sigma_rels=LENGTHS, tolerance=0).plan
     assert plan.steps == (200, 300)
-    words = "step 100 ('w' is (8,) in the former and (4, 2) in the latter)"
+    words = "step 100, 'w' is (8,) instead of (4, 2)."
     assert any(words in note for note in plan.report.warnings)
 
 

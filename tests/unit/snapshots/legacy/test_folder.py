@@ -267,9 +267,20 @@ def test_files_of_another_model_are_left_out_with_a_note(tmp_path, real_net):
     for profile in range(2):
         torch.save(nitrous_state(other, 200), tmp_path / f"{profile}.200.pt")
     views = LegacyFolder(tmp_path, sigma_rels=SIGMA_RELS).snapshots()
-    plan = plan_synthesis(views, target=views[-1], sigma_rels=[0.1], tolerance=0)
+    plan = plan_synthesis(views, target=views[-1], sigma_rels=[0.07], tolerance=0)
     assert 200 not in plan.steps
     assert any("'0.weight'" in note for note in plan.report.warnings)
+
+
+def test_files_that_are_not_read_are_not_opened(tmp_path, real_net):
+    """Thousands of them take minutes, and one may be damaged."""
+    write_folder(tmp_path, nitrous_state, real_net)
+    for profile in range(2):
+        (tmp_path / f"{profile}.200.pt").write_bytes(b"damaged")
+    views = LegacyFolder(tmp_path, sigma_rels=SIGMA_RELS).snapshots()
+    plan = plan_synthesis(views, target=views[-1], sigma_rels=[SIGMA_RELS[1]])
+    assert plan.steps == (400,)
+    assert plan.candidates == len(views)
 
 
 def test_two_profiles_of_one_step_must_hold_the_same_tensors(tmp_path, real_net):
