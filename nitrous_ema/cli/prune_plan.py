@@ -17,6 +17,7 @@ from nitrous_ema._base.arguments import format_bytes, pluralize
 from nitrous_ema.cli.terminal import columns, paragraph, percent, step_ranges
 from nitrous_ema.errors import SnapshotMismatch
 from nitrous_ema.posthoc import Retention, retain
+from nitrous_ema.snapshots.readable_snapshot import with_same_tensors
 from nitrous_ema.snapshots.snapshot import Snapshot
 
 _OLD_STEPS = (
@@ -46,13 +47,15 @@ class PrunePlan:
 
     target: PruneTarget
     snapshots: tuple[Snapshot, ...]
-    """The lineage, ascending by step."""
+    """The lineage, ascending by step, without snapshots of other tensors than the newest."""
     pinned: frozenset[int]
     """Steps that are kept in any case, besides the newest."""
     kept: frozenset[int]
     """Steps to keep. Snapshots with values that are not finite are kept only where the finite ones do not suffice."""
     retention: Retention
     """Errors before and after. Its places count training times, not snapshots."""
+    note: str | None = None
+    """A note on snapshots that the plan leaves out."""
 
     @property
     def dropped(self) -> list[Snapshot]:
@@ -85,7 +88,7 @@ class PrunePlan:
             "nonfinite": [each.step for each in self.snapshots if not each.is_finite],
             "lower_bound": {"of": "worst error" if target.error is None else "steps", "value": found.lower_bound},
             "targets": [self._described_target(row, step) for row, step in enumerate(self.target_steps)],
-            "warnings": list(found.warnings),
+            "warnings": [*found.warnings, *filter(None, (self.note,))],
         }
 
     def _described_target(self, row: int, step: int) -> dict[str, Any]:
@@ -122,12 +125,15 @@ def plan_pruning(snapshots: Sequence[Snapshot], pinned: Collection[int], target:
         target: How much to keep.
 
     Returns:
-        The choice, with the errors before and after.
+        The choice, with the errors before and after. It leaves out snapshots of other tensors than the newest: they are
+        neither dropped nor counted.
 
     Raises:
         ValueError: A number is out of range, or too small for the newest and the pinned steps.
         SnapshotMismatch: The snapshots have different profiles.
     """
+    snapshots, note = with_same_tensors(snapshots[-1], snapshots)
+    pinned = {each.step for each in snapshots}.intersection(pinned)
     _check_profiles(snapshots)
     pinned_steps, fixed = frozenset(pinned), {*pinned, snapshots[-1].step}
     pinned_times = {each.t for each in snapshots if each.step in pinned_steps}
@@ -145,7 +151,12 @@ def plan_pruning(snapshots: Sequence[Snapshot], pinned: Collection[int], target:
     candidates, retention = _choose(candidates, fixed, pinned_times, target, count)
     kept = beside | {candidates[place].step for place in retention.kept.tolist()}
     return PrunePlan(
-        target=target, snapshots=tuple(snapshots), pinned=pinned_steps, kept=frozenset(kept), retention=retention
+        target=target,
+        snapshots=tuple(snapshots),
+        pinned=pinned_steps,
+        kept=frozenset(kept),
+        retention=retention,
+        note=note,
     )
 
 

@@ -26,7 +26,8 @@ RETAIN-4  A failure to drop snapshots costs no snapshot. It is    test_failure_t
 RETAIN-5  The rule respects every pin that was set before it is   test_pin_waits_until_the_rule_was_applied
     applied: pinning and applying the rule exclude each other.
 RETAIN-7  No rule prefers a snapshot with values that are not     test_finite_snapshots_are_kept_before_others
-    finite to a finite one.
+    finite to a finite one, or one of other tensors than the      test_snapshots_of_other_tensors_are_dropped_first
+    newest to one of the same.
 RETAIN-6  No rule drops what another run needs that writes while  test_history_of_a_run_that_branched_off_is_spared
     this one does, or was closed since this one began.
 """
@@ -37,7 +38,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,7 @@ from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.names import closed_note_name, parse_folder_name
 from nitrous_ema.snapshots.nonfinite import has_nan, nonfinite_error
 from nitrous_ema.snapshots.other_runs import OtherRuns
+from nitrous_ema.snapshots.readable_snapshot import with_same_tensors
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.stats import Ledger
 from nitrous_ema.snapshots.store import SnapshotStore
@@ -235,17 +237,34 @@ class RetainingWriter:
         chosen_from = [index for index in range(len(kept)) if index in pinned or index not in needed]
         # Ancestors of this run may have written larger snapshots, with another dtype, and they count at their size.
         snapshot_bytes = max(snapshot_bytes, *(snapshot.bytes for snapshot in kept))
-        # First as if there were only the finite ones, and the newest, which stays in any case. Then all of these stay.
-        preferred = [i for i in chosen_from if kept[i].is_finite or i in pinned or i == len(kept) - 1]
-        # Behind the newest finite one no average can end, and training cannot be restored.
-        stay = pinned if kept[-1].is_finite else pinned | set([i for i in preferred if kept[i].is_finite][-1:])
-        dropped = self._ask_rule(preferred, stay, layout, snapshot_bytes)
-        if len(preferred) < len(chosen_from):
-            stay = stay | set(preferred) - dropped
-            dropped |= self._ask_rule([i for i in chosen_from if i not in dropped], stay, layout, snapshot_bytes)
+        stay = pinned
+        if not kept[-1].is_finite:
+            # Behind the newest finite one no average can end, and training cannot be restored.
+            stay = stay | set([index for index in chosen_from if kept[index].is_finite][-1:])
+        dropped: set[int] = set()
+        grades = self._grades(pinned)
+        for grade in sorted({grades[index] for index in chosen_from}):
+            # As if there were only these; what is left of them then stays.
+            among = [index for index in chosen_from if grades[index] <= grade and index not in dropped]
+            dropped |= self._ask_rule(among, stay, layout, snapshot_bytes)
+            stay = stay | set(among) - dropped
         if needed:
             self._warn_of_budget(sum(each.bytes for i, each in enumerate(kept) if i not in dropped) + snapshot_bytes)
         return frozenset(dropped)
+
+    def _grades(self, pinned: Collection[int]) -> list[int]:
+        """Return a grade for each of ``_kept_snapshots``; lower ones are kept first.
+
+        0: averages at the newest snapshot can be made from it, or it stays anyway; 1: its tensors are others, those of
+        a shorter vocabulary for example; 2: it has values that are not finite.
+        """
+        kept = self._kept_snapshots
+        same = set(map(id, with_same_tensors(kept[-1], kept)[0]))
+        # Averages at a pinned snapshot of other tensors need such snapshots.
+        if not all(id(kept[index]) in same for index in pinned):
+            same = set(map(id, kept))
+        grades = [int(id(each) not in same) if each.is_finite else 2 for each in kept]
+        return [0 if index in pinned or index == len(kept) - 1 else grade for index, grade in enumerate(grades)]
 
     def _ask_rule(self, indices: list[int], pinned: set[int], layout: Layout, snapshot_bytes: int) -> set[int]:
         """Return which of the snapshots with these indices in ``_kept_snapshots``, ascending, the rule drops."""

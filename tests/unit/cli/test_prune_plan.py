@@ -161,6 +161,21 @@ def test_error_that_not_all_steps_reach_is_reported(written):
     assert "even with all snapshots" in text_of(found)
 
 
+def test_snapshots_of_other_tensors_are_left_alone(written):
+    """Training went on with a longer vocabulary: averages at the newest step cannot be made from them."""
+    before, after = written(STEPS[:4]), written(STEPS[4:], layout=layout_of([record("w", (2,)), record("x", (0,))]))
+    target = PruneTarget(keep=3, sigma_rels=(0.05, 0.25))
+    found, alone = (plan_pruning(each, {20, 80}, target) for each in ([*before, *after], after))
+    assert found.kept == alone.kept
+    assert [each.step for each in found.dropped] == [each.step for each in alone.dropped]
+    described, expected = found.described(), alone.described()
+    assert described.pop("warnings") == [
+        *expected.pop("warnings"),
+        "Left out 4 snapshots with other tensors than step 200. In the last one, of step 40, 'x' is not averaged.",
+    ]
+    assert described == expected
+
+
 # Snapshots with values that are not finite
 
 

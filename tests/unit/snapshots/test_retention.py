@@ -432,6 +432,33 @@ def test_same_job_started_twice_is_noticed_by_the_second_to_write(rig):
         second.writer.report_failures()
 
 
+# Other tensors
+
+LONGER = layout_of([record("weight", (60, 50))])
+
+
+def test_snapshots_of_other_tensors_are_dropped_first(rig):
+    """Training went on with a longer vocabulary: the earlier snapshots serve no average at its newest step."""
+    rig = rig(KeepCount(4))
+    for step in range(1, 41):
+        rig.write(step, layout=LAYOUT if step <= 20 else LONGER)
+        assert len(rig.steps()) == min(step, 4)
+        same = [each.step for each in rig.store.snapshots() if each.layout is not LAYOUT and each.step > 20]
+        assert len(same) == min(max(step - 20, 0), 4)
+
+
+def test_snapshots_are_kept_for_a_pinned_one_of_other_tensors(tmp_path):
+    kept = []
+    for later in (LAYOUT, LONGER):
+        rig = Rig(tmp_path / str(len(kept)), KeepCount(6))
+        for step in range(1, 31):
+            rig.write(step, layout=LAYOUT if step <= 20 else later)
+            if step == 20:
+                rig.store.pin(20, A)
+        kept.append(rig.steps())
+    assert kept[0] == kept[1]
+
+
 # Values that are not finite
 
 NAN = np.float32(np.nan).tobytes()
