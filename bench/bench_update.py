@@ -1,9 +1,10 @@
 """One averaging step and one update() call, of two profiles, for models of several sizes.
 
-Three kinds of table:
+Four kinds of table:
   one update         from the call of update() until the averages have moved; for a library that averages in the
                      background also the time until update() returns, which is all that training waits for
   one update, bf16   ours with bfloat16 parameters; averages stay float32 (the peers' become bfloat16: no comparison)
+  one update, skip   ours with on_nonfinite="skip", which first looks whether every weight is finite
   one training step  forward, backward, optimizer step and update(), several in a row, ending when everything is done
 
 The floor is two flat lerp_ over float32 buffers of the same number of elements, in the same rounds.
@@ -23,6 +24,7 @@ from bench.contestants import ASYNC, EMA_PYTORCH, FLOOR, FOREACH, NITROUS_001, S
 from bench.harness import Comparison, Measure, Report, compare, duration, parser, start, synchronizer, timed
 
 NO_EMA = "no EMA"
+SKIPPING = f"{SYNC}, on_nonfinite='skip'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,8 @@ def main() -> None:
         one_update(report, size, libraries, options.rounds or size.rounds, device)
     for size in sizes[2:]:
         one_update_bf16(report, size, libraries, options.rounds or size.rounds, device)
+    for size in sizes[1:]:
+        one_update_skip(report, size, libraries, options.rounds or size.rounds, device)
     for training in trainings:
         one_training_step(report, training, libraries, options.rounds or training.rounds, device)
     report.write(options.json)
@@ -115,6 +119,17 @@ def one_update_bf16(
         comparison = compare(_measures(rivals, size.repeats, device), rounds=rounds)
     note = "The floor reads float32 parameters, as everywhere: twice the bytes of these."
     report.add(f"one update, bf16: {_described(size, model)}", comparison, floor=FLOOR, note=note)
+
+
+def one_update_skip(
+    report: Report, size: Size, libraries: dict[str, contestants.Make], rounds: int, device: torch.device
+) -> None:
+    """Ours, with and without a look at every weight before the averages move."""
+    model = size.make().to(device)
+    with ExitStack() as stack:
+        rivals = {SYNC: libraries[SYNC](model, stack), SKIPPING: contestants.skipping(model, stack)}
+        comparison = compare(_measures(rivals, size.repeats, device), rounds=rounds)
+    report.add(f"one update, skip: {_described(size, model)}", comparison, baseline=SYNC)
 
 
 def one_training_step(

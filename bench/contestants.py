@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -132,16 +132,24 @@ def side_stream(model: nn.Module, stack: ExitStack, update_every: int = 1) -> Av
     return Averaging(_every(update_every, update), fence=join, before_step=join)
 
 
-def _sync(model: nn.Module, stack: ExitStack, update_every: int = 1) -> Averaging:
+def _sync(
+    model: nn.Module, stack: ExitStack, update_every: int = 1, on_nonfinite: Literal["warn", "skip"] = "warn"
+) -> Averaging:
     ema = PostHocEMA(
         model,
         SIGMA_RELS,
         checkpoint_every_num_steps="manual",
         checkpoint_folder=_folder(stack),
         update_every=update_every,
+        on_nonfinite=on_nonfinite,
     )
     stack.enter_context(ema)
     return Averaging(ema.update)
+
+
+def skipping(model: nn.Module, stack: ExitStack) -> Averaging:
+    """Ours, which first looks whether every weight is finite."""
+    return _sync(model, stack, on_nonfinite="skip")
 
 
 def _async(model: nn.Module, stack: ExitStack, update_every: int = 1) -> Averaging:

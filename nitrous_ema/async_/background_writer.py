@@ -13,6 +13,8 @@ WRITER-2  The training thread waits for nothing but a free slot,  test_full_queu
     and no longer than ``wait_timeout``.
 WRITER-3  Every snapshot's slot is freed, however the snapshot    test_failed_write_gives_its_slot_back
     ends.
+
+Longer than 300 lines: the sink stands with the body of its threads.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from nitrous_ema._base.arguments import clamp_timeout, deadline_after, format_bytes
 from nitrous_ema.async_.staging import Slot, SlotPool, SlotReadbacks, StagingCopies
@@ -91,6 +94,7 @@ class BackgroundSnapshotSink:
         try:
             lanes = {device: lane(device) for device in pending.flat_buffers.devices}
             self._pool.assign(slot, pending, {device: lanes[device].mark for device in lanes})
+            self._enqueue_count(slot, pending, lanes)
             for device, copies in slot.copies.items():
                 copier = self._copiers.setdefault(device, ChunkCopier(device, self._layout))
                 fill = partial(_fill, slot, pending, copies, copier, self._pool, self._sealed)
@@ -112,6 +116,19 @@ class BackgroundSnapshotSink:
             raise NitrousError(f"Not enough host memory for larger snapshots: {error}. {_LESS_MEMORY}") from error
         self._layout = layout
         self._copiers.clear()
+
+    def _enqueue_count(self, slot: Slot, pending: PendingSnapshot, lanes: Mapping[torch.device, Lane]) -> None:
+        """Queue a copy of the count of skipped updates, on the device and in order with the updates that count.
+
+        The readback of that copy is queued with the pages. On the lane it would wait for other readbacks, and the next
+        update would wait for it: a device has few engines that copy to the host.
+        """
+        if self._config.on_nonfinite == "skip":
+            now = pending.flat_buffers.num_skipped
+            if slot.count is None or slot.count.device != now.device:
+                slot.count = torch.zeros_like(now)
+            lane = lanes[pending.flat_buffers.groups[0].device]
+            lane.enqueue_write(partial(_copy_count, now, slot.count), reads_parameters=False)
 
     def has_lost(self, step: int) -> bool:
         """Return whether a snapshot of this step was taken and could not be written."""
@@ -207,6 +224,10 @@ class BackgroundSnapshotSink:
         return slot
 
 
+def _copy_count(num_skipped: Tensor, count: Tensor) -> None:
+    count.copy_(num_skipped)
+
+
 def _fill(
     slot: Slot,
     pending: PendingSnapshot,
@@ -216,6 +237,8 @@ def _fill(
     sealed: queue.SimpleQueue[Slot | None],
 ) -> None:
     """Queue the readbacks of one device. Runs on its lane."""
+    if slot.count is not None:
+        slot.num_skipped.copy_(slot.count, non_blocking=pool.is_pinned)
     for span, page in zip(pool.spans, slot.pages, strict=True):
         copier.copy(pending.flat_buffers, span, page, non_blocking=pool.is_pinned)
         # The mark comes before the kernel that lets other copies run. Behind the kernel, everything that holds up the
@@ -271,6 +294,7 @@ def _write(slot: Slot, retaining_writer: RetainingWriter) -> None:
         raise bug("a sealed slot carries no snapshot")
     snapshot = retaining_writer.write(pending.flat_buffers.layout, pending.stamp, partial(_pages, slot))
     _log.info("snapshot of step %d is on disk: %s", pending.stamp.step, snapshot.paths[0])
+    retaining_writer.note_skipped(pending.stamp.step, int(slot.num_skipped))
 
 
 def _pages(slot: Slot) -> Iterator[memoryview]:

@@ -151,6 +151,8 @@ class Slot:
     """Host memory of one snapshot."""
 
     pages: list[Tensor]  # uint8; touched only by the owner
+    num_skipped: Tensor  # int64: updates that were skipped before the snapshot; filled before the first page
+    count: Tensor | None = None  # the same on the device of the averages; made when first needed
     marks: dict[torch.device, list[Mark]] = field(default_factory=dict)  # per page; made by the training thread, once
     copies: dict[torch.device, StagingCopies] = field(default_factory=dict)  # of the snapshot that it carries
     state: SlotState = SlotState.FREE  # guarded by SlotPool._lock
@@ -179,7 +181,8 @@ class SlotPool:
         self.spans = page_spans(layout, pin)
         """Where the pages of each slot lie in the file's data, in order."""
         self._begins = [span.begin for span in self.spans]
-        self._slots = [Slot([_page(end - begin, pin) for begin, end in self.spans]) for _ in range(num_slots)]
+        counts = _page(8 * num_slots, pin).zero_().view(torch.int64)
+        self._slots = [Slot([_page(end - begin, pin) for begin, end in self.spans], count) for count in counts]
 
     def resize(self, layout: Layout) -> None:
         """Give every slot pages for another layout. All slots are free.

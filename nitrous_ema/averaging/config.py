@@ -30,8 +30,8 @@ from nitrous_ema.profile import checked_lengths, gamma_to_sigma_rel, sigma_rel_t
 
 DEFAULT_SIGMA_RELS = (0.05, 0.10)
 
-OnNonFinite = Literal["warn", "raise"]
-"""What happens when a snapshot has values that are not finite."""
+OnNonFinite = Literal["warn", "raise", "skip"]
+"""What happens when weights, or values in a snapshot, are not finite."""
 
 
 class Profiles(NamedTuple):
@@ -80,7 +80,8 @@ class EMAConfig(TrackingPolicy):
     step_size_correction: StepSizeCorrection = "exact"
     """How an applied update weights the parameters; see the table in ``averaging/schedule.py``."""
     on_nonfinite: OnNonFinite = "warn"
-    """Warn of values in a snapshot that are not finite, or raise an error at the next call; once per run."""
+    """Warn of values in a snapshot that are not finite, or raise an error at the next call, once per run; or skip each
+    update with a tensor that is not finite, and warn as well."""
     profiles: Profiles = field(init=False)
     """The profiles that ``sigma_rels`` or ``gammas`` describe."""
 

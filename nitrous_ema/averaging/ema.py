@@ -225,7 +225,9 @@ class PostHocEMA(EMABase):
             nitrous-ema 0.0.1 (table in ``averaging/schedule.py``).
         on_nonfinite: What happens when a snapshot has values that are not finite, because weights were not, or because
             they exceed the range of ``checkpoint_dtype``: ``"warn"``, or ``"raise"`` NonFiniteError. Both once per run,
-            at the end of the update() that has written the snapshot, or at the next call.
+            at the end of the update() that has written the snapshot, or at the next call. ``"skip"`` warns as well, and
+            skips each update for which an averaged tensor is not finite: averages and copied tensors stay, and the
+            update counts as applied. All tensors must be on one device.
 
     Raises:
         ValueError: An argument is outside its range, a filter matches no tensor, or ``keep`` has no space for 3

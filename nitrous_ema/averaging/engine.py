@@ -108,6 +108,7 @@ class AveragingEngine:
         self.guard: WriteGuard | None = None
         if background is not None:
             self.guard = WriteGuard(background.config.read, self._dispatch.order_writers, self._dispatch.is_capturing)
+        self._skips_nonfinite = config.on_nonfinite == "skip"
         self._tensors = LiveTensors(model, tracked)
         self._parameters = [tensor.name for tensor in tracked if tensor.is_parameter and tensor.role != "skipped"]
         self._refusal: NitrousError | None = None  # why the averages may be neither updated nor read for now
@@ -168,6 +169,7 @@ class AveragingEngine:
             update_every=1,
             frozen=True,
             allow_different_devices=True,  # the copy may be requested for another device
+            on_nonfinite="warn",
         )
 
     # ---- during training
@@ -506,6 +508,8 @@ class AveragingEngine:
             self._follow_shapes(live)
         if live is not self._checked and not self._offloads and not self.config.allow_different_devices:
             self._check_devices(live)
+        if live is not self._checked and self._skips_nonfinite:
+            self._dispatch.check_one_device(live)
         self._checked = live
         if hold_averages(live.values()):
             raise NitrousError(
@@ -541,14 +545,14 @@ class AveragingEngine:
                 )
 
     def _average(self, live: Mapping[str, Tensor], weights: Sequence[float]) -> None:
-        self._run(live, weights)
+        self._run(live, weights, may_skip=self._skips_nonfinite)
         if self.guard is not None and self._dispatch.reads_later:
             self.guard.after_update(self._parameters, [live[name] for name in self._parameters])
 
-    def _run(self, live: Mapping[str, Tensor], weights: Sequence[float]) -> None:
+    def _run(self, live: Mapping[str, Tensor], weights: Sequence[float], *, may_skip: bool = False) -> None:
         self._mark_written()
         copy_all = self.guard is not None and self.guard.copies
-        self._attempt(partial(self._dispatch.queue, live, weights, copy_all=copy_all), "update()")
+        self._attempt(partial(self._dispatch.queue, live, weights, copy_all=copy_all, may_skip=may_skip), "update()")
 
     def _attempt(self, queue_work: Callable[[], None], what: str) -> None:
         try:

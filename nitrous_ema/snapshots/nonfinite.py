@@ -158,7 +158,7 @@ def nonfinite_error(snapshot: Snapshot, *, has_nan: bool) -> NonFiniteError:
     name = next(each.tensor for each in nonfinite_averages(snapshot.headers[0]) if each is not None)
     cause = (None if has_nan else _overflow(snapshot.layout, name)) or (
         "Weights were not finite at this step or at an earlier one, and an average does not recover from that. Restore "
-        "a snapshot of an earlier step (restore(step=...))."
+        "a snapshot of an earlier step (restore(step=...)); on_nonfinite='skip' leaves updates with such weights out."
     )
     found = f"averages have values that are not finite at step {snapshot.step} ({nonfinite_text(snapshot)})"
     return NonFiniteError(

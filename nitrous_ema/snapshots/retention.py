@@ -25,11 +25,13 @@ RETAIN-4  A failure to drop snapshots costs no snapshot. It is    test_failure_t
     reported once, as a warning on the caller's thread.
 RETAIN-5  The rule respects every pin that was set before it is   test_pin_waits_until_the_rule_was_applied
     applied: pinning and applying the rule exclude each other.
+RETAIN-6  No rule drops what another run needs that writes while  test_history_of_a_run_that_branched_off_is_spared
+    this one does, or was closed since this one began.
 RETAIN-7  No rule prefers a snapshot with values that are not     test_finite_snapshots_are_kept_before_others
     finite to a finite one, or one of other tensors than the      test_snapshots_of_other_tensors_are_dropped_first
     newest to one of the same.
-RETAIN-6  No rule drops what another run needs that writes while  test_history_of_a_run_that_branched_off_is_spared
-    this one does, or was closed since this one began.
+
+Longer than 300 lines: the order of writing, asking the rule and hiding is one protocol.
 """
 
 from __future__ import annotations
@@ -163,6 +165,12 @@ class RetainingWriter:
             with self._lock:
                 in_flight = [step for owner, step in self._in_flight if owner == run]
             yield in_flight
+
+    def note_skipped(self, step: int, num_skipped: int) -> None:
+        """Note how many updates were skipped before the snapshot of a step was taken; log it if it has become more."""
+        if num_skipped > self.ledger.read().updates_skipped:
+            _log.warning("%d updates were skipped up to step %d: tensors were not finite", num_skipped, step)
+            self.ledger.raise_to(updates_skipped=num_skipped)
 
     def report_failures(self) -> None:
         """Report what writing has found since the last call: as a ``NitrousWarning``, if it is no error.

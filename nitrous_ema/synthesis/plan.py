@@ -3,6 +3,8 @@
 A *column* is one profile of one snapshot, as large as the model. An average is a weighted sum of columns, and its
 profile is the same weighted sum of their profiles. So a plan can be computed from the headers of the snapshots alone.
 ``snapshot_selection`` chooses the snapshots and solves for the weights; ``streaming`` reads the columns.
+
+Longer than 300 lines: the plan stands with the functions that make it.
 """
 
 from __future__ import annotations

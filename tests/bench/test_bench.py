@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.bench_update import SKIPPING
+from bench.contestants import SYNC
 from bench.harness import (
     Budget,
     Comparison,
@@ -307,8 +309,9 @@ def test_quick_bench_runs_and_finds_the_work_that_there_is_to_do(tmp_path):
     assert "NitrousWarning" not in done.stderr  # else ours would not run in the mode that the table promises
     tables = json.loads(file.read_text())["tables"]
     kinds = [table["title"].split(":")[0] for table in tables]
-    assert kinds == ["one update", "one update", "one update", "one update, bf16", "one training step"]
-    for table in tables:
+    assert kinds == [*["one update"] * 3, "one update, bf16", *["one update, skip"] * 2, "one training step"]
+    assert [row["name"] for row in tables[4]["rows"]] == [SYNC, SKIPPING]
+    for table in (*tables[:4], tables[6]):
         names = {row["name"] for row in table["rows"]}
         assert names >= {"PostHocEMA", "AsyncPostHocEMA"}
         assert all(math.isfinite(s) and s > 0 for row in table["rows"] for s in row["samples"])

@@ -72,7 +72,7 @@ class Slots:
         self.pool.release(slot)
 
 
-def train(seed: int, kind: str = "plain", scratch_bytes: int | None = 1 << 20) -> list[Any]:
+def train(seed: int, kind: str = "plain", scratch_bytes: int | None = 1 << 20, may_skip: bool = False) -> list[Any]:
     """Train with two optimizers on their own streams, readers and a writer; return averages and snapshots."""
     streams, decide = Streams(seed), random.Random(seed)
     with small_pieces(), torch.no_grad():
@@ -91,7 +91,8 @@ def train(seed: int, kind: str = "plain", scratch_bytes: int | None = 1 << 20) -
             seen: list[Any] = []
             for step, of_step in enumerate(gradients):
                 step_on_two_streams(streams, dispatch, parameters, of_step)
-                dispatch.queue(live, (1.0, 1.0) if step == 0 else WEIGHTS, copy_all=False)
+                weights = (1.0, 1.0) if step == 0 else WEIGHTS
+                dispatch.queue(live, weights, copy_all=False, may_skip=may_skip)
                 if step in (1, 3, 4, 8):
                     dispatch.flush_deferred()
                     slots.take(lane)
@@ -155,6 +156,8 @@ CASES = {
     "small stash": {"scratch_bytes": 2000},
     "no stash": {"scratch_bytes": 0},
     "transposed": {"kind": "transposed"},
+    "flags": {"may_skip": True},
+    "flags, small stash": {"may_skip": True, "scratch_bytes": 2000},
 }
 
 

@@ -33,7 +33,7 @@ def _launch(parameters: Sequence[Tensor], flats: Sequence[Tensor], weights: Sequ
     rows = [fused_kernel.row(each, *place) for each, place in zip(parameters, ranges, strict=True)]
     blocks = fused_kernel.cut(ranges)
     first, last = cut or (0, len(blocks))
-    fused_kernel.launch(fused_kernel.table(rows), blocks, 0, first, last, flats, weights)
+    fused_kernel.launch(fused_kernel.table(rows), blocks, 0, first, last, flats, weights, torch.tensor(True))
 
 
 def _random(*sizes: int) -> list[Tensor]:
@@ -121,7 +121,7 @@ def table_may_begin_at_any_tensor():
     expected = _formula(average[50:].clone(), parameter, 0.3)
     blocks = fused_kernel.cut([(0, 50), (50, 150)])
     rows = fused_kernel.table([fused_kernel.row(parameter, 50, 150)])
-    fused_kernel.launch(rows, blocks, 1, 1, 2, [average], [0.3])
+    fused_kernel.launch(rows, blocks, 1, 1, 2, [average], [0.3], torch.tensor(True))
     assert _same(average[50:], expected)
 
 
@@ -137,7 +137,7 @@ def averages_may_lie_past_2_to_the_31():
     rows = fused_kernel.table([fused_kernel.row(parameter, begin, begin + numel)])
     blocks = fused_kernel.cut([(begin, begin + numel)])
     flat = torch.frombuffer(memory, dtype=torch.float32, count=4)
-    fused_kernel.launch(rows, blocks, 0, 0, len(blocks), [flat], [1.0])
+    fused_kernel.launch(rows, blocks, 0, 0, len(blocks), [flat], [1.0], torch.tensor(True))
     assert _same(average, parameter)
 
 

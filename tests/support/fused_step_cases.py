@@ -138,6 +138,35 @@ def stashed_parameters_give_the_bits_of_run():
     assert _same(_flats(flat_buffers), _of_run(weights))
 
 
+def skipped_update_leaves_every_bit_though_parameters_are_not_finite():
+    weights = [0.3, 0.01, 0.7, 0.2, 1.0]
+    flat_buffers, groups = _started(len(weights))
+    before, never = _flats(flat_buffers), torch.tensor(False)
+    for group, tensors in groups:
+        step = FusedStep(group, BATCH)
+        for tensor in tensors:
+            tensor.fill_(torch.nan)
+        sources = step.sources(tensors)
+        step.run(sources, weights, allowed=never)
+        for batch in range(len(step.batches)):
+            step.run_stashed(step.stash(sources, batch, _scratch(step.stash_bytes(batch))), weights, never)
+    assert _same(_flats(flat_buffers), before)
+
+
+def applied_update_with_a_flag_gives_the_bits_of_one_without():
+    weights = [0.3, 0.01]
+    flat_buffers, groups = _started(len(weights))
+    for group, tensors in groups:
+        step = FusedStep(group, BATCH)
+        sources = step.sources(tensors)
+        first, *others = range(len(step.batches))
+        step.run(sources, weights, [first], torch.tensor(True))
+        for batch in others:
+            stashed = step.stash(sources, batch, _scratch(step.stash_bytes(batch)))
+            step.run_stashed(stashed, weights, torch.tensor(True))
+    assert _same(_flats(flat_buffers), _of_run(weights))
+
+
 def update_that_the_kernel_cannot_read_is_group_steps_also_where_it_is_kept():
     _, ((group, tensors), *_) = _started()
     step, plain = FusedStep(group, BATCH), ForeachStep(group, BATCH)

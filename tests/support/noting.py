@@ -16,7 +16,7 @@ class NotingStep:
     def __init__(self, log):
         self.log = log
 
-    def run(self, sources, weights, batches=None):
+    def run(self, sources, weights, batches=None, allowed=None):
         self.log.extend(f"average {sources}{batch}" for batch in (range(BATCHES) if batches is None else batches))
 
     def stash_bytes(self, batch):
@@ -26,7 +26,7 @@ class NotingStep:
         self.log.append(f"stash {sources}{batch}")
         return f"{sources}{batch}", memory
 
-    def run_stashed(self, stashed, weights):
+    def run_stashed(self, stashed, weights, allowed=None):
         self.log.append(f"average stashed {stashed[0]}")
 
 

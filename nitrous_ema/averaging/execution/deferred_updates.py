@@ -24,6 +24,8 @@ DEFER-5  A block is written again only after it was read, as far     test_stash_
     as the host knows.
 DEFER-6  The pool stays within its limit; beyond it the trainer      test_trainer_waits_where_the_stash_is_used_up
     waits for the readback, and nothing is lost.
+
+Longer than 300 lines: what may be queued, stashed or forced is one table of states.
 """
 
 from __future__ import annotations
@@ -36,9 +38,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nitrous_ema.averaging.execution.finite_updates import UpdateFlag, allowed, check, count_skipped
 from nitrous_ema.averaging.execution.interfaces import Lane, Mark, ReadbacksInFlight
+from nitrous_ema.averaging.kernels.finite import all_finite
 from nitrous_ema.averaging.kernels.foreach_step import AveragingStep
 from nitrous_ema.snapshots.layout import Span
+
+_FLAGS_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +74,7 @@ class StashPool:
     """
 
     def __init__(self, device: torch.device, limit_bytes: int) -> None:
-        self._device = device
+        self.device = device
         self.limit_bytes = limit_bytes
         self._blocks: list[StashBlock] = []
 
@@ -87,7 +93,7 @@ class StashPool:
             if self.num_bytes + num_bytes > self.limit_bytes:
                 return None
             try:
-                memory = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+                memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
             except torch.OutOfMemoryError:
                 # Not an error: the trainer waits for the readback instead, as where the limit is reached.
                 return None
@@ -104,6 +110,7 @@ class _DeferredUpdate:
     placed: PlacedStep
     sources: Any
     weights: Sequence[float]
+    flag: UpdateFlag | None
     live: set[int]  # batches whose parameters are still in the model (LIVE)
     # Per batch whose parameters were stashed (STASHED): what the step's stash() returned, and the block.
     stashed: dict[int, tuple[Any, StashBlock]] = field(default_factory=dict)
@@ -128,6 +135,7 @@ class DeferredUpdates:
         self._lane = lane
         self._readbacks_in_flight = readbacks_in_flight
         self.stash_pool = stash_pool
+        self._flag_pool = StashPool(stash_pool.device, _FLAGS_BYTES)
         self._deferred: list[_DeferredUpdate] = []  # the oldest first
         self._forced: Mark | None = None  # recorded after the last work that makes the lane wait for readbacks
         self.num_held_up = 0
@@ -138,20 +146,41 @@ class DeferredUpdates:
         """Whether any batch is still to be averaged."""
         return bool(self._deferred)
 
-    def enqueue_update(self, placed: PlacedStep, sources: Any, weights: Sequence[float]) -> None:
+    def enqueue_check(self, tensors: Sequence[Tensor], num_skipped: Tensor) -> UpdateFlag:
+        """Queue the check whether an update is skipped, before its batches; return its flag.
+
+        Args:
+            tensors: All tensors that the update averages.
+            num_skipped: Counts skipped updates.
+        """
+        flag = UpdateFlag()
+        # Behind a forced wait the optimizer would wait for the readbacks, too (DEFER-4). The caller's stream computes
+        # the flag then, and the lane takes it over.
+        block = self._flag_pool.take(1, self._lane.mark) if self._is_forced() else None
+        if block is None:
+            self._lane.enqueue_write(partial(check, flag, tensors, num_skipped))
+        else:
+            self._lane.stash(partial(_check_into, block, tensors))
+            self._lane.enqueue_write(partial(_take_over, flag, block, num_skipped), reads_parameters=False)
+        return flag
+
+    def enqueue_update(
+        self, placed: PlacedStep, sources: Any, weights: Sequence[float], flag: UpdateFlag | None = None
+    ) -> None:
         """Queue the averaging of one update: now where no readback blocks it, otherwise batch by batch later.
 
         Args:
             placed: The step.
             sources: What the step's ``sources`` returned for this update.
             weights: Weight of the parameters, per profile.
+            flag: What ``enqueue_check`` returned for this update; None if it is never skipped.
         """
         readbacks = self._readbacks_in_flight()
         if readbacks is None and not self._deferred:
-            self._lane.enqueue_write(partial(placed.step.run, sources, weights))
+            self._lane.enqueue_write(partial(_run, placed.step, sources, weights, None, flag))
             return
         # Also where no readback is in flight any more: updates that are deferred come first (DEFER-2).
-        self._deferred.append(_DeferredUpdate(placed, sources, weights, set(range(len(placed.step.batches)))))
+        self._deferred.append(_DeferredUpdate(placed, sources, weights, flag, set(range(len(placed.step.batches)))))
         self._enqueue_unblocked(readbacks)
 
     def stash_live(self) -> None:
@@ -175,7 +204,7 @@ class DeferredUpdates:
 
     def _enqueue_unblocked(self, readbacks: ReadbacksInFlight | None) -> None:
         """Queue every deferred batch whose readbacks have finished."""
-        if self._forced is not None and not self._forced.is_reached():
+        if self._is_forced():
             # The lane is waiting for readbacks. Reads of live parameters queued behind that wait would make the
             # optimizer wait for the readbacks too (DEFER-4).
             return
@@ -192,15 +221,22 @@ class DeferredUpdates:
                     free.append(batch)
             live = [batch for batch in free if batch in deferred.live]
             if live:
-                self._lane.enqueue_write(partial(deferred.placed.step.run, deferred.sources, deferred.weights, live))
+                self._lane.enqueue_write(
+                    partial(_run, deferred.placed.step, deferred.sources, deferred.weights, live, deferred.flag)
+                )
                 deferred.live.difference_update(live)
             stashed = [deferred.stashed.pop(batch) for batch in free if batch in deferred.stashed]
             if stashed:
                 # Reads the pool only, so no optimizer has to wait for it.
                 self._lane.enqueue_write(
-                    partial(_run_stashed, deferred.placed.step, stashed, deferred.weights), reads_parameters=False
+                    partial(_run_stashed, deferred.placed.step, stashed, deferred.weights, deferred.flag),
+                    reads_parameters=False,
                 )
         self._deferred = [deferred for deferred in self._deferred if deferred.live or deferred.stashed]
+
+    def _is_forced(self) -> bool:
+        """Return whether the lane may still be waiting for readbacks."""
+        return self._forced is not None and not self._forced.is_reached()
 
     def _has_live(self) -> bool:
         return any(deferred.live for deferred in self._deferred)
@@ -228,9 +264,32 @@ def _have_finished(readbacks: ReadbacksInFlight | None, spans: Sequence[Span]) -
     return readbacks is None or all(readbacks.have_finished(span.begin, span.end) for span in spans)
 
 
-def _run_stashed(step: AveragingStep, stashed: Sequence[tuple[Any, StashBlock]], weights: Sequence[float]) -> None:
+def _check_into(block: StashBlock, tensors: Sequence[Tensor]) -> None:
+    block.memory.view(torch.bool).copy_(all_finite(tensors))
+
+
+def _take_over(flag: UpdateFlag, block: StashBlock, num_skipped: Tensor) -> None:
+    # A copy, because the block is free for another flag before the batches of this update have run.
+    flag.value = block.memory.view(torch.bool).clone()[0]
+    count_skipped(flag.value, num_skipped)
+    block.read.record()
+    block.is_taken = False
+
+
+def _run(
+    step: AveragingStep, sources: Any, weights: Sequence[float], batches: list[int] | None, flag: UpdateFlag | None
+) -> None:
+    step.run(sources, weights, batches, allowed(flag))
+
+
+def _run_stashed(
+    step: AveragingStep,
+    stashed: Sequence[tuple[Any, StashBlock]],
+    weights: Sequence[float],
+    flag: UpdateFlag | None,
+) -> None:
     for parameters, block in stashed:
-        step.run_stashed(parameters, weights)
+        step.run_stashed(parameters, weights, allowed(flag))
         # Recorded before the block is free. Until then the mark is that of an earlier read, and take() would find the
         # block unused while it is being read.
         block.read.record()
@@ -243,9 +302,9 @@ def _run_after_readbacks(update: _DeferredUpdate, readbacks: ReadbacksInFlight |
             if readbacks is not None:
                 readbacks.wait_on_device(span.begin, span.end)
         if batch in update.live:
-            update.placed.step.run(update.sources, update.weights, [batch])
+            _run(update.placed.step, update.sources, update.weights, [batch], update.flag)
         else:
-            _run_stashed(update.placed.step, [update.stashed[batch]], update.weights)
+            _run_stashed(update.placed.step, [update.stashed[batch]], update.weights, update.flag)
     done.record()
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from nitrous_ema._base.torch_dtypes import TORCH_DTYPES
 from nitrous_ema.averaging.execution.caller_copies import CallerSideCopies
 from nitrous_ema.averaging.execution.deferred_updates import DeferredUpdates, PlacedStep, StashPool
+from nitrous_ema.averaging.execution.finite_updates import UpdateFlag, check
 from nitrous_ema.averaging.execution.inline import InlineLane
 from nitrous_ema.averaging.execution.interfaces import Lane, ReadbacksInFlight, SnapshotSink
 from nitrous_ema.averaging.execution.offload import Offload
@@ -92,6 +93,8 @@ class UpdateDispatcher:
             (copies, _placed(CopiedTensorsStep(copies), _copied_ranges(layout, copies)))
             for copies in self._flat_buffers.copy_groups
         ]
+        # Of an update's steps in host memory this one counts it if it is skipped.
+        self._counting = next((placed for _, placed in self._steps if placed.step.batches), None)
         self._offloaded.clear()
         self._copied_for: tuple[Mapping[str, Tensor], bool] | None = None  # the arguments that _copied belongs to
         self._copied: Sequence[str] = ()
@@ -111,13 +114,16 @@ class UpdateDispatcher:
             self._lanes[device] = self._make_lane(device)
         return self._lanes[device]
 
-    def queue(self, live: Mapping[str, Tensor], weights: Sequence[float], *, copy_all: bool) -> None:
+    def queue(
+        self, live: Mapping[str, Tensor], weights: Sequence[float], *, copy_all: bool, may_skip: bool = False
+    ) -> None:
         """Queue one averaging step of every group, and the copying of copied tensors.
 
         Args:
             live: Every averaged and copied tensor of the model, by name.
             weights: Weight of the parameters, per profile.
             copy_all: Copy parameters where the caller's work runs, instead of reading them live.
+            may_skip: Leave the averages and copied tensors as they are if an averaged tensor is not finite.
         """
         if live is not self._last_live:
             # The aliases below are about to be replaced. That frees storages which the trainer has dropped, so the
@@ -132,12 +138,13 @@ class UpdateDispatcher:
             to_copy = {name: read[name] for name in copied}
             read = {**read, **self._caller_copies.take(to_copy, self._copy_devices, self.order_writers)}
         with self._lock:
+            flag = self._enqueue_check(read) if may_skip else None
             for group, placed in self._steps:
                 tensors = [read[tensor.tracked.name] for tensor in group.tensors]
-                self._enqueue(group.device, placed, tensors, weights)
+                self._enqueue(group.device, placed, tensors, weights, flag, may_count=placed is self._counting)
             for copies, placed in self._copy_steps:
                 tensors = [read[tracked.name] for tracked, _, _ in copies.tensors]
-                self._enqueue(copies.device, placed, tensors, weights)
+                self._enqueue(copies.device, placed, tensors, weights, flag)
         if copy_all and self._offloaded:
             # With offload="host" parameters are copied straight to the host, not on the device first. With
             # read="copied" no hook orders writers after that copy, so the caller is ordered after it here.
@@ -251,14 +258,41 @@ class UpdateDispatcher:
             self._copied_for = live, copy_all
         return self._copied
 
+    def check_one_device(self, live: Mapping[str, Tensor]) -> None:
+        """Raise NitrousError if updates of these tensors run on several devices, so that no flag can stand for all."""
+        devices = {tensor.device for tensor in live.values()} if self._offloads else set(self._flat_buffers.devices)
+        if len(devices) > 1:
+            where = " and ".join(sorted(map(str, devices)))
+            raise NitrousError(
+                f"on_nonfinite='skip': the tensors are on {where}, and whether an update is skipped is decided on one "
+                "device for all of them. Pass on_nonfinite='warn', or put all tensors on one device."
+            )
+
+    def _enqueue_check(self, read: Mapping[str, Tensor]) -> UpdateFlag:
+        """Queue the check of all averaged tensors where they are; return the flag of this update."""
+        tensors = [read[tensor.name] for tensor in self._flat_buffers.averaged]
+        if self._offloads and tensors[0].device.type != "cpu":
+            flag = UpdateFlag()
+            self.lane(tensors[0].device).enqueue_write(partial(check, flag, tensors, None))  # the averages' lane counts
+            return flag
+        deferred = self._deferred_updates_of(self._flat_buffers.groups[0].device)
+        return deferred.enqueue_check(tensors, self._flat_buffers.num_skipped)
+
     def _enqueue(
-        self, device: torch.device, placed: PlacedStep, tensors: Sequence[Tensor], weights: Sequence[float]
+        self,
+        device: torch.device,
+        placed: PlacedStep,
+        tensors: Sequence[Tensor],
+        weights: Sequence[float],
+        flag: UpdateFlag | None,
+        may_count: bool = False,
     ) -> None:
         sources = placed.step.sources(tensors)
         if self._offloads and tensors and tensors[0].device != device:
-            self._offload(placed, tensors).enqueue_update(sources, weights)
+            num_skipped = self._flat_buffers.num_skipped if may_count and flag is not None else None
+            self._offload(placed, tensors).enqueue_update(sources, weights, flag, num_skipped)
         else:
-            self._deferred_updates_of(device).enqueue_update(placed, sources, weights)
+            self._deferred_updates_of(device).enqueue_update(placed, sources, weights, flag)
 
     def _offload(self, placed: PlacedStep, tensors: Sequence[Tensor]) -> Offload:
         device = tensors[0].device

@@ -116,6 +116,7 @@ class InlineSnapshotSink:
         except SnapshotWriteError as failure:
             self._ledger.add(failed=1, last_error=str(failure))
             raise
+        self._retaining_writer.note_skipped(pending.stamp.step, int(pending.flat_buffers.num_skipped))
         return True
 
     def resize(self, layout: Layout) -> None:

@@ -30,11 +30,13 @@ import torch
 from torch import Tensor
 
 from nitrous_ema._base.arguments import format_bytes
+from nitrous_ema.averaging.execution.finite_updates import UpdateFlag, allowed, count_skipped
 from nitrous_ema.averaging.execution.host_memory import check_host_memory, pinned_or_pageable
 from nitrous_ema.averaging.execution.interfaces import Lane, Mark
 from nitrous_ema.averaging.kernels.foreach_step import AveragingStep
 
 _NUM_SETS = 2
+_FLAG_BYTES = 1
 _LARGEST_PIECE_BYTES = 1 << 28
 
 
@@ -44,6 +46,7 @@ class _BufferSet:
 
     blocks: list[Tensor]  # uint8, one per batch
     marks: list[Mark]  # one per batch; recorded after the copy into its block
+    allowed: Tensor  # the update's flag, copied before its first batch
     stashed: list[Any] = field(default_factory=list)  # one per batch: what the step's stash() returned for its block
 
 
@@ -66,39 +69,62 @@ class Offload:
         self._free: queue.SimpleQueue[_BufferSet] = queue.SimpleQueue()
         self.num_held_up = 0
         """How often an update had to wait, because both sets were in use."""
-        for blocks in _allocate([step.stash_bytes(batch) for batch in range(len(step.batches))]):
-            self._free.put(_BufferSet(blocks, [source.mark() for _ in blocks]))
+        sizes = [step.stash_bytes(batch) for batch in range(len(step.batches))]
+        for *blocks, flag in _allocate([*sizes, _FLAG_BYTES]):
+            self._free.put(_BufferSet(blocks, [source.mark() for _ in blocks], flag.view(torch.bool)[0]))
 
-    def enqueue_update(self, sources: Any, weights: Sequence[float]) -> None:
+    def enqueue_update(
+        self,
+        sources: Any,
+        weights: Sequence[float],
+        flag: UpdateFlag | None = None,
+        num_skipped: Tensor | None = None,
+    ) -> None:
         """Copy the parameters of one update to the host and average them there; block while both sets are in use.
 
         Args:
             sources: What the step's ``sources`` returned for this update.
             weights: Weight of the parameters, per profile.
+            flag: Whether the update is applied; computed by the source's lane. None: it is.
+            num_skipped: Counts skipped updates; None if another step of the same update does.
         """
         self.num_held_up += self._free.empty()
         buffers = self._free.get()
         # Either lane may abandon its work. The set is then free again: otherwise the next update would wait for ever.
         release = partial(self._free.put, buffers)
-        self._source.enqueue_write(partial(_copy_to_host, self._step, sources, buffers), abandon=release)
+        self._source.enqueue_write(partial(_copy_to_host, self._step, sources, buffers, flag), abandon=release)
         # The host's lane reads the set and no parameters, so no optimizer has to wait for it.
         self._host.enqueue_write(
-            partial(_average, self._step, buffers, weights, release), reads_parameters=False, abandon=release
+            partial(_average, self._step, buffers, weights, flag is not None, num_skipped, release),
+            reads_parameters=False,
+            abandon=release,
         )
 
 
-def _copy_to_host(step: AveragingStep, sources: Any, buffers: _BufferSet) -> None:
+def _copy_to_host(step: AveragingStep, sources: Any, buffers: _BufferSet, flag: UpdateFlag | None) -> None:
     buffers.stashed = []
+    value = allowed(flag)
+    if value is not None:
+        buffers.allowed.copy_(value, non_blocking=True)
     for batch, (block, mark) in enumerate(zip(buffers.blocks, buffers.marks, strict=True)):
         buffers.stashed.append(step.stash(sources, batch, block))
         mark.record()
 
 
-def _average(step: AveragingStep, buffers: _BufferSet, weights: Sequence[float], release: Callable[[], None]) -> None:
+def _average(
+    step: AveragingStep,
+    buffers: _BufferSet,
+    weights: Sequence[float],
+    may_skip: bool,
+    num_skipped: Tensor | None,
+    release: Callable[[], None],
+) -> None:
     for stashed, mark in zip(buffers.stashed, buffers.marks, strict=True):
         # On the host: this runs on a thread of the CPU's lane, and the averaging is CPU code.
         mark.wait_on_host()
-        step.run_stashed(stashed, weights)
+        step.run_stashed(stashed, weights, buffers.allowed if may_skip else None)
+    if num_skipped is not None and buffers.marks:
+        count_skipped(buffers.allowed, num_skipped)
     release()
 
 

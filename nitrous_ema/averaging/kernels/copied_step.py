@@ -26,7 +26,7 @@ class CopiedTensorsStep:
     """
 
     def __init__(self, group: CopiedGroup) -> None:
-        self._stored = group.values()
+        self._flat, self._stored = group.flat, group.values()
         self.batches = ((0, group.flat.numel()),)
         sizes = [math.prod(value.shape) * value.dtype.itemsize for value in self._stored]
         self._begins = list(accumulate(map(aligned, sizes), initial=0))
@@ -35,9 +35,20 @@ class CopiedTensorsStep:
         """Return the tensors of this group as they are now."""
         return list(tensors)
 
-    def run(self, sources: list[Tensor], weights: Sequence[float], batches: Sequence[int] | None = None) -> None:
+    def run(
+        self,
+        sources: list[Tensor],
+        weights: Sequence[float],
+        batches: Sequence[int] | None = None,
+        allowed: Tensor | None = None,
+    ) -> None:
         """Store the present values of the tensors."""
+        if is_refused(allowed):
+            return
+        before = self._flat.clone() if allowed is not None and allowed.device.type != "cpu" else None
         copy_each(self._stored, sources)
+        if before is not None and allowed is not None:
+            torch.where(allowed, self._flat, before, out=self._flat)
 
     def stash_bytes(self, batch: int) -> int:
         """Return the bytes of scratch that ``stash`` needs."""
@@ -52,9 +63,14 @@ class CopiedTensorsStep:
         copy_each(views, sources, non_blocking=True)
         return views
 
-    def run_stashed(self, stashed: list[Tensor], weights: Sequence[float]) -> None:
+    def run_stashed(self, stashed: list[Tensor], weights: Sequence[float], allowed: Tensor | None = None) -> None:
         """Store the stashed values."""
-        self.run(stashed, weights)
+        self.run(stashed, weights, allowed=allowed)
+
+
+def is_refused(allowed: Tensor | None) -> bool:
+    """Return whether an update is skipped, as far as the host can know it without a wait: if its flag is on the CPU."""
+    return allowed is not None and allowed.device.type == "cpu" and not allowed
 
 
 def aligned(num_bytes: int) -> int:

@@ -109,6 +109,9 @@ class FlatBuffers:
         self.copy_groups = self._make_copy_groups(
             {tensor.name: device or tensor.live().device for tensor in self.copied}
         )
+        counted_on = self.groups[0].device if self.groups else torch.device("cpu")
+        self.num_skipped = torch.zeros((), dtype=torch.int64, device=counted_on)
+        """Updates that were skipped, because a tensor was not finite; counted by the lane that averages."""
         self._places = {tensor.tracked.name: (group, tensor) for group in self.groups for tensor in group.tensors}
         # By profile and name; None as the profile of copied tensors.
         self._returned: dict[tuple[int | None, str], Tensor] = {}
@@ -204,6 +207,7 @@ class FlatBuffers:
             group.together = group.together if device.type == "cpu" else None
         for copies in self.copy_groups:
             copies.device, copies.flat = device, copies.flat.to(device)
+        self.num_skipped = self.num_skipped.to(device)
 
     def resize(self, tracked: Sequence[TrackedTensor], layout: Layout) -> None:
         """Give copied tensors new shapes. Their values are zeros then; all others stay.

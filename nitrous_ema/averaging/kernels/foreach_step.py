@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nitrous_ema.averaging.kernels.copied_step import aligned, copy_each
+from nitrous_ema.averaging.kernels.copied_step import aligned, copy_each, is_refused
 from nitrous_ema.averaging.kernels.flat_buffers import Group, memory_order
 
 _BATCH_ELEMENTS_CPU = 1 << 20  # 2^18 takes 5 to 15 % longer, 2^16 20 %; larger batches are not faster
@@ -111,13 +111,20 @@ class AveragingStep(Protocol):
                 same memory. The storage of a parameter may be replaced, so pass an alias of it.
         """
 
-    def run(self, sources: Any, weights: Sequence[float], batches: Sequence[int] | None = None) -> None:
+    def run(
+        self,
+        sources: Any,
+        weights: Sequence[float],
+        batches: Sequence[int] | None = None,
+        allowed: Tensor | None = None,
+    ) -> None:
         """Move averages towards parameters, on the current stream.
 
         Args:
             sources: What ``sources`` returned for this update.
             weights: Weight of the parameters per profile, in (0, 1]; at 1 they are copied.
             batches: Indices of the batches; None for all.
+            allowed: Bool, on the group's device; where it is False, every bit of the averages stays. None: True.
         """
 
     def stash_bytes(self, batch: int) -> int:
@@ -133,7 +140,7 @@ class AveragingStep(Protocol):
                 if the group is in host memory.
         """
 
-    def run_stashed(self, stashed: Any, weights: Sequence[float]) -> None:
+    def run_stashed(self, stashed: Any, weights: Sequence[float], allowed: Tensor | None = None) -> None:
         """Move averages towards stashed parameters, with the same bits as ``run`` would give."""
 
 
@@ -156,6 +163,7 @@ class ForeachStep:
                 self._places[piece.tensor].append((b, p, piece))
         self.batches = [(batch.begin, batch.end) for batch in self._batches]
         self._scratch: Tensor | None = None  # allocated when a parameter of another type is first met
+        self._before: Tensor | None = None  # allocated when an update that may be skipped is first met
         self._resolved: list[Tensor | None] = [None] * len(group.tensors)
         self._flat: list[list[Tensor | None]] = [[None] * len(batch.pieces) for batch in self._batches]
 
@@ -173,12 +181,20 @@ class ForeachStep:
             self._flat, self._resolved = flat, [*tensors]
         return Sources(tensors, self._flat)
 
-    def run(self, sources: Sources, weights: Sequence[float], batches: Sequence[int] | None = None) -> None:
+    def run(
+        self,
+        sources: Sources,
+        weights: Sequence[float],
+        batches: Sequence[int] | None = None,
+        allowed: Tensor | None = None,
+    ) -> None:
         """Move averages towards parameters; see ``AveragingStep``."""
+        if is_refused(allowed):
+            return
         permuted: dict[int, Tensor] = {}
         column = self._column(weights)
         for index in range(len(self._batches)) if batches is None else batches:
-            self._average(self._batches[index], self._read(sources, index, permuted), weights, column)
+            self._average(self._batches[index], self._read(sources, index, permuted), weights, column, allowed)
 
     def stash_bytes(self, batch: int) -> int:
         """See ``AveragingStep``."""
@@ -195,9 +211,10 @@ class ForeachStep:
             view.copy_(flat, non_blocking=True)
         return _ForeachStash(batch, views)
 
-    def run_stashed(self, stashed: _ForeachStash, weights: Sequence[float]) -> None:
+    def run_stashed(self, stashed: _ForeachStash, weights: Sequence[float], allowed: Tensor | None = None) -> None:
         """Move averages towards stashed parameters; see ``AveragingStep``."""
-        self._average(self._batches[stashed.batch], stashed.flat, weights, self._column(weights))
+        if not is_refused(allowed):
+            self._average(self._batches[stashed.batch], stashed.flat, weights, self._column(weights), allowed)
 
     def _read(self, sources: Sources, batch: int, permuted: dict[int, Tensor]) -> list[Tensor]:
         """Return the parameters of a batch as flat memory, in the order of the averages."""
@@ -214,17 +231,37 @@ class ForeachStep:
             return None
         return torch.tensor(weights, dtype=self._group.dtype, device="cpu")[:, None]
 
-    def _average(self, batch: _Batch, flat: list[Tensor], weights: Sequence[float], column: Tensor | None) -> None:
+    def _average(
+        self,
+        batch: _Batch,
+        flat: list[Tensor],
+        weights: Sequence[float],
+        column: Tensor | None,
+        allowed: Tensor | None,
+    ) -> None:
         read = [self._readable(run, flat[run.first : run.last]) for run in batch.runs]
         if column is not None:
             for together, parameters in zip(batch.together, read, strict=True):
                 together.lerp_(parameters, column)
             return
-        for averages, weight in zip(batch.averages, weights, strict=True):
+        selected = None if allowed is None or allowed.device.type == "cpu" else allowed  # see is_refused
+        for flat_average, averages, weight in zip(self._group.flats, batch.averages, weights, strict=True):
+            present = flat_average[batch.begin : batch.end]
+            before = present if selected is None else self._copied(present)
             if weight == 1.0:
                 torch._foreach_copy_(averages, read)
             else:
                 torch._foreach_lerp_(averages, read, weight)
+            if selected is not None:
+                # Selected, because a weight of 0 would make NaN of parameters that are not finite.
+                torch.where(selected, present, before, out=present)
+
+    def _copied(self, present: Tensor) -> Tensor:
+        if self._before is None:
+            self._before = torch.empty(
+                max(batch.end - batch.begin for batch in self._batches), dtype=present.dtype, device=present.device
+            )
+        return self._before[: present.numel()].copy_(present)
 
     def _piece_bytes(self, piece: _Piece) -> int:
         return (piece.end - piece.begin) * _real(self._group.tensors[piece.tensor].tracked.dtype).itemsize

@@ -110,6 +110,7 @@ class FusedStep:
         blocks = fused_kernel.cut([(tensor.begin, tensor.end) for tensor in group.tensors])
         self._launches = [self._launch_of(blocks, *batch) for batch in self.batches]
         self._blocks = blocks.to(self._device)
+        self._always = torch.ones((), dtype=torch.bool, device=self._device)
 
     def sources(self, tensors: Sequence[Tensor]) -> Any:
         """Return the addresses of this group's parameters; see ``AveragingStep``."""
@@ -117,16 +118,23 @@ class FusedStep:
             self._found, self._rows = [*tensors], self._find(tensors)
         return self._plain.sources(tensors) if self._rows is None else _Addresses(tensors, self._rows)
 
-    def run(self, sources: Any, weights: Sequence[float], batches: Sequence[int] | None = None) -> None:
+    def run(
+        self,
+        sources: Any,
+        weights: Sequence[float],
+        batches: Sequence[int] | None = None,
+        allowed: Tensor | None = None,
+    ) -> None:
         """Move averages towards parameters; see ``AveragingStep``."""
         if not isinstance(sources, _Addresses):
-            self._plain.run(sources, weights, batches)
+            self._plain.run(sources, weights, batches, allowed)
             return
+        allowed = self._always if allowed is None else allowed
         with _current(self._device) as stream:
             table = self._table(sources.rows, stream)
             for first, last in _runs(range(len(self.batches)) if batches is None else batches):
                 blocks = self._launches[first].first_block, self._launches[last].last_block
-                self._kernel.launch(table, self._blocks, 0, *blocks, self._group.flats, weights)
+                self._kernel.launch(table, self._blocks, 0, *blocks, self._group.flats, weights, allowed)
 
     def stash_bytes(self, batch: int) -> int:
         """Return the bytes of scratch that ``stash`` needs; see ``AveragingStep``."""
@@ -152,17 +160,18 @@ class FusedStep:
         torch._foreach_copy_(views, read)
         return _FusedStash(batch, self._pinned(self._kernel.table(rows)), scratch)
 
-    def run_stashed(self, stashed: Any, weights: Sequence[float]) -> None:
+    def run_stashed(self, stashed: Any, weights: Sequence[float], allowed: Tensor | None = None) -> None:
         """Move averages towards stashed parameters; see ``AveragingStep``."""
         if not isinstance(stashed, _FusedStash):
-            self._plain.run_stashed(stashed, weights)
+            self._plain.run_stashed(stashed, weights, allowed)
             return
+        allowed = self._always if allowed is None else allowed
         launch = self._launches[stashed.batch]
         with _current(self._device):
             # Uploaded here and not in stash(): the table must be read on the stream that uploads it (FUSED-2).
             table = stashed.rows.to(self._device, non_blocking=True)
             blocks = launch.first_block, launch.last_block
-            self._kernel.launch(table, self._blocks, launch.first_tensor, *blocks, self._group.flats, weights)
+            self._kernel.launch(table, self._blocks, launch.first_tensor, *blocks, self._group.flats, weights, allowed)
 
     def _table(self, rows: Tensor, stream: Any) -> Tensor:
         """Return the rows on the device; uploaded once for each stream that launches."""

@@ -21,6 +21,8 @@ HALF: dict[str, Any] = {
     "scratch": 1 << 20,
 }
 """Some readbacks of the snapshot of step 2 have finished; step 4 makes the lane wait for the others."""
+SKIPPED: dict[str, Any] = {"on_nonfinite": "skip", "bad": [2, 3]}
+"""The updates of two steps are skipped, in which readbacks of ``HELD`` are held."""
 ONCE: dict[str, Any] = {**MANUAL, "then": "checkpoint once"}
 
 SCENARIOS: dict[str, dict[str, Any]] = {
@@ -97,6 +99,20 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "storages replaced by other values": {"writes": "replaced storages"},
     "storages replaced by other values, transposed": {"writes": "replaced storages", "kind": "transposed"},
     "assigned parameters": {"then": "assign"},
+    # updates that are skipped
+    "skipped": SKIPPED,
+    "skipped, first": {**SKIPPED, "bad": [0]},
+    "skipped, copied": {**SKIPPED, "read": "copied"},
+    "skipped, batch norm": {**SKIPPED, "kind": "batch norm"},
+    "skipped, bfloat16": {**SKIPPED, "kind": "bfloat16"},
+    "skipped, transposed": {**SKIPPED, "kind": "transposed"},
+    "skipped, snapshot at every step": {**SKIPPED, "checkpoint_every_num_steps": 1},
+    "skipped, long copy": {**HELD, **SKIPPED},
+    "skipped, long copy, batch norm": {**HELD, **SKIPPED, "kind": "batch norm"},
+    "skipped, long copy, no scratch": {**HELD, **SKIPPED, "scratch": 0, "is_held_up": True},
+    "skipped, half a copy": {**HALF, **SKIPPED, "bad": [4]},
+    "skipped, host": {**SKIPPED, "offload": "host"},
+    "skipped, host, batch norm": {**SKIPPED, "offload": "host", "kind": "batch norm"},
     # averages in host memory
     "host": {"offload": "host"},
     "host, every third": {"offload": "host", "update_every": 3},
@@ -106,7 +122,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "host, grown buffer": {"offload": "host", "then": "grow a buffer", "kind": "batch norm"},
     "host, transposed": {"offload": "host", "kind": "transposed"},
     "host, tied": {"offload": "host", "kind": "tied"},
-    "host, snapshot at every step": {"offload": "host", **MANUAL, "then": "checkpoint"},
+    "host, snapshot at every step": {"offload": "host", **MANUAL, "then": "checkpoint", "on_full": "wait"},
     "host, state_dict": {"offload": "host", "then": "state_dict"},
     "host, replaced storages": {"offload": "host", "then": "replace storages"},
     "host, optimizer in backward": {"offload": "host", "writes": "in backward"},
@@ -121,6 +137,7 @@ IN_DEPTH = (
     "cast ema_model",
     "grown buffer", "long copy, grown buffer",
     "saved and loaded", "unseen once", "storages replaced by other values", "assigned parameters", "host",
-    "host, copied", "host, batch norm", "host, transposed",
+    "host, copied", "host, batch norm", "host, transposed", "skipped", "skipped, batch norm", "skipped, long copy",
+    "skipped, half a copy", "skipped, snapshot at every step", "skipped, host",
 )  # fmt: skip
 """Scenarios to which the tests give many schedules; the others get a few. The campaign gives all of them many."""

@@ -80,6 +80,7 @@ def train(
     let_through: int = 0,
     is_held_up: bool = False,
     two_devices: bool = False,
+    bad: Sequence[int] = (),
     bug: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -94,6 +95,7 @@ def train(
         let_through: How many copies run during a hold.
         is_held_up: Whether the trainer is expected to wait for copies.
         two_devices: Whether the model's last layer is on another device.
+        bad: The steps whose update finds a NaN in the last parameter, which is gone afterwards.
         bug: The line of the library that is left out, see ``without``.
         options: Arguments of the EMA.
     """
@@ -119,7 +121,10 @@ def train(
                 parameter.grad = gradient
             laggy.take_host_waits()
             WRITERS[writes](loop)
+            good = _spoil(loop) if loop.step in bad else None
             loop.ema.update()
+            if good is not None:
+                _repair(loop, good)
             waits += [] if loop.may_wait else laggy.take_host_waits()
             loop.may_wait = False
             held_up += [loop.step] if laggy.is_held_up() else []
@@ -134,6 +139,7 @@ def train(
         if loop.on_accelerator:
             torch.accelerator.synchronize()
         seen = {**loop.seen, "snapshots": snapshot_bytes(folder), "host waits": waits, "t": loop.ema.t}
+        seen["updates skipped"] = loop.ema.stats().updates_skipped
         return {**seen, "held up": bool(held_up) if loop.on_accelerator else is_held_up}
 
 
@@ -152,6 +158,21 @@ def _hold(step: int, hold: Sequence[Sequence[int]], let_through: int) -> None:
 
 
 # ---- writing weights
+
+
+@torch.no_grad()
+def _spoil(loop: Loop) -> torch.Tensor:
+    *_, last = loop.model.parameters()
+    good = last.clone()
+    last.view(-1)[:1].fill_(torch.nan)
+    return good
+
+
+@torch.no_grad()
+def _repair(loop: Loop, good: torch.Tensor) -> None:
+    loop.ema.fence()
+    *_, last = loop.model.parameters()
+    last.copy_(good)
 
 
 def _step(loop: Loop) -> None:

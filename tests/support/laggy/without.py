@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from tests.support.laggy.cases import HALF, HELD, MANUAL, ONCE
+from tests.support.laggy.cases import HALF, HELD, MANUAL, ONCE, SKIPPED
 
 LANES, STAGING, WRITER = (f"nitrous_ema.async_.{name}" for name in ("lanes", "staging", "background_writer"))
 DEFERRED, OFFLOAD, DISPATCH, READBACK, COPIES, GUARD = (
@@ -192,6 +192,20 @@ LINES: dict[str, Line] = {
     ),
     "stash not marked as read": Line(
         "DEFER-5", DEFERRED, "_run_stashed", (("        block.read.record()\n", ""),), REUSED
+    ),
+    "flag computed behind a forced wait": Line(
+        "SKIP-2",
+        DEFERRED,
+        "DeferredUpdates.enqueue_check",
+        (("self._flag_pool.take(1, self._lane.mark) if self._is_forced() else None", "None"),),
+        {**HALF, **SKIPPED, "bad": [4]},
+    ),
+    "flag not computed before the batches": Line(
+        "SKIP-1",
+        DEFERRED,
+        "DeferredUpdates.enqueue_check",
+        (("self._lane.enqueue_write(partial(check, flag, tensors, num_skipped))", "pass"),),
+        SKIPPED,
     ),
     "trainer goes on where the stash is used up": Line(
         "DEFER-6", DEFERRED, "DeferredUpdates.stash_live", (("self._force(readbacks)", "pass"),), {**HELD, "scratch": 0}

@@ -189,3 +189,87 @@ def test_no_memory_for_a_stash_is_not_an_error(monkeypatch):
     rig.deferred.stash_live()
     assert "stash a0" not in rig.taken()
     assert rig.deferred.num_held_up == 1
+
+
+# Updates that are skipped
+
+
+class Averages:
+    """A step of one batch per element, which adds its sources where the flag allows it."""
+
+    batches = tuple((index, index + 1) for index in range(3))
+
+    def __init__(self):
+        self.values = torch.zeros(3)
+
+    def run(self, sources, weights, batches=None, allowed=None):
+        for batch in range(3) if batches is None else batches:
+            self.run_stashed((batch, sources[batch]), weights, allowed)
+
+    def stash_bytes(self, batch):
+        return STASH_BYTES
+
+    def stash(self, sources, batch, memory):
+        return batch, sources[batch].clone()
+
+    def run_stashed(self, stashed, weights, allowed=None):
+        batch, value = stashed
+        self.values[batch] += torch.where(allowed, value, torch.zeros(()))
+
+
+class SkippingRig(Rig):
+    def __init__(self, finished=(), limit_bytes=1000):
+        super().__init__(finished, limit_bytes)
+        self.step, self.num_skipped = Averages(), torch.zeros((), dtype=torch.int64)
+        self.placed = PlacedStep(self.step, [[Span(10 * batch, 10 * batch + 10)] for batch in range(3)])
+
+    def update(self, *values):
+        sources = torch.tensor(values)
+        flag = self.deferred.enqueue_check([sources], self.num_skipped)
+        self.deferred.enqueue_update(self.placed, sources, (0.5,), flag)
+        return sources
+
+
+def test_update_is_skipped_as_a_whole():
+    rig = SkippingRig()
+    rig.readbacks = None
+    for values in ((1.0, 2.0, 3.0), (1.0, 1.0, torch.nan), (torch.inf, 1.0, 1.0), (10.0, 20.0, 30.0)):
+        rig.update(*values)
+    assert rig.step.values.tolist() == [11, 22, 33]
+    assert rig.num_skipped == 2
+
+
+@pytest.mark.parametrize("stashed", [False, True])
+def test_late_batches_follow_the_flag_of_their_update(stashed):
+    rig = SkippingRig(finished={0})
+    rig.update(1.0, 2.0, 3.0)
+    bad = rig.update(1.0, torch.nan, 1.0)
+    if stashed:
+        rig.deferred.stash_live()
+        bad.fill_(5.0)  # the trainer has written them, so their late batches are finite
+    rig.update(10.0, 20.0, 30.0)
+    assert rig.step.values.tolist() == [11, 0, 0]
+    rig.readbacks.finished |= {1, 2}
+    rig.deferred.flush()
+    assert rig.step.values.tolist() == [11, 22, 33]
+    assert rig.num_skipped == 1
+
+
+def test_flag_does_not_wait_for_a_copy():
+    """Behind a forced wait the caller computes the flag; the lane only takes it over, and reads no parameters."""
+    rig = SkippingRig()
+    rig.update(1.0, 2.0, 3.0)
+    rig.deferred.flush()
+    rig.taken(), rig.lane.reads.clear()
+    for values in ((1.0, torch.nan, 1.0), (10.0, 20.0, 30.0)):
+        rig.update(*values)
+        assert rig.taken() == ["stashed"]
+        rig.deferred.stash_live()
+        rig.taken()
+    assert rig.lane.reads == [False, False]
+    for mark in rig.lane.marks:
+        mark.reached = True
+    rig.readbacks.finished |= {0, 1, 2}
+    rig.deferred.flush()
+    assert rig.step.values.tolist() == [11, 22, 33]
+    assert rig.num_skipped == 1

@@ -85,7 +85,7 @@ def test_set_is_not_filled_while_it_is_averaged():
 
 def test_failed_lane_gives_its_set_back(host):
     class Failing(NotingStep):
-        def run_stashed(self, stashed, weights):
+        def run_stashed(self, stashed, weights, allowed=None):
             raise ArithmeticError("simulated")
 
     log = []

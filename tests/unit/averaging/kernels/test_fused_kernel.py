@@ -39,7 +39,14 @@ def compiled(tmp_path_factory):
     from nitrous_ema.averaging.kernels.fused_kernel import BLOCK_ELEMENTS, NUM_WARPS, average_blocks
 
     pointers = {f"flat_{profile}": "*fp32" for profile in range(4)}
-    signature = {"tensors": "*i64", "blocks": "*i32", "first_tensor": "i32", "first_block": "i32", **pointers}
+    signature = {
+        "tensors": "*i64",
+        "blocks": "*i32",
+        "allowed": "*u8",
+        "first_tensor": "i32",
+        "first_block": "i32",
+        **pointers,
+    }
     signature |= {f"weight_{profile}": "fp32" for profile in range(4)} | {"PROFILES": "constexpr", "BLOCK": "constexpr"}
     aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(signature) if name in pointers}
 
@@ -150,7 +157,8 @@ def test_no_launch_compiles_after_the_rehearsal(compilations, profiles):
         for number in (0, 1, 2, 15, 16, 17, 32, 1 << 20):
             for count in (1, 16, 33):
                 for weight in (1.0, 0.5, 0.0):
-                    fused_kernel.launch(tensors, blocks, number, number, number + count, flats, [weight] * profiles)
+                    ends = number, number, number + count
+                    fused_kernel.launch(tensors, blocks, *ends, flats, [weight] * profiles, torch.tensor(True))
     assert 1 <= rehearsed <= 2
     assert len(compilations) == rehearsed
     assert not any(made["enable_fp_fusion"] for made in compilations)
