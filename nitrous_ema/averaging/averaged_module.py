@@ -5,9 +5,9 @@ model's structure, copied without its tensors. Averaged and copied tensors have 
 model's type differs from the average's, or a user has cast or moved the module, they are copies that are refreshed
 before each use. Skipped tensors are the online model's own, or copies as well (``share_skipped=False``).
 
-Attributes that are no tensors follow the online model (``model/attributes.py``). The module stays in eval mode, because
-a forward in train mode would write statistics, or weights, into the averages; ``module_overrides.py`` has what it does
-differently from other modules.
+Attributes that are no tensors, and buffers that are not saved, follow the online model (``model/attributes.py``). The
+module stays in eval mode, because a forward in train mode would write statistics, or weights, into the averages;
+``module_overrides.py`` has what it does differently from other modules.
 
 Longer than 300 lines: every way in which a user may change the module is met on one page.
 """
@@ -77,9 +77,6 @@ class AveragedModule:
         skipped = [tensor for tensor in engine.flat_buffers.tracked if tensor.role == "skipped"]
         shared = engine.config.share_skipped
         self._unshared = {tensor.name: tensor for tensor in skipped if tensor.persistent and not shared}
-        # Caches of the online model are copied at each use: a forward of either module may write or replace them.
-        self._caches = [tensor for tensor in skipped if not tensor.persistent]
-        self._cache_places: list[tuple[_Place, TrackedTensor]] = []
         self._sources: dict[str, Tensor] = {}  # averages, copied tensors, and skipped ones that are not shared
         self._places: list[_Place] = []
         self._held: list[Tensor] = []  # the tensors in these places, as they were found last
@@ -151,13 +148,7 @@ class AveragedModule:
         averages = [(tracked, self._sources[tracked.name]) for tracked in self._shown()]
         if template is None:
             tensors = {tracked.name: _replacement(tracked, source) for tracked, source in averages}
-            caches = {
-                tracked.name: held.detach().clone() for tracked in self._caches if (held := _find(tracked)) is not None
-            }
-            module, pairs = structural_copy(unwrap(self._engine.model), self._replacements(tensors | caches))
-            by_name = {tracked.name: tracked for tracked in self._caches}
-            places = _places(module, {id(tensor): name for name, tensor in caches.items()})
-            self._cache_places = [(place, by_name[place.name]) for place in places]
+            module, pairs = structural_copy(unwrap(self._engine.model), self._replacements(tensors))
             self._attributes = FollowedAttributes(pairs)
         else:
             module = unwrap(template)
@@ -194,25 +185,17 @@ class AveragedModule:
         for tracked in self._unshared.values():
             if tracked.name not in tensors:  # quantized or sharded: its values cannot be refreshed
                 replacements[id(_held(tracked))] = copy.deepcopy(_held(tracked))
-        for tracked in self._caches:
-            if tracked.name in tensors and (held := _find(tracked)) is not None:
-                replacements[id(held)] = tensors[tracked.name]
         return replacements
 
     def _memo(self) -> dict[int, object]:
         """Return the memo for copies of the online model's attributes."""
         tensors = {place.name: tensor for place, tensor in zip(self._places, self._held, strict=True)}
-        caches = {place.name: place.tensors.get(place.attribute) for place, _ in self._cache_places}
-        tensors |= {name: tensor for name, tensor in caches.items() if tensor is not None}
         return copy_memo(unwrap(self._engine.model), self._replacements(tensors))
 
     # ---- values
 
     def _refresh(self) -> None:
         """Follow what a user has done to the module's tensors, and copy averages where the module has copies."""
-        for place, tracked in self._cache_places:
-            cache = _find(tracked)
-            place.tensors[place.attribute] = None if cache is None else cache.detach().clone()
         self._follow_live_sources()
         held = [place.tensors.get(place.attribute) for place in self._places]
         if any(place.is_parameter and type(tensor) is Tensor for place, tensor in zip(self._places, held, strict=True)):
@@ -299,12 +282,8 @@ class AveragedModule:
 
 def _held(tracked: TrackedTensor) -> Tensor:
     """Return the tensor that the online model holds now, whatever its kind."""
-    held = _find(tracked)
+    held = (tracked.holder._parameters if tracked.is_parameter else tracked.holder._buffers).get(tracked.attribute)
     return tracked.live() if held is None else held  # which raises
-
-
-def _find(tracked: TrackedTensor) -> Tensor | None:
-    return (tracked.holder._parameters if tracked.is_parameter else tracked.holder._buffers).get(tracked.attribute)
 
 
 def _places(module: Module, names: Mapping[int, str]) -> Iterator[_Place]:

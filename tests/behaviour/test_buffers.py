@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import spectral_norm as old_spectral_norm
 
-from nitrous_ema import AsyncPostHocEMA, PostHocEMA, load_average
+from nitrous_ema import AsyncPostHocEMA, KarrasEMA, PostHocEMA, load_average
 from nitrous_ema.async_.synthesize_worker import launch
 from tests.support.fakes import TIMEOUT_SECONDS
 
@@ -144,3 +144,57 @@ def test_cache_may_grow_in_training_and_in_validation(cls, tmp_path):
         ema.flush(TIMEOUT_SECONDS)
         assert "cache" not in {record.name for record in ema.snapshots.get().layout.records if record.role != "skipped"}
         assert ema.synthesize_ema_model(sigma_rel=0.1).ema_model(torch.zeros(7, 16)).shape == (7, 16)
+
+
+class Windowed(nn.Module):
+    """A model with caches that belong to an attribute, as timm's Swin: one of them is absent for small windows."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.set_window_size(size)
+
+    def set_window_size(self, size):
+        self.size = size
+        self.register_buffer("index", torch.arange(size), persistent=False)
+        self.register_buffer("mask", torch.zeros(size, 1) if size > 4 else None, persistent=False)
+
+    def forward(self, x):
+        if len(x) > self.size:
+            self.set_window_size(len(x))
+        x = self.linear(x[self.index])
+        return x if self.mask is None else x + self.mask
+
+
+@pytest.mark.parametrize(("first", "second"), [(4, 8), (8, 4), (8, 12)])
+def test_caches_and_their_attributes_are_those_of_the_same_moment(first, second):
+    model = Windowed(first)
+    ema = KarrasEMA(model, sigma_rel=0.1, update_every=1)
+    ema.update()
+    for size in (first, second, first):
+        model.set_window_size(size)
+        ema.update()  # warns of no added tensor: warnings are errors here
+        averaged = ema.ema_model
+        assert (averaged.size, len(averaged.index), averaged.mask is None) == (size, size, size <= 4)
+        assert averaged(torch.zeros(size, 4)).shape == (size, 4)
+        assert averaged(torch.zeros(20, 4)).shape == (20, 4)  # grows its own
+        assert ema.ema_model(torch.zeros(20, 4)).shape == (20, 4)
+        assert (model.size, len(model.index)) == (size, size)
+
+
+def test_caches_of_a_cast_average_stay_cast():
+    model = Windowed(8)
+    ema = KarrasEMA(model, sigma_rel=0.1, update_every=1)
+    averaged = ema.ema_model.double()
+    model.set_window_size(12)
+    ema.update()
+    assert ema.ema_model is averaged
+    assert (averaged.mask.dtype, averaged.index.dtype) == (torch.float64, torch.int64)
+    assert averaged(torch.zeros(12, 4).double()).shape == (12, 4)
+
+
+def test_forward_of_an_average_leaves_the_caches_of_the_model_alone():
+    model = Windowed(8)
+    ema = KarrasEMA(model, sigma_rel=0.1, update_every=1)
+    ema.ema_model.mask.fill_(7)
+    assert not model.mask.any()

@@ -2,6 +2,8 @@
 
 A copy of the model's structure has the attributes of the moment at which it was made. Where the model's attribute has
 another value by now, the copy gets the new value. An attribute that a user has set on the copy stays until then.
+Buffers that ``state_dict()`` does not save are followed in the same way: they are caches, and belong to attributes such
+as the length that they were made for.
 
 Values are compared with a *fingerprint* of the copied ones. Numbers, strings and containers count by value, tensors by
 object and version counter, and other objects by object and by their own attributes, two levels deep. Containers of more
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from nitrous_ema.averaging.model.structural_copy import copy_cache
 from nitrous_ema.errors import UncopyableModelError
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size, type)
@@ -35,6 +38,7 @@ _MOST_ENTRIES = 10_000
 # trainer of a LightningModule, which its copies do not have either.
 _NOT_FOLLOWED = frozenset({*Module().__dict__, "forward", "train", "_compiled_call_impl", "_trainer", "_fabric"})
 _MISSING = object()
+_CACHE = "buffer "  # begins the names of buffers; names of attributes have no spaces
 
 
 class FollowedAttributes:
@@ -71,6 +75,9 @@ class FollowedAttributes:
 
 def _copy(original: Module, copied: Module, names: Sequence[str], memo: dict[int, Any]) -> None:
     for name in names:
+        if name.startswith(_CACHE):
+            copy_cache(original, copied, name.removeprefix(_CACHE), memo)
+            continue
         if name not in original.__dict__:
             copied.__dict__.pop(name, None)
             continue
@@ -86,7 +93,9 @@ def _copy(original: Module, copied: Module, names: Sequence[str], memo: dict[int
 
 
 def _fingerprints(module: Module) -> Mapping[str, Any]:
-    return {name: _fingerprint(value) for name, value in module.__dict__.items() if name not in _NOT_FOLLOWED}
+    found = {name: _fingerprint(value) for name, value in module.__dict__.items() if name not in _NOT_FOLLOWED}
+    caches = module._non_persistent_buffers_set & module._buffers.keys()
+    return found | {_CACHE + name: _fingerprint(module._buffers[name]) for name in caches}
 
 
 def _fingerprint(value: Any, levels: int = _LEVELS, inside: tuple[int, ...] = ()) -> Any:

@@ -152,7 +152,7 @@ class StructureCheck:
                     name=tensor.name,
                 )
         known = {key for tensor in self._tracked for key in tensor.keys}
-        added = [name for name in now if name not in known]
+        added = [name for name in canonical_tensors(self._model) if name not in known]
         if added:
             warn(
                 f"tensors added to the model since tracking began are not averaged: {_listed(added)}. Make a new EMA "

@@ -47,8 +47,35 @@ def structural_copy(model: Module, replacements: Mapping[int, Tensor]) -> tuple[
             name=name,
         ) from error
     originals = [module for module in model.modules() if unwrap(module) is module]
-    pairs = [(module, copies.get(id(module))) for module in originals]
-    return copied, [(module, other) for module, other in pairs if isinstance(other, Module)]
+    found = [(module, copies.get(id(module))) for module in originals]
+    pairs = [(module, other) for module, other in found if isinstance(other, Module)]
+    for module, other in pairs:
+        for name in module._non_persistent_buffers_set:
+            copy_cache(module, other, name, memo)
+    return copied, pairs
+
+
+def copy_cache(original: Module, copied: Module, name: str, memo: Mapping[int, Any]) -> None:
+    """Give a module's copy a buffer that ``state_dict()`` does not save, as the model has it now.
+
+    A forward of either module may write it, so it is not shared. If the copy was cast or moved, the buffer is, too.
+
+    Args:
+        original: The module.
+        copied: Its copy.
+        name: Name of the buffer.
+        memo: From ``copy_memo``.
+    """
+    if name not in original._buffers:
+        copied._buffers.pop(name, None)
+        copied._non_persistent_buffers_set.discard(name)
+        return
+    held, value = copied._buffers.get(name), original._buffers[name]
+    copied._non_persistent_buffers_set.add(name)
+    copied._buffers[name] = None if value is None else memo.get(id(value), value)
+    if value is not None and copied._buffers[name] is value:
+        like = held if held is not None and held.is_floating_point() == value.is_floating_point() else value
+        copied._buffers[name] = value.detach().clone().to(like)
 
 
 def copy_memo(model: Module, replacements: Mapping[int, Tensor]) -> dict[int, Any]:
