@@ -167,7 +167,7 @@ LINES: dict[str, Line] = {
         "DEFER-4",
         DEFERRED,
         "DeferredUpdates._enqueue_unblocked",
-        (("if self._forced is not None and not self._forced.is_reached():", "if False:"),),
+        (("if self._is_forced():", "if False:"),),
         HALF,
     ),
     "forced wait without an end": Line(
@@ -272,7 +272,7 @@ LINES: dict[str, Line] = {
         "OFFLOAD-3",
         OFFLOAD,
         "Offload.enqueue_update",
-        (("sources, buffers), abandon=release)", "sources, buffers), abandon=release, reads_parameters=False)"),),
+        (("buffers, flag), abandon=release)", "buffers, flag), abandon=release, reads_parameters=False)"),),
         {"offload": "host"},
     ),
     "trainer goes on before parameters are on the host": Line(
