@@ -30,6 +30,9 @@ class NitrousError(Exception):
         for name, value in evidence.items():
             setattr(self, name, value)
 
+    def __str__(self) -> str:
+        return _printable_lines(super().__str__())
+
 
 class NitrousWarning(UserWarning):
     """Root of the package's warnings: the result differs from the request, or is less accurate than expected."""
@@ -40,7 +43,24 @@ def warn(message: str) -> None:
     depth, frame = 2, sys._getframe(1)  # stacklevel 1 is the call below, 2 is the caller of this function
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         depth, frame = depth + 1, frame.f_back
-    warnings.warn(message, NitrousWarning, stacklevel=depth)
+    warnings.warn(_printable_lines(message), NitrousWarning, stacklevel=depth)
+
+
+def printable(text: str) -> str:
+    r"""Return text with everything escaped that no terminal should interpret.
+
+    Text from files, such as the host name in a snapshot's header, may contain escape sequences, line breaks that forge
+    a line, or marks that reverse the direction of writing. File names may contain bytes that are not UTF-8, which no
+    stream can write. All of them become escapes such as ``\x1b`` or ``\udcff``.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def _printable_lines(text: str) -> str:
+    """Return a message of several lines as ``printable`` does, with its line breaks unchanged."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def bug(what: str) -> RuntimeError:

@@ -319,7 +319,7 @@ WORKERS: dict[str, Sequence[str]] = {
 COMMANDS: dict[str, Sequence[str]] = {
     "inspect": ("inspect", "snapshots", "--json"),
     "inspect lengths": ("inspect", "snapshots", "--json", "--sigma-rel", LENGTHS, "--step", "20,25"),
-    "inspect old": ("inspect", "old", "--json", "--sigma-rels", "0.05,0.1", "--sigma-rel", "0.07"),
+    "inspect old": ("inspect", "old", "--json", "--tracked-sigma-rel", "0.05,0.1", "--sigma-rel", "0.07"),
     "inspect nothing": ("inspect", "nothing", "--json"),
     "prune": ("prune", "snapshots", "--keep", "4", "--json"),
     "prune by error": ("prune", "snapshots", "--error", "0.05", "--json", "--dry-run"),
@@ -328,10 +328,10 @@ COMMANDS: dict[str, Sequence[str]] = {
     "prune wrongly": ("prune", "snapshots", "--keep", "-1"),
     "verify": ("verify", "snapshots"),
     "verify old": ("verify", "old"),
-    "import": ("import", "old", "new", "--sigma-rels", "0.05,0.1", "--json"),
-    "import as half": ("import", "old", "new", "--sigma-rels", "0.05,0.1", "--dtype", "fp16", "--json"),
+    "import": ("import", "old", "new", "--tracked-sigma-rel", "0.05,0.1", "--json"),
+    "import as half": ("import", "old", "new", "--tracked-sigma-rel", "0.05,0.1", "--dtype", "fp16", "--json"),
     "synthesize": ("synthesize", "snapshots", "--sigma-rel", "0.09", "--out", "out"),
-    "synthesize old": ("synthesize", "old", "--sigma-rels", "0.05,0.1", "--sigma-rel", "0.09", "--out", "out"),
+    "synthesize old": ("synthesize", "old", "--tracked-sigma-rel", "0.05,0.1", "--sigma-rel", "0.09", "--out", "out"),
     "version": ("--version",),
     "unknown": ("unknown",),
 }

@@ -7,6 +7,7 @@ version of this library, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ def run_program(
         unread: Message reported when the reader of stdout has closed it. Empty, the default, reports nothing: a reader
             such as ``head`` has all the lines it needs.
     """
-    _open_missing_streams()
+    _prepare_streams()
     try:
         return work()
     except SystemExit as stop:  # argparse has printed the error or the help
@@ -118,12 +119,14 @@ def to_stderr(text: str) -> None:
         pass  # progress is not worth failing for: the outputs can still be written
 
 
-def _open_missing_streams() -> None:
-    """Open /dev/null as stdout or stderr where the caller has closed them."""
+def _prepare_streams() -> None:
+    """Make stdout and stderr able to take every text; where the caller has closed one, it becomes /dev/null."""
     for name in ("stdout", "stderr"):
         # Otherwise the next file to be opened gets the descriptor 1 or 2, and messages end up in that file.
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the process runs
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack a letter of a file name
 
 
 def _redirect_stdout_to_devnull() -> None:

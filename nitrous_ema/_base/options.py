@@ -38,6 +38,17 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_lengths(
+    parser: argparse.ArgumentParser, *, required: bool = False, help: str = "lengths as fractions of the training time"
+) -> None:
+    """Add ``--sigma-rel`` and ``--gamma``, the wanted lengths; at most one of the two may be given."""
+    numbers, lengths = exit_status.argument(parse_lengths), parser.add_mutually_exclusive_group(required=required)
+    lengths.add_argument("--sigma-rel", type=numbers, metavar="LENGTHS", help=f"{help}: 0.05,0.06,...,0.15")
+    lengths.add_argument(
+        "--gamma", type=numbers, metavar="LENGTHS", help="the same, as exponents of the power-function profile"
+    )
+
+
 def add_exclude(parser: argparse.ArgumentParser, help: str = "ignore these steps") -> None:
     """Add ``--exclude``, a list of steps; several of these options add up."""
     steps = exit_status.argument(parse_step_list)
@@ -45,12 +56,15 @@ def add_exclude(parser: argparse.ArgumentParser, help: str = "ignore these steps
 
 
 def add_old_profiles(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """Add ``--sigma-rels`` and ``--gammas``: the profiles of {i}.{step}.pt files, which do not record them."""
+    """Add ``--tracked-sigma-rel`` and ``--tracked-gamma``: the profiles of {i}.{step}.pt files."""
     numbers, profiles = exit_status.argument(parse_profiles), parser.add_mutually_exclusive_group(required=required)
     profiles.add_argument(
-        "--sigma-rels", type=numbers, help="the tracked profiles of a folder of {i}.{step}.pt files, in their order"
+        "--tracked-sigma-rel",
+        type=numbers,
+        metavar="LENGTHS",
+        help="the tracked profiles of a folder of {i}.{step}.pt files, in their order",
     )
-    profiles.add_argument("--gammas", type=numbers, help="the same profiles, as exponents")
+    profiles.add_argument("--tracked-gamma", type=numbers, metavar="LENGTHS", help="the same profiles, as exponents")
 
 
 def parse_lengths(text: str) -> list[float]:

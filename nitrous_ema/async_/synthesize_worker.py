@@ -58,27 +58,35 @@ _CLEANUP_SECONDS = 5.0  # after an interrupt; further interrupts within this tim
 _DEFAULT_HANDLERS = (signal.default_int_handler, signal.SIG_DFL)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    program: str = "python -m nitrous_ema.async_.synthesize_worker",
+    show: Callable[[Output], None] | None = None,
+) -> int:
     """Run the worker.
 
     Args:
         argv: Command line arguments without the program's name; None takes those of the process.
+        program: How the user has called it, for the help.
+        show: Prints each output instead of its JSON object, unless ``--json`` is among the arguments.
 
     Returns:
         The exit status, as listed in the docstring of this module.
     """
     with _interruptible():
         return exit_status.run_program(
-            lambda: _run(parse_arguments(argv)),
+            lambda: _run(parse_arguments(argv, program), show),
             lambda message: log(f"error: {message}"),
             interrupted="interrupted; outputs that are not listed on stdout were not written.",
             unread="stdout was closed before all outputs were written.",
         )
 
 
-def _run(config: WorkerConfig) -> int:
+def _run(config: WorkerConfig, show: Callable[[Output], None] | None) -> int:
     from nitrous_ema.synthesis.requested_lengths import lengths_of
     from nitrous_ema.synthesis.worker.inputs import open_inputs
+    from nitrous_ema.synthesis.worker.output_record import print_json
     from nitrous_ema.synthesis.worker.runner import SynthesisRunner
 
     with exit_status.usage_errors():
@@ -89,7 +97,7 @@ def _run(config: WorkerConfig) -> int:
         _check_parts(config, part)
     if part.parts > 1:
         log(f"writing part {part.index + 1} of {part.parts} of each average")
-    runner = SynthesisRunner(config, part)
+    runner = SynthesisRunner(config, part, print_json if show is None or config.as_json else show)
     if config.follow:
         _follow(config, inputs, names, lengths, runner)
     else:

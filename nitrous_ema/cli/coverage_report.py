@@ -315,38 +315,40 @@ def _rounded(number: float, towards: Any) -> float:
     return float(towards(number / unit) * unit)
 
 
-def prediction_lines(found: dict[str, Any]) -> list[str]:
-    """Return one entry of ``predictions`` as lines of text."""
+def prediction_lines(found: dict[str, Any], *, verbose: bool) -> list[str]:
+    """Return one entry of ``predictions`` as lines of text; with condition number and bounds if ``verbose``."""
     together = f"{len(found['lengths'])} lengths together: " if len(found["lengths"]) > 1 else ""
     lines = [f"predicted errors at target step {found['step']}, tolerance {found['tolerance']:g}:"]
     lines += paragraph(
         " ",
-        f"{together}synthesis reads {len(found['steps_read'])} of {pluralize(found['candidates'], 'snapshot')} "
-        f"(at least {found['lower_bound']} needed), {pluralize(found['columns'], 'stored average')}, "
-        f"{format_bytes(found['bytes_to_read'])}; condition number {_number(found['condition'])}",
+        f"{together}synthesis reads {len(found['steps_read'])} of {pluralize(found['candidates'], 'snapshot')}"
+        + (f" (at least {found['lower_bound']} needed)" if verbose else "")
+        + f", {pluralize(found['columns'], 'stored average')}, {format_bytes(found['bytes_to_read'])}"
+        + (f"; condition number {_number(found['condition'])}" if verbose else ""),
     )
-    stored = "/".join(found["stored_dtypes"])
-    heads = "sigma_rel", "gamma", "error", "error with all", "amplification", f"rounding ({stored})", "snapshots alone"
-    rows = [[*heads, ""]]
-    rows += [
-        [
-            f"{each['sigma_rel']:.4g}",
-            f"{each['gamma']:.4g}",
-            percent(each["profile_error"]),
-            percent(each["profile_error_of_all"]),
-            f"{each['weight_l2']:.3g}",
-            f"{each['rounding']:.1e}",
-            _number(each["steps_alone"]),
-            "",
-        ]
-        for each in found["lengths"]
-    ]
-    lines += columns(rows)
+    lines += columns([[*row, ""] for row in _prediction_rows(found, verbose=verbose)])
     for warning in found["warnings"]:
         lines += paragraph("warning:", warning)
     for cause in found["causes"]:
         lines += paragraph("cause:", cause)
     return lines
+
+
+def _prediction_rows(found: dict[str, Any], *, verbose: bool) -> list[list[str]]:
+    rounding = f"rounding ({'/'.join(found['stored_dtypes'])})"
+    rows = [["sigma_rel", "gamma", "error", rounding]]
+    if verbose:
+        rows = [[*rows[0], "error with all", "amplification", "snapshots alone"]]
+    for each in found["lengths"]:
+        rows.append([f"{each['sigma_rel']:.4g}", f"{each['gamma']:.4g}", percent(each["profile_error"])])
+        rows[-1].append(f"{each['rounding']:.1e}")
+        if verbose:
+            rows[-1] += [
+                percent(each["profile_error_of_all"]),
+                f"{each['weight_l2']:.3g}",
+                _number(each["steps_alone"]),
+            ]
+    return rows
 
 
 def _number(number: float | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from nitrous_ema._base import exit_status
 from nitrous_ema._base.arguments import format_bytes, pluralize
 from nitrous_ema._base.dtypes import dtype_code
 from nitrous_ema._base.options import unknown_exclusions
-from nitrous_ema.cli.terminal import log, paragraph, show, step_ranges
+from nitrous_ema.cli.terminal import log, paragraph, show, show_json, step_ranges
 from nitrous_ema.errors import SnapshotDamaged
 from nitrous_ema.snapshots.legacy.conversion import Import, plan_import
 from nitrous_ema.snapshots.legacy.folder import LegacyFolder
@@ -47,8 +46,8 @@ def configure(options: argparse.Namespace) -> ImportConfig:
     return ImportConfig(
         folder=options.folder,
         new=options.new,
-        legacy_sigma_rels=None if options.sigma_rels is None else tuple(options.sigma_rels),
-        legacy_gammas=None if options.gammas is None else tuple(options.gammas),
+        legacy_sigma_rels=None if options.tracked_sigma_rel is None else tuple(options.tracked_sigma_rel),
+        legacy_gammas=None if options.tracked_gamma is None else tuple(options.tracked_gamma),
         dtype=dtype_code(options.dtype),
         exclude=tuple(options.exclude),
         dry_run=options.dry_run,
@@ -65,7 +64,7 @@ def run(config: ImportConfig) -> int:
         log(message)
     found = _described(planned, config)
     if not config.as_json:
-        show("\n".join(_lines(found)))
+        show(*_lines(found))
     written: list[Snapshot] = []
 
     def log_written(snapshot: Snapshot) -> None:
@@ -74,7 +73,10 @@ def run(config: ImportConfig) -> int:
 
     damaged = list(planned.damaged) if config.dry_run else planned.write_missing(log_written)
     found |= {"written": [each.step for each in written], "damaged": [_plain(error) for error in damaged]}
-    show(json.dumps(found, indent=2) if config.as_json else "\n".join(_outcome(found)))
+    if config.as_json:
+        show_json(found)
+    else:
+        show(*_outcome(found))
     return exit_status.DAMAGED if damaged else exit_status.DONE
 
 

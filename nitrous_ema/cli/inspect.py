@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from nitrous_ema._base import exit_status
 from nitrous_ema._base.arguments import format_bytes, pluralize
 from nitrous_ema.cli.coverage_report import LengthRequest, coverage, coverage_lines, prediction_lines, predictions
 from nitrous_ema.cli.survey import legacy_sentence, legacy_steps, survey
-from nitrous_ema.cli.terminal import columns, elide_rows, paragraph, show
+from nitrous_ema.cli.terminal import columns, elide_rows, paragraph, show, show_json
 from nitrous_ema.snapshots.legacy.folder import LegacyFolder
 from nitrous_ema.snapshots.nonfinite import NonFiniteAverage
 from nitrous_ema.snapshots.store import SnapshotStore
@@ -37,6 +36,8 @@ class InspectConfig:
     """Run that the other runs are compared with; None for the newest."""
     all_rows: bool
     """Whether long tables are printed in full."""
+    verbose: bool
+    """Whether to print condition numbers and bounds of predictions."""
     as_json: bool
     """Whether to print one JSON object instead of text."""
     request: LengthRequest | None
@@ -73,11 +74,12 @@ def configure(options: argparse.Namespace) -> InspectConfig:
         folder=options.folder,
         run=options.run,
         all_rows=options.all,
+        verbose=options.verbose,
         as_json=options.json,
         request=request,
         exclude=tuple(options.exclude),
-        legacy_sigma_rels=None if options.sigma_rels is None else tuple(options.sigma_rels),
-        legacy_gammas=None if options.gammas is None else tuple(options.gammas),
+        legacy_sigma_rels=None if options.tracked_sigma_rel is None else tuple(options.tracked_sigma_rel),
+        legacy_gammas=None if options.tracked_gamma is None else tuple(options.tracked_gamma),
     )
 
 
@@ -93,7 +95,10 @@ def run(config: InspectConfig) -> int:
         source = _source(config, store)
         found["covered"] = coverage(source, config.run, config.exclude) if found["runs"] or config.is_legacy else None
         found["asked"] = predictions(source, config.request, config.run, config.exclude) if config.request else []
-    show(json.dumps(found, indent=2) if config.as_json else "\n".join(_lines(found, all_rows=config.all_rows)))
+    if config.as_json:
+        show_json(found)
+    else:
+        show(*_lines(found, all_rows=config.all_rows, verbose=config.verbose))
     return exit_status.DONE if found["runs"] or found["legacy"] else exit_status.NOT_FOUND
 
 
@@ -103,7 +108,7 @@ def _source(config: InspectConfig, store: SnapshotStore) -> SnapshotStore | Lega
     return LegacyFolder(config.folder, sigma_rels=config.legacy_sigma_rels, gammas=config.legacy_gammas)
 
 
-def _lines(found: dict[str, Any], *, all_rows: bool) -> list[str]:
+def _lines(found: dict[str, Any], *, all_rows: bool, verbose: bool) -> list[str]:
     """Return a survey as text."""
     disk, most = found["disk"], 10**9 if all_rows else _MOST_ROWS
     is_empty = not (found["runs"] or found["legacy"])
@@ -121,7 +126,7 @@ def _lines(found: dict[str, Any], *, all_rows: bool) -> list[str]:
     lines += _legacy_lines(found, most)
     lines += ["", *coverage_lines(found["covered"])] if found["covered"] else []
     for each in found["asked"]:
-        lines += ["", *prediction_lines(each)]
+        lines += ["", *prediction_lines(each, verbose=verbose)]
     lines += _section("incomplete", [f"{each['path']}: {each['reason']}" for each in found["incomplete"]])
     lines += _section("temporary files", [_temporary_line(each) for each in found["temporary"]])
     lines += _section("damaged", [each["message"] for each in found["damaged"]])

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from nitrous_ema._base import exit_status
 from nitrous_ema.cli.terminal import log
 from nitrous_ema.errors import SnapshotNotFound
-from nitrous_ema.profile import checked_lengths
 from nitrous_ema.search.plot import new_figure, plot_profiles, plot_sweep, plot_sweep_steps, plot_weights
 from nitrous_ema.search.results import read_table
 from nitrous_ema.synthesis import DEFAULT_TOLERANCE, plan_from_store
+from nitrous_ema.synthesis.requested_lengths import lengths_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +31,9 @@ class PlotConfig:
     out: Path
     """The picture; its suffix is the format."""
     sigma_rels: tuple[float, ...] | None
-    """Lengths to draw; needed for a folder."""
+    """Lengths to draw, or None where ``gammas`` has them; a folder needs one of the two."""
+    gammas: tuple[float, ...] | None
+    """The same lengths as exponents."""
     step: int | None
     """Target step; None for the newest snapshot."""
     run: str | None
@@ -48,6 +50,7 @@ def configure(options: argparse.Namespace) -> PlotConfig:
         source=options.source,
         out=options.out,
         sigma_rels=None if options.sigma_rel is None else tuple(options.sigma_rel),
+        gammas=None if options.gamma is None else tuple(options.gamma),
         step=options.step,
         run=options.run,
         exclude=None if options.exclude is None else tuple(options.exclude),
@@ -75,6 +78,7 @@ def _results(config: PlotConfig) -> tuple[Figure, Sequence[str]]:
         )
     folder_options = {
         "--sigma-rel": config.sigma_rels,
+        "--gamma": config.gammas,
         "--step": config.step,
         "--run": config.run,
         "--exclude": config.exclude,
@@ -93,12 +97,13 @@ def _results(config: PlotConfig) -> tuple[Figure, Sequence[str]]:
 
 def _profiles(config: PlotConfig) -> tuple[Figure, Sequence[str]]:
     """Return a figure of the profiles and weights of a synthesis, and the warnings on them."""
-    if config.sigma_rels is None:
-        raise ValueError(f"{config.source} is a snapshot folder; pass --sigma-rel with the lengths to draw.")
-    checked_lengths("--sigma-rel", config.sigma_rels)
+    if config.sigma_rels is None and config.gammas is None:
+        raise ValueError(f"{config.source} is a snapshot folder; pass --sigma-rel or --gamma with the lengths to draw.")
+    lengths_of(config.gammas, config.sigma_rels, ("--gamma", "--sigma-rel"))  # its errors name the option
     plan = plan_from_store(
         config.source,
         sigma_rels=config.sigma_rels,
+        gammas=config.gammas,
         step=config.step,
         run=config.run,
         exclude=config.exclude or (),

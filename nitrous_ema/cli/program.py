@@ -26,8 +26,8 @@ from nitrous_ema._base.dtypes import STORED_CODES, parse_dtype
 from nitrous_ema._base.options import (
     add_choice_options,
     add_exclude,
+    add_lengths,
     add_old_profiles,
-    parse_lengths,
     parse_step_list,
     parse_steps,
     path_option,
@@ -61,7 +61,7 @@ _PRUNE = (
     "Keep the snapshots that matter most for the lengths you want, and delete the others. Only the newest run (or "
     "--run) and the runs that it continues are pruned. The newest snapshot and pinned snapshots are always kept. "
     "Errors are profile errors: the distance between the obtained and the requested profile, relative to the norm of "
-    "the requested one. Use --dry-run to see the plan first."
+    "the requested one. On a terminal, prune prints the plan and asks before it deletes; --dry-run only prints it."
 )
 _PLOT = (
     "Draw a file of sweep results: values against the length and, if there are several steps, against the step. Or "
@@ -102,10 +102,9 @@ def _demo(arguments: Sequence[str]) -> int:
 
 
 def _synthesize(arguments: Sequence[str]) -> int:
-    from nitrous_ema.async_ import synthesize_worker
+    from nitrous_ema.cli import synthesize
 
-    synthesize_worker.use_one_thread_per_product()
-    return synthesize_worker.main(arguments)
+    return synthesize.main(arguments)
 
 
 # ---- options
@@ -131,28 +130,14 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("folder", type=path_option("DIR"), metavar="DIR", help=folder)
         return added
 
-    command("verify", "check every byte of a folder's snapshots against the checksums", _VERIFY)
+    verify = command("verify", "check every byte of a folder's snapshots against the checksums", _VERIFY)
+    _add_json(verify)
     inspect = command("inspect", "list the runs and snapshots in a folder, and the lengths they support", _INSPECT)
     inspect.add_argument("--run", metavar="ID", help="run that the others are compared with (default: the newest)")
     inspect.add_argument("--all", action="store_true", help="list every snapshot of long runs")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    _add_length_options(inspect)
-    old = "folder of {i}.{step}.pt files"
-    _add_import_options(command("import", "convert a folder of nitrous-ema 0.0.1 or ema-pytorch", _IMPORT, folder=old))
-    _add_prune_options(command("prune", "delete the snapshots that matter least", _PRUNE))
-    plot = command("plot", "draw a sweep's results, or the profiles that snapshots give", _PLOT, folder=None)
-    _add_plot_options(plot)
-    return parser
-
-
-def _add_length_options(inspect: argparse.ArgumentParser) -> None:
-    listed, lengths = exit_status.argument(parse_lengths), inspect.add_mutually_exclusive_group()
-    lengths.add_argument(
-        "--sigma-rel", type=listed, metavar="LENGTHS", help="predict errors of these lengths: 0.05,0.06,...,0.15"
-    )
-    lengths.add_argument(
-        "--gamma", type=listed, metavar="LENGTHS", help="the same lengths, as exponents of the profile"
-    )
+    _add_verbose(inspect, "print condition numbers, amplification and how few snapshots suffice, too")
+    _add_json(inspect)
+    add_lengths(inspect, help="predict the errors of averages of these lengths")
     inspect.add_argument(
         "--step",
         type=exit_status.argument(parse_steps),
@@ -161,6 +146,20 @@ def _add_length_options(inspect: argparse.ArgumentParser) -> None:
     )
     add_choice_options(inspect)
     add_old_profiles(inspect)
+    old = "folder of {i}.{step}.pt files"
+    _add_import_options(command("import", "convert a folder of nitrous-ema 0.0.1 or ema-pytorch", _IMPORT, folder=old))
+    _add_prune_options(command("prune", "delete the snapshots that matter least", _PRUNE))
+    plot = command("plot", "draw a sweep's results, or the profiles that snapshots give", _PLOT, folder=None)
+    _add_plot_options(plot)
+    return parser
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _add_verbose(command: argparse.ArgumentParser, help: str) -> None:
+    command.add_argument("--verbose", action="store_true", help=help)
 
 
 def _add_import_options(command: argparse.ArgumentParser) -> None:
@@ -180,7 +179,7 @@ def _add_import_options(command: argparse.ArgumentParser) -> None:
     )
     add_exclude(command)
     add("--dry-run", action="store_true", help="print what would be written, and write nothing")
-    add("--json", action="store_true", help="print one JSON object instead of text")
+    _add_json(command)
 
 
 def _add_plot_options(plot: argparse.ArgumentParser) -> None:
@@ -198,12 +197,7 @@ def _add_plot_options(plot: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the picture; its suffix is .png, .svg or .pdf",
     )
-    add(
-        "--sigma-rel",
-        type=exit_status.argument(parse_lengths),
-        metavar="LENGTHS",
-        help="lengths to draw: 0.05,0.06,...,0.15 (snapshot folders only, and required there)",
-    )
+    add_lengths(plot, help="lengths to draw (snapshot folders only, and required there)")
     add("--step", type=int, help="target step, at which the averages end (default: the newest snapshot)")
     add("--run", metavar="ID", help="run to read, with its ancestors (default: the newest)")
     add_choice_options(plot)
@@ -225,7 +219,9 @@ def _add_prune_options(prune: argparse.ArgumentParser) -> None:
         help="wait this long before hidden snapshots are deleted, so that running readers can finish (default: 0)",
     )
     add("--dry-run", action="store_true", help="print the plan, and change nothing")
-    add("--json", action="store_true", help="print one JSON object instead of text")
+    add("--yes", action="store_true", help="delete without asking; only a terminal is asked")
+    _add_verbose(prune, "print the bound that proves how good the choice is, too")
+    _add_json(prune)
 
 
 def _add_amount_options(prune: argparse.ArgumentParser) -> None:
@@ -243,11 +239,10 @@ def _add_amount_options(prune: argparse.ArgumentParser) -> None:
         metavar="E",
         help="keep the fewest snapshots with errors of at most E in the range, such as 0.01 for 1 %%",
     )
-    prune.add_argument(
-        "--sigma-rel",
-        type=exit_status.argument(_range),
-        metavar="LO-HI",
-        help="range of wanted lengths (default: the shortest tracked length to 2.5 times the longest, at most 0.25)",
+    add_lengths(
+        prune,
+        help="wanted lengths, of which the shortest and the longest count (by default from the shortest tracked length "
+        "to 2.5 times the longest, at most 0.25)",
     )
 
 
@@ -295,20 +290,6 @@ def _positive(text: str) -> float:
 
 def _seconds(text: str) -> float:
     return _number(text, "seconds, 0 or more")
-
-
-def _range(text: str) -> tuple[float, float]:
-    # No sign: a "-" only separates the two lengths, or stands in an exponent.
-    number = r"([0-9]*\.?[0-9]+(?:[eE]-?[0-9]+)?)"
-    found = re.fullmatch(rf"{number}-{number}", text)
-    if found is None:
-        raise ValueError(f"{text!r} is not a range; expected the shortest and the longest length, such as 0.03-0.25")
-    low, high = float(found[1]), float(found[2])
-    if low > high:
-        raise ValueError(f"{text!r}: expected the shorter length first, as in {found[2]}-{found[1]}")
-    if low <= 0 or high >= 12**-0.5:
-        raise ValueError(f"{text!r}: expected lengths above 0 and below 12 ** -0.5 = 0.2887")
-    return low, high
 
 
 if __name__ == "__main__":

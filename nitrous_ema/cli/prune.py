@@ -20,7 +20,6 @@ PRUNE-4  Hidden snapshots can be read during the grace.          test_hidden_fil
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,11 +30,12 @@ from nitrous_ema._base import exit_status
 from nitrous_ema._base.arguments import format_bytes, pluralize
 from nitrous_ema.cli.prune_plan import PrunePlan, PruneTarget, lines, plan_pruning
 from nitrous_ema.cli.survey import legacy_sentence, survey
-from nitrous_ema.cli.terminal import log, paragraph, show
-from nitrous_ema.errors import SnapshotNotFound, SnapshotUnreadable
+from nitrous_ema.cli.terminal import confirm, log, paragraph, show, show_json
+from nitrous_ema.errors import NitrousError, SnapshotNotFound, SnapshotUnreadable
 from nitrous_ema.snapshots.names import parse_folder_name
 from nitrous_ema.snapshots.snapshot import Listing, Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
+from nitrous_ema.synthesis.requested_lengths import lengths_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +58,10 @@ class PruneConfig:
     """Seconds between hiding and deletion."""
     dry_run: bool
     """Whether to print the plan and change nothing."""
+    ask: bool
+    """Whether to ask before snapshots are deleted, where stdin is a terminal."""
+    verbose: bool
+    """Whether to print the bound on the choice."""
     as_json: bool
     """Whether to print one JSON object instead of text."""
 
@@ -66,12 +70,12 @@ def configure(options: argparse.Namespace) -> PruneConfig:
     """Return the configuration that the parsed options state.
 
     Raises:
-        UsageError: No option states how much to keep, and none changes pins.
+        UsageError: No option states how much to keep, and none changes pins; or a length is out of range.
     """
     target = None
     if options.keep is not None or options.budget is not None or options.error is not None:
         target = PruneTarget(
-            keep=options.keep, budget_bytes=options.budget, error=options.error, sigma_rels=options.sigma_rel
+            keep=options.keep, budget_bytes=options.budget, error=options.error, sigma_rels=_range(options)
         )
     elif not options.pin and not options.unpin:
         raise exit_status.UsageError(
@@ -86,8 +90,19 @@ def configure(options: argparse.Namespace) -> PruneConfig:
         exclude=tuple(options.exclude),
         grace_seconds=options.grace,
         dry_run=options.dry_run,
+        ask=not options.yes,
+        verbose=options.verbose,
         as_json=options.json,
     )
+
+
+def _range(options: argparse.Namespace) -> tuple[float, float] | None:
+    """Return the shortest and the longest wanted length; None without a length."""
+    if options.sigma_rel is None and options.gamma is None:
+        return None
+    with exit_status.usage_errors():
+        lengths = [length for length, _ in lengths_of(options.gamma, options.sigma_rel, ("--gamma", "--sigma-rel"))]
+    return min(lengths), max(lengths)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,11 +146,22 @@ def run(config: PruneConfig) -> int:
     found = _described(reader, listing, config, pins, plan)
     # Text is printed before the work, so that an interrupted command has shown its plan. JSON is one object at the end.
     if not config.as_json:
-        show("\n".join(_lines(found)))
+        show(*_lines(found, verbose=config.verbose))
     if not config.dry_run:
+        if config.ask and plan is not None and plan.dropped and not confirm(_question(found, config)):
+            raise NitrousError("not confirmed; nothing was changed.")
         found |= _carry_out(store, pins, plan, config.grace_seconds)
-    show(json.dumps(found, indent=2) if config.as_json else _outcome(found, pins))
+    if config.as_json:
+        show_json(found)
+    else:
+        show(_outcome(found, pins))
     return exit_status.DONE
+
+
+def _question(found: dict[str, Any], config: PruneConfig) -> str:
+    thinning = found["thinning"]
+    size = format_bytes(thinning["bytes_before"] - thinning["bytes_after"])
+    return f"Delete {pluralize(len(thinning['dropped']), 'snapshot')} ({size}) from {config.folder}?"
 
 
 def _listing(store: SnapshotStore, config: PruneConfig) -> Listing:
@@ -275,14 +301,14 @@ _LEFT_ALONE = {
 }
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
+def _lines(found: dict[str, Any], *, verbose: bool) -> list[str]:
     ancestors = ", and the runs that it continues" if found["lineage"][:-1] else ""
     text = [f"{found['folder']}: run {found['run']}{ancestors}"]
     text += _still_written(found)
     text += [f"pinned: {', '.join(map(str, found['pinned_now']))}"] if found["pinned_now"] else []
     text += [f"unpinned: {', '.join(map(str, found['unpinned_now']))}"] if found["unpinned_now"] else []
     if found["thinning"]:
-        text += ["", *lines(found["thinning"])]
+        text += ["", *lines(found["thinning"], verbose=verbose)]
     for each in found["left_alone"]:
         what = _LEFT_ALONE[each["what"]].format(snapshots=pluralize(each["count"], "snapshot"), run=each["run"])
         text += paragraph("left alone:", f"{what}; {each['remedy']}")

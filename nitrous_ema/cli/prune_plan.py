@@ -233,15 +233,15 @@ def _check_profiles(snapshots: Sequence[Snapshot]) -> None:
 # As text
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """Return what ``PrunePlan.described`` returns as lines of text."""
+def lines(found: dict[str, Any], *, verbose: bool) -> list[str]:
+    """Return what ``PrunePlan.described`` returns as lines of text; with the bound on the choice if ``verbose``."""
     steps, kept = found["steps"], frozenset(found["kept"])
     pinned = [f"pinned {each}" for each in found["pinned"]]
     text = [
         f"{len(kept)} of {pluralize(len(steps), 'snapshot')} kept: {format_bytes(found['bytes_before'])} -> "
         f"{format_bytes(found['bytes_after'])}, {format_bytes(found['bytes_before'] - found['bytes_after'])} less."
     ]
-    text += [_bound(found)] if found["dropped"] else []
+    text += [_bound(found)] if found["dropped"] and verbose else []
     text += paragraph("kept:", f"{step_ranges(steps, kept)}" + (f" ({', '.join(pinned)})" if pinned else ""))
     text += paragraph("dropped:", step_ranges(steps, frozenset(found["dropped"])))
     text += ["", *_table(found), ""]

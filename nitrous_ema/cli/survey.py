@@ -168,6 +168,6 @@ def legacy_sentence(root: Path, command: str) -> str:
     }
     return (
         f"{root} contains files of nitrous-ema 0.0.1 or ema-pytorch ({{profile}}.{{step}}.pt), not snapshots of this "
-        f"version. {limits.get(command, '')}`nitrous-ema synthesize` reads them if --sigma-rels or --gammas names "
-        "their profiles; `nitrous-ema import` converts them."
+        f"version. {limits.get(command, '')}`nitrous-ema synthesize` reads them if --tracked-sigma-rel or "
+        "--tracked-gamma names their profiles; `nitrous-ema import` converts them."
     )

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from typing import Any
 
 from nitrous_ema._base.exit_status import to_stderr, to_stdout
+from nitrous_ema.errors import printable
 
 _WIDTH = 120
 
 
-def show(text: str) -> None:
-    """Write text to stdout and flush it, so that it is visible before the next slow operation begins."""
-    to_stdout(text + "\n")
+def show(*lines: str) -> None:
+    """Write lines to stdout and flush them, so that they are visible before the next slow operation begins.
+
+    Each line stays one line: line breaks and control characters in it are escaped.
+    """
+    to_stdout("".join(f"{printable(line)}\n" for line in lines))
+
+
+def show_json(value: Mapping[str, Any]) -> None:
+    """Write an object to stdout as JSON."""
+    to_stdout(f"{json.dumps(value, indent=2)}\n")
 
 
 def log(line: str) -> None:
-    """Write a line to stderr, after the program's name."""
-    to_stderr(f"nitrous-ema: {line}\n")
+    """Write a line to stderr, after the program's name, with control characters escaped."""
+    to_stderr(f"nitrous-ema: {printable(line)}\n")
+
+
+def confirm(question: str) -> bool:
+    """Ask a question on a terminal and return whether the answer is yes; where stdin is no terminal, return True.
+
+    Scripts and scheduled jobs have no terminal, so they need no option that answers for them.
+    """
+    if not sys.stdin.isatty():
+        return True
+    to_stderr(f"{printable(question)} [y/N] ")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def columns(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> list[str]:

@@ -154,8 +154,8 @@ class SnapshotStore:
             return ""
         return (
             ", but {profile}.{step}.pt files of nitrous-ema 0.0.1 or ema-pytorch. Name the profiles that they track: "
-            "--sigma-rels or --gammas on the command line, nitrous_ema.LegacyFolder in Python; or rewrite "
-            "them with nitrous-ema import"
+            "--tracked-sigma-rel or --tracked-gamma on the command line, nitrous_ema.LegacyFolder in Python; or "
+            "rewrite them with nitrous-ema import"
         )
 
     def location_hint(self) -> str:
@@ -174,8 +174,8 @@ class SnapshotStore:
         return (
             f"{self.root} also holds {pluralize(files, 'file')} of nitrous-ema 0.0.1 or ema-pytorch "
             "({profile}.{step}.pt). They are not read together with the snapshots. LegacyFolder (on the command line: "
-            "--sigma-rels or --gammas) reads them alone, and `nitrous-ema import` converts them into a folder of their "
-            "own. Move them away if they are not needed."
+            "--tracked-sigma-rel or --tracked-gamma) reads them alone, and `nitrous-ema import` converts them into a "
+            "folder of their own. Move them away if they are not needed."
         )
 
     def examine(self, run: str | None = None) -> Listing:

@@ -117,9 +117,11 @@ def test_the_page_shows_what_the_snippets_print(ran):
 
 def test_the_worker_writes_averages_that_load(ran):
     folder, _ = ran
-    command = block("", "synthesize_worker").split()
-    assert command[0] == "python"
-    records = [json.loads(line) for line in run([sys.executable, *command[1:]], folder).splitlines()]
+    command = block("", "nitrous-ema synthesize").split()
+    assert command[0] == "nitrous-ema"
+    records = [
+        json.loads(line) for line in run([sys.executable, "-m", "nitrous_ema", *command[1:]], folder).splitlines()
+    ]
     assert max(record["profile_error"] for record in records) < 0.01
     path = re.search(r'load_average\(model, "(?P<path>[^"]+)"\)', block("python", "load_average"))["path"]
     model = re.search(r"^model = .*$", (ROOT / SOURCE).read_text(), re.MULTILINE)[0]

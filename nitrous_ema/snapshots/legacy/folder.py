@@ -137,8 +137,8 @@ class LegacyFolder:
         if not paths:
             is_ours = any(parse_folder_name(name) for name in os.listdir(self.root))
             remedy = (
-                " Its snapshots are in the current format, which records the profiles: omit --sigma-rels and --gammas "
-                "(in Python, use SnapshotStore)."
+                " Its snapshots are in the current format, which records the profiles: omit --tracked-sigma-rel and "
+                "--tracked-gamma (in Python, use SnapshotStore)."
             )
             hint = remedy if is_ours else f" {right_folder(FileSystem(), self.root) or 'Check the path.'}"
             raise SnapshotNotFound(

@@ -17,8 +17,8 @@ from nitrous_ema._base.dtypes import STORED_CODES, parse_dtype
 from nitrous_ema._base.options import (
     Steps,
     add_choice_options,
+    add_lengths,
     add_old_profiles,
-    parse_lengths,
     parse_number,
     parse_steps,
     path_option,
@@ -71,6 +71,10 @@ class WorkerConfig:
     """Print the progress as text, even if stderr is not a terminal."""
     json_progress: bool = False
     """Print the progress as lines of JSON."""
+    as_json: bool = False
+    """Print the outputs as lines of JSON, even if stdout is a terminal."""
+    verbose: bool = False
+    """Print condition, rounding and the bounds of the choice of snapshots, too."""
     nice: Literal["auto", "always", "never"] = "auto"
     """When to lower the priority of this process; ``"auto"``: while the trainer runs on this machine."""
     part: WorkPartition | None = None
@@ -88,17 +92,18 @@ class WorkerConfig:
         return self.tracked_sigma_rels is not None or self.tracked_gammas is not None
 
 
-def parse_arguments(argv: Sequence[str] | None) -> WorkerConfig:
+def parse_arguments(argv: Sequence[str] | None, program: str) -> WorkerConfig:
     """Parse and check the command line.
 
     Args:
         argv: Arguments without the program's name; None takes those of the process.
+        program: How the user has called the program, for its help.
 
     Raises:
         SystemExit: The arguments are invalid, and the reason was printed to stderr; or help was printed.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m nitrous_ema.async_.synthesize_worker",
+        prog=program,
         description="Synthesize averages of any length from a folder of snapshots.",
         epilog="Under torchrun each process writes its part of every average.",
         allow_abbrev=False,  # an abbreviation could mean another option in a later version
@@ -135,8 +140,8 @@ def _config(options: argparse.Namespace) -> WorkerConfig:
         run=options.run,
         exclude=tuple(options.exclude),
         tolerance=options.tolerance,
-        tracked_sigma_rels=_tuple(options.sigma_rels),
-        tracked_gammas=_tuple(options.gammas),
+        tracked_sigma_rels=_tuple(options.tracked_sigma_rel),
+        tracked_gammas=_tuple(options.tracked_gamma),
         dtype=options.dtype,
         format=options.format,
         memory_bytes=options.memory,
@@ -146,6 +151,8 @@ def _config(options: argparse.Namespace) -> WorkerConfig:
         dry_run=options.dry_run,
         text_progress=options.progress,
         json_progress=options.progress_json,
+        as_json=options.json,
+        verbose=options.verbose,
         nice=options.nice,
         part=options.part,
         follow=options.follow,
@@ -156,21 +163,13 @@ def _config(options: argparse.Namespace) -> WorkerConfig:
 
 def _add_input_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    lengths = parser.add_mutually_exclusive_group(required=True)
     add(
         "snapshots",
         type=path_option("SNAPSHOTS"),
         metavar="SNAPSHOTS",
         help="snapshot folder",
     )
-    lengths.add_argument(
-        "--sigma-rel",
-        type=exit_status.argument(parse_lengths),
-        help="lengths as fractions of the training time: 0.05,0.06,...,0.15",
-    )
-    lengths.add_argument(
-        "--gamma", type=exit_status.argument(parse_lengths), help="lengths as exponents of the power-function profile"
-    )
+    add_lengths(parser, required=True)
     add(
         "--step",
         type=exit_status.argument(parse_steps),
@@ -220,6 +219,8 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     add("--accumulate", choices=("float64", "float32"), default="float64", help="type of sums (default: float64)")
     add("--progress", action="store_true", help="print the progress even if stderr is not a terminal")
     add("--progress-json", action="store_true", help="print the progress as lines of JSON, for programs")
+    add("--json", action="store_true", help="print one JSON object per average, even if stdout is a terminal")
+    add("--verbose", action="store_true", help="print condition number, rounding and how few snapshots suffice, too")
     add(
         "--nice",
         choices=("auto", "always", "never"),

@@ -121,7 +121,7 @@ def launch(
         raise ValueError("pass at most one of step and steps; got both of them.")
     is_all = isinstance(steps, str) and steps == "all"
     target_steps = [step] if step is not None else None if is_all else steps
-    tracked = {"sigma-rels": tracked_sigma_rels, "gammas": tracked_gammas}
+    tracked = {"tracked-sigma-rel": tracked_sigma_rels, "tracked-gamma": tracked_gammas}
     _check_sequences(sigma_rels=sigma_rels, gammas=gammas, exclude=exclude, steps=target_steps)
     _check_sequences(tracked_sigma_rels=tracked_sigma_rels, tracked_gammas=tracked_gammas)
     option, lengths = ("--sigma-rel", sigma_rels) if sigma_rels is not None else ("--gamma", gammas)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -92,8 +92,18 @@ class Output:
         return cls(**{**known, **steps, "path": Path(known["path"])})
 
 
+def print_json(output: Output) -> None:
+    """Print the JSON object of an output to stdout.
+
+    Raises:
+        BrokenPipeError: The reader of stdout has closed it.
+        NitrousError: stdout cannot be written, for example on a full disk.
+    """
+    exit_status.to_stdout(output.to_json() + "\n")
+
+
 class RecordWriter:
-    """Prints the outputs of one plan to stdout, in the order of the requested lengths.
+    """Prints the outputs of one plan, in the order of the requested lengths.
 
     Args:
         plan: The averages, all of one target step.
@@ -102,6 +112,7 @@ class RecordWriter:
         memory_bytes: Upper bound of the memory for reading and computing.
         condition: Condition number of the plan's columns; NaN where it is not computed.
         began: ``time.monotonic()`` at the start of the worker's work.
+        show: Prints one output.
     """
 
     def __init__(
@@ -112,6 +123,7 @@ class RecordWriter:
         memory_bytes: int,
         condition: float,
         began: float,
+        show: Callable[[Output], None],
     ) -> None:
         self._plan = plan
         self._part = part
@@ -119,15 +131,11 @@ class RecordWriter:
         self._memory_bytes = memory_bytes
         self._condition = condition if math.isfinite(condition) else None  # JSON has no NaN
         self._began = began
+        self._show = show
         self._next = 0
 
     def add(self, index: int, state: State) -> None:
-        """Print one output, after the reused outputs that precede it.
-
-        Raises:
-            BrokenPipeError: The reader of stdout has closed it.
-            NitrousError: stdout cannot be written, for example on a full disk.
-        """
+        """Print one output, after the reused outputs that precede it; raises as ``print_json``."""
         while self._next < index:
             self._print(self._next, "kept")
         self._print(index, state)
@@ -138,7 +146,7 @@ class RecordWriter:
             self._print(self._next, "kept")
 
     def _print(self, index: int, state: State) -> None:
-        exit_status.to_stdout(self._output(index, state).to_json() + "\n")
+        self._show(self._output(index, state))
         self._next = index + 1
 
     def _output(self, index: int, state: State) -> Output:

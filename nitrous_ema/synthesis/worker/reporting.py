@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nitrous_ema._base.arguments import format_bytes, pluralize
 from nitrous_ema._base.exit_status import to_stderr
+from nitrous_ema.errors import printable
 
 if TYPE_CHECKING:
     from nitrous_ema.synthesis.plan import Plan
@@ -23,33 +24,35 @@ _JSON_SECONDS = 0.1
 
 
 def log(line: str) -> None:
-    """Print one line to stderr, with the name of this program."""
-    to_stderr(f"synthesize: {line}\n")
+    """Print one line to stderr, with the name of this program and control characters escaped."""
+    to_stderr(f"synthesize: {printable(line)}\n")
 
 
 def log_warning(text: str) -> None:
     """Print a warning about the averages, which a job also has in its ``warnings``."""
-    to_stderr(f"{WARNING}{text}\n")
+    to_stderr(f"{WARNING}{printable(text)}\n")
 
 
-def log_plan(plan: Plan, condition: float) -> None:
+def log_plan(plan: Plan, condition: float, *, verbose: bool) -> None:
     """Print what a plan reads and how accurate its averages will be, with the plan's warnings.
 
     Args:
         plan: The averages that are going to be written.
         condition: Condition number of the stored averages that the plan reads.
+        verbose: Print condition, rounding and the bounds of the choice of snapshots, too.
     """
     target, report = plan.target, plan.report
     log(
         f"step {target.step} of run {target.run}: {pluralize(len(plan.gammas), 'average')} from "
         f"{pluralize(len(plan.columns), 'stored average')} of {pluralize(len(plan.steps), 'snapshot')}, "
-        f"{format_bytes(plan.bytes_to_read)} to read"
+        f"{format_bytes(plan.bytes_to_read)} to read, profile error up to {max(report.profile_error):.2g}"
     )
-    log(
-        f"profile error {max(report.profile_error):.2g}; rounding error of a weight {max(report.rounding):.1e}, "
-        f"{max(report.weight_l2):.3g} times that of one snapshot; condition number {condition:.3g}"
-    )
-    if plan.tolerance > 0:
+    if verbose:
+        log(
+            f"rounding error of a weight {max(report.rounding):.1e}, {max(report.weight_l2):.3g} times that of one "
+            f"snapshot; condition number {condition:.3g}"
+        )
+    if verbose and plan.tolerance > 0:
         log(
             f"using {len(plan.steps)} of {plan.candidates} snapshots ({plan.lower_bound} is the proven minimum for "
             f"tolerance {plan.tolerance:g}); profile error with all snapshots {max(plan.profile_error_of_all):.2g}; "

@@ -1,7 +1,8 @@
 """Run the plans of the synthesis process one after the other: write, reuse or (in a dry run) list their outputs.
 
 Each plan is checked before anything is written. Outputs that exist already are reused with ``--skip-existing``. stdout
-gets one JSON object for each output, in the order of the requested lengths; other programs parse these objects.
+gets a record of each output, in the order of the requested lengths: a JSON object, which other programs parse, or for
+people a row of a table.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from nitrous_ema.synthesis.outputs.writer import check_outputs, write_outputs, w
 from nitrous_ema.synthesis.plan import Plan
 from nitrous_ema.synthesis.streaming import available_cores
 from nitrous_ema.synthesis.worker.arguments import WorkerConfig
-from nitrous_ema.synthesis.worker.output_record import RecordWriter
+from nitrous_ema.synthesis.worker.output_record import Output, RecordWriter, print_json
 from nitrous_ema.synthesis.worker.partition import WorkPartition
 from nitrous_ema.synthesis.worker.reporting import log, log_plan, progress_of
 
@@ -38,11 +39,13 @@ class SynthesisRunner:
     Args:
         config: The command line.
         part: The part of each output that this process writes.
+        show: Prints the record of one output.
     """
 
-    def __init__(self, config: WorkerConfig, part: WorkPartition) -> None:
+    def __init__(self, config: WorkerConfig, part: WorkPartition, show: Callable[[Output], None] = print_json) -> None:
         self._config = config
         self._part = part
+        self._show = show
         self._began = time.monotonic()
         self._dtype = dtype_code(config.dtype)
         self._threads = config.threads
@@ -62,13 +65,13 @@ class SynthesisRunner:
         """
         memory_bytes, expected = self._check(plan, paths), self._expected(plan, paths)
         condition = plan.condition()
-        records = RecordWriter(plan, self._part, expected, memory_bytes, condition, self._began)
+        records = RecordWriter(plan, self._part, expected, memory_bytes, condition, self._began, self._show)
         reuses = self._config.skip_existing
         missing = [index for index, output in enumerate(expected) if not (reuses and output.is_reusable)]
         if len(missing) < len(paths):
             log(f"step {plan.target.step}: reusing {len(paths) - len(missing)} of {len(paths)} averages")
         if missing:
-            log_plan(plan.only(missing), condition)
+            log_plan(plan.only(missing), condition, verbose=self._config.verbose)
         if self._config.dry_run:
             size = sum(expected[index].num_bytes for index in missing)
             log(

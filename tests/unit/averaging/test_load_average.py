@@ -271,7 +271,7 @@ def test_names_of_wrappers_in_a_file_are_understood(tmp_path, prefix):
 
 def test_average_of_an_old_folder_of_a_wrapped_model_loads_into_the_plain_one(tmp_path):
     write_nitrous_001(tmp_path / "old", [100, 200], nn.DataParallel(nn.Linear(3, 2)))
-    arguments = [tmp_path / "old", "--sigma-rels", "0.05,0.1", "--sigma-rel", "0.05", "--out", tmp_path / "out"]
+    arguments = [tmp_path / "old", "--tracked-sigma-rel", "0.05,0.1", "--sigma-rel", "0.05", "--out", tmp_path / "out"]
     assert synthesize_worker.main([str(each) for each in arguments]) == 0
     (path,) = (tmp_path / "out").iterdir()
     model = nn.Linear(3, 2)

@@ -122,11 +122,17 @@ def test_predictions_are_those_of_the_plan(tmp_path, capsys, given, tolerance):
 
 
 def test_text_has_the_same_numbers(tmp_path, capsys):
-    out = text_of(capsys, folder_of(tmp_path / "s", dtype="F16"), "--sigma-rel", "0.05,0.08")
+    folder = folder_of(tmp_path / "s", dtype="F16")
+    out = text_of(capsys, folder, "--sigma-rel", "0.05,0.08", "--verbose")
     assert "predicted errors at target step 2000, tolerance 0.001:" in out
     assert "of 20 snapshots (at least" in out
+    assert "condition number" in out
     assert "rounding (F16)" in out
-    assert "0.05 16.97 < 0.0001 % < 0.0001 % 1 2.1e-04 1" in out
+    assert "0.05 16.97 < 0.0001 % 2.1e-04 < 0.0001 % 1 1" in out
+    brief = text_of(capsys, folder, "--sigma-rel", "0.05,0.08")
+    assert "0.05 16.97 < 0.0001 % 2.1e-04 0.08" in brief
+    assert "condition" not in brief
+    assert "at least" not in brief
 
 
 @pytest.mark.parametrize(("steps", "expected"), [("1000,2000", [1000, 2000]), ("all", list(STEPS))])
@@ -197,7 +203,7 @@ def test_nothing_is_touched(tmp_path, capsys):
 
 def test_old_folder_is_inspected_with_its_profiles(tmp_path, capsys):
     write_ema_pytorch(tmp_path / "old", [1000, 2000, 3000, 70000], dtype=torch.float16)
-    found = inspected(capsys, tmp_path / "old", "--sigma-rels", "0.05,0.1", "--sigma-rel", "0.05,0.08")
+    found = inspected(capsys, tmp_path / "old", "--tracked-sigma-rel", "0.05,0.1", "--sigma-rel", "0.05,0.08")
     assert found["covered"]["step"] == 70000
     assert found["covered"]["checkpoint_dtype"] == "F16"
     (asked,) = found["asked"]
@@ -209,6 +215,7 @@ def test_old_folder_without_its_profiles_is_refused_with_the_missing_options(tmp
     write_ema_pytorch(tmp_path / "old", [1000, 2000])
     assert inspected(capsys, tmp_path / "old")["covered"] is None
     assert cli.main(["inspect", str(tmp_path / "old"), "--sigma-rel", "0.05"]) == 2
-    assert "`nitrous-ema synthesize` reads them if --sigma-rels or --gammas names their profiles" in " ".join(
-        capsys.readouterr().err.split()
+    assert (
+        "`nitrous-ema synthesize` reads them if --tracked-sigma-rel or --tracked-gamma names their profiles"
+        in " ".join(capsys.readouterr().err.split())
     )

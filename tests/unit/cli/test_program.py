@@ -140,7 +140,7 @@ def test_reader_that_leaves_early_gets_no_traceback(folder):
 def test_synthesize_hands_its_arguments_to_the_worker_unchanged(monkeypatch):
     given = []
     monkeypatch.setattr(synthesize_worker, "use_one_thread_per_product", lambda: None)
-    monkeypatch.setattr(synthesize_worker, "main", lambda arguments: given.append(list(arguments)) or 4)
+    monkeypatch.setattr(synthesize_worker, "main", lambda arguments, **options: given.append(list(arguments)) or 4)
     arguments = ["some folder", "--sigma-rel", "0.05,0.06,...,0.15", "--out=x", "--version", "-h", "--json", "--"]
     assert cli.main(["synthesize", *arguments]) == 4
     assert given == [arguments]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import re
 import socket
 from itertools import combinations
 from pathlib import Path
@@ -54,6 +56,63 @@ def worst_error(kept, target: int = 200) -> float:
     return report.profile_error.max()
 
 
+# The question on a terminal
+
+
+@pytest.fixture
+def on_terminal(monkeypatch):
+    """Make stdin a terminal at which somebody types a line."""
+
+    def typed(line: str) -> None:
+        stdin = io.StringIO(line)
+        stdin.isatty = lambda: True
+        monkeypatch.setattr("sys.stdin", stdin)
+
+    return typed
+
+
+@pytest.mark.parametrize("answer", ["\n", "n\n", "no\n", "", "yess\n"])
+def test_nothing_is_deleted_on_a_terminal_without_a_yes(folder, capsys, on_terminal, answer):
+    before = content(folder)
+    on_terminal(answer)
+    assert cli.main(["prune", str(folder), "--keep", "4", "--pin", "20"]) == 1
+    out, err = capsys.readouterr()
+    assert content(folder) == before
+    assert "dropped: " in out
+    assert re.search(r"Delete 5 snapshots \([\d.]+ KiB\) from .*\? \[y/N\] ", err)
+    assert "not confirmed; nothing was changed." in err
+
+
+@pytest.mark.parametrize(("answer", "options"), [("y\n", []), ("YES\n", []), ("n\n", ["--yes"])])
+def test_snapshots_are_deleted_after_a_yes(folder, capsys, on_terminal, answer, options):
+    on_terminal(answer)
+    assert cli.main(["prune", str(folder), "--keep", "4", *options]) == 0
+    assert len(steps(folder)) == 4
+    assert ("[y/N]" in capsys.readouterr().err) == (not options)
+
+
+@pytest.mark.parametrize("options", [["--keep", "4", "--dry-run"], ["--pin", "20"], ["--keep", "9"]])
+def test_no_question_is_asked_where_nothing_is_deleted(folder, capsys, on_terminal, options):
+    on_terminal("n\n")
+    assert cli.main(["prune", str(folder), *options]) == 0
+    assert "[y/N]" not in capsys.readouterr().err
+
+
+def test_lengths_are_a_list_of_which_the_ends_count(folder, capsys):
+    found = pruned(folder, capsys, "--keep", 4, "--sigma-rel", "0.08,0.1,...,0.2", "--dry-run")
+    assert found["thinning"]["sigma_rels"] == [0.08, 0.2]
+    exponents = ",".join(str(float(sigma_rel_to_gamma(length))) for length in (0.2, 0.08))
+    again = pruned(folder, capsys, "--keep", 4, "--gamma", exponents, "--dry-run")
+    assert again["thinning"]["sigma_rels"] == pytest.approx([0.08, 0.2])
+    assert again["thinning"]["kept"] == found["thinning"]["kept"]
+
+
+def test_bound_on_the_choice_is_printed_on_request(folder, capsys):
+    for options, is_printed in (([], False), (["--verbose"], True)):
+        assert cli.main(["prune", str(folder), "--keep", "4", "--dry-run", *options]) == 0
+        assert ("No choice of 4 snapshots" in capsys.readouterr().out) == is_printed
+
+
 # Kept snapshots
 
 
@@ -76,7 +135,7 @@ def test_budget_bounds_the_kept_bytes(folder, capsys):
 
 
 def test_error_decides_how_many_are_kept(folder, capsys):
-    pruned(folder, capsys, "--error", 0.3, "--sigma-rel", "0.05-0.2")
+    pruned(folder, capsys, "--error", 0.3, "--sigma-rel", "0.05,0.2")
     assert 1 < len(steps(folder)) < len(STEPS)
     plan = plan_from_store(folder, sigma_rels=[0.05, 0.08, 0.12, 0.2])
     assert plan.report.profile_error.max() <= 0.3
@@ -270,9 +329,10 @@ def test_next_prune_deletes_what_an_interrupted_one_has_hidden(folder, capsys, m
         (["--budget", "much"], 2, "amount"),
         (["--error", "0"], 2, "above 0"),
         (["--error", "nan"], 2, "above 0"),
-        (["--keep", "3", "--sigma-rel", "0.2-0.1"], 2, "0.1-0.2"),
-        (["--keep", "3", "--sigma-rel", "0.2-0.4"], 2, "0.2887"),
-        (["--keep", "3", "--sigma-rel", "0.2"], 2, "such as 0.03-0.25"),
+        (["--keep", "3", "--sigma-rel", "0.2-0.1"], 2, "'0.2-0.1' is not a number"),
+        (["--keep", "3", "--sigma-rel", "0.2,0.4"], 2, "--sigma-rel"),
+        (["--keep", "3", "--gamma", "-1"], 2, "gamma"),
+        (["--keep", "3", "--gamma", "7", "--sigma-rel", "0.2"], 2, "not allowed with"),
         (["--keep", "3", "--pin", "x"], 2, "list of steps"),
         (["--keep", "3", "--pin", "70"], 3, "nearest steps: 60 and 80"),
         (["--keep", "3", "--unpin", "500"], 3, "200"),

@@ -130,7 +130,7 @@ def test_different_profiles_are_refused(written):
 
 
 def text_of(found: PrunePlan) -> str:
-    return " ".join(" ".join(lines(found.described())).split())
+    return " ".join(" ".join(lines(found.described(), verbose=True)).split())
 
 
 def test_text_has_kept_and_dropped_snapshots_and_the_loss(written):
@@ -188,7 +188,9 @@ def test_best_set_is_chosen_among_the_finite_snapshots(written, keep):
     assert worst_error(found.kept, 200) <= best * 1.02
     described = found.described()
     assert described["nonfinite"] == sorted(bad)
-    assert "note: 3 snapshots with values that are not finite: dropped before any finite one." in lines(described)
+    assert "note: 3 snapshots with values that are not finite: dropped before any finite one." in lines(
+        described, verbose=False
+    )
 
 
 def test_best_of_the_others_fill_a_number_that_the_finite_ones_do_not_reach(written):

@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from nitrous_ema.cli.terminal import columns, elide_rows, percent, step_ranges
+from nitrous_ema.cli.terminal import columns, elide_rows, log, percent, show, step_ranges
+
+
+def test_printed_text_cannot_control_the_terminal_or_forge_a_line(capsys):
+    show("host \x1b[2Jx", "a\nrun forged \u202e")
+    log("caf\udce9\r")
+    out, err = capsys.readouterr()
+    assert out == "host \\x1b[2Jx\na\\nrun forged \\u202e\n"
+    assert err == "nitrous-ema: caf\\udce9\\r\n"
 
 
 @pytest.mark.parametrize(

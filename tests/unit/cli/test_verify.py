@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,25 @@ def folder(tmp_path) -> Path:
 def test_whole_folder_verifies(folder, capsys):
     assert cli.main(["verify", str(folder)]) == 0
     assert capsys.readouterr() == ("all snapshots are intact\n", "")
+
+
+def test_json_has_what_the_text_reports(folder, capsys):
+    damage(snapshot_file(folder, 100), at=0.5)
+    (folder / f"step-{400:012d}-{RUN}").mkdir()
+    assert cli.main(["verify", str(folder), "--json"]) == 4
+    found = json.loads(capsys.readouterr().out)
+    (damaged,), (incomplete,) = found["damaged"], found["incomplete"]
+    assert damaged["path"] == str(snapshot_file(folder, 100))
+    assert "--exclude 100" in damaged["message"]
+    assert incomplete["path"].endswith(f"{400:012d}-{RUN}")
+    assert (found["runs"], found["nonfinite"], found["hint"]) == ([RUN], [], "")
+
+
+def test_json_of_a_folder_without_snapshots_has_a_hint(tmp_path, capsys):
+    assert cli.main(["verify", str(tmp_path), "--json"]) == 3
+    found = json.loads(capsys.readouterr().out)
+    assert (found["runs"], found["damaged"]) == ([], [])
+    assert "holds no snapshot" in found["hint"]
 
 
 def test_each_damaged_file_has_a_line_with_what_to_do(folder, capsys):

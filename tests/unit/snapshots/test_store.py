@@ -49,7 +49,7 @@ def test_empty_folder_has_no_snapshots(store):
 
 def test_legacy_files_are_named_where_there_is_no_snapshot(store):
     (store.root / "0.100.pt").touch()
-    with pytest.raises(SnapshotNotFound, match=r"ema-pytorch.*--sigma-rels.*LegacyFolder.*nitrous-ema import"):
+    with pytest.raises(SnapshotNotFound, match=r"ema-pytorch.*--tracked-sigma-rel.*LegacyFolder.*nitrous-ema import"):
         store.get()
     commit(store)
     with pytest.raises(SnapshotNotFound, match=r"holds no snapshot to read\. Excluded steps"):

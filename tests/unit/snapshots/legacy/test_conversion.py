@@ -45,7 +45,7 @@ def planned(old, new, sigma_rels=SIGMA_RELS, **options):
 
 
 def run_cli(old, new, *more):
-    return cli.main(["import", str(old), str(new), "--sigma-rels", "0.05,0.1", *more])
+    return cli.main(["import", str(old), str(new), "--tracked-sigma-rel", "0.05,0.1", *more])
 
 
 # ---- the imported snapshots
@@ -371,7 +371,10 @@ def test_command_reports_written_and_skipped_snapshots(old, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("profiles", "message"),
-    [(["--sigma-rels", "0.05"], "files of 2 profiles, but 1"), (["--gammas", "17,7,3"], "files of 2 profiles, but 3")],
+    [
+        (["--tracked-sigma-rel", "0.05"], "files of 2 profiles, but 1"),
+        (["--tracked-gamma", "17,7,3"], "files of 2 profiles, but 3"),
+    ],
 )
 def test_profiles_that_do_not_fit_the_files_are_a_usage_error(old, tmp_path, capsys, profiles, message):
     assert cli.main(["import", str(old), str(tmp_path / "new"), *profiles]) == 2
@@ -380,4 +383,4 @@ def test_profiles_that_do_not_fit_the_files_are_a_usage_error(old, tmp_path, cap
 
 def test_profiles_must_be_named(old, tmp_path, capsys):
     assert cli.main(["import", str(old), str(tmp_path / "new")]) == 2
-    assert "--sigma-rels" in capsys.readouterr().err
+    assert "--tracked-sigma-rel" in capsys.readouterr().err

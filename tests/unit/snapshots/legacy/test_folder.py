@@ -104,7 +104,7 @@ def test_tensors_of_several_types_are_summed(tmp_path, real_net):
 
 def test_worker_writes_what_the_model_takes(tmp_path, real_net, capsys):
     states = write_folder(tmp_path, nitrous_state, real_net)
-    arguments = [tmp_path, "--sigma-rels", "0.05,0.1", "--sigma-rel", "0.07,0.08", "--out", tmp_path / "out"]
+    arguments = [tmp_path, "--tracked-sigma-rel", "0.05,0.1", "--sigma-rel", "0.07,0.08", "--out", tmp_path / "out"]
     assert worker.main([str(each) for each in [*arguments, "--step", 300]]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     state = safetensors.torch.load_file(lines[1]["path"])
@@ -122,7 +122,7 @@ def test_average_of_other_profiles_or_files_is_not_taken_for_this_one(tmp_path, 
     write_nitrous_001(tmp_path / "b", [100, 200])
 
     def made(folder, profiles):
-        asked = [tmp_path / folder, "--sigma-rels", profiles, "--sigma-rel", 0.07, "--out", tmp_path / "out"]
+        asked = [tmp_path / folder, "--tracked-sigma-rel", profiles, "--sigma-rel", 0.07, "--out", tmp_path / "out"]
         assert worker.main([*map(str, asked), "--skip-existing", "--tolerance", "0"]) == 0
         return json.loads(capsys.readouterr().out)["state"]
 
@@ -186,7 +186,17 @@ def test_steps_of_ema_pytorch_files_are_those_of_their_names(halved):
 )
 def test_worker_repairs_the_counters_of_ema_pytorch(halved, tmp_path, batches, dtype, repaired):
     old = halved(batches, dtype)
-    arguments = [old, "--sigma-rels", "0.05,0.1", "--sigma-rel", "0.07", "--step", 70001, "--out", tmp_path / "out"]
+    arguments = [
+        old,
+        "--tracked-sigma-rel",
+        "0.05,0.1",
+        "--sigma-rel",
+        "0.07",
+        "--step",
+        70001,
+        "--out",
+        tmp_path / "out",
+    ]
     assert worker.main([str(each) for each in arguments]) == 0
     state = safetensors.torch.load_file(tmp_path / "out" / "step-70001-sigma-0.07.safetensors")
     assert state["norm.num_batches_tracked"].dtype == torch.int64

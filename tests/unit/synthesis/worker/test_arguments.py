@@ -25,11 +25,11 @@ def test_steps_are_read_as_lengths_are(text, steps):
 
 @pytest.mark.parametrize("text", ["bfloat16", "bf16", "torch.bfloat16"])
 def test_types_have_their_usual_names(text):
-    assert parse_arguments([*REQUIRED, "--dtype", text]).dtype == "bfloat16"
+    assert parse_arguments([*REQUIRED, "--dtype", text], "worker").dtype == "bfloat16"
 
 
 def test_excluded_steps_are_lists_as_everywhere():
-    assert parse_arguments([*REQUIRED, "--exclude", "100,200", "--exclude", "7"]).exclude == (100, 200, 7)
+    assert parse_arguments([*REQUIRED, "--exclude", "100,200", "--exclude", "7"], "worker").exclude == (100, 200, 7)
 
 
 @pytest.mark.parametrize("text", ["", "x", "1.5", "-1", "100,all", "1,2,...", "0,1,...,1000000"])
@@ -47,14 +47,14 @@ def test_lists_that_are_not_steps_are_refused(text):
     ],
 )
 def test_several_step_options_add_up(arguments, steps):
-    assert parse_arguments([*REQUIRED, *arguments]).steps == steps
+    assert parse_arguments([*REQUIRED, *arguments], "worker").steps == steps
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sigma-rels", "0.05", "--run", "r"], "has no runs"),
-        (["--gammas", "5", "--follow"], "does not record when it is complete"),
+        (["--tracked-sigma-rel", "0.05", "--run", "r"], "has no runs"),
+        (["--tracked-gamma", "5", "--follow"], "does not record when it is complete"),
         (["--follow", "--dry-run"], "cannot plan future snapshots"),
         (["--idle", "5"], "--idle requires --follow"),
         (["--follow", "--idle", "0"], "above 0"),
@@ -67,6 +67,6 @@ def test_several_step_options_add_up(arguments, steps):
 )
 def test_options_that_contradict_each_other_are_wrong_usage(arguments, message, capsys):
     with pytest.raises(SystemExit) as e:
-        parse_arguments([*REQUIRED, *arguments])
+        parse_arguments([*REQUIRED, *arguments], "worker")
     assert e.value.code == 2
     assert message in capsys.readouterr().err
