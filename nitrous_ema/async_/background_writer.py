@@ -30,7 +30,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nitrous_ema._base.arguments import clamp_timeout, deadline_after, format_bytes
+from nitrous_ema._base.arguments import clamp_timeout, deadline_after, format_bytes, pluralize
 from nitrous_ema.async_.staging import Slot, SlotPool, SlotReadbacks, StagingCopies
 from nitrous_ema.averaging.config import AsyncEMAConfig
 from nitrous_ema.averaging.execution.background_thread import BackgroundThread
@@ -256,7 +256,7 @@ def _abandon(slot: Slot, pool: SlotPool, retaining_writer: RetainingWriter, stam
 
 
 def _make_pool(layout: Layout, num_slots: int, pin: bool) -> SlotPool:
-    purpose = f"{num_slots} snapshots (max_pending) of {format_bytes(layout.data_bytes)} each"
+    purpose = f"{pluralize(num_slots, 'snapshot')} (max_pending) of {format_bytes(layout.data_bytes)} each"
     check_host_memory(num_slots * layout.data_bytes, purpose, _LESS_MEMORY)
     return pinned_or_pageable(lambda pin: SlotPool(layout, num_slots, pin=pin), purpose, _LESS_MEMORY, pin=pin)
 

@@ -46,6 +46,7 @@ from typing import Any
 
 import torch
 
+from nitrous_ema._base.arguments import pluralize
 from nitrous_ema.async_.graph_capture import let_others_capture
 from nitrous_ema.averaging.execution.background_thread import BackgroundThread
 from nitrous_ema.averaging.execution.inline import ReachedMark, attempt
@@ -134,7 +135,7 @@ class ThreadLane:
         with self._lock:
             last = self._queued
             if not self._changed.wait_for(lambda: self._done >= last, timeout_seconds):
-                raise TimeoutError(f"{last - self._done} pieces of averaging work are still queued.")
+                raise TimeoutError(f"averaging work is still queued: {pluralize(last - self._done, 'piece')}.")
 
     def close(self, timeout_seconds: float | None = None) -> None:
         """Drain the queue and end the thread. Raises TimeoutError."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nitrous_ema._base.arguments import pluralize
 from nitrous_ema._base.dtypes import STORED_DTYPES
 from nitrous_ema.posthoc.least_squares import (
     LeastSquaresProblem,
@@ -228,7 +229,7 @@ def _warn_of_few_updates(problem: LeastSquaresProblem, updates: int | NDArray[np
     return _warning(
         problem,
         count < _UPDATES_TO_WARN,
-        [f"{c} updates" for c in count],
+        [pluralize(int(c), "update") for c in count],
         f"With fewer than {_UPDATES_TO_WARN} updates the profile is coarse and shorter than requested at {{outputs}}. "
         "Update more often, or choose a later time.",
     )

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from nitrous_ema._base.arguments import format_bytes
+from nitrous_ema._base.arguments import format_bytes, pluralize
 from nitrous_ema.errors import SnapshotError, warn
 from nitrous_ema.snapshots.filesystem import NO_SPACE, FileSystem, reason
 from nitrous_ema.snapshots.names import parse_folder_name
@@ -105,7 +105,7 @@ def check_disk_space(root: Path, files: FileSystem, snapshot_bytes: int, most_sn
         raise SnapshotError(f"{facts}: not even one fits. {_REMEDY}", path=root)
     existing = sum(parse_folder_name(name) is not None for name in files.list(root))
     if most_snapshots is None and fitting < _FEW:
-        warn(f"{facts}: there is space for {fitting} snapshots, and keep= sets no bound. {_REMEDY}")
+        warn(f"{facts}: there is space for {pluralize(fitting, 'snapshot')}, and keep= sets no bound. {_REMEDY}")
     elif most_snapshots is not None and fitting + existing < most_snapshots:
         warn(
             f"{facts}: there is space for {fitting} more snapshots in addition to the {existing} already in the "

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nitrous_ema._base.arguments import format_bytes
+from nitrous_ema._base.arguments import format_bytes, pluralize
 from nitrous_ema._base.processes import ProcessState, process_state
 from nitrous_ema.errors import SnapshotMismatch, SnapshotUnreadable
 from nitrous_ema.snapshots.header import Header, Lineage, Stamp
@@ -79,7 +79,7 @@ class Snapshot:
     def __repr__(self) -> str:
         lengths = ", ".join(f"{length:g}" for length in self.layout.sigma_rels)
         return (
-            f"<Snapshot of step {self.step}, t={self.t}, run {self.run}: {len(self.records)} tensors, "
+            f"<Snapshot of step {self.step}, t={self.t}, run {self.run}: {pluralize(len(self.records), 'tensor')}, "
             f"sigma_rels ({lengths}) as {self.layout.checkpoint_dtype}, {format_bytes(self.bytes)} in "
             f"{str(self.path.parent)!r}>"
         )

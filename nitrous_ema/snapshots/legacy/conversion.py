@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from nitrous_ema._base.arguments import format_bytes
+from nitrous_ema._base.arguments import format_bytes, pluralize
 from nitrous_ema._base.dtypes import DTYPE_BYTES
 from nitrous_ema.errors import NitrousError, SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotNotFound, bug
 from nitrous_ema.profile import gamma_to_sigma_rel
@@ -303,8 +303,8 @@ def _check_disk_space(planned: Import) -> None:
         return  # this file system does not report its space; writing checks it again for each snapshot
     if needed > free:
         raise SnapshotError(
-            f"{planned.store.root}: not enough disk space. {len(planned.steps)} snapshots need {format_bytes(needed)}, "
-            f"and {format_bytes(free)} are free. Choose another disk, a smaller type (--dtype), or fewer steps "
-            "(--exclude). Nothing was written.",
+            f"{planned.store.root}: not enough disk space for {pluralize(len(planned.steps), 'snapshot')}: "
+            f"{format_bytes(needed)} are needed, and {format_bytes(free)} are free. Choose another disk, a smaller "
+            "type (--dtype), or fewer steps (--exclude). Nothing was written.",
             path=planned.store.root,
         )

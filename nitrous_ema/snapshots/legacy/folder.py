@@ -28,7 +28,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from nitrous_ema._base.arguments import choose_step
+from nitrous_ema._base.arguments import choose_step, pluralize
 from nitrous_ema._base.dtypes import CODES, DTYPE_BYTES, STORED_DTYPES
 from nitrous_ema._base.paths import local_path
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
@@ -150,7 +150,8 @@ class LegacyFolder:
         highest = max(max(profiles) for profiles in paths.values())
         if highest + 1 != len(self.gammas):
             raise ValueError(
-                f"{self.root} has files of {highest + 1} profiles, but {len(self.gammas)} were passed. "
+                f"{self.root} has files of {pluralize(highest + 1, 'profile')}, but {len(self.gammas)} "
+                f"{'was' if len(self.gammas) == 1 else 'were'} passed. "
                 "Pass every tracked profile, in the order of tracking."
             )
         return paths

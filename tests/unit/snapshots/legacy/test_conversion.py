@@ -319,7 +319,9 @@ def test_old_folder_takes_no_snapshots(old, tmp_path, new):
 
 def test_import_that_does_not_fit_is_refused_before_it_begins(old, tmp_path, monkeypatch):
     monkeypatch.setattr(FileSystem, "free_bytes", lambda self, path: 10_000)
-    with pytest.raises(SnapshotError, match=r"not enough disk space\. 5 snapshots need .*, and 9\.8 KiB are free"):
+    with pytest.raises(
+        SnapshotError, match=r"not enough disk space for 5 snapshots: .* are needed, and 9\.8 KiB are free"
+    ):
         planned(old, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -235,7 +235,7 @@ def test_step_without_files_names_the_nearest(tmp_path, real_net):
 def test_profiles_must_all_be_named(tmp_path, real_net):
     write_folder(tmp_path, nitrous_state, real_net)
     for named in ([0.05], [0.05, 0.1, 0.2]):
-        with pytest.raises(ValueError, match=f"files of 2 profiles, but {len(named)} were passed"):
+        with pytest.raises(ValueError, match=f"files of 2 profiles, but {len(named)} (was|were) passed"):
             LegacyFolder(tmp_path, sigma_rels=named)
 
 
