@@ -121,6 +121,8 @@ def _lines(found: dict[str, Any], *, all_rows: bool, verbose: bool) -> list[str]
             else f": space for {pluralize(fit, 'more snapshot')} of {format_bytes(disk['snapshot_bytes'])}"
         )
         lines.append(f"disk       {format_bytes(disk['free_bytes'])} free{space}")
+    for missing in disk["missing"]:
+        lines += paragraph("           ", missing)
     for each in found["runs"]:
         lines += ["", *_run_lines(each, found["run"], most)]
     lines += _legacy_lines(found, most)

@@ -142,7 +142,12 @@ def _bytes_below(folder: Path) -> int:
 def _disk(store: SnapshotStore, last: Snapshot | None) -> dict[str, Any]:
     free, size = store.free_bytes(), last.bytes if last else None
     fit = None if free is None or size is None else free // size
-    return {"free_bytes": free, "snapshot_bytes": size, "snapshots_that_fit": fit}
+    return {
+        "free_bytes": free,
+        "snapshot_bytes": size,
+        "snapshots_that_fit": fit,
+        "missing": store.missing_operations(),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

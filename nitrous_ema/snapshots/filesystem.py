@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import os
 import stat
 from collections.abc import Callable
@@ -25,15 +26,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
+_log = logging.getLogger(__name__)
+
 _AT_FDCWD = -100  # linux/fcntl.h: a relative path starts at the working directory
 _RENAME_NOREPLACE = 1  # linux/fs.h
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
 """Errors of a call that the kernel or the file system does not support."""
+_NO_FOLDER_FSYNC = UNSUPPORTED | {errno.EBADF}  # fsync(2) may refuse a descriptor that is not open for writing
 NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT))
 """Errors of a full disk, or of a user whose quota is used up."""
 _BYTES_LOST = NO_SPACE | {errno.EIO}
+
+NO_FOLDER_FSYNC = "its file system has no fsync of folders, so after a power cut the newest names may be missing"
+"""What a user should know about such a file system."""
+_noted_devices: set[int] = set()  # file systems for which this was logged: once is enough
 
 
 def reason(error: OSError, path: Path) -> str:
@@ -183,15 +191,21 @@ def hint_writeback(files: FileSystem, descriptor: int, offset: int, size_bytes: 
     return True
 
 
-def sync_folder(files: FileSystem, folder: Path) -> None:
-    """Make the names in a folder durable, where the file system supports it."""
+def sync_folder(files: FileSystem, folder: Path) -> bool:
+    """Make the names in a folder durable; return False where the file system has no such operation."""
     try:
         files.fsync_folder(folder)
     except OSError as error:
-        # Some network file systems have no such operation. Their names are durable when the call that makes them
-        # returns, or never; in both cases nothing more can be done.
-        if error.errno not in UNSUPPORTED:
+        # Names on some network file systems are durable when the call that makes them returns, or never; in both cases
+        # nothing more can be done.
+        if error.errno not in _NO_FOLDER_FSYNC:
             raise
+        device = files.lstat(folder).st_dev
+        if device not in _noted_devices:
+            _noted_devices.add(device)
+            _log.info("%s: %s", folder, NO_FOLDER_FSYNC)
+        return False
+    return True
 
 
 def write_fully(files: FileSystem, descriptor: int, buffer: ReadableBuffer, offset: int) -> None:

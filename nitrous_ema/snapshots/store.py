@@ -22,7 +22,7 @@ from nitrous_ema.errors import SnapshotError, SnapshotMismatch, SnapshotNotFound
 from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.commit import Committer
 from nitrous_ema.snapshots.disk_space import explained
-from nitrous_ema.snapshots.filesystem import FileSystem
+from nitrous_ema.snapshots.filesystem import NO_FOLDER_FSYNC, FileSystem, sync_folder
 from nitrous_ema.snapshots.header import Lineage, Stamp
 from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.names import (
@@ -311,6 +311,12 @@ class SnapshotStore:
         None if the file system does not report them, or if the folder does not exist.
         """
         return self._committer.space.free_bytes()
+
+    def missing_operations(self) -> list[str]:
+        """Return a sentence for each operation that the folder's file system lacks, as far as a reader can try them."""
+        with contextlib.suppress(OSError):
+            return [] if sync_folder(self.files, self.root) else [NO_FOLDER_FSYNC]
+        return []
 
     # Pinning and removing
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from nitrous_ema._base.dtypes import DTYPE_BYTES
 from nitrous_ema._base.temporary_files import remove_stale, temporary_name
 from nitrous_ema.errors import NitrousError, bug
-from nitrous_ema.snapshots.filesystem import FileSystem, hint_writeback, reserve, write_fully
+from nitrous_ema.snapshots.filesystem import FileSystem, hint_writeback, reserve, sync_folder, write_fully
 from nitrous_ema.synthesis.float_conversion import FLOAT_TYPES, narrow, widen
 from nitrous_ema.synthesis.outputs.layout import OutputLayout, metadata_of
 from nitrous_ema.synthesis.outputs.shards import index_path, index_text, part_names, part_path
@@ -337,7 +337,7 @@ def _replace_content(files: FileSystem, path: Path, content: bytes) -> None:
         with suppress(OSError):
             files.unlink(temporary)
         raise
-    files.fsync_folder(path.parent)
+    sync_folder(files, path.parent)
 
 
 @contextmanager
@@ -407,7 +407,7 @@ class _OutputFile:
         with _errors_of(self.path):
             self._files.rename(self._temporaries[-1], self.path)
         self._temporaries.pop()
-        self._files.fsync_folder(self.path.parent)  # the new name is durable only with its folder
+        sync_folder(self._files, self.path.parent)  # the new name is durable only with its folder
 
     def discard(self) -> None:
         """Remove the temporary file. Does nothing after publish()."""

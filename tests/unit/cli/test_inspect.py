@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import socket
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from nitrous_ema._base.temporary_files import temporary_name
 from nitrous_ema.cli import program as cli
+from nitrous_ema.snapshots.filesystem import NO_FOLDER_FSYNC, FileSystem
 from nitrous_ema.snapshots.store import SnapshotStore
 from tests.support.snapshot_folders import damage, layout_of, record, run_id, snapshot_file, write_run
 
@@ -146,6 +148,18 @@ def test_inspect_lists_pins_markers_and_hidden_snapshots(folder, capsys):
     assert [each["bytes"] for each in found["hidden"]] == [hidden_bytes]
 
 
+def test_inspect_reports_that_folders_have_no_fsync(folder, capsys, monkeypatch):
+    assert inspected(folder, capsys)["disk"]["missing"] == []
+
+    def refuse(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(FileSystem, "fsync_folder", refuse)
+    assert inspected(folder, capsys)["disk"]["missing"] == [NO_FOLDER_FSYNC]
+    assert cli.main(["inspect", str(folder)]) == 0
+    assert NO_FOLDER_FSYNC in " ".join(capsys.readouterr().out.split())
+
+
 def test_inspect_reports_space_for_more_snapshots(folder, capsys, monkeypatch):
     size = snapshot_file(folder, 300).stat().st_size
     monkeypatch.setattr(SnapshotStore, "free_bytes", lambda self: 5 * size + 1)
@@ -153,6 +167,7 @@ def test_inspect_reports_space_for_more_snapshots(folder, capsys, monkeypatch):
         "free_bytes": 5 * size + 1,
         "snapshot_bytes": size,
         "snapshots_that_fit": 5,
+        "missing": [],
     }
     assert cli.main(["inspect", str(folder)]) == 0
     assert "free: space for 5 more snapshots of" in capsys.readouterr().out

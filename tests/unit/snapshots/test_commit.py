@@ -317,8 +317,9 @@ def test_snapshot_whose_name_is_not_durable_is_not_acknowledged(tmp_path, count)
     assert sum(call[0] == "open" for call in files.calls) == 1
 
 
-def test_file_system_without_folder_sync_is_accepted(tmp_path):
-    store = SnapshotStore(tmp_path, files=Failing({("fsync_folder", count): errno.EINVAL for count in range(9)}))
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF])
+def test_file_system_without_folder_sync_is_accepted(tmp_path, number):
+    store = SnapshotStore(tmp_path, files=Failing({("fsync_folder", count): number for count in range(9)}))
     assert commit(store) == store.get()
 
 

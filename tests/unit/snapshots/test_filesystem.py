@@ -8,7 +8,15 @@ import os
 import pytest
 
 from nitrous_ema.snapshots import filesystem as files_module
-from nitrous_ema.snapshots.filesystem import FileSystem, read_fully, reason, rename_to_new, sync_folder, write_fully
+from nitrous_ema.snapshots.filesystem import (
+    NO_FOLDER_FSYNC,
+    FileSystem,
+    read_fully,
+    reason,
+    rename_to_new,
+    sync_folder,
+    write_fully,
+)
 
 
 @pytest.fixture
@@ -199,17 +207,26 @@ def test_lstat_is_of_the_link_itself(files, tmp_path):
     assert files.lstat(tmp_path / "link").st_size == len("nothing")
 
 
-@pytest.mark.parametrize(("number", "raises"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
-def test_folder_sync_fails_only_where_it_is_supported(tmp_path, number, raises):
-    class Failing(FileSystem):
-        def fsync_folder(self, path):
-            raise OSError(number, os.strerror(number))
+class FolderFsyncFails(FileSystem):
+    def __init__(self, number):
+        self.number = number
 
-    if raises:
-        with pytest.raises(OSError, match="Input"):
-            sync_folder(Failing(), tmp_path)
-    else:
-        sync_folder(Failing(), tmp_path)
+    def fsync_folder(self, path):
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+def test_file_system_without_folder_sync_is_noted_once(tmp_path, caplog, monkeypatch, number):
+    monkeypatch.setattr("nitrous_ema.snapshots.filesystem._noted_devices", set())
+    caplog.set_level("INFO")
+    (tmp_path / "second").mkdir()
+    assert not any(sync_folder(FolderFsyncFails(number), each) for each in (tmp_path, tmp_path / "second"))
+    assert caplog.messages == [f"{tmp_path}: {NO_FOLDER_FSYNC}"]
+
+
+def test_folder_sync_that_fails_otherwise_is_raised(tmp_path):
+    with pytest.raises(OSError, match="Input"):
+        sync_folder(FolderFsyncFails(errno.EIO), tmp_path)
 
 
 def test_reason_of_a_failed_call_names_another_path_only(tmp_path):

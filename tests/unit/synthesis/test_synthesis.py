@@ -31,7 +31,7 @@ from nitrous_ema.synthesis import float_conversion as numbers
 from nitrous_ema.synthesis import streaming
 from nitrous_ema.synthesis.in_memory import synthesize
 from nitrous_ema.synthesis.outputs.reader import read_average, read_header
-from nitrous_ema.synthesis.outputs.writer import write_outputs
+from nitrous_ema.synthesis.outputs.writer import write_outputs, write_shard
 from nitrous_ema.synthesis.plan import plan_from_store
 from nitrous_ema.synthesis.streaming import TILE_ELEMENTS, engine_sizes, stream
 from tests.support.outputs import load_output
@@ -554,6 +554,20 @@ def test_output_is_durable_before_it_has_its_name(tmp_path, suffix):
     written(tmp_path, tmp_path / "out", [0.08], suffix, files=files)
     assert files.calls == ["fsync", f"rename to 0.08{suffix}", "fsync folder"]
     assert [each.name for each in (tmp_path / "out").iterdir()] == [f"0.08{suffix}"]
+
+
+class NoFolderFsync(FileSystem):
+    def fsync_folder(self, path):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+
+def test_outputs_are_written_where_folders_have_no_fsync(tmp_path):
+    write_run(tmp_path, plain_layout(8), STEPS)
+    (path,) = written(tmp_path, tmp_path / "out", [0.08], files=NoFolderFsync())
+    assert path.exists()
+    split = tmp_path / "out" / "split.safetensors"
+    write_shard(plan_from_store(tmp_path, sigma_rels=[0.08]), [split], part=0, parts=1, files=NoFolderFsync())
+    assert split.with_name(f"{split.name}.index.json").exists()
 
 
 class Opened(FileSystem):
