@@ -108,7 +108,7 @@ class SnapshotNotFound(SnapshotError, LookupError):
 
 
 class SnapshotUnreadable(SnapshotError):
-    """A committed file cannot be read: it is damaged, or it needs a newer version of this library."""
+    """A committed file cannot be read: it is damaged, its disk fails, or it needs a newer version of this library."""
 
     step: int | None
     """Step of the snapshot; None if the file name contains no step."""
@@ -119,6 +119,10 @@ class SnapshotUnsupported(SnapshotUnreadable):
 
     requires: Sequence[str]
     """The features that this version does not know."""
+
+
+class SnapshotUnavailable(SnapshotUnreadable):
+    """The disk or the network file system failed whenever a file was read; nothing is known about the file itself."""
 
 
 class SnapshotDamaged(SnapshotUnreadable):

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from nitrous_ema.errors import NitrousError, SnapshotNotFound, SnapshotUnreadable
+from nitrous_ema.errors import NitrousError, SnapshotNotFound, SnapshotUnavailable, SnapshotUnreadable
 
 DONE, FAILED, USAGE, NOT_FOUND, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -26,6 +26,7 @@ class UsageError(Exception):
 _STATUS_OF_ERROR: tuple[tuple[type[Exception], int], ...] = (
     (UsageError, USAGE),
     (SnapshotNotFound, NOT_FOUND),
+    (SnapshotUnavailable, FAILED),
     (SnapshotUnreadable, DAMAGED),
     (NitrousError, FAILED),
     (OSError, FAILED),

@@ -18,13 +18,16 @@ import functools
 import logging
 import os
 import stat
+import time
 from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
+
+_Result = TypeVar("_Result")
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +40,16 @@ UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOT
 _NO_FOLDER_FSYNC = UNSUPPORTED | {errno.EBADF}  # fsync(2) may refuse a descriptor that is not open for writing
 NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT))
 """Errors of a full disk, or of a user whose quota is used up."""
+UNAVAILABLE = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EIO", "EREMOTEIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ESHUTDOWN", "ECONNRESET", "ECONNABORTED"),
+        *("ECONNREFUSED", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EPROTO", "ENODEV", "EAGAIN"),
+    )
+    if hasattr(errno, name)
+)
+"""Errors of a disk or a server that fails: no evidence about the file that was to be read."""
+_WAITS_SECONDS = (0.1, 1.0, 5.0)  # before each further attempt: a remount takes seconds, a stale handle nothing
 _BYTES_LOST = NO_SPACE | {errno.EIO}
 
 NO_FOLDER_FSYNC = "its file system has no fsync of folders, so after a power cut the newest names may be missing"
@@ -143,6 +156,10 @@ class FileSystem:
         finally:
             os.close(descriptor)
 
+    def wait(self, seconds: float) -> None:
+        """Wait before a call is repeated."""
+        time.sleep(seconds)
+
     def list(self, path: Path) -> list[str]:
         """Return the names in a folder, in no particular order."""
         return os.listdir(path)
@@ -154,6 +171,29 @@ class FileSystem:
     def exists(self, path: Path) -> bool:
         """Return whether the name is taken; a dangling link takes it too."""
         return os.path.lexists(path)
+
+
+def repeated(call: Callable[[], _Result], wait: Callable[[float], None]) -> _Result:
+    """Return what a call that reads returns. It is repeated up to three times if the file system fails (UNAVAILABLE).
+
+    A descriptor may be what has become stale, so the call must open its file itself.
+
+    Args:
+        call: The call.
+        wait: Waits for a number of seconds.
+
+    Raises:
+        OSError: The error of the last call.
+    """
+    for seconds in _WAITS_SECONDS:
+        try:
+            return call()
+        except OSError as error:
+            if error.errno not in UNAVAILABLE:
+                raise
+            _log.info("reading failed (%s); trying again in %g seconds", error, seconds)
+        wait(seconds)
+    return call()
 
 
 def rename_to_new(files: FileSystem, source: Path, target: Path) -> None:

@@ -15,7 +15,8 @@ import secrets
 from datetime import datetime, timezone
 from pathlib import Path
 
-from nitrous_ema.errors import SnapshotDamaged
+from nitrous_ema.errors import SnapshotDamaged, SnapshotUnavailable, SnapshotUnreadable
+from nitrous_ema.snapshots.filesystem import UNAVAILABLE, reason
 
 IMPORTED = "imported"
 """Field of a stamp's ``trainer`` in snapshots that were imported: the fingerprint of their legacy files."""
@@ -145,6 +146,27 @@ def damaged(path: Path, reason: str, *, chunk: int | None = None) -> SnapshotDam
     remedy = f" {exclusion_hint(step)}" if step is not None else ""
     where = "" if chunk is None else f"chunk {chunk}: "
     return SnapshotDamaged(f"{path} is damaged: {where}{reason}.{remedy}", path=path, step=step, chunk=chunk)
+
+
+def unreadable(path: Path, error: OSError, what: str = "read") -> SnapshotUnreadable:
+    """Return the error for a file that the system does not read: the file's own, or that of its file system.
+
+    Args:
+        path: The file, under its final name.
+        error: Why the call failed.
+        what: The call.
+    """
+    if error.errno not in UNAVAILABLE:
+        return damaged(path, f"it cannot be {what}: {reason(error, path)}")
+    known = parse_folder_name(path.parent.name)
+    step = known[0] if known else None
+    or_exclude = "" if step is None else f" If the error persists: {exclusion_hint(step)}"
+    return SnapshotUnavailable(
+        f"{path} could not be {what}, after several attempts: {reason(error, path)}. Its disk or network file system "
+        f"fails, and the file may be intact: check the file system, then try again.{or_exclude}",
+        path=path,
+        step=step,
+    )
 
 
 def exclusion_hint(step: int) -> str:

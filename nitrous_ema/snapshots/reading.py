@@ -17,7 +17,8 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -29,8 +30,8 @@ from zlib import crc32
 from nitrous_ema._base.dtypes import DTYPE_BYTES
 from nitrous_ema.errors import SnapshotError, SnapshotNotFound
 from nitrous_ema.snapshots.disk_space import explained
-from nitrous_ema.snapshots.filesystem import reason
-from nitrous_ema.snapshots.names import candidate_paths, damaged
+from nitrous_ema.snapshots.filesystem import UNAVAILABLE, repeated
+from nitrous_ema.snapshots.names import candidate_paths, damaged, unreadable
 
 _MAX_OPEN_FILES = 128  # of the 1024 that a process usually may open; further files are opened for each read
 _PIECE_BYTES = 1 << 19  # checksummed while it is still in the core's cache
@@ -80,16 +81,18 @@ class OpenFiles:
 
     Args:
         paths: The files, of which the first 128 are opened on entry and closed on exit.
+        wait: Waits for a number of seconds before a call is repeated; tests replace it.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Iterable[Path], *, wait: Callable[[float], None] = time.sleep) -> None:
+        self._wait = wait
         self._paths = tuple(islice(dict.fromkeys(paths), _MAX_OPEN_FILES))
         self._descriptors: dict[Path, int] = {}  # filled by __enter__, then only read: threads share it without a lock
 
     def __enter__(self) -> OpenFiles:
         try:
             for path in self._paths:
-                self._descriptors[path] = _open(path)
+                self._descriptors[path] = self._named(path, functools.partial(_open, path))
         except BaseException:
             self._close()
             raise
@@ -101,15 +104,28 @@ class OpenFiles:
         self._close()
 
     def read_into(self, path: Path, offset: int, out: memoryview) -> int:
-        """Fill ``out`` from ``offset`` on, and return the number of bytes read: fewer where the file ends."""
+        """Fill ``out`` from ``offset`` on, and return the number of bytes read: fewer where the file ends.
+
+        Raises:
+            SnapshotUnreadable: The file, or its file system, fails.
+            SnapshotNotFound: The file was deleted.
+        """
         descriptor = self._descriptors.get(path)
         if descriptor is not None:
-            return _read_into(path, descriptor, offset, out)
-        temporary = _open(path)
+            try:
+                return _read_into(descriptor, offset, out)
+            except OSError as error:
+                if error.errno not in UNAVAILABLE:
+                    raise unreadable(path, error) from error
+                # The file is opened again for this read alone: other threads may be reading from this descriptor.
+        return self._named(path, functools.partial(_read_once, path, offset, out))
+
+    def _named(self, path: Path, call: Callable[[], int]) -> int:
+        """Return what a call returns that opens the file; it is repeated where the file system fails."""
         try:
-            return _read_into(path, temporary, offset, out)
-        finally:
-            os.close(temporary)
+            return repeated(call, self._wait)
+        except OSError as error:
+            raise unreadable(path, error) from error
 
     def will_need(self, path: Path, offset: int, num_bytes: int) -> None:
         """Ask the system to read a part of a file that stays open, without waiting for it."""
@@ -183,6 +199,8 @@ def _open(path: Path) -> int:
         except FileNotFoundError:
             continue
         except OSError as error:
+            if error.errno in UNAVAILABLE:
+                raise
             raise SnapshotError(f"{path} cannot be opened: {explained(error, path)}", path=path) from error
     raise SnapshotNotFound(
         f"{path} was deleted after it was listed (pruning?). Run the synthesis or the restore again.",
@@ -191,13 +209,18 @@ def _open(path: Path) -> int:
     )
 
 
-def _read_into(path: Path, descriptor: int, offset: int, out: memoryview) -> int:
+def _read_once(path: Path, offset: int, out: memoryview) -> int:
+    descriptor = _open(path)
+    try:
+        return _read_into(descriptor, offset, out)
+    finally:
+        os.close(descriptor)
+
+
+def _read_into(descriptor: int, offset: int, out: memoryview) -> int:
     done = 0
     while done < len(out):
-        try:
-            count = os.preadv(descriptor, [out[done:]], offset + done)
-        except OSError as error:
-            raise damaged(path, f"it cannot be read: {reason(error, path)}") from error
+        count = os.preadv(descriptor, [out[done:]], offset + done)
         if count == 0:
             break
         done += count

@@ -11,6 +11,7 @@ Longer than 300 lines: which folders count as snapshots, and which snapshots bel
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -22,7 +23,7 @@ from nitrous_ema.errors import SnapshotError, SnapshotMismatch, SnapshotNotFound
 from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.commit import Committer
 from nitrous_ema.snapshots.disk_space import explained
-from nitrous_ema.snapshots.filesystem import NO_FOLDER_FSYNC, FileSystem, sync_folder
+from nitrous_ema.snapshots.filesystem import NO_FOLDER_FSYNC, FileSystem, repeated, sync_folder
 from nitrous_ema.snapshots.header import Lineage, Stamp
 from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.names import (
@@ -423,7 +424,7 @@ class SnapshotStore:
 
     def _root_names(self) -> list[str]:
         try:
-            return self.files.list(self.root)
+            return repeated(functools.partial(self.files.list, self.root), self.files.wait)
         except (FileNotFoundError, NotADirectoryError) as error:
             message = f"{self.root} is not a folder of snapshots: {error.strerror}{self.location_hint()}."
             raise SnapshotNotFound(message, path=self.root, nearest=()) from error

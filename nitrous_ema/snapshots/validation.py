@@ -12,13 +12,15 @@ import errno
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nitrous_ema.errors import SnapshotError, SnapshotUnreadable
 from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.disk_space import explained
-from nitrous_ema.snapshots.filesystem import FileSystem, read_fully, reason
+from nitrous_ema.snapshots.filesystem import UNAVAILABLE, FileSystem, read_fully, reason, repeated
 from nitrous_ema.snapshots.header import Header, decode_header, header_end
 from nitrous_ema.snapshots.names import (
     candidate_paths,
@@ -29,8 +31,12 @@ from nitrous_ema.snapshots.names import (
     parse_folder_name,
     parse_rank_file_name,
     rank_file_name,
+    unreadable,
 )
 from nitrous_ema.snapshots.snapshot import Incomplete, Snapshot, VerificationFailure
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _READ_BYTES = 4 * 2**20
 # Errors of the process (no permission, too many open files, no memory): they are no evidence that a file is damaged.
@@ -59,7 +65,7 @@ class FolderInspector:
         """Return the names in a snapshot's folder, and whether the folder still has its own name (is not hidden)."""
         for place in (folder, folder.with_name(hidden_name(folder.name))):
             try:
-                return self.files.list(place), place == folder
+                return repeated(partial(self.files.list, place), self.files.wait), place == folder
             except FileNotFoundError:
                 if place == folder and self.files.exists(folder):
                     return [], True  # a broken symbolic link
@@ -120,18 +126,19 @@ class FolderInspector:
 
         Raises:
             SnapshotDamaged: The header is invalid, or belongs to a file of another name.
+            SnapshotUnavailable: The file system fails.
             SnapshotUnsupported: The file needs a newer version of this library.
             FileNotFoundError: The file does not exist (any more).
         """
-        with self._reading(path) as (descriptor, file_bytes):
-            return self._header(path, descriptor, file_bytes)
+        with self._reading(path) as file:
+            return self._header(path, file)
 
-    def _header(self, path: Path, descriptor: int, file_bytes: int) -> Header:
+    def _header(self, path: Path, file: _OpenFile) -> Header:
         # The length alone first: header_end() checks it before a buffer of this length is allocated.
-        prefix = bytes(read_fully(self.files, descriptor, bytearray(8), 0))
-        end = header_end(prefix, path=path, file_bytes=file_bytes)
-        blob = bytes(read_fully(self.files, descriptor, bytearray(end), 0))
-        header = decode_header(blob, path=path, file_bytes=file_bytes)
+        prefix = bytes(file.read(bytearray(8), 0))
+        end = header_end(prefix, path=path, file_bytes=file.num_bytes)
+        blob = bytes(file.read(bytearray(end), 0))
+        header = decode_header(blob, path=path, file_bytes=file.num_bytes)
         stamp = header.stamp
         # A file that was copied or renamed to another step, run or rank is valid in itself, but not this snapshot's.
         own = (folder_name(stamp.step, stamp.run), rank_file_name(stamp.rank, stamp.world_size))
@@ -144,10 +151,10 @@ class FolderInspector:
         known = parse_folder_name(path.parent.name)
         step = known[0] if known else 0
         try:
-            with self._reading(path) as (descriptor, file_bytes):
-                header = self._header(path, descriptor, file_bytes)
+            with self._reading(path) as file:
+                header = self._header(path, file)
                 for chunk, (span, expected) in enumerate(zip(header.layout.chunks, header.crc32, strict=True)):
-                    found = self._crc32(descriptor, header.data_begin + span.begin, span.end - span.begin)
+                    found = _crc32(file, header.data_begin + span.begin, span.end - span.begin)
                     if found != expected:
                         message = f"checksum mismatch: found {found:08x}, expected {expected:08x}"
                         yield VerificationFailure(path, step, chunk, str(damaged(path, message, chunk=chunk)))
@@ -157,19 +164,18 @@ class FolderInspector:
             yield VerificationFailure(path, step, None, str(error))
 
     @contextlib.contextmanager
-    def _reading(self, path: Path) -> Iterator[tuple[int, int]]:
-        """Yield descriptor and size of a file. ``FileNotFoundError`` passes, other errors become SnapshotDamaged."""
-        descriptor = self._open(path)
+    def _reading(self, path: Path) -> Iterator[_OpenFile]:
+        """Yield an open file. ``FileNotFoundError`` passes, other errors become SnapshotUnreadable."""
+        file = _OpenFile(self.files, path, lambda: self._open(path))
         try:
-            status = self.files.stat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise damaged(path, "it is not a regular file")
-            yield descriptor, status.st_size
+            file.read(bytearray(0), 0)
+            yield file
+        except FileNotFoundError:
+            raise
         except OSError as error:
-            raise damaged(path, f"it cannot be read: {reason(error, path)}") from error
+            raise unreadable(path, error) from error
         finally:
-            with contextlib.suppress(OSError):
-                self.files.close(descriptor)
+            file.close()
 
     def _open(self, path: Path) -> int:
         for place in candidate_paths(path):
@@ -179,21 +185,64 @@ class FolderInspector:
                 if self.files.exists(place):
                     raise damaged(path, "it is a broken symbolic link") from None
             except OSError as error:
+                if error.errno in UNAVAILABLE:
+                    raise
                 if error.errno in _PROCESS_ERRORS:
                     raise SnapshotError(
                         f"{path} cannot be opened: {reason(error, path)}. The file may be intact: check its "
                         "permissions and this process's limit of open files, then try again.",
                         path=path,
                     ) from error
-                raise damaged(path, f"it cannot be opened: {reason(error, path)}") from error
+                raise unreadable(path, error, "opened") from error
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
 
-    def _crc32(self, descriptor: int, offset: int, size_bytes: int) -> int:
-        crc32, buffer = 0, bytearray(min(size_bytes, _READ_BYTES))
-        for begin in range(0, size_bytes, _READ_BYTES):
-            piece = memoryview(buffer)[: size_bytes - begin]
-            crc32 = zlib.crc32(read_fully(self.files, descriptor, piece, offset + begin), crc32)
-        return crc32
+
+class _OpenFile:
+    """A file that is opened again where its file system fails.
+
+    Args:
+        files: The file system.
+        path: The file, for messages.
+        open_path: Opens it, and returns the descriptor.
+    """
+
+    def __init__(self, files: FileSystem, path: Path, open_path: Callable[[], int]) -> None:
+        self.num_bytes = 0
+        """Size of the file when it was last opened."""
+        self._files = files
+        self._path = path
+        self._open_path = open_path
+        self._descriptor: int | None = None
+
+    def read(self, buffer: WriteableBuffer, offset: int) -> memoryview:
+        """Fill a buffer from a position; return its filled part, as ``read_fully``."""
+        return repeated(lambda: self._read(buffer, offset), self._files.wait)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                self._files.close(self._descriptor)
+            self._descriptor = None
+
+    def _read(self, buffer: WriteableBuffer, offset: int) -> memoryview:
+        try:
+            if self._descriptor is None:
+                self._descriptor = self._open_path()
+                status = self._files.stat(self._descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    raise damaged(self._path, "it is not a regular file")
+                self.num_bytes = status.st_size
+            return read_fully(self._files, self._descriptor, buffer, offset)
+        except OSError:
+            self.close()
+            raise
+
+
+def _crc32(file: _OpenFile, offset: int, size_bytes: int) -> int:
+    crc32, buffer = 0, bytearray(min(size_bytes, _READ_BYTES))
+    for begin in range(0, size_bytes, _READ_BYTES):
+        crc32 = zlib.crc32(file.read(memoryview(buffer)[: size_bytes - begin], offset + begin), crc32)
+    return crc32
 
 
 class RememberingInspector(FolderInspector):

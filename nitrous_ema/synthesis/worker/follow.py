@@ -19,9 +19,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from nitrous_ema.errors import SnapshotNotFound
+from nitrous_ema.snapshots.filesystem import repeated
 from nitrous_ema.snapshots.names import parse_folder_name, parse_rank_file_name
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.wrong_folder import right_folder
@@ -175,12 +177,13 @@ class RunFollower:
         files, root = self.snapshots.store.files, self.snapshots.store.root
         names: set[str] = set()
         with suppress(FileNotFoundError, NotADirectoryError):
-            names.update(files.list(root))
+            names.update(repeated(partial(files.list, root), files.wait))
         listed = {each.paths[0].parent.name for each in self.snapshots.listed}
         # A snapshot is committed by the name of its file, so the names of folders alone would not show the commit.
         for name in [name for name in names if name not in listed and parse_folder_name(name)]:
             with suppress(FileNotFoundError, NotADirectoryError):
-                names.update(f"{name}/{file}" for file in files.list(root / name) if parse_rank_file_name(file))
+                inside = repeated(partial(files.list, root / name), files.wait)
+                names.update(f"{name}/{file}" for file in inside if parse_rank_file_name(file))
         return frozenset(names)
 
     def _without_listed(self, names: frozenset[str]) -> set[str]:

@@ -13,7 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotNotFound, SnapshotUnsupported
+from nitrous_ema.errors import (
+    SnapshotDamaged,
+    SnapshotError,
+    SnapshotMismatch,
+    SnapshotNotFound,
+    SnapshotUnavailable,
+    SnapshotUnsupported,
+)
 from nitrous_ema.snapshots import FileSystem, Layout, SnapshotStore, Stamp, new_run_id
 from tests.support.small_snapshots import LAYOUT, A, B, C, chunks_of, commit, everything_in, steps
 from tests.support.snapshot_folders import forge, need
@@ -389,19 +396,76 @@ def test_final_name_of_anything_but_a_file_is_damage(store, kind):
     assert [problem.path for problem in store.verify()] == [path]
 
 
-def test_read_error_is_damage_and_refused_access_is_not(store):
-    commit(store)
+class Server(FileSystem):
+    """Fails the first calls of one kind, and notes the waits between attempts."""
 
-    class Broken(FileSystem):
-        def read_at(self, descriptor, buffer, offset):
-            raise OSError(errno.EIO, "Input/output error")
+    def __init__(self, call, times, number=errno.ESTALE):
+        self.call, self.left, self.number, self.waits, self.opened = call, times, number, [], 0
+
+    def fail(self, call):
+        if call == self.call and self.left:
+            self.left -= 1
+            raise OSError(self.number, os.strerror(self.number))
+
+    def list(self, path):
+        self.fail("list")
+        return super().list(path)
+
+    def open_read(self, path):
+        self.fail("open")
+        self.opened += 1
+        return super().open_read(path)
+
+    def stat(self, descriptor):
+        self.fail("stat")
+        return super().stat(descriptor)
+
+    def read_at(self, descriptor, buffer, offset):
+        self.fail("read")
+        return super().read_at(descriptor, buffer, offset)
+
+    def wait(self, seconds):
+        self.waits.append(seconds)
+
+
+@pytest.mark.parametrize("call", ["list", "open", "stat", "read"])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EIO])
+def test_failure_of_a_file_system_that_passes_is_not_noticed(store, call, number):
+    snapshot = commit(store)
+    files = Server(call, 2, number)
+    assert SnapshotStore(store.root, files=files).get() == snapshot
+    assert files.waits == [0.1, 1.0]
+    assert files.opened == (
+        2 if call in ("list", "open") else 4
+    )  # twice without failures: a descriptor may be what is stale
+    assert SnapshotStore(store.root, files=Server(call, 2, number)).verify() == []
+
+
+@pytest.mark.parametrize("call", ["open", "stat", "read"])
+def test_failure_of_a_file_system_that_stays_is_no_damage(store, call):
+    five, ten = commit(store, 5), commit(store, 10)
+    files = Server(call, 8)
+    with pytest.raises(SnapshotUnavailable, match=rf"^{ten.paths[0]} could not be .* file system fails"):
+        SnapshotStore(store.root, files=files).get()
+    assert files.waits == 2 * [0.1, 1.0, 5.0]  # of both snapshots, since any of them gives the lineage
+    assert [each.path for each in SnapshotStore(store.root, files=Server(call, 4)).verify()] == [five.paths[0]]
+    found = SnapshotStore(store.root, files=Server(call, 999)).examine()
+    assert [each.path for each in found.damaged] == [five.paths[0], ten.paths[0]]
+
+
+def test_folder_that_cannot_be_listed_is_named(store):
+    commit(store)
+    with pytest.raises(SnapshotError, match=f"{store.root} cannot be listed: Stale file handle"):
+        SnapshotStore(store.root, files=Server("list", 4)).get()
+
+
+def test_refused_access_is_not_damage(store):
+    commit(store)
 
     class Refused(FileSystem):
         def open_read(self, path):
             raise PermissionError(errno.EACCES, "Permission denied")
 
-    with pytest.raises(SnapshotDamaged, match=r"cannot be read.*Input/output error"):
-        SnapshotStore(store.root, files=Broken()).get()
     with pytest.raises(SnapshotError, match=r"cannot be opened.*Permission denied") as caught:
         SnapshotStore(store.root, files=Refused()).get()
     assert not isinstance(caught.value, SnapshotDamaged)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import signal
 import socket
@@ -13,6 +15,7 @@ import psutil
 import pytest
 
 from nitrous_ema.errors import SnapshotDamaged, SnapshotNotFound
+from nitrous_ema.snapshots.filesystem import FileSystem
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis.worker.follow import RunFollower
 from nitrous_ema.synthesis.worker.inputs import RequestedAverages, StoredSnapshots
@@ -79,6 +82,23 @@ def test_averages_follow_each_commit_until_the_run_is_closed(training, capsys):
     training.follow()
     assert training.done == [200, 300, 400, 500]
     assert f"stopped following: run {training.run} is closed" in capsys.readouterr().err
+
+
+def test_follower_goes_on_where_the_file_system_fails_for_a_moment(training, monkeypatch):
+    training.commit(100, 200)
+    training.events = [lambda: training.commit(300), training.close]
+    listed, calls, waits = FileSystem.list, itertools.count(), []
+
+    def stale_every_other_time(self, path):
+        if next(calls) % 2 == 0:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return listed(self, path)
+
+    monkeypatch.setattr(FileSystem, "list", stale_every_other_time)
+    monkeypatch.setattr(FileSystem, "wait", lambda self, seconds: waits.append(seconds))
+    training.follow()
+    assert training.done == [200, 300]
+    assert set(waits) == {0.1}
 
 
 @pytest.mark.parametrize(("steps", "done"), [(None, [200, 300]), ("all", [100, 200, 300]), ([100, 300], [100, 300])])
