@@ -10,7 +10,7 @@ from typing import Any
 from nitrous_ema.cli.terminal import format_time
 from nitrous_ema.snapshots.header import Lineage
 from nitrous_ema.snapshots.legacy.folder import files_by_step
-from nitrous_ema.snapshots.names import closed_note_name, pin_note_name
+from nitrous_ema.snapshots.names import closed_note_name, dropped_note_name, parse_folder_name, pin_note_name
 from nitrous_ema.snapshots.nonfinite import nonfinite_averages
 from nitrous_ema.snapshots.snapshot import Listing, Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
@@ -123,9 +123,10 @@ def _role(run: str, lineage: Lineage, selected: Lineage) -> str:
 
 
 def _notes(store: SnapshotStore, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the folder's marker files (pins, closed runs); a marker without its snapshot or run is ``stray``."""
+    """Return the folder's marker files; one without its snapshot or run is ``stray``."""
     existing = {closed_note_name(each["run"]) for each in runs}
     existing |= {pin_note_name(snapshot["step"], each["run"]) for each in runs for snapshot in each["snapshots"]}
+    existing |= {dropped_note_name(*known) for path in store.hidden() if (known := parse_folder_name(path.name))}
     return [{"path": str(note), "stray": note.name not in existing} for note in store.notes()]
 
 

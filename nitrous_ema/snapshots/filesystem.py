@@ -37,6 +37,8 @@ _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
 """Errors of a call that the kernel or the file system does not support."""
+CANNOT_RENAME = UNSUPPORTED | {errno.EXDEV, errno.EPERM, errno.EMFILE}
+"""Errors of a rename that the file system does not support; ``EMFILE`` comes from object stores for full folders."""
 _NO_FOLDER_FSYNC = UNSUPPORTED | {errno.EBADF}  # fsync(2) may refuse a descriptor that is not open for writing
 NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT))
 """Errors of a full disk, or of a user whose quota is used up."""

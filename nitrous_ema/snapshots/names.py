@@ -3,7 +3,8 @@
 A snapshot of step 1000 is the folder ``step-000000001000-RUN``, with one file ``rank-00000-of-00001.safetensors`` for
 each rank. A newer version of the library may add a file that it merged from this snapshot and those before it, named by
 the step where it begins: ``rank-00000-of-00001.from-000000000500.safetensors``. A hidden snapshot has ``.trash-``
-before the name of its folder. Folders of nitrous-ema 0.0.1 and ema-pytorch hold files ``{profile}.{step}.pt``.
+before the name of its folder; where folders cannot be renamed, the note ``dropped-000000001000-RUN`` lies beside it.
+Folders of nitrous-ema 0.0.1 and ema-pytorch hold files ``{profile}.{step}.pt``.
 
 A parser accepts exactly the names that its counterpart writes, so that no two names mean the same snapshot.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Collection
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -104,9 +106,32 @@ def parse_pin_note_name(name: str) -> tuple[int, str] | None:
     return known if name.startswith("pin-") else None
 
 
+def dropped_note_name(step: int, run: str) -> str:
+    """Return the name of the note that a snapshot is hidden where its folder cannot be renamed."""
+    return f"dropped-{step:012d}-{run}"
+
+
+def parse_dropped_note_name(name: str) -> tuple[int, str] | None:
+    """Return step and run of a note that a snapshot is hidden, or None for any other name."""
+    known = parse_folder_name(f"step-{name[8:]}")
+    return known if name.startswith("dropped-") else None
+
+
+def dropped(names: Collection[str]) -> frozenset[tuple[int, str]]:
+    """Return step and run of the snapshots that notes among these names hide: all but those that are pinned."""
+    found = frozenset(filter(None, map(parse_dropped_note_name, names)))
+    return found.difference(filter(None, map(parse_pin_note_name, names))) if found else found
+
+
+def listed_folders(names: Collection[str]) -> list[tuple[int, str]]:
+    """Return step and run of the snapshots' folders among these names that are not hidden."""
+    hidden = dropped(names)
+    return [known for known in map(parse_folder_name, names) if known is not None and known not in hidden]
+
+
 def is_note_name(name: str) -> bool:
     """Return whether a name is that of a note, also if its step or run is not a snapshot's."""
-    return name.startswith(("closed-", "pin-"))
+    return name.startswith(("closed-", "pin-", "dropped-"))
 
 
 def rank_file_name(rank: int, world_size: int) -> str:

@@ -26,7 +26,8 @@ REMOVE-1  Nothing is unlinked before the name that hides it is    test_nothing_i
     have died before its fsync.
 REMOVE-2  Files are unlinked in folders called                    test_only_hidden_snapshots_are_removed
     .trash-<a snapshot's folder>, and nowhere else, except for
-    temporary files of dead processes (REMOVE-6).
+    temporary files of dead processes (REMOVE-6) and for
+    snapshots that a note hides (REMOVE-8).
 REMOVE-3  The newest snapshot and pinned ones are not hidden. A   test_pinned_and_newest_snapshots_are_not_hidden
     snapshot that is pinned while it is being hidden comes back   test_pin_that_came_too_late_brings_the_snapshot_back
     with the next ``remove_hidden``, which each run and each
@@ -48,6 +49,15 @@ REMOVE-6  A temporary file is removed only if there is proof that test_temporary
     its writer is dead; its folder is removed with it if the
     folder holds nothing else.
 REMOVE-7  A failure to clean up never stops a run from starting.  test_failure_to_clean_up_is_logged_and_nothing_else
+REMOVE-8  Where a folder cannot be renamed (an object store,      test_pin_and_a_note_exclude_each_other
+    mounted), a note hides it: dropped-<step>-<run>. Its files    test_files_are_removed_one_by_one_behind_a_note
+    are unlinked one by one, and the note goes when the folder
+    is durably gone. A pin overrides a note: such a snapshot is
+    listed and never unlinked. ``pin`` and ``hide`` each write
+    a note first and then look for that of the other, and each
+    fails if it finds it; no note is withdrawn before its folder
+    is gone. So a pin that has returned was there before any
+    look for pins by which a removal was decided.
 
 Longer than 300 lines: a fifth of them is this page, which should stand next to the code that it describes.
 """
@@ -67,10 +77,13 @@ from nitrous_ema._base.temporary_files import writer_state
 from nitrous_ema.errors import SnapshotError, bug
 from nitrous_ema.snapshots.commit import Committer
 from nitrous_ema.snapshots.disk_space import explained
-from nitrous_ema.snapshots.filesystem import rename_to_new, sync_folder
+from nitrous_ema.snapshots.filesystem import CANNOT_RENAME, rename_to_new, sync_folder
 from nitrous_ema.snapshots.names import (
+    dropped,
+    dropped_note_name,
     folder_name,
     hidden_name,
+    parse_dropped_note_name,
     parse_folder_name,
     parse_hidden_name,
     parse_pin_note_name,
@@ -106,8 +119,9 @@ class SnapshotRemover:
         # The note comes first: a process that removes the snapshot later than this finds the note (REMOVE-3).
         self._committer.write_note(note)
         hidden = self.root / hidden_name(folder_name(step, run))
+        is_dropped = self.files.exists(self.root / dropped_note_name(step, run))  # looked for after the note: REMOVE-8
         # Checked twice: another process may have renamed the snapshot back between the first check and this rename.
-        if exists() or self._unhide(hidden) or exists():
+        if not is_dropped and (exists() or self._unhide(hidden) or exists()):
             return True
         if is_new:
             self.unpin(step, run)
@@ -161,7 +175,7 @@ class SnapshotRemover:
         if newest is not None and (newest.step, newest.run) == (snapshot.step, snapshot.run):
             raise SnapshotError(f"{path} is the newest snapshot of its folder, which is never dropped.", path=path)
         if self.files.exists(self._note(snapshot.step, snapshot.run)):
-            raise SnapshotError(f"{path} is pinned, so it cannot be dropped. Call unpin() first.", path=path)
+            raise _pinned(path)
 
     def _hide_folder(self, snapshot: Snapshot) -> int:
         folder = self.root / folder_name(snapshot.step, snapshot.run)
@@ -171,36 +185,54 @@ class SnapshotRemover:
         except OSError as error:
             if not self.files.exists(folder):
                 return 0  # another process has hidden it
-            raise _failed(folder, f"{folder} could not be hidden", error) from error
+            if error.errno not in CANNOT_RENAME:
+                raise _failed(folder, f"{folder} could not be hidden", error) from error
+            _log.info("%s cannot be renamed (%s): a note hides it instead", folder, error)
+            self._committer.write_note(self.root / dropped_note_name(snapshot.step, snapshot.run))
+            if self.files.exists(self._note(snapshot.step, snapshot.run)):  # looked for after the note: REMOVE-8
+                raise _pinned(folder) from error
         return snapshot.bytes
 
     # Removing
 
     def hidden(self) -> list[Path]:
         """Return the folders of hidden snapshots; see ``SnapshotStore.hidden``."""
+        return self._hidden(self._root_names())
+
+    def _hidden(self, names: list[str]) -> list[Path]:
+        noted = {folder_name(*known) for known in dropped(names)}
+        return [self.root / name for name in sorted(names) if parse_hidden_name(name) or name in noted]
+
+    def _root_names(self) -> list[str]:
         try:
-            names = self.files.list(self.root)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+            return self._names(self.root)
         except OSError as error:
             raise SnapshotError(
                 f"{self.root} cannot be listed: {explained(error, self.root)}", path=self.root
             ) from error
-        return [self.root / name for name in sorted(names) if parse_hidden_name(name)]
 
     def remove_hidden(self, older_than_seconds: float = 0.0) -> int:
         """Unlink hidden snapshots; see ``SnapshotStore.remove_hidden``."""
-        claimed = []
-        for folder in self.hidden():
+        claimed, names = [], self._root_names()
+        for folder in self._hidden(names):
+            if known := parse_folder_name(folder.name):  # hidden by a note
+                # A pin may have been missing when the first names were listed, and the note there with the last ones.
+                is_pinned = self.files.exists(self._note(*known))
+                if not is_pinned and self._is_older(self.root / dropped_note_name(*known), older_than_seconds):
+                    claimed.append(folder)
             # Claimed already, by a process that died or is still unlinking: no pin can bring this snapshot back.
-            if _is_claimed(folder):
+            elif _is_claimed(folder):
                 claimed.append(folder)
             elif self._is_pinned(folder):
                 self._unhide(folder)
             elif self._is_older(folder, older_than_seconds) and (own := self._claim(folder)):
                 claimed.append(own)
-        if not claimed:
-            return 0
+        freed_bytes = self._remove_claimed(claimed) if claimed else 0
+        if any(map(parse_dropped_note_name, names)):
+            self._remove_dropped_notes()
+        return freed_bytes
+
+    def _remove_claimed(self, claimed: list[Path]) -> int:
         # Needed for folders of other processes as well: they may have died between rename and fsync (REMOVE-1).
         self._sync_root("nothing was removed")
         freed_bytes, failure = 0, None
@@ -213,6 +245,21 @@ class SnapshotRemover:
         if failure is not None:
             raise failure
         return freed_bytes
+
+    def _remove_dropped_notes(self) -> None:
+        """Unlink the notes of hidden snapshots whose folders are gone, durably."""
+        names = self._root_names()
+        notes = [
+            name for name in names if (known := parse_dropped_note_name(name)) and folder_name(*known) not in names
+        ]
+        if not notes:
+            return
+        self._sync_root("notes of removed snapshots stay")  # a folder that came back would be listed
+        for name in notes:
+            try:
+                self._unlink(self.root / name)
+            except OSError as error:
+                raise _failed(self.root / name, f"{self.root / name} could not be removed", error) from error
 
     def _is_pinned(self, hidden: Path) -> bool:
         return self.files.exists(self._note(*_step_and_run(hidden)))
@@ -356,6 +403,10 @@ def _step_and_run(hidden: Path) -> tuple[int, str]:
 
 def _is_claimed(hidden: Path) -> bool:
     return hidden.name != hidden_name(folder_name(*_step_and_run(hidden)))
+
+
+def _pinned(path: Path) -> SnapshotError:
+    return SnapshotError(f"{path} is pinned, so it cannot be dropped. Call unpin() first.", path=path)
 
 
 def _failed(path: Path, what: str, error: OSError) -> SnapshotError:

@@ -50,7 +50,7 @@ from nitrous_ema.posthoc.keep_rules import KeepAll, KeepBytes, KeepRule
 from nitrous_ema.snapshots.disk_space import check_disk_space
 from nitrous_ema.snapshots.header import Lineage, Stamp, header_bytes
 from nitrous_ema.snapshots.layout import Layout
-from nitrous_ema.snapshots.names import closed_note_name, parse_folder_name
+from nitrous_ema.snapshots.names import closed_note_name, listed_folders, parse_folder_name
 from nitrous_ema.snapshots.nonfinite import has_nan, nonfinite_error
 from nitrous_ema.snapshots.other_runs import OtherRuns
 from nitrous_ema.snapshots.readable_snapshot import with_same_tensors
@@ -226,9 +226,9 @@ class RetainingWriter:
             self._lineage = lineage
             return
         # Other processes may have dropped snapshots. One listing of names shows it; no header has to be read again.
-        existing = frozenset(self.store.files.list(self.store.root))
+        existing = frozenset(listed_folders(self.store.files.list(self.store.root)))
         kept = [*self._kept_snapshots, new] if new is not None else self._kept_snapshots
-        self._kept_snapshots = [snapshot for snapshot in kept if snapshot.paths[0].parent.name in existing]
+        self._kept_snapshots = [snapshot for snapshot in kept if (snapshot.step, snapshot.run) in existing]
 
     def _select_dropped(self, layout: Layout, snapshot_bytes: int) -> frozenset[int]:
         """Return the indices in ``_kept_snapshots`` that the rule drops; never the newest snapshot or a pinned one."""

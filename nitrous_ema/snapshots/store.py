@@ -32,6 +32,7 @@ from nitrous_ema.snapshots.names import (
     folder_name,
     is_merged_file_name,
     is_note_name,
+    listed_folders,
     parse_folder_name,
     parse_legacy_file_name,
     parse_rank_file_name,
@@ -303,7 +304,7 @@ class SnapshotStore:
         return self.files.exists(self.root / closed_note_name(run))
 
     def notes(self) -> list[Path]:
-        """Return the notes on runs that are closed and snapshots that are pinned, by name."""
+        """Return the notes on runs that are closed, and on snapshots that are pinned or hidden, by name."""
         return [self.root / name for name in sorted(self._root_names()) if is_note_name(name)]
 
     def free_bytes(self) -> int | None:
@@ -324,7 +325,8 @@ class SnapshotStore:
     def pin(self, step: int, run: str, *, must_exist: bool = True) -> None:
         """Write a durable note that protects a snapshot from being dropped. A second call changes nothing.
 
-        A hidden snapshot is listed again, unless its removal has begun.
+        A hidden snapshot is listed again, unless its removal has begun. Where folders cannot be renamed, hiding a
+        snapshot is the beginning of its removal.
 
         Args:
             step: Step of the snapshot.
@@ -434,12 +436,10 @@ class SnapshotStore:
             ) from error
 
     def _folders(self) -> _Folders:
-        """Return the folders that have a snapshot's name, by run and step."""
+        """Return the folders that have a snapshot's name and are not hidden, by run and step."""
         folders: _Folders = {}
-        for name in self._root_names():
-            if parsed := parse_folder_name(name):
-                step, run = parsed
-                folders.setdefault(run, {})[step] = self.root / name
+        for step, run in listed_folders(self._root_names()):
+            folders.setdefault(run, {})[step] = self.root / folder_name(step, run)
         return folders
 
     def _committed(self, folder: Path, lineage: Lineage) -> Snapshot | None:

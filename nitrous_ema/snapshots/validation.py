@@ -25,11 +25,13 @@ from nitrous_ema.snapshots.header import Header, decode_header, header_end
 from nitrous_ema.snapshots.names import (
     candidate_paths,
     damaged,
+    dropped_note_name,
     folder_name,
     hidden_name,
     is_merged_file_name,
     parse_folder_name,
     parse_rank_file_name,
+    pin_note_name,
     rank_file_name,
     unreadable,
 )
@@ -100,6 +102,8 @@ class FolderInspector:
                 else sorted(filter(is_merged_file_name, names))
             )
             if not committed:
+                if self._is_being_removed(folder):
+                    raise FolderGone(folder)
                 return Incomplete(folder, _missing_files(ranks))
             paths = tuple(folder / name for name in committed)
             try:
@@ -110,9 +114,16 @@ class FolderInspector:
                 return error
             disagreement = _disagreement(headers)
             return Incomplete(folder, disagreement) if disagreement else Snapshot(paths=paths, headers=headers)
-        if not self.files.exists(folder):
+        if self._is_being_removed(folder):
             raise FolderGone(folder)
         return Incomplete(folder, "its files were removed while it was read")
+
+    def _is_being_removed(self, folder: Path) -> bool:
+        """Return whether a folder that was listed is gone, or a note hides it whose removal has unlinked files."""
+        known = parse_folder_name(folder.name)
+        if known and self.files.exists(folder.with_name(dropped_note_name(*known))):
+            return not self.files.exists(folder.with_name(pin_note_name(*known)))
+        return not self.files.exists(folder)  # last, because the note is removed after the folder
 
     def examine_unlisted(self, folder: Path) -> Snapshot | Incomplete | SnapshotUnreadable:
         """Return what a folder holds that was not listed before; a hidden or removed folder counts as incomplete."""

@@ -77,6 +77,8 @@ class _Truth:
     """Files of snapshots that are being removed, by the paths that they had."""
     trash: list[Path] = field(default_factory=list)
     pins: set[tuple[int, str]] = field(default_factory=set)
+    dropped: set[tuple[int, str]] = field(default_factory=set)
+    """Snapshots that a note hides, unless they are pinned."""
 
 
 def check_crashes(recording: Recording, subject: Subject, depth: Depth | None = None) -> Tally:
@@ -162,6 +164,8 @@ def _look(listing: Sequence[tuple[str, bytes | None]], recording: Recording) -> 
             truth.folders.append(Path(path))
         elif content is None and name.startswith(".trash-"):
             truth.trash.append(Path(path))
+        elif name.startswith("dropped-"):
+            truth.dropped.add(_step_and_run(path))
         elif name.startswith("pin-"):
             truth.pins.add(_step_and_run(path))
         elif content is not None and (trash := _IN_TRASH.search(path)):
@@ -173,6 +177,12 @@ def _look(listing: Sequence[tuple[str, bytes | None]], recording: Recording) -> 
     for folder, count in present.items():
         if count == recording.world_size:
             truth.committed.add(_step_and_run(folder))
+    for folder in [each for each in truth.folders if _step_and_run(str(each)) in truth.dropped - truth.pins]:
+        truth.folders.remove(folder)
+        truth.trash.append(folder)
+        truth.committed.discard(_step_and_run(str(folder)))
+        for path in [path for path in truth.files if path.startswith(f"{folder}/")]:
+            truth.unlinking[path] = truth.files.pop(path)
     return truth
 
 
@@ -223,7 +233,8 @@ def _expect_promises_kept(
         if content and listing[path] != content:
             raise Violation(f"{path} was acknowledged and holds something else")
     for path in standing.gone:
-        if path in listing and path.replace("/step-", "/pin-") not in {*listing} - {path}:
+        is_hidden = Path(path) in truth.trash
+        if path in listing and not is_hidden and path.replace("/step-", "/pin-") not in {*listing} - {path}:
             raise Violation(f"{path} was acknowledged to be gone and is there")
     for path, content in standing.pinned.items():
         if content not in (listing.get(path), truth.hidden.get(path)):
@@ -332,6 +343,7 @@ def _expect_clean(before: _Truth, after: _Truth, disk: Disk) -> None:
     left = [
         path for path, _ in disk.now().walk() if path.rpartition("/")[2].startswith((".rank-", ".probe", ".trash-"))
     ]
+    left += [str(folder) for folder in after.trash] + sorted(f"note on {each}" for each in after.dropped - after.pins)
     if left:
         raise Violation(f"a run has started and leaves {left}")
 

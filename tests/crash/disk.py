@@ -117,6 +117,7 @@ class Disk(FileSystem):
         turns_to_look: A call that changes nothing waits for its turn as well, so that other threads may act between a
             look and the call that follows from it.
         replaces_only: ``renameat2`` is not supported.
+        keeps_folders: No folder can be renamed.
         most_bytes: The longest write or read that succeeds in one call.
     """
 
@@ -127,6 +128,7 @@ class Disk(FileSystem):
         faults: Mapping[tuple[str, int], int] | None = None,
         turns: Turns | None = None,
         replaces_only: bool = False,
+        keeps_folders: bool = False,
         most_bytes: int = 1 << 30,
         turns_to_look: bool = False,
     ) -> None:
@@ -143,6 +145,7 @@ class Disk(FileSystem):
         self._counts: dict[str, int] = {}
         self.turns = turns
         self._replaces_only = replaces_only
+        self._keeps_folders = keeps_folders
         self._turns_to_look = turns_to_look
         self._calls_left: int | None = None  # until the process is killed
         self.most_bytes = most_bytes
@@ -227,6 +230,8 @@ class Disk(FileSystem):
             raise _error(errno.ENOENT, source)
         inode = self.folders[folder][name]
         if inode in self.folders:
+            if self._keeps_folders:
+                raise _error(errno.EXDEV, source)
             self._move(folder, name, new_folder, new_name)
             return
         if is_final(str(target)):
@@ -317,7 +322,7 @@ class Disk(FileSystem):
         kind = stat.S_IFDIR if inode in self.folders else stat.S_IFREG
         size_bytes = len(self.contents.get(inode, b""))
         changed_at = self._changed_at.get(inode, LONG_AGO)
-        return SimpleNamespace(st_mode=kind | 0o644, st_size=size_bytes, st_ctime=changed_at)
+        return SimpleNamespace(st_mode=kind | 0o644, st_size=size_bytes, st_ctime=changed_at, st_dev=1)
 
     def list(self, path: Path) -> list[str]:
         self._look()

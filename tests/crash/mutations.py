@@ -30,8 +30,9 @@ from tests.crash.checks import (
 )
 from tests.crash.subject import Edits, load_modules, load_subject
 
-COMMIT, REMOVAL, VALIDATION, STORE, HEADER, FILESYSTEM, READING = (
-    f"snapshots.{name}" for name in ("commit", "removal", "validation", "store", "header", "filesystem", "reading")
+COMMIT, REMOVAL, VALIDATION, STORE, HEADER, FILESYSTEM, READING, NAMES = (
+    f"snapshots.{name}"
+    for name in ("commit", "removal", "validation", "store", "header", "filesystem", "reading", "names")
 )
 WRITER = "async_.background_writer"
 _SEEDS = {
@@ -40,6 +41,7 @@ _SEEDS = {
     "ranks that start together": range(4),
     runs.KILLED: (1, 3, 18),
     runs.KILLED_THINNING: (9, 13),
+    runs.KILLED_BY_FILES: (10, 15, 22),
 }
 _ENDS = {name: range(100) for name in runs.RACES}
 """Seeds of runs whose faults are rare, and are seen without a crash."""
@@ -173,7 +175,7 @@ _MAKE_FOLDER = """\
 """
 _NOTE_FIRST = "        self._committer.write_note(note)\n"
 _LOOK = """\
-        if exists() or self._unhide(hidden) or exists():
+        if not is_dropped and (exists() or self._unhide(hidden) or exists()):
             return True
 """
 _LOOK_THEN_NOTE = """\
@@ -216,8 +218,7 @@ MUTATIONS: Sequence[Mutation] = (
          "                self._finish(descriptor, lambda: None)\n"),
     ),
     Mutation("a failed fsync of a folder is raised", "fsync of ROOT fails", {
-        FILESYSTEM: [("        if error.errno not in UNSUPPORTED:\n            raise\n\n\ndef write",
-                 "        pass\n\n\ndef write")]}),
+        FILESYSTEM: [("        if error.errno not in _NO_FOLDER_FSYNC:\n            raise\n", "")]}),
     _in_commit("a temporary name, and the rename", "one rank", (_TEMPORARY, "temporary = final"), (
         "            self._publish(temporary, final, stamp.step)\n", "")),
     _in_commit("rename after the fsync", "one rank", (_FINISH_AND_PUBLISH, """\
@@ -285,9 +286,7 @@ MUTATIONS: Sequence[Mutation] = (
     _in_removal("a snapshot's folder is renamed before its files are unlinked", "killed while thinning", (
         "            rename_to_new(self.files, folder, hidden)\n", "            self._remove(folder)\n")),
     _in_removal("only folders called .trash-* are removed", "thinned",
-        ("if parse_hidden_name(name)]", 'if parse_hidden_name(name) or name.startswith("step-")]'),
-        ("    known = parse_hidden_name(hidden.name)\n",
-         "    known = parse_hidden_name(hidden.name) or parse_folder_name(hidden.name)\n")),
+        ("or name in noted]", 'or name.startswith("step-")]')),
     _in_removal("the newest snapshot is not hidden", "thinned", (
         "        if newest is not None and (", "        if False and (")),
     _in_removal("a pinned snapshot is not hidden", "thinned", (_PINNED, "        if False:\n")),
@@ -297,6 +296,15 @@ MUTATIONS: Sequence[Mutation] = (
         _NOTE_FIRST, ""), (_LOOK, _LOOK_THEN_NOTE)),
     _in_removal("one rename decides whether a snapshot is removed or comes back", "pinned meanwhile", (
         "(own := self._claim(folder))", "(own := folder)")),
+    _in_removal("a note hides a snapshot before its files are unlinked one by one", runs.KILLED_BY_FILES, (
+        "            self._committer.write_note(self.root / dropped_note_name(snapshot.step, snapshot.run))\n",
+        "            self._remove(folder)\n")),
+    _in_removal("a pin fails where a note hides its snapshot", "pinned meanwhile, file by file", (
+        "        if not is_dropped and (", "        if (")),
+    Mutation("a pinned snapshot is listed in spite of a note", "pinned meanwhile, file by file", {
+        NAMES: [("    return found.difference(", "    return found or found.difference(")]}),
+    _in_removal("fsync of ROOT before the note on a removed snapshot is removed", runs.KILLED_BY_FILES, (
+        '        self._sync_root("notes of', '        0 and self._sync_root("notes of')),
     _in_removal("fsync of ROOT after a pin is removed", "thinned", (
         "                self.files.unlink(note)\n            sync_folder(self.files, self.root)\n",
         "                self.files.unlink(note)\n")),

@@ -308,6 +308,14 @@ _PLANS = {
     "pinned meanwhile": _Plan(_pinned_meanwhile, {"turns_to_look": True}, world_size=2),
     "pinned too late": _Plan(_pinned_too_late, world_size=2),
     "killed while thinning": _Plan(_killed_while_thinning, world_size=2),
+    "thinned file by file": _Plan(_thinned, {"keeps_folders": True}, num_failures=2),
+    "thinned file by file by two at once": _Plan(
+        _thinned_by_two, {"keeps_folders": True, "turns_to_look": True}, world_size=2
+    ),
+    "pinned meanwhile, file by file": _Plan(
+        _pinned_meanwhile, {"keeps_folders": True, "turns_to_look": True}, world_size=2
+    ),
+    "killed while thinning file by file": _Plan(_killed_while_thinning, {"keeps_folders": True}, world_size=2),
     "swept while writing": _Plan(_swept_while_writing, {"turns_to_look": True}),
     "fsync fails once": _Plan(_one_rank, {"faults": {("fsync", 2): _EIO}}),
     "fsync fails twice": _Plan(_one_rank, {"faults": {("fsync", 2): _EIO, ("fsync", 3): _EIO}}, num_failures=1),
@@ -327,7 +335,8 @@ _PLANS = {
 
 NAMES = tuple(_PLANS)
 KILLED, KILLED_THINNING = "killed and started again", "killed while thinning"
-KILLS = {KILLED: range(32), KILLED_THINNING: range(4, 18)}
+KILLED_BY_FILES = "killed while thinning file by file"
+KILLS = {KILLED: range(32), KILLED_THINNING: range(4, 18), KILLED_BY_FILES: range(4, 24)}
 """Moments at which these can be killed: the seeds of their runs."""
 _AT_ONCE = (
     _ranks,
@@ -338,7 +347,11 @@ _AT_ONCE = (
     _pinned_meanwhile,
     _swept_while_writing,
 )
-RACES = ("thinned by two at once", "pinned meanwhile", "swept while writing")
+RACES = (
+    *("thinned by two at once", "thinned file by file by two at once"),
+    *("pinned meanwhile", "pinned meanwhile, file by file"),
+    "swept while writing",
+)
 """Runs that depend much on whose turn it is, and little on when the machine stops."""
 SEEDED = tuple(n for n in NAMES if _PLANS[n].play in _AT_ONCE)
 """Runs in which several write at once: a seed decides whose turn it is."""

@@ -44,6 +44,7 @@ MORE = [
     ("ranks that start together", 13),
     *((runs.KILLED, seed) for seed in (1, 3, 6, 10, 18, 20)),
     *((runs.KILLED_THINNING, seed) for seed in (9, 13, 15)),  # each time another name is not durable
+    *((runs.KILLED_BY_FILES, seed) for seed in (10, 15, 22)),
 ]
 RUNS = [*((name, 0) for name in runs.NAMES), *MORE]
 

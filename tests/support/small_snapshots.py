@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -101,6 +102,21 @@ class Recorded(FileSystem):
     def fsync_folder(self, path):
         self.note("fsync_folder", path.name)
         super().fsync_folder(path)
+
+
+class KeepsFolders(Recorded):
+    """Renames no folder, as object stores that are mounted."""
+
+    def __init__(self, number=errno.EXDEV):
+        super().__init__()
+        self.number = number
+
+    def rename(self, source, target):
+        if source.is_dir():
+            raise OSError(self.number, os.strerror(self.number))
+        super().rename(source, target)
+
+    rename_new = rename
 
 
 class Failing(Recorded):

@@ -13,6 +13,7 @@ from nitrous_ema._base.temporary_files import temporary_name
 from nitrous_ema.cli import program as cli
 from nitrous_ema.snapshots.filesystem import NO_FOLDER_FSYNC, FileSystem
 from nitrous_ema.snapshots.store import SnapshotStore
+from tests.support.small_snapshots import KeepsFolders
 from tests.support.snapshot_folders import damage, layout_of, record, run_id, snapshot_file, write_run
 
 LAYOUT = layout_of([record("w", (50_000,)), record("n", (), "I64", "copied")])
@@ -146,6 +147,13 @@ def test_inspect_lists_pins_markers_and_hidden_snapshots(folder, capsys):
     notes = {Path(each["path"]).name: each["stray"] for each in inspected(folder, capsys)["notes"]}
     assert notes == {f"pin-{200:012d}-{RUN}": False, f"closed-{RUN}": False, stray.name: True}
     assert [each["bytes"] for each in found["hidden"]] == [hidden_bytes]
+
+
+def test_inspect_lists_a_snapshot_that_a_note_hides_as_hidden(folder, capsys):
+    SnapshotStore(folder, files=KeepsFolders()).hide([SnapshotStore(folder).get(100)])
+    found = inspected(folder, capsys)
+    assert [Path(each["path"]).name for each in found["hidden"]] == [f"step-{100:012d}-{RUN}"]
+    assert [each["stray"] for each in found["notes"]] == [False]
 
 
 def test_inspect_reports_that_folders_have_no_fsync(folder, capsys, monkeypatch):

@@ -17,8 +17,9 @@ import pytest
 from nitrous_ema._base.processes import signature
 from nitrous_ema.errors import SnapshotError, SnapshotNotFound
 from nitrous_ema.snapshots import FileSystem, SnapshotStore
+from nitrous_ema.snapshots.names import rank_file_name
 from nitrous_ema.snapshots.reading import OpenFiles
-from tests.support.small_snapshots import A, B, Failing, Recorded, commit, content, everything_in, steps
+from tests.support.small_snapshots import A, B, Failing, KeepsFolders, Recorded, commit, content, everything_in, steps
 
 
 @pytest.fixture
@@ -333,6 +334,93 @@ def test_pinned_one_whose_name_is_taken_again_stays_hidden(store, caplog):
     assert "could not be renamed back" in caplog.text
 
 
+# Folders that cannot be renamed
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EMFILE, errno.EPERM, errno.EINVAL])
+def test_files_are_removed_one_by_one_behind_a_note(store, number):
+    other, calls = watched(store, KeepsFolders(number))
+    ten, name = store.get(10), rank_file_name(0, 1)
+    note = f"dropped-{10:012d}-{A}"
+    assert other.hide([ten]) == ten.bytes
+    assert changes(calls)[:4] == [("open", note), ("fsync", note), ("close", note), ("fsync_folder", "snapshots")]
+    assert steps(store.snapshots()) == [(20, A), (30, A)]
+    assert (store.incomplete(), store.verify()) == ([], [])
+    assert store.hidden() == [store.root / folder_of(10)]
+    assert [path.name for path in store.notes()] == [note]
+    with OpenFiles([ten.paths[0]]):  # its bytes are there until it is removed
+        calls.clear()
+        assert other.remove_hidden() == ten.bytes
+    synced = ("fsync_folder", "snapshots")
+    assert changes(calls) == [synced, ("unlink", name), ("remove_folder", folder_of(10)), synced, ("unlink", note)]
+    assert (store.hidden(), store.notes(), steps(store.snapshots())) == ([], [], [(20, A), (30, A)])
+
+
+def test_pin_and_a_note_exclude_each_other(store):
+    other, _ = watched(store, KeepsFolders())
+    ten, twenty = store.snapshots()[:2]
+    store.pin(20, A)
+    with pytest.raises(SnapshotError, match="is pinned"):
+        other.hide([twenty])
+    other.hide([ten])
+    with pytest.raises(SnapshotNotFound, match="to pin"):
+        store.pin(10, A)
+    assert store.pins() == {(20, A)}
+    # Both notes, as a process leaves them that died before it looked for the pin.
+    (store.root / f"dropped-{20:012d}-{A}").touch()
+    other.remove_hidden()
+    assert steps(store.snapshots()) == [(20, A), (30, A)]
+    store.unpin(20, A)
+    assert steps(store.snapshots()) == [(30, A)]
+
+
+def test_pin_that_is_set_while_a_snapshot_is_hidden_by_a_note_wins(store):
+    class Pinning(KeepsFolders):
+        def rename_new(self, source, target):
+            (store.root / f"pin-{10:012d}-{A}").touch()
+            super().rename_new(source, target)
+
+    other, _ = watched(store, Pinning())
+    with pytest.raises(SnapshotError, match="is pinned"):
+        other.hide([store.get(10)])
+    other.remove_hidden()
+    assert steps(store.snapshots()) == [(10, A), (20, A), (30, A)]
+
+
+def test_pin_that_one_listing_misses_is_looked_for_again(store):
+    other, _ = watched(store, KeepsFolders())
+    other.hide([store.get(10)])
+    (store.root / f"pin-{10:012d}-{A}").touch()
+
+    class Late(KeepsFolders):
+        def list(self, path):
+            return [name for name in super().list(path) if not name.startswith("pin-")]
+
+    assert watched(store, Late())[0].remove_hidden() == 0
+    assert steps(store.snapshots()) == [(10, A), (20, A), (30, A)]
+
+
+def test_note_on_a_folder_that_is_gone_is_removed(store):
+    (store.root / f"dropped-{10:012d}-{B}").touch()
+    assert store.remove_hidden() == 0
+    assert store.notes() == []
+
+
+def test_run_that_starts_removes_what_a_note_has_hidden_long_ago(store):
+    class LongAgo(KeepsFolders):
+        def lstat(self, path):
+            status = list(super().lstat(path))
+            status[9] -= 601 if path.name.startswith("dropped-") else 0
+            return os.stat_result(status)
+
+    other, _ = watched(store, KeepsFolders())
+    other.hide([store.get(10)])
+    other.prepare()
+    assert len(store.hidden()) == 1
+    watched(store, LongAgo())[0].prepare()
+    assert (store.hidden(), store.notes()) == ([], [])
+
+
 # Readers
 
 
@@ -374,10 +462,11 @@ READS = {
 
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("removed", [False, True], ids=["hidden", "removed"])
-def test_no_reader_fails_when_listed_snapshots_are_dropped_at_any_moment(tmp_path, read, removed):
+@pytest.mark.parametrize("files", [FileSystem, KeepsFolders])
+def test_no_reader_fails_when_listed_snapshots_are_dropped_at_any_moment(tmp_path, read, removed, files):
     """At each call of a reader, all that it has listed is dropped, and one new snapshot is written."""
     for at in range(1, 40):
-        writer = SnapshotStore(tmp_path / str(at))
+        writer = SnapshotStore(tmp_path / str(at), files=files())
         writer.prepare()
         for step in (10, 20, 40) if read == "get of a step" else (10, 20):
             commit(writer, step)
@@ -389,10 +478,10 @@ def test_no_reader_fails_when_listed_snapshots_are_dropped_at_any_moment(tmp_pat
             if removed:
                 writer.remove_hidden()
 
-        files = While(at, drop_listed)
-        found = READS[read](SnapshotStore(writer.root, files=files))
+        reading = While(at, drop_listed)
+        found = READS[read](SnapshotStore(writer.root, files=reading))
         assert found in {"runs": [[A]], "get of a step": [(40, A)]}.get(read, [[], (20, A), (50, A)])
-        if files.left > 0:
+        if reading.left > 0:
             break
     assert at > 3
 

@@ -18,6 +18,7 @@ from nitrous_ema.snapshots.header import Stamp
 from nitrous_ema.snapshots.retention import RetainingWriter
 from nitrous_ema.snapshots.store import SnapshotStore
 from tests.support.fakes import TIMEOUT_SECONDS, Gate, QuickFiles
+from tests.support.small_snapshots import KeepsFolders
 from tests.support.snapshot_folders import layout_of, record, run_id, snapshot_file
 from tests.support.weighing_files import WeighingFiles, weight
 
@@ -98,6 +99,17 @@ def test_snapshots_on_disk_are_those_the_rule_keeps_after_every_write(rule, rig)
         assert rig.steps() == expected
     assert len(expected) < 25
     assert rig.writer.ledger.read().dropped == 25 - len(expected)
+
+
+def test_as_many_are_kept_where_folders_cannot_be_renamed(rig):
+    rig = rig(KeepCount(3), files=KeepsFolders())
+    for step in range(1, 11):
+        rig.write(step)
+        assert len(rig.store.snapshots()) == min(step, 3)
+        assert len(rig.steps()) <= 4  # the one that was dropped last is removed in the next turn
+    rig.writer.end()
+    assert len(rig.steps()) == 3
+    assert rig.writer.ledger.read().dropped == 7
 
 
 def test_dropped_snapshot_stays_until_the_next_is_written(rig):
