@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from nitrous_ema.cli.terminal import format_time
+from nitrous_ema.snapshots.filesystem import ONLY_ONE_PASS
 from nitrous_ema.snapshots.header import Lineage
 from nitrous_ema.snapshots.legacy.folder import files_by_step
-from nitrous_ema.snapshots.names import closed_note_name, dropped_note_name, parse_folder_name, pin_note_name
+from nitrous_ema.snapshots.names import (
+    closed_note_name,
+    dropped_note_name,
+    parse_folder_name,
+    pin_note_name,
+    without_one_pass,
+)
 from nitrous_ema.snapshots.nonfinite import nonfinite_averages
 from nitrous_ema.snapshots.snapshot import Listing, Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
@@ -142,12 +149,13 @@ def _bytes_below(folder: Path) -> int:
 
 def _disk(store: SnapshotStore, last: Snapshot | None) -> dict[str, Any]:
     free, size = store.free_bytes(), last.bytes if last else None
+    is_in_one_pass = last is not None and any(without_one_pass(path.name) != path.name for path in last.paths)
     fit = None if free is None or size is None else free // size
     return {
         "free_bytes": free,
         "snapshot_bytes": size,
         "snapshots_that_fit": fit,
-        "missing": store.missing_operations(),
+        "missing": store.missing_operations() + ([ONLY_ONE_PASS] if is_in_one_pass else []),
     }
 
 

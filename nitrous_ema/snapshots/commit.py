@@ -31,16 +31,30 @@ COMMIT-4  A final name is never overwritten, not by a race either: test_name_tak
 COMMIT-5  A file that does not fit is refused before any byte of   test_snapshot_that_does_not_fit_leaves_nothing_behind
     it is on disk.
 
+COMMIT-6  A file that is written in one pass is listed when it    test_file_in_one_pass_is_listed_with_its_last_byte
+    has the size that its header states. Of several files of a    test_failed_pass_is_never_read_once_another_began
+    rank only the newest counts.
+
+Some file systems refuse renames or writes at offsets: object stores that are mounted, for example. ``prepare`` tries
+both, and then all snapshots are written in one pass: checksums first, then the header and the chunks in their order,
+under a name of its own kind, which is never used twice. No rename states that the file is whole, so readers compare its
+size with its header. A crash may leave a file that is shorter, which no reader lists, and which stays until the user
+deletes it. On a file system that stores sizes before bytes, a power cut may leave bytes that are wrong; then checksums
+name the file when it is read.
+
 The kernel is asked to start writing each chunk to the disk while the next chunk is prepared (``start_writeback``), so
 that the fsync finds little left to do. The request is a hint: it makes no byte durable. Where it is not supported, it
 is not repeated for that file. ``EIO`` and ``ENOSPC`` from this call do mean that data was lost, so they are handled
 like a failed write.
+
+Longer than 300 lines: the two ways to write a file are one protocol, and its page should stand next to it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -51,6 +65,8 @@ from nitrous_ema.errors import SnapshotError, SnapshotWriteError, bug
 from nitrous_ema.snapshots.disk_space import DiskSpace, explained, remedy
 from nitrous_ema.snapshots.filesystem import (
     NO_SPACE,
+    ONE_PASS,
+    ONLY_ONE_PASS,
     FileSystem,
     hint_writeback,
     reason,
@@ -61,7 +77,7 @@ from nitrous_ema.snapshots.filesystem import (
 )
 from nitrous_ema.snapshots.header import Header, Stamp, encode_header, header_bytes
 from nitrous_ema.snapshots.layout import Layout
-from nitrous_ema.snapshots.names import closed_note_name, folder_name, rank_file_name
+from nitrous_ema.snapshots.names import closed_note_name, folder_name, one_pass_file_name, rank_file_name
 from nitrous_ema.snapshots.nonfinite import NonFiniteCounter
 from nitrous_ema.snapshots.snapshot import Snapshot
 
@@ -71,6 +87,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _Filled = TypeVar("_Filled")
+
+_PROBE = b"probe"
 
 
 class Committer:
@@ -86,17 +104,13 @@ class Committer:
         self.root = root
         self.files = files
         self.space = DiskSpace(root, files, reclaim)
+        self._in_one_pass = False  # set by prepare()
 
     def prepare(self) -> None:
         """Create the folder; see ``SnapshotStore.prepare``."""
         try:
             self._make_root()
-            probe = self.root / temporary_name("probe")
-            descriptor = self.files.open_exclusive(probe)
-            try:
-                self._finish(descriptor, lambda: write_fully(self.files, descriptor, b"probe", 0))
-            finally:
-                self.files.unlink(probe)
+            self._probe()
         except OSError as error:
             raise SnapshotError(
                 f"Snapshots cannot be written to {self.root}: {explained(error, self.root)}",
@@ -111,7 +125,7 @@ class Committer:
             if self.files.exists(final):
                 raise _taken(final, stamp.step)
             self.space.require(header_bytes(layout, stamp) + layout.data_bytes)
-            header = self._write_file(final, layout, stamp, chunks)
+            path, header = self._write_file(final, layout, stamp, chunks)
         except OSError as error:
             raise _write_error(final, stamp.step, f"was not written: {reason(error, final)}", error) from error
         # No second attempt after a failure here: the file is whole, and a new file would find its name taken.
@@ -121,7 +135,7 @@ class Committer:
         except OSError as error:
             what = f"is complete, but its name may be lost if the machine stops: {reason(error, final)}"
             raise _write_error(final, stamp.step, what, error) from error
-        return Snapshot(paths=(final,), headers=(header,))
+        return Snapshot(paths=(path,), headers=(header,))
 
     def close_run(self, run: str) -> None:
         """Write the note that a run has ended; see ``SnapshotStore.close_run``."""
@@ -142,9 +156,33 @@ class Committer:
         except OSError as error:
             raise SnapshotError(f"{note} could not be written: {explained(error, note)}", path=note) from error
 
+    def _probe(self) -> None:
+        """Write a probe as snapshots are written, and find out whether they must be written in one pass."""
+        try:
+            self._write_probe(offset=len(_PROBE), is_renamed=True)
+        except OSError as error:
+            if error.errno not in ONE_PASS:
+                raise
+            self._write_probe(offset=0, is_renamed=False)
+            self._in_one_pass = True
+            _log.info("%s: %s (%s)", self.root, ONLY_ONE_PASS, error)
+
+    def _write_probe(self, *, offset: int, is_renamed: bool) -> None:
+        probe = self.root / temporary_name("probe")
+        descriptor = self.files.open_exclusive(probe)
+        try:
+            self._finish(descriptor, lambda: write_fully(self.files, descriptor, _PROBE, offset))
+            if is_renamed:
+                renamed = probe.with_name(probe.name.replace("probe", "probe-renamed", 1))
+                rename_to_new(self.files, probe, renamed)
+                probe = renamed
+        finally:
+            self.files.unlink(probe)
+
     def _write_file(
         self, final: Path, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]
-    ) -> Header:
+    ) -> tuple[Path, Header]:
+        """Write a file, in two attempts if necessary; return the name that it has, and its header."""
         try:
             return self._attempt(final, layout, stamp, chunks)
         except OSError as error:
@@ -161,9 +199,11 @@ class Committer:
 
     def _attempt(
         self, final: Path, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]
-    ) -> Header:
+    ) -> tuple[Path, Header]:
         # In each attempt: a process that cleans up may have removed the folder while it was empty.
         self._make_folder(final.parent)
+        if self._in_one_pass:
+            return self._attempt_in_one_pass(final, layout, stamp, chunks)
         temporary = final.with_name(temporary_name(final.name))
         descriptor = self.files.open_exclusive(temporary)
         try:
@@ -174,7 +214,31 @@ class Committer:
             with contextlib.suppress(OSError):
                 self.files.unlink(temporary)
             raise
-        return header
+        return final, header
+
+    def _attempt_in_one_pass(
+        self, final: Path, layout: Layout, stamp: Stamp, chunks: Callable[[], Iterable[ReadableBuffer]]
+    ) -> tuple[Path, Header]:
+        sums = _Sums(layout)
+        for chunk, begin, view in _matched(layout, chunks()):
+            sums.add(chunk, begin, view)
+        header = sums.header(stamp)
+
+        def fill() -> None:
+            # Nothing is preallocated: the file would have its size before it has its bytes.
+            write_fully(self.files, descriptor, sums.encoded(stamp), 0)
+            for _, begin, view in _matched(layout, chunks()):
+                write_fully(self.files, descriptor, view, header.data_begin + begin)
+
+        path = final.with_name(one_pass_file_name(stamp.rank, stamp.world_size, time.time_ns()))
+        descriptor = self.files.open_exclusive(path)
+        try:
+            self._finish(descriptor, fill)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.files.unlink(path)
+            raise
+        return path, header
 
     def _finish(self, descriptor: int, fill: Callable[[], _Filled]) -> _Filled:
         """Fill, fsync and close a file, in this order, and return what ``fill`` returns. It is closed in any case."""
@@ -198,23 +262,15 @@ class Committer:
         # A full disk is then noticed before any byte is written.
         reserve(self.files, descriptor, file_bytes)
         # The hint of ``hint_writeback`` is repeated only while the kernel accepts it.
-        crc32, counter, is_paced = [0] * len(layout.chunks), NonFiniteCounter(layout), True
+        sums, is_paced = _Sums(layout), True
         for chunk, begin, view in _matched(layout, chunks()):
-            crc32[chunk] = zlib.crc32(view, crc32[chunk])
-            counter.add(begin, view)
+            sums.add(chunk, begin, view)
             write_fully(self.files, descriptor, view, data_begin + begin)
             is_paced = is_paced and hint_writeback(self.files, descriptor, data_begin + begin, len(view))
         # Last, because it holds the checksums, and because a disk that loses its latest writes then loses the header
         # too: no reader lists such a file.
-        write_fully(self.files, descriptor, encode_header(layout, stamp, crc32, counter.result()), 0)
-        return Header(
-            layout=layout,
-            stamp=stamp,
-            crc32=tuple(crc32),
-            data_begin=data_begin,
-            file_bytes=file_bytes,
-            nonfinite=counter.result(),
-        )
+        write_fully(self.files, descriptor, sums.encoded(stamp), 0)
+        return sums.header(stamp)
 
     def _publish(self, temporary: Path, final: Path, step: int) -> None:
         try:
@@ -240,6 +296,40 @@ class Committer:
             # parents.
             with contextlib.suppress(OSError):
                 self.files.fsync_folder(folder.parent)
+
+
+class _Sums:
+    """What a header contains about the data: checksums, and values that are not finite.
+
+    Args:
+        layout: Positions of the tensors in the data.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._crc32 = [0] * len(layout.chunks)
+        self._nonfinite = NonFiniteCounter(layout)
+
+    def add(self, chunk: int, begin: int, view: memoryview) -> None:
+        """Count the next bytes of a chunk, which begin at a position in the data."""
+        self._crc32[chunk] = zlib.crc32(view, self._crc32[chunk])
+        self._nonfinite.add(begin, view)
+
+    def encoded(self, stamp: Stamp) -> bytes:
+        """Return the bytes of the file before the data."""
+        return encode_header(self._layout, stamp, self._crc32, self._nonfinite.result())
+
+    def header(self, stamp: Stamp) -> Header:
+        """Return the header."""
+        data_begin = header_bytes(self._layout, stamp)
+        return Header(
+            layout=self._layout,
+            stamp=stamp,
+            crc32=tuple(self._crc32),
+            data_begin=data_begin,
+            file_bytes=data_begin + self._layout.data_bytes,
+            nonfinite=self._nonfinite.result(),
+        )
 
 
 def _matched(layout: Layout, buffers: Iterable[ReadableBuffer]) -> Iterator[tuple[int, int, memoryview]]:

@@ -39,6 +39,8 @@ UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOT
 """Errors of a call that the kernel or the file system does not support."""
 CANNOT_RENAME = UNSUPPORTED | {errno.EXDEV, errno.EPERM, errno.EMFILE}
 """Errors of a rename that the file system does not support; ``EMFILE`` comes from object stores for full folders."""
+ONE_PASS = CANNOT_RENAME | {errno.ESPIPE}
+"""Errors of a rename, or of a write at an offset, on a file system where files must be written in one pass."""
 _NO_FOLDER_FSYNC = UNSUPPORTED | {errno.EBADF}  # fsync(2) may refuse a descriptor that is not open for writing
 NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT))
 """Errors of a full disk, or of a user whose quota is used up."""
@@ -55,6 +57,10 @@ _WAITS_SECONDS = (0.1, 1.0, 5.0)  # before each further attempt: a remount takes
 _BYTES_LOST = NO_SPACE | {errno.EIO}
 
 NO_FOLDER_FSYNC = "its file system has no fsync of folders, so after a power cut the newest names may be missing"
+"""What a user should know about such a file system."""
+ONLY_ONE_PASS = (
+    "its file system refuses renames or writes at offsets, so each snapshot is written in one pass under its final name"
+)
 """What a user should know about such a file system."""
 _noted_devices: set[int] = set()  # file systems for which this was logged: once is enough
 

@@ -128,6 +128,10 @@ class Stamp:
             raise ValueError(f"trainer is {self.trainer!r}; expected a mapping of names to strings and numbers")
 
 
+class ShortFile(ValueError):
+    """A file is shorter than it states: its copy or its writing is not complete."""
+
+
 # All other fields before the layout are optional fields of a newer version.
 _KNOWN_FIELDS = {each.name for each in fields(Stamp)} | {"header_crc32", "format_version", "nonfinite", "crc32"}
 
@@ -255,7 +259,7 @@ def _check_lineage(run: str, lineage: Lineage) -> None:
 
 def _header_end(prefix: bytes, file_bytes: int) -> int:
     if len(prefix) < 8:
-        raise ValueError(f"the file has only {file_bytes} bytes. {INCOMPLETE_COPY}")
+        raise ShortFile(f"the file has only {file_bytes} bytes. {INCOMPLETE_COPY}")
     end = 8 + int.from_bytes(prefix[:8], "little")
     if end > MAX_HEADER_BYTES or end % ALIGNMENT_BYTES:
         raise ValueError(
@@ -263,7 +267,7 @@ def _header_end(prefix: bytes, file_bytes: int) -> int:
             f"and 8 less than a multiple of {ALIGNMENT_BYTES}"
         )
     if end > file_bytes:
-        raise ValueError(f"its length is {end - 8} bytes, but the file has only {file_bytes}. {INCOMPLETE_COPY}")
+        raise ShortFile(f"its length is {end - 8} bytes, but the file has only {file_bytes}. {INCOMPLETE_COPY}")
     return end
 
 
@@ -296,8 +300,10 @@ def _decode(blob: bytes, path: Path, file_bytes: int) -> Header:
     if end < expected or (end > expected and not stamp.unknown):
         raise ValueError(f"it has {end} bytes, expected {expected} for its layout")
     if file_bytes != end + layout.data_bytes:
-        hint = f". {INCOMPLETE_COPY}" if file_bytes < end + layout.data_bytes else ""
-        raise ValueError(f"the file has {file_bytes} bytes, expected {end + layout.data_bytes} for its layout{hint}")
+        found = f"the file has {file_bytes} bytes, expected {end + layout.data_bytes} for its layout"
+        if file_bytes < end + layout.data_bytes:
+            raise ShortFile(f"{found}. {INCOMPLETE_COPY}")
+        raise ValueError(found)
     return Header(
         layout=layout, stamp=stamp, crc32=chunk_crcs, data_begin=end, file_bytes=file_bytes, nonfinite=nonfinite
     )

@@ -2,9 +2,11 @@
 
 A snapshot of step 1000 is the folder ``step-000000001000-RUN``, with one file ``rank-00000-of-00001.safetensors`` for
 each rank. A newer version of the library may add a file that it merged from this snapshot and those before it, named by
-the step where it begins: ``rank-00000-of-00001.from-000000000500.safetensors``. A hidden snapshot has ``.trash-``
-before the name of its folder; where folders cannot be renamed, the note ``dropped-000000001000-RUN`` lies beside it.
-Folders of nitrous-ema 0.0.1 and ema-pytorch hold files ``{profile}.{step}.pt``.
+the step where it begins: ``rank-00000-of-00001.from-000000000500.safetensors``. Where a file system refuses renames, a
+file is written in one pass, under a name of its own: ``rank-00000-of-00001.one-pass-18f3a2b4c5d6e7f8.safetensors``, the
+time in nanoseconds. A hidden snapshot has ``.trash-`` before the name of its folder; where folders cannot be renamed,
+the note ``dropped-000000001000-RUN`` lies beside it. Folders of nitrous-ema 0.0.1 and ema-pytorch hold files
+``{profile}.{step}.pt``.
 
 A parser accepts exactly the names that its counterpart writes, so that no two names mean the same snapshot.
 """
@@ -30,6 +32,7 @@ _RUN = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}-[0-9a-f]{8}")
 _FOLDER = re.compile(rf"step-([0-9]{{12,18}})-({_RUN.pattern})")
 _HIDDEN = re.compile(rf"\.trash-({_FOLDER.pattern})(?:\.[0-9a-f]{{8}})?")  # the suffix: its removal has begun
 _RANK_FILE = re.compile(r"rank-([0-9]{5,9})-of-([0-9]{5,9})\.safetensors")
+_ONE_PASS_FILE = re.compile(r"(rank-[0-9]{5,9}-of-[0-9]{5,9})\.one-pass-[0-9a-f]{16}(\.safetensors)")
 _MERGED_FILE = re.compile(r"rank-[0-9]{5,9}-of-[0-9]{5,9}\.from-[0-9]{12,18}\.safetensors")
 _LEGACY_FILE = re.compile(r"(0|[1-9][0-9]{0,8})\.([1-9][0-9]{0,17})\.pt")  # one name for each profile and step
 
@@ -145,6 +148,17 @@ def parse_rank_file_name(name: str) -> tuple[int, int] | None:
     if not found or rank_file_name(int(found[1]), int(found[2])) != name or int(found[1]) >= int(found[2]):
         return None
     return int(found[1]), int(found[2])
+
+
+def one_pass_file_name(rank: int, world_size: int, now_ns: int) -> str:
+    """Return the name under which one rank's file is written in one pass; names of later moments sort later."""
+    return rank_file_name(rank, world_size).replace(".", f".one-pass-{now_ns:016x}.")
+
+
+def without_one_pass(name: str) -> str:
+    """Return the name that a file written in one pass would have after a rename; any other name unchanged."""
+    found = _ONE_PASS_FILE.fullmatch(name)
+    return found[1] + found[2] if found else name
 
 
 def is_merged_file_name(name: str) -> bool:

@@ -36,6 +36,7 @@ from nitrous_ema.snapshots.names import (
     parse_folder_name,
     parse_legacy_file_name,
     parse_rank_file_name,
+    without_one_pass,
 )
 from nitrous_ema.snapshots.removal import SnapshotRemover
 from nitrous_ema.snapshots.snapshot import Incomplete, Listing, Snapshot, TemporaryFile, VerificationFailure
@@ -254,7 +255,7 @@ class SnapshotStore:
         failures: list[VerificationFailure] = []
         for folder in _all_folders(self._folders()):
             for name in sorted(self._inspector.names(folder)[0]):
-                if parse_rank_file_name(name) or is_merged_file_name(name):
+                if parse_rank_file_name(without_one_pass(name)) or is_merged_file_name(name):
                     failures += self._inspector.verify_file(folder / name)
         return failures
 
@@ -279,7 +280,7 @@ class SnapshotStore:
             layout: Positions of all tensors in the data.
             stamp: Step, time, run and rank of this snapshot.
             chunks: Called to get the data: C-contiguous buffers in order, each a chunk of ``layout.chunks`` or a part
-                of a chunk. Called a second time, for the same data, if the first attempt fails.
+                of a chunk. Called again, for the same data, if the first attempt fails, or to write in one pass.
 
         Returns:
             The snapshot, with the file of this rank only.

@@ -21,7 +21,7 @@ from nitrous_ema.errors import SnapshotError, SnapshotUnreadable
 from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.disk_space import explained
 from nitrous_ema.snapshots.filesystem import UNAVAILABLE, FileSystem, read_fully, reason, repeated
-from nitrous_ema.snapshots.header import Header, decode_header, header_end
+from nitrous_ema.snapshots.header import Header, ShortFile, decode_header, header_end
 from nitrous_ema.snapshots.names import (
     candidate_paths,
     damaged,
@@ -34,6 +34,7 @@ from nitrous_ema.snapshots.names import (
     pin_note_name,
     rank_file_name,
     unreadable,
+    without_one_pass,
 )
 from nitrous_ema.snapshots.snapshot import Incomplete, Snapshot, VerificationFailure
 
@@ -88,16 +89,18 @@ class FolderInspector:
         # Twice: between listing the names and opening a file, another process may have removed the folder, or hidden
         # and restored it. The second listing distinguishes the two.
         for _ in range(2):
-            ranks: dict[int, set[int]] = {}
+            ranks: dict[int, dict[int, str]] = {}
             names, is_listed = self.names(folder)
-            for rank, world_size in filter(None, map(parse_rank_file_name, names)):
-                ranks.setdefault(world_size, set()).add(rank)
+            # In ascending order, so that of several files of a rank that were written in one pass the newest is left.
+            for name in sorted(names):
+                if parsed := parse_rank_file_name(without_one_pass(name)):
+                    ranks.setdefault(parsed[1], {})[parsed[0]] = name
             complete = [world_size for world_size in sorted(ranks) if len(ranks[world_size]) == world_size]
             if not complete and not is_listed:
                 raise FolderGone(folder)
             # A newer version of the library may have left only files that it merged; their headers name what they need.
             committed = (
-                [rank_file_name(rank, complete[0]) for rank in range(complete[0])]
+                [ranks[complete[0]][rank] for rank in range(complete[0])]
                 if complete
                 else sorted(filter(is_merged_file_name, names))
             )
@@ -111,7 +114,7 @@ class FolderInspector:
             except FileNotFoundError:
                 continue
             except SnapshotUnreadable as error:
-                return error
+                return Incomplete(folder, f"a file is not complete: {error}") if _is_unfinished(error) else error
             disagreement = _disagreement(headers)
             return Incomplete(folder, disagreement) if disagreement else Snapshot(paths=paths, headers=headers)
         if self._is_being_removed(folder):
@@ -153,7 +156,7 @@ class FolderInspector:
         stamp = header.stamp
         # A file that was copied or renamed to another step, run or rank is valid in itself, but not this snapshot's.
         own = (folder_name(stamp.step, stamp.run), rank_file_name(stamp.rank, stamp.world_size))
-        if own != (path.parent.name, path.name):
+        if own != (path.parent.name, without_one_pass(path.name)):
             raise damaged(path, f"it was written as {'/'.join(own)}")
         return header
 
@@ -172,7 +175,8 @@ class FolderInspector:
         except FileNotFoundError:
             return  # removed since it was listed: nothing to verify
         except SnapshotError as error:
-            yield VerificationFailure(path, step, None, str(error))
+            if not _is_unfinished(error):
+                yield VerificationFailure(path, step, None, str(error))
 
     @contextlib.contextmanager
     def _reading(self, path: Path) -> Iterator[_OpenFile]:
@@ -270,7 +274,12 @@ class RememberingInspector(FolderInspector):
         return self._found[folder]
 
 
-def _missing_files(ranks: dict[int, set[int]]) -> str:
+def _is_unfinished(error: SnapshotError) -> bool:
+    """Return whether a file is still being written in one pass, or was left by a writer that died (COMMIT-6)."""
+    return isinstance(error.__cause__, ShortFile) and without_one_pass(error.path.name) != error.path.name
+
+
+def _missing_files(ranks: dict[int, dict[int, str]]) -> str:
     if not ranks:
         return "it holds no finished file"
     # The folder may hold files of several world sizes: the size with most files is reported.

@@ -10,6 +10,7 @@ from nitrous_ema.snapshots.names import (
     parse_folder_name,
     parse_legacy_file_name,
     parse_rank_file_name,
+    without_one_pass,
 )
 
 _MOST_LISTED = 100  # folders inside the given one; a home directory has many
@@ -50,4 +51,4 @@ def _is_ours(name: str) -> bool:
 
 
 def _is_snapshot_file(name: str) -> bool:
-    return parse_rank_file_name(name) is not None or is_merged_file_name(name)
+    return parse_rank_file_name(without_one_pass(name)) is not None or is_merged_file_name(name)

@@ -119,6 +119,26 @@ class KeepsFolders(Recorded):
     rename_new = rename
 
 
+class OnePass(Recorded):
+    """Takes the bytes of a file in their order only, and renames nothing, as object stores that are mounted."""
+
+    def __init__(self, *, takes_offsets=False, renames=False):
+        super().__init__()
+        self.takes_offsets, self.renames = takes_offsets, renames
+
+    def write_at(self, descriptor, buffer, offset):
+        if not self.takes_offsets and offset != os.fstat(descriptor).st_size:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return super().write_at(descriptor, buffer, offset)
+
+    def rename(self, source, target):
+        if not self.renames:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        super().rename(source, target)
+
+    rename_new = rename
+
+
 class Failing(Recorded):
     """Fails some calls, after they were logged: {(call, number of such calls before): errno}."""
 

@@ -24,7 +24,7 @@ from typing import Literal
 
 from nitrous_ema.errors import SnapshotNotFound
 from nitrous_ema.snapshots.filesystem import repeated
-from nitrous_ema.snapshots.names import parse_folder_name, parse_rank_file_name
+from nitrous_ema.snapshots.names import parse_folder_name, parse_rank_file_name, without_one_pass
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.wrong_folder import right_folder
 from nitrous_ema.synthesis.worker.inputs import StoredSnapshots
@@ -183,8 +183,17 @@ class RunFollower:
         for name in [name for name in names if name not in listed and parse_folder_name(name)]:
             with suppress(FileNotFoundError, NotADirectoryError):
                 inside = repeated(partial(files.list, root / name), files.wait)
-                names.update(f"{name}/{file}" for file in inside if parse_rank_file_name(file))
+                names.update(self._committed_names(name, inside))
         return frozenset(names)
+
+    def _committed_names(self, folder: str, inside: Sequence[str]) -> list[str]:
+        """Return what changes in a folder when a snapshot is committed."""
+        store = self.snapshots.store
+        found = [f"{folder}/{file}" for file in inside if parse_rank_file_name(file)]
+        for file in inside:
+            if without_one_pass(file) != file:  # committed by its size
+                found.append(f"{folder}/{file} {store.files.lstat(store.root / folder / file).st_size}")
+        return found
 
     def _without_listed(self, names: frozenset[str]) -> set[str]:
         """Return the names without the files of listed snapshots, which ``_list_names`` leaves out as well."""

@@ -11,7 +11,8 @@ import pytest
 
 from nitrous_ema._base.temporary_files import temporary_name
 from nitrous_ema.cli import program as cli
-from nitrous_ema.snapshots.filesystem import NO_FOLDER_FSYNC, FileSystem
+from nitrous_ema.snapshots.filesystem import NO_FOLDER_FSYNC, ONLY_ONE_PASS, FileSystem
+from nitrous_ema.snapshots.names import one_pass_file_name
 from nitrous_ema.snapshots.store import SnapshotStore
 from tests.support.small_snapshots import KeepsFolders
 from tests.support.snapshot_folders import damage, layout_of, record, run_id, snapshot_file, write_run
@@ -166,6 +167,12 @@ def test_inspect_reports_that_folders_have_no_fsync(folder, capsys, monkeypatch)
     assert inspected(folder, capsys)["disk"]["missing"] == [NO_FOLDER_FSYNC]
     assert cli.main(["inspect", str(folder)]) == 0
     assert NO_FOLDER_FSYNC in " ".join(capsys.readouterr().out.split())
+
+
+def test_inspect_reports_that_snapshots_are_written_in_one_pass(folder, capsys):
+    file = snapshot_file(folder, 300)
+    file.rename(file.with_name(one_pass_file_name(0, 1, 7)))
+    assert inspected(folder, capsys)["disk"]["missing"] == [ONLY_ONE_PASS]
 
 
 def test_inspect_reports_space_for_more_snapshots(folder, capsys, monkeypatch):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -15,14 +17,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from nitrous_ema.errors import SnapshotError, SnapshotWriteError
+from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotWriteError
 from nitrous_ema.snapshots.commit import Committer
 from nitrous_ema.snapshots.disk_space import DiskSpace
-from nitrous_ema.snapshots.filesystem import FileSystem
+from nitrous_ema.snapshots.filesystem import ONLY_ONE_PASS, FileSystem
 from nitrous_ema.snapshots.header import Stamp, header_bytes
+from nitrous_ema.snapshots.names import one_pass_file_name
 from nitrous_ema.snapshots.store import SnapshotStore
 from tests.support.small_snapshots import LAYOUT as SMALL
-from tests.support.small_snapshots import A, Failing, Recorded, chunks_of, commit, content, stamp, steps
+from tests.support.small_snapshots import A, Failing, OnePass, Recorded, chunks_of, commit, content, stamp, steps
 from tests.support.snapshot_folders import layout_of, record, run_id
 
 LAYOUT = layout_of([record("w", (100, 10)), record("n", (3,), "I64", "copied")], chunk_bytes=1024)
@@ -434,6 +437,100 @@ def test_snapshots_are_written_from_several_threads_at_once(store):
     assert store.verify() == []
 
 
+# In one pass
+
+
+@pytest.fixture
+def one_pass(tmp_path):
+    store = SnapshotStore(tmp_path / "snapshots", files=OnePass())
+    store.prepare()
+    store.files.calls.clear()
+    return store
+
+
+@pytest.mark.parametrize("can", [{}, {"takes_offsets": True}, {"renames": True}])
+def test_file_system_that_refuses_renames_or_offsets_is_written_in_one_pass(tmp_path, caplog, can):
+    caplog.set_level("INFO")
+    store = SnapshotStore(tmp_path / "snapshots", files=OnePass(**can))
+    store.prepare()
+    assert [each for each in caplog.messages if ONLY_ONE_PASS in each] == [caplog.messages[-1]]
+    assert list(store.root.iterdir()) == []
+    for step in (10, 20):
+        assert commit(store, step) == store.get()
+    reader = SnapshotStore(store.root)
+    assert (steps(reader.snapshots()), reader.verify(), reader.incomplete()) == ([(10, A), (20, A)], [], [])
+    usual = SnapshotStore(tmp_path / "usual")
+    usual.prepare()
+    assert commit(usual, 20).paths[0].read_bytes()[HEADER:] == reader.get().paths[0].read_bytes()[HEADER:]
+    assert usual.get().headers[0].crc32 == reader.get().headers[0].crc32
+
+
+HEADER = header_bytes(SMALL, stamp())
+
+
+def test_pass_begins_with_the_header_and_is_durable_before_it_is_acknowledged(one_pass):
+    (name,) = {path.name for path in commit(one_pass).paths}
+    assert re.fullmatch(r"rank-00000-of-00001\.one-pass-[0-9a-f]{16}\.safetensors", name)
+    written = [("write", name, 0, HEADER), *(("write", name, HEADER + b, e - b) for b, e in SMALL.chunks)]
+    begun, ended = [("make_folder", one_pass.get().paths[0].parent.name), ("open", name)], [("fsync", name)]
+    ended += [("close", name), ("fsync_folder", one_pass.get().paths[0].parent.name), ("fsync_folder", "snapshots")]
+    assert [call for call in one_pass.files.calls if call != ("close", "read")] == [*begun, *written, *ended]
+
+
+def test_file_in_one_pass_is_listed_with_its_last_byte(one_pass):
+    path = commit(one_pass).paths[0]
+    whole = path.read_bytes()
+    for size in (0, 7, 8, 4095, HEADER, HEADER + 1, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert (one_pass.snapshots(), one_pass.verify()) == ([], [])
+        assert [each.path for each in one_pass.incomplete()] == [path.parent]
+    path.write_bytes(whole)
+    assert (steps(one_pass.snapshots()), one_pass.incomplete()) == ([(5, A)], [])
+    for wrong in (whole + b"x", whole[:100] + b"x" + whole[101:]):
+        path.write_bytes(wrong)
+        with pytest.raises(SnapshotDamaged):
+            one_pass.get()
+        assert len(one_pass.verify()) == 1
+
+
+def test_failed_pass_is_repeated_under_a_new_name(one_pass):
+    class FailsOnce(OnePass):
+        fails = False
+
+        def fsync(self, descriptor):
+            if self.fails:
+                self.fails = False
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            super().fsync(descriptor)
+
+    files = FailsOnce()
+    store = SnapshotStore(one_pass.root, files=files)
+    store.prepare()
+    files.calls.clear()
+    files.fails = True
+    commit(store)
+    first, second = [call[1] for call in files.calls if call[0] == "open"]
+    assert first < second
+    assert [path.name for path in store.get().paths] == [second]
+    assert [path.name for path in store.get().paths[0].parent.iterdir()] == [second]
+
+
+def test_failed_pass_is_never_read_once_another_began(one_pass):
+    path = commit(one_pass).paths[0]
+    newer = path.with_name(one_pass_file_name(0, 1, time.time_ns()))
+    newer.write_bytes(path.read_bytes()[:-1])
+    assert one_pass.snapshots() == []
+    newer.write_bytes(path.read_bytes())
+    assert one_pass.get().paths == (newer,)
+
+
+def test_all_ranks_make_a_snapshot_in_one_pass(one_pass):
+    commit(one_pass, rank=0, world_size=2)
+    assert one_pass.snapshots() == []
+    commit(one_pass, rank=1, world_size=2)
+    assert len(one_pass.get().paths) == 2
+
+
 # Preparing and closing
 
 
@@ -445,12 +542,19 @@ def test_prepare_makes_the_folder_and_its_parents_durable_and_leaves_no_file(tmp
         ("fsync_folder", folder.name) for folder in reversed(tmp_path.parents)
     ]  # whose makers may have been killed
     assert files.calls[: 4 + len(older)] == made + older
-    assert [call[0] for call in files.calls[4 + len(older) :]] == ["open", "write", "fsync", "close", "unlink"]
+    assert [call[0] for call in files.calls[4 + len(older) :]] == [
+        "open",
+        "write",
+        "fsync",
+        "close",
+        "rename",
+        "unlink",
+    ]
     assert list((tmp_path / "a" / "b").iterdir()) == []
     assert files.open == {}
 
 
-@pytest.mark.parametrize("call", ["make_folder", "fsync_folder", "open", "write", "fsync", "close", "unlink"])
+@pytest.mark.parametrize("call", ["make_folder", "fsync_folder", "open", "write", "fsync", "close", "rename", "unlink"])
 def test_folder_that_cannot_be_written_is_reported_with_reason_and_remedy(tmp_path, call):
     files = Failing({(call, 0): errno.EACCES})
     root = tmp_path / "new"

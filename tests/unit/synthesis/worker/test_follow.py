@@ -16,6 +16,7 @@ import pytest
 
 from nitrous_ema.errors import SnapshotDamaged, SnapshotNotFound
 from nitrous_ema.snapshots.filesystem import FileSystem
+from nitrous_ema.snapshots.names import one_pass_file_name
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis.worker.follow import RunFollower
 from nitrous_ema.synthesis.worker.inputs import RequestedAverages, StoredSnapshots
@@ -99,6 +100,18 @@ def test_follower_goes_on_where_the_file_system_fails_for_a_moment(training, mon
     training.follow()
     assert training.done == [200, 300]
     assert set(waits) == {0.1}
+
+
+def test_file_in_one_pass_is_followed_when_it_has_its_last_byte(training):
+    training.commit(100)
+    (usual,) = SnapshotStore(training.root).get().paths
+    path = usual.with_name(one_pass_file_name(0, 1, 7))
+    whole = usual.read_bytes()
+    usual.unlink()
+    path.write_bytes(whole[:-1])
+    training.events = [lambda: None, lambda: path.write_bytes(whole), training.close]
+    training.follow()
+    assert training.done == [100]
 
 
 @pytest.mark.parametrize(("steps", "done"), [(None, [200, 300]), ("all", [100, 200, 300]), ([100, 300], [100, 300])])
