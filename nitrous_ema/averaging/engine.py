@@ -118,7 +118,7 @@ class AveragingEngine:
         self._find_resumable_run: Callable[[str], str | None] = lambda run: None
         self.saved_versions: dict[int, int] = {}
         """Version counters of averages, by ``id``, when they were last part of a state_dict()."""
-        self._on_begin: Callable[[], object] = lambda: None
+        self._on_begin: Callable[[], str] = lambda: ""
         self.drain_request = DrainRequest()
         self.drain_timeout_seconds: float | None = None
         """How long a requested drain may take; None waits as long as it takes."""
@@ -134,7 +134,7 @@ class AveragingEngine:
         self,
         sink: SnapshotSink,
         find_resumable_run: Callable[[str], str | None] = lambda run: None,
-        on_begin: Callable[[], object] = lambda: None,
+        on_begin: Callable[[], str] = lambda: "",
     ) -> None:
         """Set the sink of snapshots. An engine without a sink takes no snapshots.
 
@@ -142,7 +142,8 @@ class AveragingEngine:
             sink: Takes the snapshots.
             find_resumable_run: Called at the first update() of a run that continues no other, with the id of that run.
                 Returns a warning about a run that could have been resumed, or None.
-            on_begin: Called when a run begins: at its first update(), or when a state has been loaded.
+            on_begin: Called when a run begins: at its first update(), or when a state has been loaded. Returns the id
+                of the newest run that has snapshots already, or "".
         """
         self._dispatch.sinks.append(sink)
         self._find_resumable_run, self._on_begin = find_resumable_run, on_begin
@@ -463,7 +464,7 @@ class AveragingEngine:
     def continue_run(self, lineage: Sequence[Sequence[Any]], step: int) -> None:
         """Continue the run of a loaded state; see ``RunLineage.continue_from``."""
         self.run_lineage.continue_from(lineage, step)
-        self._on_begin()
+        self.run_lineage.begin_after(self._on_begin())
 
     def mark_valid(self) -> None:
         """End the state that ``mark_invalid`` began: the averages have been set completely."""
@@ -480,7 +481,7 @@ class AveragingEngine:
     def _begin(self) -> None:
         """Warn, at the first update() of a run that continues no other, of a run that could have been resumed."""
         self.run_lineage.is_fresh = False
-        self._on_begin()
+        self.run_lineage.begin_after(self._on_begin())
         warning = self._find_resumable_run(self.run_lineage.run)
         if warning is not None:  # before any counter changes: where warnings are errors, this update is refused
             warn(warning)

@@ -5,7 +5,8 @@ state. The snapshots of the earlier run up to s then belong to the lineage of th
 future. A run that has already written snapshots and then loads a state continues under a new name, because its own
 snapshots have become an abandoned future as well.
 
-Readers select the run with the newest name, so a run always has a newer name than the run that it continues.
+Readers select the run with the newest name. So a run takes a name that is newer than that of the run that it continues,
+and than those of all runs that are in the folder when it begins: clocks of other machines may be ahead.
 """
 
 from __future__ import annotations
@@ -62,6 +63,11 @@ class RunLineage:
     def state(self) -> list[list[Any]]:
         """Return the lineage in plain lists, for a state_dict."""
         return [list(link) for link in self.lineage]
+
+    def begin_after(self, newest: str) -> None:
+        """Take a name that is newer than that of another run, unless this run has written snapshots under its name."""
+        if newest > self.run and not self.written:
+            self.run = _run_after(newest)
 
     def continue_from(self, lineage: Sequence[Sequence[Any]], step: int) -> None:
         """Continue a state of another run, or an earlier state of this run.

@@ -32,8 +32,11 @@ class OtherRuns:
         self._has_warned = False
         self._lock = threading.Lock()  # several threads may write snapshots at once
 
-    def begin(self) -> None:
+    def begin(self) -> str:
         """Begin a run: remember the names in the folder, since names that are added later belong to runs that live.
+
+        Returns:
+            The id of the newest run among these names, "" without one.
 
         Raises:
             OSError: The folder cannot be listed.
@@ -41,6 +44,7 @@ class OtherRuns:
         # New lineages too: a run that wrote before may have been killed since. Replaced, not changed, because
         # a writer thread may be looking at it.
         self._known, self._lineages = frozenset(self._store.files.list(self._store.root)), {}
+        return max((known[1] for known in map(parse_folder_name, self._known) if known), default="")
 
     def look(self, run: str) -> str | None:
         """List the folder before a write of ``run``. Returns a warning the first time that one is due.

@@ -111,10 +111,16 @@ class RetainingWriter:
         snapshot_bytes = header_bytes(layout, stamp) + layout.data_bytes
         check_disk_space(self.store.root, self.store.files, snapshot_bytes, self._rule.most_snapshots(snapshot_bytes))
 
-    def begin(self) -> None:
-        """Begin a run: what other runs write from now on, they write while this one lives."""
+    def begin(self) -> str:
+        """Begin a run: what other runs write from now on, they write while this one lives.
+
+        Returns:
+            The id of the newest run that has snapshots in the folder; "" without one, or where the folder cannot be
+            listed.
+        """
         with suppress(OSError):  # the first write lists the folder again
-            self._others.begin()
+            return self._others.begin()
+        return ""
 
     def expect(self, stamp: Stamp) -> None:
         """Register a snapshot that was taken. A later call writes it, or forgets it."""

@@ -65,6 +65,20 @@ def test_run_that_continues_a_newer_one_takes_a_name_that_sorts_after_it():
     assert older.lineage == ((newer.run, 60), (older.run, None))
 
 
+def test_run_that_begins_takes_a_name_after_those_in_the_folder_until_it_has_written():
+    lineage = RunLineage()
+    before, ahead = lineage.run, "29990101T000000.999999-ffffffff"
+    lineage.begin_after("20200101T000000.000000-ffffffff")
+    lineage.begin_after("")
+    assert lineage.run == before
+    lineage.begin_after(ahead)
+    assert lineage.run.startswith("29990101T000001.000000-")
+    now = lineage.run
+    lineage.written.add(10)
+    lineage.begin_after("29990202T000000.000000-ffffffff")
+    assert lineage.run == now
+
+
 def test_lineage_with_names_of_other_libraries_is_retained():
     lineage = RunLineage()
     lineage.continue_from([["another-run", None]], 60)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import warnings
+from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from nitrous_ema import KarrasEMA, NitrousWarning
+from nitrous_ema import KarrasEMA, NitrousWarning, SnapshotStore
+from nitrous_ema.averaging import lineage
+from nitrous_ema.snapshots.names import new_run_id
 from tests.support.fakes import TIMEOUT_SECONDS
 from tests.support.models import Net
 from tests.support.restored_runs import CLASSES, file_of, saved, train
@@ -45,6 +48,29 @@ def test_no_warning_where_a_run_resumes_or_has_nothing_to_resume(how, cls, make,
     if how == "load":
         ema.load_state_dict(saved(first))
     ema.update()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("how", ["begins", "loads a state of its own lineage"])
+def test_run_is_read_although_the_clock_of_an_earlier_run_was_ahead(how, cls, make, monkeypatch):
+    with monkeypatch.context() as ahead:
+        now = datetime.now(timezone.utc) + timedelta(hours=1)
+        ahead.setattr(lineage, "new_run_id", lambda: new_run_id(now))
+        first = make(Net(), cls)
+    train(first, range(1, 4))
+    first.checkpoint()
+    first.close()
+    other = make(Net(), cls)
+    state = saved(other)
+    second = make(Net(), cls, checkpoint_every_num_steps=1)
+    if how == "begins":
+        with pytest.warns(NitrousWarning, match=r"readers select the newest run, which is this one"):
+            second.update()
+    else:
+        second.load_state_dict(state)
+        second.update()
+    second.close()
+    assert first.run < second.run == SnapshotStore(second.checkpoint_folder).get().run
 
 
 def test_warning_that_is_an_error_counts_nothing(make):
