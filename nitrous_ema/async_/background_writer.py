@@ -73,8 +73,13 @@ class BackgroundSnapshotSink:
         # No bound method: a thread that refers to this object would keep it alive, and a dropped EMA would never end.
         work = partial(_write_all, self._sealed, self._pool, retaining_writer, self._failures, self._lost)
         self._threads = [BackgroundThread(work, f"writer-{index}") for index in range(config.num_writers)]
-        for thread in self._threads:
-            thread.start()
+        for started, thread in enumerate(self._threads):
+            try:
+                thread.start()
+            except NitrousError:
+                for _ in range(started):
+                    self._sealed.put(None)  # ends one of the threads that did start
+                raise
 
     def take_snapshot(self, pending: PendingSnapshot, lane: Callable[[torch.device], Lane]) -> bool:
         """Queue the readbacks of a snapshot, and return True; return False if the snapshot is skipped.

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from nitrous_ema._base.arguments import pluralize
 from nitrous_ema._base.dtypes import DTYPE_BYTES
+from nitrous_ema._base.threads import thread_errors
 from nitrous_ema.snapshots.reading import OpenFiles, element_bytes
 from nitrous_ema.synthesis.blas_threads import one_thread_per_product
 from nitrous_ema.synthesis.float_conversion import widen
@@ -130,7 +131,8 @@ def stream(
                 # Two blocks per thread: a thread that finishes a block has another while this thread consumes. More
                 # blocks would hold finished tiles that the memory budget does not count.
                 while len(waiting) < 2 * sizes.threads and (block := next(remaining, None)) is not None:
-                    waiting.append((block, pool.submit(engine.compute, block)))
+                    with thread_errors():
+                        waiting.append((block, pool.submit(engine.compute, block)))
                 if not waiting:
                     break
                 block, future = waiting.popleft()

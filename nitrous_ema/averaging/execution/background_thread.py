@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from nitrous_ema._base.threads import thread_errors
+
 
 class BackgroundThread(threading.Thread):
     """A daemon thread of a lane or a sink.
@@ -20,3 +22,12 @@ class BackgroundThread(threading.Thread):
 
     def __init__(self, work: Callable[[], None], name: str) -> None:
         super().__init__(target=work, name=f"nitrous-ema-{name}", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread.
+
+        Raises:
+            NitrousError: The system does not start more threads.
+        """
+        with thread_errors():
+            super().start()

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from nitrous_ema._base.dtypes import DTYPE_BYTES
 from nitrous_ema._base.temporary_files import remove_stale, temporary_name
+from nitrous_ema._base.threads import thread_errors
 from nitrous_ema.errors import NitrousError, bug
 from nitrous_ema.snapshots.filesystem import FileSystem, hint_writeback, reserve, sync_folder, write_fully
 from nitrous_ema.synthesis.float_conversion import FLOAT_TYPES, narrow, widen
@@ -249,7 +250,8 @@ def _commit(outputs: Sequence[_OutputFile], committed: Committed | None) -> None
                 if output.path.suffix == ".pt":
                     # One after the other: torch.save holds kilobytes for each tensor.
                     output.convert_to_torch()
-                durable.append(pool.submit(output.make_durable))
+                with thread_errors():
+                    durable.append(pool.submit(output.make_durable))
             # In the order of the outputs, which is the order in which the caller reports them. A file must be durable
             # before its rename: after a power failure a final name could otherwise lead to missing bytes.
             for output, future in zip(outputs, durable, strict=True):

@@ -30,7 +30,8 @@ from typing import IO
 
 from nitrous_ema._base import exit_status
 from nitrous_ema._base.arguments import clamp_timeout, pluralize
-from nitrous_ema.errors import WorkerError, bug
+from nitrous_ema._base.threads import thread_errors
+from nitrous_ema.errors import NitrousError, WorkerError, bug
 from nitrous_ema.synthesis.worker.output_record import Output
 from nitrous_ema.synthesis.worker.reporting import PROGRESS, WARNING
 
@@ -68,7 +69,13 @@ class Job:
             threading.Thread(target=self._drain_stderr, name="synthesize-stderr", daemon=True),
         ]
         for drain in self._drains:
-            drain.start()
+            try:
+                with thread_errors():
+                    drain.start()
+            except NitrousError:
+                process.kill()  # nobody would read its pipes
+                process.wait()
+                raise
 
     def __repr__(self) -> str:
         status = self._process.poll()

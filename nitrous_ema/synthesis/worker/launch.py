@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nitrous_ema._base.arguments import check_sequence
 from nitrous_ema._base.paths import local_path
+from nitrous_ema.errors import NitrousError
 from nitrous_ema.synthesis.worker.job import Job, ProgressCallback
 from nitrous_ema.synthesis.worker.output_names import absolute
 
@@ -111,6 +112,7 @@ def launch(
         ValueError: Both or neither of ``sigma_rels`` and ``gammas``, or both of ``step`` and ``steps``, or an empty
             sequence. The process checks all other arguments, and result() raises what it reports.
         TypeError: A single number or text instead of a sequence, or a ``progress`` that cannot be called.
+        NitrousError: The system does not start more processes or threads.
     """
     if (sigma_rels is None) == (gammas is None):
         raise ValueError(
@@ -169,13 +171,19 @@ def _check_callable(progress: object) -> None:
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER_JOB}
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-    )
+    try:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except BlockingIOError as error:  # EAGAIN of fork()
+        raise NitrousError(
+            f"The synthesis process could not be started: {error.strerror}. Raise the system's limit of processes "
+            "(`ulimit -u`, or pids.max of the container), or end other processes."
+        ) from error
