@@ -244,6 +244,7 @@ def decode_header(blob: bytes, *, path: Path, file_bytes: int) -> Header:
         raise damaged(path, f"invalid header: {brief(str(error))}") from error
 
 
+@functools.lru_cache(maxsize=16)
 def _check_lineage(run: str, lineage: Lineage) -> None:
     if not is_run_id(run):
         raise ValueError(f"run is {run!r}; expected a run id from new_run_id()")
@@ -377,7 +378,7 @@ def _decode_stamp(
         t=parse_header_json(metadata["t"]),
         t_first=parse_header_json(metadata["t_first"]),
         run=metadata["run"],
-        lineage=tuple(tuple(link) for link in parse_header_json(metadata["lineage"])),
+        lineage=_decode_lineage(metadata["lineage"]),
         rank=int(metadata["rank"]),
         world_size=int(metadata["world_size"]),
         trainer=parse_header_json(metadata["trainer"]),
@@ -389,6 +390,18 @@ def _decode_stamp(
     if not is_tuple_of(crc32, int) or not all(0 <= value < 2**32 for value in crc32):
         raise ValueError("its field crc32 is not a list of 32-bit unsigned integers")
     return stamp, crc32, _decode_nonfinite(metadata["nonfinite"], layout) if "nonfinite" in metadata else None
+
+
+# All snapshots of a run have the same lineage, which is long where training was resumed often. One object for all of
+# them also saves their memory.
+@functools.lru_cache(maxsize=16)
+def _decode_lineage(text: str) -> Lineage:
+    return tuple(tuple(link) for link in parse_header_json(text))
+
+
+@functools.lru_cache(maxsize=16)
+def _lineage_text(lineage: Lineage) -> str:
+    return json_text(lineage)
 
 
 def _decode_nonfinite(text: str, layout: Layout) -> tuple[NonFinite | None, ...]:
@@ -417,7 +430,7 @@ def _stamp_metadata(stamp: Stamp, crc32: Sequence[int], nonfinite: Sequence[NonF
         "t": repr(stamp.t),
         "t_first": repr(stamp.t_first),
         "run": stamp.run,
-        "lineage": json_text(stamp.lineage),
+        "lineage": _lineage_text(stamp.lineage),
         "rank": repr(stamp.rank),
         "world_size": repr(stamp.world_size),
         "created_ns": repr(stamp.created_ns),

@@ -7,7 +7,8 @@ unlinked in the next turn, so that a reader that has listed it can read it to it
 writers do not wait for each other.
 
 in a turn                                           on disk, of this history
-hide excess snapshots (the first time only)         the snapshots that the rule keeps, and the hidden ones
+hide excess snapshots (the first time only, where   the snapshots that the rule keeps, and the hidden ones
+a byte budget or the disk has no space for one more)
 remove the hidden snapshots                         the snapshots that the rule keeps
 write the new snapshot                              one more
 hide the snapshots that the rule drops now          the same; no listing shows the hidden ones
@@ -143,10 +144,12 @@ class RetainingWriter:
         with self._turn(stamp):
             self._look_at_other_runs(stamp.run)
             if self._may_drop:
-                # A resumed run may find more snapshots than a byte budget allows: it drops them before it writes. An
-                # error is not reported here, since the call after the write succeeds or fails in the same way.
-                if self._lineage != stamp.lineage:
-                    self._apply_rule(stamp, layout, header_bytes(layout, stamp) + layout.data_bytes)
+                # A resumed run may find more snapshots than a byte budget or the disk allows: it drops them before it
+                # writes. An error is not reported here, since the call after the write succeeds or fails in the same
+                # way. Otherwise the first snapshot does not wait until thousands of headers have been read.
+                needed_bytes = header_bytes(layout, stamp) + layout.data_bytes
+                if self._lineage != stamp.lineage and self._must_drop_first(needed_bytes):
+                    self._apply_rule(stamp, layout, needed_bytes)
                 self._remove_hidden()
             started = time.monotonic()
             snapshot = self.store.write(layout, stamp, chunks)
@@ -157,6 +160,11 @@ class RetainingWriter:
             if self._may_drop and (error := self._apply_rule(stamp, layout, snapshot.bytes, snapshot)) is not None:
                 self._report("snapshots that keep= drops could not be hidden", error)
             return snapshot
+
+    def _must_drop_first(self, needed_bytes: int) -> bool:
+        """Return whether snapshots must be dropped before one of this size is written."""
+        free_bytes = self.store.free_bytes()
+        return isinstance(self._rule, KeepBytes) or (free_bytes is not None and free_bytes < 2 * needed_bytes)
 
     def end(self) -> None:
         """Remove the snapshots that were hidden last: no more will be written. A failure is a warning."""

@@ -8,6 +8,7 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -99,6 +100,34 @@ def test_snapshots_on_disk_are_those_the_rule_keeps_after_every_write(rule, rig)
         assert rig.steps() == expected
     assert len(expected) < 25
     assert rig.writer.ledger.read().dropped == 25 - len(expected)
+
+
+@pytest.mark.parametrize(("fitting", "is_first"), [(1000, True), (1, False)])
+def test_first_snapshot_of_a_resume_waits_for_no_header_unless_the_disk_is_full(fitting, is_first, rig):
+    before = rig(KeepCount(8))
+    for step in range(1, 8):
+        size = before.write(step).bytes
+
+    class Files(QuickFiles):
+        opened: ClassVar[list[str]] = []
+
+        def free_bytes(self, path):
+            return fitting * size
+
+        def open_read(self, path):
+            self.opened.append(f"read {path.parent.name[5:17]}")
+            return super().open_read(path)
+
+        def open_exclusive(self, path):
+            self.opened.append("write")
+            return super().open_exclusive(path)
+
+    resumed = rig(KeepCount(3), files=Files())
+    resumed.write(10, run=B, lineage=((A, 7), (B, None)))
+    assert "write" in Files.opened
+    assert (Files.opened[0] == "write") == is_first
+    assert resumed.steps(A) + resumed.steps(B) == sorted(each.step for each in resumed.store.snapshots())
+    assert len(resumed.store.snapshots()) == 3
 
 
 def test_as_many_are_kept_where_folders_cannot_be_renamed(rig):
@@ -335,6 +364,8 @@ def test_failure_to_drop_costs_no_snapshot_and_warns_once(operation, rig):
     assert rig.steps()[-1] == 4
     files.stubborn = frozenset()
     rig.write(5)
+    assert len(rig.steps()) == 2
+    rig.write(6)
     rig.writer.report_failures()
     assert len(rig.steps()) == 2
     assert len(rig.hidden()) == 1

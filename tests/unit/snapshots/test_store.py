@@ -612,3 +612,12 @@ def test_runs_are_listed_with_their_own_snapshots(store):
     assert (first.lineage, steps(first.snapshots), first.damaged) == (((A, None),), [(10, A), (20, A)], ())
     assert (second.lineage, steps(second.snapshots)) == (((A, 10), (B, None)), [(30, B)])
     assert [each.step for each in second.damaged] == [25]
+
+
+def test_snapshots_of_a_run_share_the_memory_of_their_lineage(store):
+    """A training that was resumed often has a long one."""
+    commit(store, 10, A, ((A, None),))
+    commit(store, 20, B, ((A, 10), (B, None)))
+    commit(store, 30, B, ((A, 10), (B, None)))
+    _, first, second = store.snapshots()
+    assert first.stamp.lineage is second.stamp.lineage
