@@ -120,18 +120,19 @@ def planning(root: Path, _: Path) -> Callable[[], object]:
 def resuming(root: Path, _: Path) -> Callable[[], object]:
     """From the constructor, by way of the state of the last snapshot, until the next one is on disk.
 
-    ``keep=`` drops most of the history then, but removes nothing: that waits for the next snapshot.
+    ``keep=`` drops most of the history afterwards, in the background.
     """
     import torch
+    import torch._dynamo  # loaded by any optimizer at its first step
 
-    from nitrous_ema import PostHocEMA
+    from nitrous_ema import AsyncPostHocEMA
 
     blocks = {f"{place:02}": torch.nn.Linear(2, 2, bias=False) for place in range(TENSORS)}
     model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleDict(blocks)})
     last = len(list(root.glob("step-*")))
 
     def call() -> None:
-        ema = PostHocEMA(
+        ema = AsyncPostHocEMA(
             model,
             SIGMA_RELS,
             checkpoint_folder=root,
@@ -141,7 +142,8 @@ def resuming(root: Path, _: Path) -> Callable[[], object]:
         )
         ema.restore()
         ema.update()
-        ema.flush()
+        while not list(root.glob(f"step-{last + 1:012d}-*/rank-*")):
+            time.sleep(0.001)
 
     return call
 
