@@ -54,10 +54,12 @@ same-bytes: venv  ## every file, JSON object and exit status of this checkout an
 	@test -n "$(OLD)" || { echo "make: same-bytes needs the other checkout; pass OLD=path." >&2; exit 2; }
 	@$(BIN)/python -m tests.same_bytes "$(OLD)" .
 
-crash: venv  ## long crash campaigns: every crash state, every mutation, hundreds of kills
+crash: venv  ## long crash campaigns: every crash state, every mutation, hundreds of kills and failing calls
 	@$(BIN)/python -m tests.crash.campaign
 	@$(BIN)/python -m tests.crash.mutations
 	@$(BIN)/python -m tests.crash.kills --kills 400
+	@$(BIN)/python -W ignore -m tests.crash.faults --random 1000
+	@$(BIN)/python -W ignore -m tests.crash.faults --random 1000 --seed 1 --folder /dev/shm
 
 soak: venv  ## training runs, readers and a pruner in one folder for minutes (SOAK_FLAGS="--seconds 3600")
 	@$(BIN)/python -W ignore -m tests.crash.soak $(SOAK_FLAGS)

@@ -46,12 +46,12 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from nitrous_ema._base.arguments import format_bytes
-from nitrous_ema.errors import NitrousError, NonFiniteError, SnapshotNotFound, warn
+from nitrous_ema.errors import NitrousError, NonFiniteError, SnapshotNotFound, SnapshotUnreadable, warn
 from nitrous_ema.posthoc.keep_rules import KeepAll, KeepBytes, KeepRule
 from nitrous_ema.snapshots.disk_space import check_disk_space
 from nitrous_ema.snapshots.header import Lineage, Stamp, header_bytes
 from nitrous_ema.snapshots.layout import Layout
-from nitrous_ema.snapshots.names import closed_note_name, listed_folders, parse_folder_name
+from nitrous_ema.snapshots.names import closed_note_name, listed_folders
 from nitrous_ema.snapshots.nonfinite import has_nan, nonfinite_error
 from nitrous_ema.snapshots.other_runs import OtherRuns
 from nitrous_ema.snapshots.readable_snapshot import with_same_tensors
@@ -353,11 +353,14 @@ def _droppable_history(store: SnapshotStore, lineage: Lineage) -> list[Snapshot]
     """
     names = store.files.list(store.root)
     # In ascending order, so that a later step of a run replaces the earlier ones in the dictionary.
-    last_step = {run: step for step, run in sorted(filter(None, map(parse_folder_name, names)))}
+    last_step = {run: step for step, run in sorted(listed_folders(names))}
     finished = [
         position
         for position, (run, left_at) in enumerate(lineage)
-        if left_at is not None and closed_note_name(run) in names and last_step.get(run, 0) > left_at
+        if left_at is not None
+        and closed_note_name(run) in names
+        and last_step.get(run, 0) > left_at
+        and _last_snapshot(store, run) > left_at  # not a folder that a failed write has left
     ]
     # Ancestors of a finished run are shared with it, too.
     bounds = dict(lineage[max(finished, default=-1) + 1 :])
@@ -372,3 +375,13 @@ def _droppable_history(store: SnapshotStore, lineage: Lineage) -> list[Snapshot]
         if droppable:
             return droppable
     return []
+
+
+def _last_snapshot(store: SnapshotStore, run: str) -> int:
+    """Return the step of the last snapshot of a run or its ancestors, damaged or not; 0 without any."""
+    try:
+        return store.get(run=run).step
+    except SnapshotNotFound:
+        return 0
+    except SnapshotUnreadable as error:
+        return error.step or 0

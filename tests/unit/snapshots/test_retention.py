@@ -16,6 +16,7 @@ import pytest
 from nitrous_ema.errors import NitrousWarning, NonFiniteError, SnapshotWriteError
 from nitrous_ema.posthoc.keep_rules import KeepAll, KeepBytes, KeepCount, KeepGeometric
 from nitrous_ema.snapshots.header import Stamp
+from nitrous_ema.snapshots.names import folder_name
 from nitrous_ema.snapshots.retention import RetainingWriter
 from nitrous_ema.snapshots.store import SnapshotStore
 from tests.support.fakes import TIMEOUT_SECONDS, Gate, QuickFiles
@@ -203,6 +204,23 @@ def test_resumed_run_goes_on_with_the_snapshots_of_its_ancestors(resumed):
     assert len(resumed.steps(A)) == 3
     assert set(resumed.steps(A)) > {5, 6}  # of the abandoned future
     assert resumed.steps(OTHER) == [9]
+
+
+def test_history_that_a_finished_run_shares_is_left_alone(resumed):
+    resumed.store.close_run(A)
+    resumed.write(5, run=B, lineage=((A, 4), (B, None)))
+    assert resumed.steps(A) == [1, 2, 3, 4, 5, 6]
+
+
+def test_folder_of_a_failed_snapshot_does_not_make_its_run_a_finished_one(rig):
+    before = rig(KeepAll())
+    for step in range(1, 5):
+        before.write(step)
+    (before.root / folder_name(5, A)).mkdir()  # as a full disk leaves it
+    before.store.close_run(A)
+    after = rig(KeepCount(2))
+    after.write(5, run=B, lineage=((A, 4), (B, None)))
+    assert len(after.store.snapshots(B)) == 2
 
 
 def test_ancestor_without_snapshots_is_passed_over(resumed):
