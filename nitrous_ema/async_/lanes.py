@@ -47,6 +47,7 @@ from typing import Any
 import torch
 
 from nitrous_ema._base.arguments import pluralize
+from nitrous_ema._base.waiting import wait_for
 from nitrous_ema.async_.graph_capture import let_others_capture
 from nitrous_ema.averaging.execution.background_thread import BackgroundThread
 from nitrous_ema.averaging.execution.inline import ReachedMark, attempt
@@ -134,7 +135,7 @@ class ThreadLane:
         """Block until all queued work is done. Raises TimeoutError."""
         with self._lock:
             last = self._queued
-            if not self._changed.wait_for(lambda: self._done >= last, timeout_seconds):
+            if not wait_for(self._changed, lambda: self._done >= last, timeout_seconds):
                 raise TimeoutError(f"averaging work is still queued: {pluralize(last - self._done, 'piece')}.")
 
     def close(self, timeout_seconds: float | None = None) -> None:

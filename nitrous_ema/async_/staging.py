@@ -48,6 +48,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from nitrous_ema._base.waiting import wait_for
 from nitrous_ema.averaging.execution.interfaces import Mark, PendingSnapshot
 from nitrous_ema.errors import bug
 from nitrous_ema.snapshots.layout import Layout, Span
@@ -209,7 +210,7 @@ class SlotPool:
     def claim(self, timeout_seconds: float | None) -> Slot | None:
         """Return a free slot, which becomes FILLING; None if no slot became free in time (0: do not wait)."""
         with self._lock:
-            if not self._changed.wait_for(lambda: self._free() is not None, timeout_seconds):
+            if not wait_for(self._changed, lambda: self._free() is not None, timeout_seconds):
                 return None
             slot = self._free()
             if slot is not None:
@@ -269,7 +270,7 @@ class SlotPool:
     def wait_idle(self, timeout_seconds: float | None) -> list[int]:
         """Wait until every slot is free, and return the steps of snapshots that are still in flight at the timeout."""
         with self._lock:
-            self._changed.wait_for(lambda: not self._busy(), timeout_seconds)
+            wait_for(self._changed, lambda: not self._busy(), timeout_seconds)
             return [slot.pending.stamp.step for slot in self._busy() if slot.pending is not None]
 
     def readbacks_in_flight(self, device: torch.device) -> SlotReadbacks | None:
