@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ from nitrous_ema.errors import ResultsError
 from nitrous_ema.search.table import Row, SweepTable
 from nitrous_ema.snapshots.bounded_json import brief, parse_json
 from nitrous_ema.snapshots.filesystem import FileSystem, sync_folder, write_fully
+
+_log = logging.getLogger(__name__)
 
 _MAX_VALUES = 10_000  # in one line, whose only lists are the excluded steps, the lineage and the fingerprint
 _KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
@@ -46,6 +49,7 @@ class ResultsFile:
     def __init__(self, path: str | os.PathLike[str], *, files: FileSystem | None = None) -> None:
         self.path = local_path("results", path).absolute()
         self._files = files or FileSystem()
+        self._can_lock = True  # False once it was logged that the file system refuses
 
     def read(self) -> list[Row]:
         """Return all results in the order of the file; an empty list without a file. Changes nothing.
@@ -86,8 +90,12 @@ class ResultsFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            with suppress(OSError):  # some network file systems do not support locks
+            try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError as error:  # some network file systems do not support locks
+                if self._can_lock:
+                    _log.info("%s: its file system refuses locks (%s): run one sweep at a time", self.path, error)
+                self._can_lock = False
             yield descriptor
         finally:
             self._files.close(descriptor)

@@ -121,7 +121,7 @@ def explained(error: OSError, path: Path) -> str:
 def remedy(error: OSError) -> str:
     """Return a sentence that states what the user can do about a failed file system call."""
     if error.errno in NO_SPACE:
-        return "Free space on that disk, or choose another folder."
+        return "Free space on that disk (and files, if df -i shows that it can hold no more), or choose another folder."
     if error.errno == errno.EFBIG:
         return "Raise this process's limit on the size of a file (ulimit -f), or choose another file system."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -23,4 +23,7 @@ def test_failing_calls_do_what_is_stated(folder):
     command = [sys.executable, "-W", "ignore", "-m", "tests.crash.faults", "--random", "12", *where]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert rows
+    assert set(rows) <= set((REPOSITORY / "docs" / "faults.md").read_text().splitlines())
     assert re.search(r"\d+ fixed and 12 random cases \(seed 0\), 0 wrong", done.stdout), done.stdout

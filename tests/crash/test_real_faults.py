@@ -79,6 +79,16 @@ def test_full_disk_costs_the_snapshots_that_do_not_fit(tmp_path, noticed):
     assert all((" needed, " in message) == (noticed == "before") for message in report["errors"])
 
 
+@needs_mounts
+def test_disk_that_can_hold_no_more_files_costs_the_snapshots_that_do_not_fit(tmp_path):
+    script = 'mount -t tmpfs -o size=64m,nr_inodes=12 none "$0" && exec "$@"'
+    report = filled(tmp_path / "snapshots", before=("unshare", "-Urm", "sh", "-c", script, str(tmp_path)))
+    assert_only_the_acknowledged_is_there(report)
+    assert 1 <= len(report["acknowledged"]) < 10
+    assert all("No space left on device" in message and "df -i" in message for message in report["errors"])
+    assert len(report["errors"]) + len(report["acknowledged"]) == 10
+
+
 @pytest.mark.parametrize("noticed", ["preallocating", "writing"])
 def test_limit_of_file_sizes_costs_the_snapshots_that_exceed_it(tmp_path, noticed):
     report = filled(tmp_path / "snapshots", "--limit-after", 4, "--noticed", noticed)

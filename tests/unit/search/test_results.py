@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -114,6 +115,19 @@ def test_two_sweeps_take_turns_at_one_file(path):
         fcntl.flock(other, fcntl.LOCK_UN)
         added.result(timeout=30)
     assert same(ResultsFile(path).read(), [*ROWS, ROWS[0], ROWS[1]])
+
+
+def test_file_system_that_refuses_locks_is_noted_once(path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    caplog.set_level("INFO")
+    file = ResultsFile(path)
+    file.add(ROWS[0])
+    file.add(ROWS[1])
+    assert same(file.read(), [*ROWS, ROWS[0], ROWS[1]])
+    assert [message for message in caplog.messages if "refuses locks" in message] == caplog.messages[-1:]
 
 
 def test_blocks_that_a_power_cut_left_empty_are_a_torn_line(path):
