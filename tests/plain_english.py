@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACES = ("nitrous_ema", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs", "examples", "bench")
+PLACES = ("nitrous_ema", "README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs", "examples", "bench")
 _ROW = re.compile(r"^\| (?P<words>[^|]+) \| (?P<instead>[^|]+) \|$", re.MULTILINE)
 _CODE = re.compile(r"``[^`]*``|`[^`]*`")
 _BRACES = re.compile(r"\{[^{}]*\}")

@@ -13,6 +13,7 @@ from nitrous_ema.cli.terminal import log
 from nitrous_ema.errors import SnapshotNotFound
 from nitrous_ema.search.plot import new_figure, plot_profiles, plot_sweep, plot_sweep_steps, plot_weights
 from nitrous_ema.search.results import read_table
+from nitrous_ema.snapshots.filesystem import is_folder, is_there
 from nitrous_ema.synthesis import DEFAULT_TOLERANCE, plan_from_store
 from nitrous_ema.synthesis.requested_lengths import lengths_of
 
@@ -61,7 +62,7 @@ def configure(options: argparse.Namespace) -> PlotConfig:
 def run(config: PlotConfig) -> int:
     """Save one picture and log the notes on it; return the exit status."""
     with exit_status.usage_errors():  # matplotlib raises ValueError for an unknown suffix of the picture's file
-        figure, notes = _profiles(config) if config.source.is_dir() else _results(config)
+        figure, notes = _profiles(config) if is_folder(config.source) else _results(config)
         figure.savefig(config.out, dpi=150, bbox_inches="tight")
     for line in notes:
         log(line)
@@ -70,7 +71,7 @@ def run(config: PlotConfig) -> int:
 
 def _results(config: PlotConfig) -> tuple[Figure, Sequence[str]]:
     """Return a figure of a sweep's values, and the notes on them."""
-    if not config.source.exists():
+    if not is_there(config.source):
         raise SnapshotNotFound(
             f"{config.source}: no such folder or file; pass a snapshot folder, or the file of a sweep's results.",
             path=config.source,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nitrous_ema.cli.terminal import format_time
-from nitrous_ema.snapshots.filesystem import ONLY_ONE_PASS
+from nitrous_ema.snapshots.filesystem import ONLY_ONE_PASS, FileSystem
 from nitrous_ema.snapshots.header import Lineage
 from nitrous_ema.snapshots.legacy.folder import files_by_step
 from nitrous_ema.snapshots.names import (
@@ -51,7 +52,7 @@ def survey(store: SnapshotStore, run: str | None = None) -> dict[str, Any]:
         "temporary": [
             {"path": str(each.path), "bytes": each.bytes, "writer": each.writer} for each in store.temporary()
         ],
-        "hidden": [{"path": str(path), "bytes": _bytes_below(path)} for path in store.hidden()],
+        "hidden": [{"path": str(path), "bytes": _bytes_in(store.files, path)} for path in store.hidden()],
         "notes": _notes(store, runs),
         "disk": _disk(store, listing.snapshots[-1] if listing.snapshots else None),
     }
@@ -137,13 +138,14 @@ def _notes(store: SnapshotStore, runs: list[dict[str, Any]]) -> list[dict[str, A
     return [{"path": str(note), "stray": note.name not in existing} for note in store.notes()]
 
 
-def _bytes_below(folder: Path) -> int:
-    """Return the size of all files in a folder; files that vanish meanwhile count as 0 bytes."""
+def _bytes_in(files: FileSystem, folder: Path) -> int:
+    """Return the size of all files in a folder; what vanishes meanwhile or cannot be looked at counts as 0 bytes."""
     total = 0
-    with suppress(FileNotFoundError):  # the folder itself may be removed during the listing
-        for path in folder.rglob("*"):
-            with suppress(FileNotFoundError):
-                total += path.lstat().st_size if path.is_file() else 0
+    with suppress(OSError):  # such as a folder that is removed during the listing
+        for name in files.list(folder):
+            with suppress(OSError):
+                status = files.lstat(folder / name)
+                total += status.st_size if stat.S_ISREG(status.st_mode) else 0
     return total
 
 
@@ -167,7 +169,11 @@ def legacy_steps(root: Path) -> list[dict[str, Any]]:
     """Return the steps of a folder of ``{profile}.{step}.pt`` files, ascending; empty for any other folder."""
     found = files_by_step(root)
     return [
-        {"step": step, "profiles": len(paths), "bytes": sum(path.lstat().st_size for path in paths.values())}
+        {
+            "step": step,
+            "profiles": len(paths),
+            "bytes": sum(FileSystem().lstat(path).st_size for path in paths.values()),
+        }
         for step, paths in sorted(found.items())
     ]
 

@@ -15,7 +15,6 @@ RESULTS-4  The process that adds a line or repairs the file holds  test_two_swee
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
@@ -30,10 +29,11 @@ from nitrous_ema._base.paths import local_path
 from nitrous_ema.errors import ResultsError
 from nitrous_ema.search.table import Row, SweepTable
 from nitrous_ema.snapshots.bounded_json import brief, parse_json
-from nitrous_ema.snapshots.filesystem import FileSystem, sync_folder, write_fully
+from nitrous_ema.snapshots.filesystem import FileSystem, is_folder, is_there, read_whole, sync_folder, write_fully
 
 _log = logging.getLogger(__name__)
 
+_MAX_BYTES = 256 * 2**20  # a hundred thousand results and more; read whole
 _MAX_VALUES = 10_000  # in one line, whose only lists are the excluded steps, the lineage and the fingerprint
 _KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
 
@@ -59,15 +59,9 @@ class ResultsFile:
             OSError: The file cannot be read.
         """
         try:
-            return self._parsed(self.path.read_bytes())[0]
+            return self._parsed(self._content())[0]
         except FileNotFoundError:
             return []
-        except IsADirectoryError as error:
-            raise ResultsError(
-                f"{self.path} is a folder; expected the file of the results, such as {self.path / 'sweep.jsonl'}.",
-                path=self.path,
-                line=0,
-            ) from error
 
     def add(self, row: Row) -> None:
         """Append a result durably. A cut last line is removed first.
@@ -77,7 +71,7 @@ class ResultsFile:
             OSError: The file cannot be written.
         """
         line = (json.dumps(_record(row), ensure_ascii=False, allow_nan=False) + "\n").encode()
-        is_new = not self.path.exists()
+        is_new = not is_there(self.path, self._files)
         with self._locked() as descriptor:
             end = self._repair(descriptor)
             write_fully(self._files, descriptor, line, end)
@@ -87,11 +81,11 @@ class ResultsFile:
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._files.make_folders(self.path.parent)
+        descriptor = self._files.open_lines(self.path)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                self._files.lock_file(descriptor)
             except OSError as error:  # some network file systems do not support locks
                 if self._can_lock:
                     _log.info("%s: its file system refuses locks (%s): run one sweep at a time", self.path, error)
@@ -102,13 +96,27 @@ class ResultsFile:
 
     def _repair(self, descriptor: int) -> int:
         """Remove a cut last line, or add a missing newline; return the offset of the next line."""
-        content = self.path.read_bytes()  # read under the lock: another sweep may have added lines
+        content = self._content()  # read under the lock: another sweep may have added lines
         whole, has_tail = self._parsed(content)[1:]
         if not has_tail:
-            os.ftruncate(descriptor, whole)
+            self._files.truncate(descriptor, whole)
             return whole
         write_fully(self._files, descriptor, b"\n", len(content))
         return len(content) + 1
+
+    def _content(self) -> bytes:
+        try:
+            return read_whole(self.path, max_bytes=_MAX_BYTES, files=self._files)
+        except ValueError as error:
+            is_a_folder = is_folder(self.path, self._files)
+            what = f"is a folder; expected the file of the results, such as {self.path / 'sweep.jsonl'}"
+            raise ResultsError(
+                f"{self.path} {what}."
+                if is_a_folder
+                else f"{self.path}: not a file of sweep results: {error}. Pass another file for the results.",
+                path=self.path,
+                line=0,
+            ) from error
 
     def _parsed(self, content: bytes) -> tuple[list[Row], int, bool]:
         """Return the results, the offset after the last newline, and whether a whole result follows it."""

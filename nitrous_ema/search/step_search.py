@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from nitrous_ema.search.progress import SweepProgress
 from nitrous_ema.search.refinement import next_length
 from nitrous_ema.search.source import SnapshotSource
 from nitrous_ema.search.table import Row
+from nitrous_ema.snapshots.filesystem import FileSystem, is_there
 from nitrous_ema.synthesis import Plan
 from nitrous_ema.synthesis.outputs.reader import read_average
 from nitrous_ema.synthesis.outputs.reuse import expected_outputs
@@ -74,7 +74,7 @@ class StepSearch:
         # In the plan of its pass, which gives the bits that were evaluated.
         lengths = self.passes[row.sigma_rel]
         path = self.out / output_name(row.step, row.sigma_rel)
-        self.out.mkdir(exist_ok=True)
+        FileSystem().make_folders(self.out)
         plan = self.source.plan(self.target, lengths).only([lengths.index(row.sigma_rel)])
         write_outputs(plan, [path], dtype=self.dtype, memory_bytes=self.memory_bytes)
         return path
@@ -101,7 +101,7 @@ class StepSearch:
                     rows[length] = replace(rows[length], path=path.absolute())
                     self.known.replace(rows[length])
                 else:
-                    path.unlink()
+                    FileSystem().unlink(path)
         return rows
 
     def _paths(self, plan: Plan) -> list[Path]:
@@ -123,7 +123,7 @@ class StepSearch:
         names = (expected_outputs(plan, paths, dtype=self.dtype) for paths in (plain, longer))
         paths: list[Path] = []
         for length, *both in zip(plan.sigma_rels, *names, strict=True):
-            free = (each.path for each in both if each.is_reusable or not os.path.lexists(each.path))
+            free = (each.path for each in both if each.is_reusable or not FileSystem().exists(each.path))
             path = self._evaluated(length) or next(free, None)
             if path is None:
                 raise ValueError(
@@ -137,7 +137,7 @@ class StepSearch:
         """Return the stored average of a known result; None if the file does not exist any more."""
         row = self.known.get(self._identity(length))
         path = row.path if row else None
-        return path if path and path.parent == self.out.absolute() and path.exists() else None
+        return path if path and path.parent == self.out.absolute() and is_there(path) else None
 
     def _write(self, plan: Plan, paths: Sequence[Path], *, is_due: bool) -> None:
         """Write the averages of a plan.
@@ -152,11 +152,11 @@ class StepSearch:
             expected = expected_outputs(plan, paths, dtype=self.dtype)
             # A file that exists but is not the expected one was evaluated when the plan read other snapshots. It is not
             # replaced, because its result belongs to it.
-            places = [place for place in places if expected[place].is_reusable or not paths[place].exists()]
+            places = [place for place in places if expected[place].is_reusable or not is_there(paths[place])]
             is_due = is_due or not all(expected[place].is_reusable for place in places)
         if is_due:
             self.warnings.extend(plan.report.warnings)
-            self.out.mkdir(exist_ok=True)
+            FileSystem().make_folders(self.out)
             write_outputs(
                 plan.only(places), [paths[place] for place in places], dtype=self.dtype, memory_bytes=self.memory_bytes
             )

@@ -32,6 +32,7 @@ from nitrous_ema.search.source import SnapshotSource, open_source
 from nitrous_ema.search.step_search import StepSearch
 from nitrous_ema.search.table import LARGE_PROFILE_ERROR, Row, SweepTable
 from nitrous_ema.search.temporary_folder import temporary_folder
+from nitrous_ema.snapshots.filesystem import FileSystem
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis import DEFAULT_MEMORY_BYTES, DEFAULT_TOLERANCE
 
@@ -260,5 +261,5 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
 def _created(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Create the folder of stored averages and yield it. In contrast to ``temporary_folder``, the folder stays."""
     path = local_path("out", folder)
-    path.mkdir(parents=True, exist_ok=True)
+    FileSystem().make_folders(path)
     yield path

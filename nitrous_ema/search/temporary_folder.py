@@ -6,13 +6,12 @@ Its name holds the signature of the process. If the process is killed, the next 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from nitrous_ema._base.temporary_files import remove_stale, temporary_name, temporary_prefix
+from nitrous_ema.snapshots.filesystem import FileSystem
 
 
 @contextmanager
@@ -24,13 +23,13 @@ def temporary_folder(results: Path) -> Iterator[Path]:
     Args:
         results: The file of results, beside which the folder lies. Its parent folder is created.
     """
-    parent = results.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    names = [each.name for each in parent.iterdir() if each.name.startswith(temporary_prefix(results.name))]
+    files, parent = FileSystem(), results.parent
+    files.make_folders(parent)
+    names = [name for name in files.list(parent) if name.startswith(temporary_prefix(results.name))]
     # The age matters only for folders of processes from before the last boot. With age 0 these are not removed.
-    remove_stale(parent, names, untouched_seconds=lambda path: 0.0, remove=partial(shutil.rmtree, ignore_errors=True))
+    remove_stale(parent, names, untouched_seconds=lambda path: 0.0, remove=files.remove_tree)
     folder = parent / temporary_name(results.name)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        files.remove_tree(folder)

@@ -1,25 +1,31 @@
-"""The file system calls of the snapshot store: writing, listing, checking and removing snapshots; one method each.
+"""The file system calls on folders of snapshots, outputs and results; one method each.
 
 ``FileSystem`` decides nothing: its caller decides what an error means and what happens next. So a test can record the
 calls of a whole run, or let any one of them fail, by overriding a method. Errors are the operating system's own
 (``OSError`` with its ``errno``). The functions below ``FileSystem`` combine its calls: whole reads and writes from
 partial ones, and fallbacks for file systems that lack a call.
 
-Every call that changes a snapshot folder goes through this object, and every write of an output. Modules that only look
-at files make their own calls: ``snapshots.reading``, ``snapshots.legacy``, ``synthesis.outputs.reader`` and the reports
-of ``cli``. ``search`` makes its own calls for results and temporary averages, and ``synthesis.worker.runner`` creates
-the folder of the outputs.
+FILES-1  Every call on a folder of snapshots, outputs or results    test_only_one_module_calls_the_file_system
+    goes through this object.
+FILES-2  A call that changes something inside a snapshot's folder   test_nothing_is_changed_through_a_link
+    or a temporary folder enters that folder without following a
+    link: others who may write to the folder around it cannot lead
+    the call elsewhere. Links in the path of the folder around it
+    are followed: the user chose that path.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
 import os
+import re
+import shutil
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,6 +36,10 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 _log = logging.getLogger(__name__)
+
+# Folders of snapshots, hidden or not, and temporary folders: the only ones with names of ours that hold our files.
+_OUR_FOLDER = re.compile(r"(?:\.trash-)?step-[0-9]{12,18}-[0-9]{8}T.*|\..+-[0-9a-f]{16}", re.DOTALL)
+_ENTER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _AT_FDCWD = -100  # linux/fcntl.h: a relative path starts at the working directory
 _RENAME_NOREPLACE = 1  # linux/fs.h
@@ -80,15 +90,41 @@ class FileSystem:
 
     def open_exclusive(self, path: Path) -> int:
         """Create a file for writing and return its descriptor; the name must be new (``O_EXCL``)."""
-        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+        with _reached(path) as [(name, folder)]:
+            return os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666, dir_fd=folder)
 
     def open_read(self, path: Path) -> int:
         """Open for positioned reads. Never blocks, not even on a pipe that has the name of a snapshot."""
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
+    def open_lines(self, path: Path) -> int:
+        """Open a file for reads and for writes at its end, as ``open_read``; make an empty one if the name is new.
+
+        A link whose target is missing is refused (``FileNotFoundError``): nothing is made elsewhere.
+        """
+        flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
+        with contextlib.suppress(FileExistsError):
+            return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+        return os.open(path, flags)
+
+    def lock_file(self, descriptor: int) -> None:
+        """Wait until no other process has a lock on this file, and lock it until it is closed."""
+        import fcntl  # here, because most processes need no lock
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+    def truncate(self, descriptor: int, size_bytes: int) -> None:
+        """Remove the bytes of an open file from this size on."""
+        os.ftruncate(descriptor, size_bytes)
+
     def stat(self, descriptor: int) -> os.stat_result:
         """Return size and kind of an open file."""
         return os.fstat(descriptor)
+
+    def will_need(self, descriptor: int, offset: int, size_bytes: int) -> None:
+        """Ask the kernel to read a part of a file, without waiting for it; does nothing where there is no such call."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, offset, size_bytes, os.POSIX_FADV_WILLNEED)
 
     def preallocate(self, descriptor: int, size_bytes: int) -> None:
         """Reserve disk blocks and set the size, by ``fallocate(2)``; ``ENOSYS`` where there is no such call.
@@ -134,27 +170,42 @@ class FileSystem:
 
     def rename(self, source: Path, target: Path) -> None:
         """Give a file its final name; replaces a file that has this name."""
-        os.rename(source, target)
+        with _reached(source, target) as [(old, from_folder), (new, to_folder)]:
+            os.rename(old, new, src_dir_fd=from_folder, dst_dir_fd=to_folder)
 
     def rename_new(self, source: Path, target: Path) -> None:
         """Give a file its final name, or raise ``FileExistsError`` and change nothing if the name is taken.
 
         Atomic, by ``renameat2(2)``; ``ENOSYS`` or ``EINVAL`` where the kernel or the file system does not support it.
         """
-        arguments = (_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE)
-        _check(_c_function("renameat2")(*arguments), source, target)
+        with _reached(source, target) as places:
+            arguments = [
+                each for name, folder in places for each in (_AT_FDCWD if folder is None else folder, os.fsencode(name))
+            ]
+            _check(_c_function("renameat2")(*arguments, _RENAME_NOREPLACE), source, target)
 
     def unlink(self, path: Path) -> None:
         """Remove a file's name."""
-        os.unlink(path)
+        with _reached(path) as [(name, folder)]:
+            os.unlink(name, dir_fd=folder)
 
     def make_folder(self, path: Path) -> None:
         """Create one folder; ``FileExistsError`` if the name is taken."""
-        os.mkdir(path)
+        with _reached(path) as [(name, folder)]:
+            os.mkdir(name, dir_fd=folder)
+
+    def make_folders(self, path: Path) -> None:
+        """Create a folder and its parents, where they are missing."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a folder and all that it holds, without following a link; what cannot be removed stays."""
+        shutil.rmtree(path, ignore_errors=True)
 
     def remove_folder(self, path: Path) -> None:
         """Remove an empty folder; ``ENOTEMPTY`` if it holds anything."""
-        os.rmdir(path)
+        with _reached(path) as [(name, folder)]:
+            os.rmdir(name, dir_fd=folder)
 
     def fsync_folder(self, path: Path) -> None:
         """Make the names in a folder durable."""
@@ -176,9 +227,44 @@ class FileSystem:
         """Return kind, size and times of the entry with this name; of a link itself, not of its target."""
         return os.lstat(path)
 
+    def status(self, path: Path) -> os.stat_result:
+        """Return kind, size and times of the file or folder at a path; of a link's target, not of the link."""
+        return os.stat(path)
+
     def exists(self, path: Path) -> bool:
         """Return whether the name is taken; a dangling link takes it too."""
         return os.path.lexists(path)
+
+
+@contextlib.contextmanager
+def _reached(*paths: Path) -> Iterator[list[tuple[str, int | None]]]:
+    """Yield name and folder (its descriptor, or None) by which a call reaches each path: see FILES-2."""
+    with contextlib.ExitStack() as opened:
+        places: list[tuple[str, int | None]] = []
+        for path in paths:
+            is_ours = _OUR_FOLDER.fullmatch(path.parent.name) is not None
+            folder = opened.enter_context(_entered(path.parent)) if is_ours else None
+            places.append((os.fspath(path) if folder is None else path.name, folder))
+        try:
+            yield places
+        except OSError as error:  # the system knows the names as they were passed
+            error.filename = os.fspath(paths[0])
+            error.filename2 = os.fspath(paths[1]) if len(paths) > 1 else None
+            raise
+
+
+@contextlib.contextmanager
+def _entered(folder: Path) -> Iterator[int]:
+    """Yield the descriptor of a folder; ``NotADirectoryError`` if a link has its name."""
+    try:
+        descriptor = os.open(folder, _ENTER)
+    except NotADirectoryError as error:
+        what = "Not a folder, or a symbolic link, which is not followed"
+        raise NotADirectoryError(errno.ENOTDIR, what, os.fspath(folder)) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def repeated(call: Callable[[], _Result], wait: Callable[[float], None]) -> _Result:
@@ -316,15 +402,52 @@ def _check(result: int, source: Path | None = None, target: Path | None = None) 
         raise OSError(number, os.strerror(number), os.fspath(source), None, os.fspath(target or source))
 
 
-def open_regular(path: Path) -> BufferedReader:
+def open_regular(path: Path, files: FileSystem | None = None) -> BufferedReader:
     """Open a regular file for reading, without ever waiting.
 
     Raises:
         ValueError: The path is a pipe, a device or a folder.
         OSError: The file cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+    files = files or FileSystem()
+    descriptor = files.open_read(path)
+    if not stat.S_ISREG(files.stat(descriptor).st_mode):
+        files.close(descriptor)
         raise ValueError("it is not a regular file")
-    return os.fdopen(descriptor, "rb")
+    return open(descriptor, "rb")
+
+
+def read_whole(path: Path, *, max_bytes: int, files: FileSystem | None = None) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        ValueError: As ``open_regular``, or the file has more than ``max_bytes`` bytes.
+        OSError: The file cannot be read.
+    """
+    with open_regular(path, files) as file:
+        content = file.read(max_bytes + 1) if size_of(file, files) <= max_bytes else None
+    if content is None or len(content) > max_bytes:
+        raise ValueError(f"it has more than {max_bytes} bytes")
+    return content
+
+
+def size_of(file: BufferedReader, files: FileSystem | None = None) -> int:
+    """Return the bytes of an open file."""
+    return (files or FileSystem()).stat(file.fileno()).st_size
+
+
+def is_folder(path: Path, files: FileSystem | None = None) -> bool:
+    """Return whether there is a folder at this path, or at the end of a link that has this name."""
+    try:
+        return stat.S_ISDIR((files or FileSystem()).status(path).st_mode)
+    except OSError:  # such as a link to itself
+        return False
+
+
+def is_there(path: Path, files: FileSystem | None = None) -> bool:
+    """Return whether there is a file or a folder at this path; a link to nothing does not count."""
+    try:
+        (files or FileSystem()).status(path)
+    except OSError:
+        return False
+    return True

@@ -15,9 +15,7 @@ open descriptors             no lock: ``OpenFiles`` opens     test_no_bit_depend
 from __future__ import annotations
 
 import functools
-import os
 import threading
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,7 +28,7 @@ from zlib import crc32
 from nitrous_ema._base.dtypes import DTYPE_BYTES
 from nitrous_ema.errors import SnapshotError, SnapshotNotFound
 from nitrous_ema.snapshots.disk_space import explained
-from nitrous_ema.snapshots.filesystem import UNAVAILABLE, repeated
+from nitrous_ema.snapshots.filesystem import UNAVAILABLE, FileSystem, read_fully, repeated
 from nitrous_ema.snapshots.names import candidate_paths, damaged, unreadable
 
 _MAX_OPEN_FILES = 128  # of the 1024 that a process usually may open; further files are opened for each read
@@ -81,18 +79,18 @@ class OpenFiles:
 
     Args:
         paths: The files, of which the first 128 are opened on entry and closed on exit.
-        wait: Waits for a number of seconds before a call is repeated; tests replace it.
+        files: The file system.
     """
 
-    def __init__(self, paths: Iterable[Path], *, wait: Callable[[float], None] = time.sleep) -> None:
-        self._wait = wait
+    def __init__(self, paths: Iterable[Path], *, files: FileSystem | None = None) -> None:
+        self._files = files or FileSystem()
         self._paths = tuple(islice(dict.fromkeys(paths), _MAX_OPEN_FILES))
         self._descriptors: dict[Path, int] = {}  # filled by __enter__, then only read: threads share it without a lock
 
     def __enter__(self) -> OpenFiles:
         try:
             for path in self._paths:
-                self._descriptors[path] = self._named(path, functools.partial(_open, path))
+                self._descriptors[path] = self._named(path, functools.partial(_open, self._files, path))
         except BaseException:
             self._close()
             raise
@@ -113,30 +111,30 @@ class OpenFiles:
         descriptor = self._descriptors.get(path)
         if descriptor is not None:
             try:
-                return _read_into(descriptor, offset, out)
+                return len(read_fully(self._files, descriptor, out, offset))
             except OSError as error:
                 if error.errno not in UNAVAILABLE:
                     raise unreadable(path, error) from error
                 # The file is opened again for this read alone: other threads may be reading from this descriptor.
-        return self._named(path, functools.partial(_read_once, path, offset, out))
+        return self._named(path, functools.partial(_read_once, self._files, path, offset, out))
 
     def _named(self, path: Path, call: Callable[[], int]) -> int:
         """Return what a call returns that opens the file; it is repeated where the file system fails."""
         try:
-            return repeated(call, self._wait)
+            return repeated(call, self._files.wait)
         except OSError as error:
             raise unreadable(path, error) from error
 
     def will_need(self, path: Path, offset: int, num_bytes: int) -> None:
         """Ask the system to read a part of a file that stays open, without waiting for it."""
         descriptor = self._descriptors.get(path)
-        if descriptor is not None and hasattr(os, "posix_fadvise"):
+        if descriptor is not None:
             with suppress(OSError):  # only a hint: the read itself reports an error
-                os.posix_fadvise(descriptor, offset, num_bytes, os.POSIX_FADV_WILLNEED)
+                self._files.will_need(descriptor, offset, num_bytes)
 
     def _close(self) -> None:
         while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+            self._files.close(self._descriptors.popitem()[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,10 +190,10 @@ def combine_crc32(first: int, second: int, second_bytes: int) -> int:
     return second
 
 
-def _open(path: Path) -> int:
+def _open(files: FileSystem, path: Path) -> int:
     for place in candidate_paths(path):
         try:
-            return os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: does not wait for a pipe
+            return files.open_read(place)
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -209,22 +207,12 @@ def _open(path: Path) -> int:
     )
 
 
-def _read_once(path: Path, offset: int, out: memoryview) -> int:
-    descriptor = _open(path)
+def _read_once(files: FileSystem, path: Path, offset: int, out: memoryview) -> int:
+    descriptor = _open(files, path)
     try:
-        return _read_into(descriptor, offset, out)
+        return len(read_fully(files, descriptor, out, offset))
     finally:
-        os.close(descriptor)
-
-
-def _read_into(descriptor: int, offset: int, out: memoryview) -> int:
-    done = 0
-    while done < len(out):
-        count = os.preadv(descriptor, [out[done:]], offset + done)
-        if count == 0:
-            break
-        done += count
-    return done
+        files.close(descriptor)
 
 
 class _CheckedReader:

@@ -12,7 +12,6 @@ truncated while it is mapped ends the process, as for every mapped file.
 from __future__ import annotations
 
 import mmap
-import os
 import struct
 import zipfile
 import zlib
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nitrous_ema.snapshots.bounded_json import brief
-from nitrous_ema.snapshots.filesystem import open_regular
+from nitrous_ema.snapshots.filesystem import open_regular, size_of
 from nitrous_ema.snapshots.names import INCOMPLETE_COPY
 
 if TYPE_CHECKING:
@@ -187,7 +186,7 @@ def _check_archive(file: BufferedReader) -> None:
             # Numbers are read and verified later, while synthesis reads them: then they come from the disk once.
             if "/data/" not in member.filename:
                 _read(archive, member)
-        if end > os.fstat(file.fileno()).st_size:
+        if end > size_of(file):
             raise ValueError("its members are longer than the file")
 
 

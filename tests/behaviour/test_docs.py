@@ -23,7 +23,10 @@ from tests.support.snapshot_folders import damage, layout_of, need, record, run_
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nitrous_ema"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 DESIGN = (ROOT / "docs" / "design.md").read_text()
 CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 

@@ -29,6 +29,7 @@ from nitrous_ema._base.arguments import format_bytes, pluralize
 from nitrous_ema._base.dtypes import DTYPE_BYTES
 from nitrous_ema.errors import NitrousError, SnapshotDamaged, SnapshotError, SnapshotMismatch, SnapshotNotFound, bug
 from nitrous_ema.profile import gamma_to_sigma_rel
+from nitrous_ema.snapshots.filesystem import FileSystem, is_there
 from nitrous_ema.snapshots.header import Stamp, header_bytes
 from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.legacy.folder import LegacyFolder, LegacySnapshot
@@ -198,14 +199,14 @@ def _step(old: LegacySnapshot, run: str, dtype: str | None) -> ImportStep:
         run=run,
         lineage=((run, None),),
         trainer={IMPORTED: old.fingerprint()},
-        created_ns=max(path.stat().st_mtime_ns for path in old.paths),
+        created_ns=max(FileSystem().status(path).st_mtime_ns for path in old.paths),
     )
     return ImportStep(old=old, layout=layout, stamp=stamp)
 
 
 def _run_id(first: LegacySnapshot, dtype: str | None) -> str:
     """Return a run id that depends on files, profiles and type only, so that a repeated import has the same id."""
-    seconds = min(path.stat().st_mtime for path in first.paths)
+    seconds = min(FileSystem().status(path).st_mtime for path in first.paths)
     started = datetime.fromtimestamp(seconds, tz=timezone.utc)
     source = f"{first.fingerprint()} {first.gammas!r} {dtype or first.averages[0].dtype}"
     return f"{new_run_id(started).rpartition('-')[0]}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
@@ -251,7 +252,7 @@ def _check_finite(chunk: memoryview, dtype: str, path: Path) -> None:
 
 def _existing(new: SnapshotStore, intact: Sequence[LegacySnapshot]) -> tuple[dict[int, Snapshot], bool]:
     """Return the snapshots of an earlier import by step, and whether that import was finished."""
-    if not new.root.exists():
+    if not is_there(new.root, new.files):
         return {}, False
     runs = new.runs()
     if not runs:
@@ -295,10 +296,11 @@ def _check_same_import(existing: Snapshot, step: ImportStep) -> None:
 
 
 def _check_disk_space(planned: Import) -> None:
-    nearest = next(each for each in (planned.store.root, *planned.store.root.parents) if each.exists())
+    root, files = planned.store.root, planned.store.files
+    nearest = next(each for each in (root, *root.parents) if is_there(each, files))
     needed = planned.bytes_to_write
     try:
-        free = planned.store.files.free_bytes(nearest)
+        free = files.free_bytes(nearest)
     except OSError:
         return  # this file system does not report its space; writing checks it again for each snapshot
     if needed > free:

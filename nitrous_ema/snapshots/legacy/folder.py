@@ -135,7 +135,7 @@ class LegacyFolder:
         """Return the files by step and profile, after checking the number of profiles."""
         paths = files_by_step(self.root)
         if not paths:
-            is_ours = any(parse_folder_name(name) for name in os.listdir(self.root))
+            is_ours = any(parse_folder_name(name) for name in FileSystem().list(self.root))
             remedy = (
                 " Its snapshots are in the current format, which records the profiles: omit --tracked-sigma-rel and "
                 "--tracked-gamma (in Python, use SnapshotStore)."
@@ -166,7 +166,7 @@ def files_by_step(root: str | os.PathLike[str]) -> dict[int, dict[int, Path]]:
     """
     folder = Path(root)
     try:
-        names = os.listdir(folder)
+        names = FileSystem().list(folder)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SnapshotNotFound(f"{folder}: no such folder. Check the path.", path=folder, nearest=()) from error
     except OSError as error:
@@ -388,7 +388,7 @@ def _load(path: Path) -> _Loaded:
     import torch
 
     try:
-        file_bytes, state = path.stat().st_size, load_torch_file(path)
+        file_bytes, state = FileSystem().status(path).st_size, load_torch_file(path)
     except (ValueError, FileNotFoundError) as error:  # the folder listed this file, so a missing file is damage
         raise _damaged(path, str(error)) from error
     except OSError as error:

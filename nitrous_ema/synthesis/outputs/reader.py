@@ -21,7 +21,7 @@ from nitrous_ema._base.dtypes import DTYPE_BYTES
 from nitrous_ema.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
 from nitrous_ema.snapshots.bounded_json import MAX_HEADER_BYTES, MAX_HEADER_VALUES, brief, parse_json
 from nitrous_ema.snapshots.disk_space import explained
-from nitrous_ema.snapshots.filesystem import open_regular
+from nitrous_ema.snapshots.filesystem import FileSystem, is_folder, is_there, open_regular, size_of
 from nitrous_ema.snapshots.names import INCOMPLETE_COPY
 from nitrous_ema.snapshots.torch_archive import load_torch_file, locate_storages, plain_tensor, verify_archive
 
@@ -56,7 +56,7 @@ def open_average(path: Path) -> TorchFile | SafetensorsFile | ShardedFile:
         SnapshotError: The file cannot be read.
     """
     with named_errors(path):
-        if path.is_dir():
+        if is_folder(path):
             raise SnapshotNotFound(
                 f"{path} is a folder; expected the file of one average (.safetensors or .pt), or the "
                 ".safetensors.index.json of its parts.",
@@ -157,7 +157,7 @@ class TorchFile:
 
         from nitrous_ema._base.torch_dtypes import TORCH_DTYPES
 
-        file_bytes, tensors = path.stat().st_size, load_torch_file(path)
+        file_bytes, tensors = FileSystem().status(path).st_size, load_torch_file(path)
         verify_archive(path)
         if not isinstance(tensors, dict) or not all(
             isinstance(key, str) and isinstance(each, torch.Tensor) and each.dtype in TORCH_DTYPES.values()
@@ -248,7 +248,7 @@ def read_header(path: Path) -> tuple[Any, int, int]:
         OSError: The file cannot be opened.
     """
     with open_regular(path) as file:
-        file_bytes = os.fstat(file.fileno()).st_size
+        file_bytes = size_of(file)
         header_bytes = int.from_bytes(file.read(8), "little")
         if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
             # A file that was cut within its header begins like this, too.
@@ -338,4 +338,4 @@ def named_errors(path: Path) -> Iterator[None]:
 def _parts_hint(path: Path) -> str:
     """Return a hint to load the index, if an average of this name was written in parts."""
     index = path.with_name(path.name.removesuffix(".safetensors") + ".safetensors.index.json")
-    return f" It was written in parts: load {index}." if index != path and index.exists() else ""
+    return f" It was written in parts: load {index}." if index != path and is_there(index) else ""

@@ -445,7 +445,11 @@ class _OutputFile:
 
         # One mapping for all tensors: each mapping keeps a descriptor open, and models have thousands of tensors. It is
         # copy-on-write ("c"), because torch.from_numpy warns about arrays that are not writable.
-        plain = np.memmap(self._temporaries[-1], np.uint8, "c")
+        with open(self._files.open_read(self._temporaries[-1]), "rb") as own_file:
+            # Others who may write to this folder may have put another file, or a link to one, in its place.
+            if not os.path.samestat(*map(self._files.stat, (own_file.fileno(), self._open_descriptor()))):
+                raise OSError(errno.ESTALE, "another file has taken the name", os.fspath(self._temporaries[-1]))
+            plain = np.memmap(own_file, np.uint8, "c")
         tensors: dict[str, torch.Tensor] = {}
         for entry in self.layout.entries:
             tensor = torch.empty(entry.record.shape, dtype=TORCH_DTYPES[entry.dtype], device="cpu")
@@ -456,8 +460,7 @@ class _OutputFile:
         descriptor, self._descriptor = self._open_descriptor(), None
         self._files.close(descriptor)
         self._descriptor = self._create()
-        # A duplicate, because the file object closes its descriptor, and make_durable() needs one.
-        with os.fdopen(os.dup(self._descriptor), "wb") as file:
+        with open(self._descriptor, "wb", closefd=False) as file:  # make_durable() needs the descriptor
             torch.save(tensors, file)
         self._files.unlink(self._temporaries.pop(0))
 

@@ -57,9 +57,11 @@ class OutputNames:
                 "--out is empty; expected a folder ('.' for the working directory) or a template of file names."
             )
         object.__setattr__(self, "out", os.fspath(local_path("--out", self.out)))
+        from nitrous_ema.snapshots.filesystem import is_folder  # here, because it loads numpy
+
         fields = self.fields
         stem, suffix = os.path.splitext(self.out)
-        if not fields and suffix in _SUFFIXES.values() and not os.path.isdir(self.out):
+        if not fields and suffix in _SUFFIXES.values() and not is_folder(Path(self.out)):
             raise ValueError(
                 f"--out {self.out!r} looks like a single file; expected a folder, or a name with a field that differs "
                 f"between outputs, such as '{stem}-{{sigma_rel}}{suffix}'."

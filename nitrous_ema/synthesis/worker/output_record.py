@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nitrous_ema._base import exit_status
+from nitrous_ema.snapshots.filesystem import FileSystem
 
 if TYPE_CHECKING:
     from nitrous_ema.synthesis.outputs.reuse import ExpectedOutput
@@ -173,7 +174,7 @@ class RecordWriter:
             excluded=plan.excluded,
             nonfinite=plan.nonfinite_steps,
             bytes_read=0 if state == "kept" else plan.bytes_to_read,
-            file_bytes=expected.path.stat().st_size if state == "written" else expected.num_bytes,
+            file_bytes=FileSystem().status(expected.path).st_size if state == "written" else expected.num_bytes,
             memory_bytes=0 if state == "kept" else self._memory_bytes,
             seconds=round(time.monotonic() - self._began, 6),
         )

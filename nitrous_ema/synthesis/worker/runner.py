@@ -19,6 +19,7 @@ from nitrous_ema._base.dtypes import dtype_code
 from nitrous_ema._base.processes import process_state
 from nitrous_ema.errors import NitrousError
 from nitrous_ema.snapshots.disk_space import remedy
+from nitrous_ema.snapshots.filesystem import FileSystem
 from nitrous_ema.synthesis.outputs.reuse import ExpectedOutput, expected_outputs
 from nitrous_ema.synthesis.outputs.writer import check_outputs, write_outputs, write_shard
 from nitrous_ema.synthesis.plan import Plan
@@ -141,7 +142,7 @@ class SynthesisRunner:
 def _make_folder(folder: Path) -> None:
     try:
         with _with_remedy(except_for=(FileExistsError, NotADirectoryError)):
-            folder.mkdir(parents=True, exist_ok=True)
+            FileSystem().make_folders(folder)
     except (FileExistsError, NotADirectoryError) as error:
         raise NitrousError(
             f"{folder} cannot be the output folder: this path, or one of its parents, is a file. Choose another --out."

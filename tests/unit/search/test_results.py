@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
@@ -219,3 +220,38 @@ def test_table_of_an_empty_file_is_refused(tmp_path):
     (tmp_path / "empty").touch()
     with pytest.raises(ResultsError, match="contains no sweep results"):
         read_table(tmp_path / "empty")
+
+
+# Files that others made
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: sparse(path)])
+def test_what_is_no_file_of_results_is_refused_at_once(tmp_path, make):
+    path = tmp_path / "sweep.jsonl"
+    make(path)
+    with pytest.raises(
+        ResultsError, match=r"sweep.jsonl: not a file of sweep results: it (is not a reg|has more than)"
+    ):
+        read_table(path)
+    with pytest.raises(ResultsError, match="Pass another file for the results"):
+        ResultsFile(path).add(ROWS[0])
+
+
+def sparse(path):
+    """Make a file of a terabyte, which takes no disk space."""
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+def test_no_file_is_made_through_a_link(tmp_path):
+    (tmp_path / "sweep.jsonl").symlink_to("elsewhere")
+    with pytest.raises(FileNotFoundError):
+        ResultsFile(tmp_path / "sweep.jsonl").add(ROWS[0])
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_results_on_another_disk_may_be_linked(tmp_path):
+    (tmp_path / "elsewhere").touch()
+    (tmp_path / "sweep.jsonl").symlink_to("elsewhere")
+    ResultsFile(tmp_path / "sweep.jsonl").add(ROWS[0])
+    assert len(ResultsFile(tmp_path / "elsewhere").read()) == 1

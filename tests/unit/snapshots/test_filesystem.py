@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from nitrous_ema._base.temporary_files import temporary_name
 from nitrous_ema.snapshots import filesystem as files_module
 from nitrous_ema.snapshots.filesystem import (
     NO_FOLDER_FSYNC,
@@ -17,6 +18,8 @@ from nitrous_ema.snapshots.filesystem import (
     sync_folder,
     write_fully,
 )
+from nitrous_ema.snapshots.names import folder_name, hidden_name
+from tests.support.small_snapshots import A
 
 
 @pytest.fixture
@@ -234,3 +237,54 @@ def test_reason_of_a_failed_call_names_another_path_only(tmp_path):
     assert reason(OSError(errno.EACCES, denied, str(tmp_path)), tmp_path) == denied
     assert reason(OSError(errno.EACCES, denied, str(tmp_path / "x")), tmp_path) == f"{denied} ({tmp_path / 'x'})"
     assert reason(OSError("out of cheese"), tmp_path) == "out of cheese"  # no errno, so no strerror
+
+
+OUR_FOLDERS = [folder_name(10, A), hidden_name(folder_name(10, A)), f"{hidden_name(folder_name(10, A))}.0123abcd"]
+CHANGES = {
+    "open_exclusive": lambda files, here, folder: files.open_exclusive(folder / "new"),
+    "rename out of it": lambda files, here, folder: files.rename(folder / "a", here / "b"),
+    "rename into it": lambda files, here, folder: files.rename(here / "mine", folder / "a"),
+    "rename_new out of it": lambda files, here, folder: files.rename_new(folder / "a", here / "b"),
+    "rename_new into it": lambda files, here, folder: files.rename_new(here / "mine", folder / "b"),
+    "unlink": lambda files, here, folder: files.unlink(folder / "a"),
+    "make_folder": lambda files, here, folder: files.make_folder(folder / "new"),
+    "remove_folder": lambda files, here, folder: files.remove_folder(folder / "empty"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(
+    "name",
+    [*OUR_FOLDERS, temporary_name("sweep.jsonl")],
+    ids=["listed", "hidden", "while it is removed", "temporary"],
+)
+def test_nothing_is_changed_through_a_link(files, tmp_path, name, change):
+    elsewhere, here = tmp_path / "elsewhere", tmp_path / "here"
+    (elsewhere / "empty").mkdir(parents=True)
+    (elsewhere / "a").write_bytes(b"precious")
+    here.mkdir()
+    (here / "mine").write_bytes(b"mine")
+    (here / name).symlink_to(elsewhere)
+    with pytest.raises(NotADirectoryError, match="symbolic link, which is not followed") as caught:
+        change(files, here, here / name)
+    assert reason(caught.value, here / name).startswith("Not a folder")
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["a", "empty"]
+    assert (elsewhere / "a").read_bytes() == b"precious"
+
+
+def test_the_folder_that_the_user_names_may_be_a_link(files, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "step-by-step").symlink_to("disk")
+    files.close(files.open_exclusive(tmp_path / "step-by-step" / "new"))
+    files.unlink(tmp_path / "step-by-step" / "new")
+
+
+def test_error_in_one_of_our_folders_names_the_whole_path(files, tmp_path):
+    folder = tmp_path / OUR_FOLDERS[0]
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        files.rename(folder / "a", tmp_path / "b")
+    assert (caught.value.filename, caught.value.filename2) == (str(folder / "a"), str(tmp_path / "b"))
+    with pytest.raises(FileNotFoundError) as caught:
+        files.unlink(folder / "a")
+    assert (caught.value.filename, caught.value.filename2) == (str(folder / "a"), None)

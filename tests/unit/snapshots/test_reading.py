@@ -8,6 +8,7 @@ import os
 import pytest
 
 from nitrous_ema.errors import SnapshotDamaged, SnapshotUnavailable
+from nitrous_ema.snapshots.filesystem import FileSystem
 from nitrous_ema.snapshots.reading import OpenFiles
 
 
@@ -34,28 +35,38 @@ def failing(monkeypatch):
     return fail
 
 
+class Noting(FileSystem):
+    """Notes waits instead of waiting."""
+
+    def __init__(self):
+        self.waits = []
+
+    def wait(self, seconds):
+        self.waits.append(seconds)
+
+
 @pytest.mark.parametrize("kept_open", [True, False])
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
 def test_read_is_repeated_with_a_file_opened_anew(path, failing, kept_open, number):
-    waits, out = [], memoryview(bytearray(4))
-    with OpenFiles([path] if kept_open else [], wait=waits.append) as files:
+    noting, out = Noting(), memoryview(bytearray(4))
+    with OpenFiles([path] if kept_open else [], files=noting) as files:
         failing("preadv", 3, number)
         assert files.read_into(path, 2, out) == 4
     assert bytes(out) == b"2345"
     # A stale descriptor is no reason to wait: the file is opened again at once.
-    assert waits == ([0.1, 1.0] if kept_open else [0.1, 1.0, 5.0])
+    assert noting.waits == ([0.1, 1.0] if kept_open else [0.1, 1.0, 5.0])
 
 
 def test_file_is_opened_again_where_its_server_fails(path, failing):
-    waits = []
+    noting = Noting()
     failing("open", 2, errno.ETIMEDOUT)
-    with OpenFiles([path], wait=waits.append) as files:
+    with OpenFiles([path], files=noting) as files:
         assert files.read_into(path, 0, memoryview(bytearray(10))) == 10
-    assert waits == [0.1, 1.0]
+    assert noting.waits == [0.1, 1.0]
 
 
 def test_failure_that_stays_names_the_file_and_is_no_damage(path, failing):
-    with OpenFiles([path], wait=lambda seconds: None) as files:
+    with OpenFiles([path], files=Noting()) as files:
         failing("preadv", 5, errno.ENOTCONN)
         with pytest.raises(SnapshotUnavailable, match=rf"^{path} could not be read.*file system fails"):
             files.read_into(path, 0, memoryview(bytearray(10)))

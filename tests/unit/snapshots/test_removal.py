@@ -15,7 +15,7 @@ import sys
 import pytest
 
 from nitrous_ema._base.processes import signature
-from nitrous_ema.errors import SnapshotError, SnapshotNotFound
+from nitrous_ema.errors import SnapshotError, SnapshotNotFound, SnapshotWriteError
 from nitrous_ema.snapshots import FileSystem, SnapshotStore
 from nitrous_ema.snapshots.names import rank_file_name
 from nitrous_ema.snapshots.reading import OpenFiles
@@ -419,6 +419,43 @@ def test_run_that_starts_removes_what_a_note_has_hidden_long_ago(store):
     assert len(store.hidden()) == 1
     watched(store, LongAgo())[0].prepare()
     assert (store.hidden(), store.notes()) == ([], [])
+
+
+# Links that others put into the folder
+
+
+class Swapped(FileSystem):
+    """Before the first unlink, somebody else puts a link to another folder in the place of a hidden one."""
+
+    def __init__(self, elsewhere):
+        self.elsewhere = elsewhere
+
+    def unlink(self, path):
+        if path.parent.name.startswith(".trash-") and not path.parent.is_symlink():
+            path.parent.rename(path.parent.with_name("moved"))
+            path.parent.symlink_to(self.elsewhere)
+        super().unlink(path)
+
+
+def test_removal_does_not_follow_a_link_that_replaces_a_hidden_folder(store, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(store.get(10).paths[0].parent, elsewhere)
+    before = everything_in(elsewhere)
+    store.hide([store.get(10)])
+    with pytest.raises(SnapshotError, match="a symbolic link, which is not followed"):
+        SnapshotStore(store.root, files=Swapped(elsewhere)).remove_hidden()
+    assert everything_in(elsewhere) == before
+    store.remove_hidden()  # of the link, its name alone
+    assert store.hidden() == []
+    assert everything_in(elsewhere) == before
+
+
+def test_snapshot_is_not_written_through_a_link_in_place_of_its_folder(store, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (store.root / folder_of(40)).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SnapshotWriteError, match="a symbolic link, which is not followed"):
+        commit(store, 40)
+    assert everything_in(tmp_path / "elsewhere") == {}
 
 
 # Readers

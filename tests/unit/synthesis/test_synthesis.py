@@ -556,6 +556,26 @@ def test_output_is_durable_before_it_has_its_name(tmp_path, suffix):
     assert [each.name for each in (tmp_path / "out").iterdir()] == [f"0.08{suffix}"]
 
 
+class Replaced(FileSystem):
+    """Somebody else puts a link to a file of the user's in the place of a temporary one."""
+
+    def __init__(self, secret):
+        self.secret = secret
+
+    def open_read(self, path):
+        path.unlink()
+        path.symlink_to(self.secret)
+        return super().open_read(path)
+
+
+def test_no_other_file_gets_into_an_output(tmp_path):
+    write_run(tmp_path, plain_layout(8), STEPS)
+    (tmp_path / "secret").write_bytes(bytes(100_000))
+    with pytest.raises(OSError, match="another file has taken the name"):
+        written(tmp_path, tmp_path / "out", [0.08], ".pt", files=Replaced(tmp_path / "secret"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 class NoFolderFsync(FileSystem):
     def fsync_folder(self, path):
         raise OSError(errno.EINVAL, "Invalid argument")
