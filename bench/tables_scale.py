@@ -142,7 +142,7 @@ def resuming(root: Path, _: Path) -> Callable[[], object]:
         )
         ema.restore()
         ema.update()
-        while not list(root.glob(f"step-{last + 1:012d}-*/rank-*")):
+        while not ema.stats().snapshots:
             time.sleep(0.001)
 
     return call

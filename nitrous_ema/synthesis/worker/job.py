@@ -73,7 +73,7 @@ class Job:
                 with thread_errors():
                     drain.start()
             except NitrousError:
-                process.kill()  # nobody would read its pipes
+                process.kill()  # its pipes would not be read
                 process.wait()
                 raise
 
