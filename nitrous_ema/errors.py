@@ -122,7 +122,10 @@ class SnapshotUnsupported(SnapshotUnreadable):
 
 
 class SnapshotUnavailable(SnapshotUnreadable):
-    """The disk or the network file system failed whenever a file was read; nothing is known about the file itself."""
+    """A snapshot cannot be looked at: its disk or network file system fails, or this user may not read it.
+
+    Nothing is known about the file itself.
+    """
 
 
 class SnapshotDamaged(SnapshotUnreadable):

@@ -63,6 +63,8 @@ UNAVAILABLE = frozenset(
     if hasattr(errno, name)
 )
 """Errors of a disk or a server that fails: no evidence about the file that was to be read."""
+FORBIDDEN = frozenset((errno.EACCES, errno.EPERM))
+"""Errors of a user without permission: no evidence about the file either."""
 _WAITS_SECONDS = (0.1, 1.0, 5.0)  # before each further attempt: a remount takes seconds, a stale handle nothing
 _BYTES_LOST = NO_SPACE | {errno.EIO}
 

@@ -20,7 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from nitrous_ema.errors import SnapshotDamaged, SnapshotUnavailable, SnapshotUnreadable
-from nitrous_ema.snapshots.filesystem import UNAVAILABLE, reason
+from nitrous_ema.snapshots.filesystem import FORBIDDEN, UNAVAILABLE, reason
 
 IMPORTED = "imported"
 """Field of a stamp's ``trainer`` in snapshots that were imported: the fingerprint of their legacy files."""
@@ -188,24 +188,26 @@ def damaged(path: Path, reason: str, *, chunk: int | None = None) -> SnapshotDam
 
 
 def unreadable(path: Path, error: OSError, what: str = "read") -> SnapshotUnreadable:
-    """Return the error for a file that the system does not read: the file's own, or that of its file system.
+    """Return the error for a file or folder that the system does not read: its own, or that of its file system.
 
     Args:
-        path: The file, under its final name.
+        path: The file or the snapshot's folder, under its final name.
         error: Why the call failed.
         what: The call.
     """
-    if error.errno not in UNAVAILABLE:
-        return damaged(path, f"it cannot be {what}: {reason(error, path)}")
-    known = parse_folder_name(path.parent.name)
+    known = parse_folder_name(path.parent.name) or parse_folder_name(path.name)
     step = known[0] if known else None
+    if error.errno in FORBIDDEN:
+        text = f"{path} cannot be {what}: {reason(error, path)}. It may be intact: give this user access to it."
+    elif error.errno in UNAVAILABLE:
+        text = (
+            f"{path} could not be {what}, after several attempts: {reason(error, path)}. Its disk or network file "
+            "system fails, and it may be intact: check the file system, then try again."
+        )
+    else:
+        return damaged(path, f"it cannot be {what}: {reason(error, path)}")
     or_exclude = "" if step is None else f" If the error persists: {exclusion_hint(step)}"
-    return SnapshotUnavailable(
-        f"{path} could not be {what}, after several attempts: {reason(error, path)}. Its disk or network file system "
-        f"fails, and the file may be intact: check the file system, then try again.{or_exclude}",
-        path=path,
-        step=step,
-    )
+    return SnapshotUnavailable(text + or_exclude, path=path, step=step)
 
 
 def exclusion_hint(step: int) -> str:

@@ -67,6 +67,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import secrets
 import stat
 import time
@@ -214,6 +215,7 @@ class SnapshotRemover:
     def remove_hidden(self, older_than_seconds: float = 0.0) -> int:
         """Unlink hidden snapshots; see ``SnapshotStore.remove_hidden``."""
         claimed, names = [], self._root_names()
+        failures: list[SnapshotError] = []
         for folder in self._hidden(names):
             if known := parse_folder_name(folder.name):  # hidden by a note
                 # A pin may have been missing when the first names were listed, and the note there with the last ones.
@@ -225,25 +227,43 @@ class SnapshotRemover:
                 claimed.append(folder)
             elif self._is_pinned(folder):
                 self._unhide(folder)
-            elif self._is_older(folder, older_than_seconds) and (own := self._claim(folder)):
-                claimed.append(own)
-        freed_bytes = self._remove_claimed(claimed) if claimed else 0
+            elif self._is_older(folder, older_than_seconds):
+                try:
+                    claimed += self._claim(folder)
+                except OSError as error:
+                    self._collect(folder, error, failures)
+        freed_bytes = self._remove_claimed(claimed, failures) if claimed else 0
         if any(map(parse_dropped_note_name, names)):
             self._remove_dropped_notes()
+        if failures:
+            raise failures[0]
         return freed_bytes
 
-    def _remove_claimed(self, claimed: list[Path]) -> int:
+    def _collect(self, folder: Path, error: OSError, failures: list[SnapshotError]) -> None:
+        """Collect a failure to remove a folder. The first is raised when all were tried: the others must not stay.
+
+        Where only another user may remove the folder, this is left to that user.
+        """
+        if isinstance(error, PermissionError) and self._is_of_another_user(folder):
+            _log.info("%s is another user's, and was not removed: %s", folder, error)
+        else:
+            failures.append(_failed(folder, f"{folder} could not be removed", error))
+
+    def _is_of_another_user(self, folder: Path) -> bool:
+        try:
+            return self.files.lstat(folder).st_uid != os.geteuid()
+        except OSError:
+            return False
+
+    def _remove_claimed(self, claimed: list[Path], failures: list[SnapshotError]) -> int:
         # Needed for folders of other processes as well: they may have died between rename and fsync (REMOVE-1).
         self._sync_root("nothing was removed")
-        freed_bytes, failure = 0, None
-        # The first failure is raised only after all folders were tried: the other folders must not stay on disk.
+        freed_bytes = 0
         for folder in claimed:
             try:
                 freed_bytes += self._remove(folder)
             except OSError as error:
-                failure = failure or _failed(folder, f"{folder} could not be removed", error)
-        if failure is not None:
-            raise failure
+                self._collect(folder, error, failures)
         return freed_bytes
 
     def _remove_dropped_notes(self) -> None:
@@ -278,8 +298,8 @@ class SnapshotRemover:
         _log.info("renamed the hidden snapshot %s back, since it is pinned", folder)
         return True
 
-    def _claim(self, hidden: Path) -> Path | None:
-        """Rename a hidden folder to the name under which it is unlinked; None if another process has renamed it.
+    def _claim(self, hidden: Path) -> list[Path]:
+        """Rename a hidden folder to the name under which it is unlinked; empty if another process has renamed it.
 
         The rename decides between this process and a pin: a folder with the new name is never renamed back.
         """
@@ -287,10 +307,8 @@ class SnapshotRemover:
         try:
             rename_to_new(self.files, hidden, claimed)
         except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise _failed(hidden, f"{hidden} could not be removed", error) from error
-        return claimed
+            return []
+        return [claimed]
 
     def _is_older(self, path: Path, seconds: float) -> bool:
         """Return whether a folder has not changed for this many seconds. Hiding it was its last change.
@@ -351,10 +369,12 @@ class SnapshotRemover:
         """Return the files under temporary names; see ``SnapshotStore.temporary``."""
         found = []
         for folder in self._folders():
-            for name in sorted(self._names(folder)):
-                if name.startswith((".rank-", ".probe")):
-                    with contextlib.suppress(FileNotFoundError):  # its writer has renamed it since
-                        found.append(self._temporary_file(folder / name))
+            # Its writer has renamed a file since; or a folder, such as another user's, cannot be looked at.
+            with contextlib.suppress(OSError):
+                for name in sorted(self._names(folder)):
+                    if name.startswith((".rank-", ".probe")):
+                        with contextlib.suppress(OSError):
+                            found.append(self._temporary_file(folder / name))
         return found
 
     def clean_up(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -19,7 +20,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nitrous_ema._base.arguments import nearest_to, pluralize
 from nitrous_ema._base.paths import local_path
-from nitrous_ema.errors import SnapshotError, SnapshotMismatch, SnapshotNotFound, SnapshotUnreadable
+from nitrous_ema.errors import (
+    SnapshotError,
+    SnapshotMismatch,
+    SnapshotNotFound,
+    SnapshotUnavailable,
+    SnapshotUnreadable,
+)
 from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.commit import Committer
 from nitrous_ema.snapshots.disk_space import explained
@@ -45,6 +52,8 @@ from nitrous_ema.snapshots.wrong_folder import right_folder
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
+
+_log = logging.getLogger(__name__)
 
 _Folders = dict[str, dict[int, Path]]  # by run and step
 _Result = TypeVar("_Result")
@@ -91,7 +100,7 @@ class SnapshotStore:
         Abandoned futures and unrelated runs are left out; incomplete snapshots are skipped.
 
         Args:
-            run: The last run of the history; by default the newest run that owns a snapshot.
+            run: The last run of the history; by default the newest run that owns a snapshot which this user may read.
             exclude: Steps to leave out, damaged or not.
 
         Returns:
@@ -118,7 +127,7 @@ class SnapshotStore:
 
         Args:
             step: Step of the snapshot; by default the last step. ``"nearest:1234"`` is the step nearest to 1234.
-            run: The last run of the history; by default the newest run that owns a snapshot.
+            run: The last run of the history; by default the newest run that owns a snapshot which this user may read.
             exclude: Steps to leave out.
 
         Raises:
@@ -196,7 +205,7 @@ class SnapshotStore:
         try:
             lineage = self._lineage(run, folders, ())
         except SnapshotUnreadable as error:  # the run has unreadable snapshots only, so its ancestors are not known
-            known = parse_folder_name(error.path.parent.name)
+            known = parse_folder_name(error.path.parent.name) or parse_folder_name(error.path.name)
             lineage = ((known[1], None),) if known else ()
         found: dict[int, Snapshot] = {}
         damaged: dict[int, SnapshotUnreadable | SnapshotMismatch] = {}
@@ -254,7 +263,12 @@ class SnapshotStore:
         """
         failures: list[VerificationFailure] = []
         for folder in _all_folders(self._folders()):
-            for name in sorted(self._inspector.names(folder)[0]):
+            try:
+                names = self._inspector.names(folder)[0]
+            except SnapshotUnreadable as error:
+                failures.append(VerificationFailure(folder, error.step or 0, None, str(error)))
+                continue
+            for name in sorted(names):
                 if parse_rank_file_name(without_one_pass(name)) or is_merged_file_name(name):
                     failures += self._inspector.verify_file(folder / name)
         return failures
@@ -474,8 +488,14 @@ class SnapshotStore:
     def _lineage(self, run: str | None, folders: _Folders, exclude: Collection[int]) -> Lineage:
         """Return the lineage that a run's snapshots record; empty if the folder has no snapshot and no run is named."""
         # Run ids begin with the time at which a run began, so their order is that of the runs.
+        forbidden: SnapshotUnavailable | None = None
         for candidate in sorted(folders, reverse=True) if run is None else [run]:
             last = self._last_committed(folders.get(candidate, {}))
+            if run is None and isinstance(last, SnapshotUnavailable) and isinstance(last.__cause__, PermissionError):
+                # Another user's run: it would be of no use as the default, and ``unrelated_runs`` returns it.
+                _log.info("run %s is not the default, because this user may not read it: %s", candidate, last)
+                forbidden = forbidden or last
+                continue
             if isinstance(last, Snapshot):
                 return last.stamp.lineage
             if last is not None and last.step in exclude:
@@ -488,6 +508,8 @@ class SnapshotStore:
             # Damage in the newest run must not make an older run the default without notice.
             if last is not None:
                 raise last
+        if forbidden is not None:
+            raise forbidden
         if run is None:
             return ()
         existing = f"{', '.join(runs)}. Choose one with run=." if (runs := self.runs()) else "none. Check the path."

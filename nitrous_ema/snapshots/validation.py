@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 _READ_BYTES = 4 * 2**20
-# Errors of the process (no permission, too many open files, no memory): they are no evidence that a file is damaged.
-_PROCESS_ERRORS = frozenset((errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM))
+# Errors of the process (too many open files, no memory): they are no evidence about a snapshot, and would be the same
+# for each. All other errors are those of one snapshot, and must not keep a reader from the others.
+_PROCESS_ERRORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM))
 
 
 class FolderGone(Exception):
@@ -65,7 +66,11 @@ class FolderInspector:
         self.files = files
 
     def names(self, folder: Path) -> tuple[list[str], bool]:
-        """Return the names in a snapshot's folder, and whether the folder still has its own name (is not hidden)."""
+        """Return the names in a snapshot's folder, and whether the folder still has its own name (is not hidden).
+
+        Raises:
+            SnapshotUnavailable: The folder cannot be listed.
+        """
         for place in (folder, folder.with_name(hidden_name(folder.name))):
             try:
                 return repeated(partial(self.files.list, place), self.files.wait), place == folder
@@ -77,7 +82,10 @@ class FolderInspector:
             except OSError as error:
                 if error.errno == errno.ELOOP:
                     return [], True  # a link to itself
-                raise SnapshotError(f"{folder} cannot be listed: {explained(error, folder)}", path=folder) from error
+                if error.errno in _PROCESS_ERRORS:
+                    what = f"{folder} cannot be listed: {explained(error, folder)}"
+                    raise SnapshotError(what, path=folder) from error
+                raise unreadable(folder, error, "listed") from error
         return [], False
 
     def examine(self, folder: Path) -> Snapshot | Incomplete | SnapshotUnreadable:
@@ -90,7 +98,10 @@ class FolderInspector:
         # and restored it. The second listing distinguishes the two.
         for _ in range(2):
             ranks: dict[int, dict[int, str]] = {}
-            names, is_listed = self.names(folder)
+            try:
+                names, is_listed = self.names(folder)
+            except SnapshotUnreadable as error:
+                return error
             # In ascending order, so that of several files of a rank that were written in one pass the newest is left.
             for name in sorted(names):
                 if parsed := parse_rank_file_name(without_one_pass(name)):
@@ -204,8 +215,8 @@ class FolderInspector:
                     raise
                 if error.errno in _PROCESS_ERRORS:
                     raise SnapshotError(
-                        f"{path} cannot be opened: {reason(error, path)}. The file may be intact: check its "
-                        "permissions and this process's limit of open files, then try again.",
+                        f"{path} cannot be opened: {reason(error, path)}. The file may be intact: check this "
+                        "process's limit of open files, then try again.",
                         path=path,
                     ) from error
                 raise unreadable(path, error, "opened") from error

@@ -23,7 +23,9 @@ ELSEWHERE = {
 """Calls that may stay, with the reason."""
 
 MODULES = ("os", "os.path", "shutil", "tempfile", "fcntl")
-PURE = frozenset(("fspath", "fsencode", "fsdecode", "strerror", "getpid", "getcwd", "sched_getaffinity", "cpu_count"))
+PURE = frozenset(
+    ("fspath", "fsencode", "fsdecode", "strerror", "getpid", "geteuid", "getcwd", "sched_getaffinity", "cpu_count")
+)
 PURE |= {"join", "basename", "dirname", "splitext", "isabs", "normpath", "samestat"}
 """Functions of ``os`` and ``os.path`` that look at no file of a folder."""
 OTHERS = frozenset(("path", "PathLike", "environ", "stat_result", "get_terminal_size", "devnull"))

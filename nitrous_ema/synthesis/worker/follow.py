@@ -181,7 +181,7 @@ class RunFollower:
         listed = {each.paths[0].parent.name for each in self.snapshots.listed}
         # A snapshot is committed by the name of its file, so the names of folders alone would not show the commit.
         for name in [name for name in names if name not in listed and parse_folder_name(name)]:
-            with suppress(FileNotFoundError, NotADirectoryError):
+            with suppress(OSError):  # it was removed, or is a bad one: another user's, or a link to itself
                 inside = repeated(partial(files.list, root / name), files.wait)
                 names.update(self._committed_names(name, inside))
         return frozenset(names)

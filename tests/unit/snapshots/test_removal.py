@@ -458,6 +458,51 @@ def test_snapshot_is_not_written_through_a_link_in_place_of_its_folder(store, tm
     assert everything_in(tmp_path / "elsewhere") == {}
 
 
+# Hidden snapshots that cannot be removed
+
+
+class Kept(FileSystem):
+    """Refuses to rename or empty the hidden folder of step 10, whose owner has this user id."""
+
+    def __init__(self, call, owner):
+        self.call, self.owner = call, owner
+
+    def refuse(self, call, path):
+        if call == self.call and "step-000000000010" in str(path):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def rename_new(self, source, target):
+        self.refuse("rename", source)
+        super().rename_new(source, target)
+
+    def unlink(self, path):
+        self.refuse("unlink", path)
+        super().unlink(path)
+
+    def lstat(self, path):
+        status = super().lstat(path)
+        if "step-000000000010" not in str(path):
+            return status
+        return os.stat_result([*status[:4], self.owner, *status[5:10]], {"st_ctime": status.st_ctime})
+
+
+@pytest.mark.parametrize("call", ["rename", "unlink"])
+def test_hidden_snapshot_of_another_user_is_left_to_that_user(store, call):
+    snapshots = store.snapshots()
+    store.hide(snapshots[:2])
+    other = SnapshotStore(store.root, files=Kept(call, os.geteuid() + 1))
+    assert other.remove_hidden() == snapshots[1].bytes
+    assert len(other.hidden()) == 1
+
+
+@pytest.mark.parametrize("call", ["rename", "unlink"])
+def test_failure_to_remove_one_is_raised_when_the_others_are_gone(store, call):
+    store.hide(store.snapshots()[:2])
+    with pytest.raises(SnapshotError, match=r"step-000000000010.* could not be removed: Operation not permitted"):
+        SnapshotStore(store.root, files=Kept(call, os.geteuid())).remove_hidden()
+    assert len(store.hidden()) == 1
+
+
 # Readers
 
 
