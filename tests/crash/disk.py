@@ -118,6 +118,7 @@ class Disk(FileSystem):
             look and the call that follows from it.
         replaces_only: ``renameat2`` is not supported.
         keeps_folders: No folder can be renamed.
+        one_pass: Nothing can be renamed, and bytes are written in their order only.
         most_bytes: The longest write or read that succeeds in one call.
     """
 
@@ -129,6 +130,7 @@ class Disk(FileSystem):
         turns: Turns | None = None,
         replaces_only: bool = False,
         keeps_folders: bool = False,
+        one_pass: bool = False,
         most_bytes: int = 1 << 30,
         turns_to_look: bool = False,
     ) -> None:
@@ -146,6 +148,7 @@ class Disk(FileSystem):
         self.turns = turns
         self._replaces_only = replaces_only
         self._keeps_folders = keeps_folders
+        self._one_pass = one_pass
         self._turns_to_look = turns_to_look
         self._calls_left: int | None = None  # until the process is killed
         self.most_bytes = most_bytes
@@ -196,14 +199,18 @@ class Disk(FileSystem):
         self._write(self.open[descriptor][0], size_bytes - 1, b"\0")
 
     def write_at(self, descriptor: int, buffer: bytes, offset: int) -> int:
-        inode, _ = self.open[descriptor]
+        inode, path = self.open[descriptor]
         content = bytes(memoryview(buffer)[: self.most_bytes])
+        if self._one_pass and offset != len(self.contents[inode]):
+            raise _error(errno.EINVAL, descriptor)
         try:
             self._enter("write_at", inode)
         except OSError:
             self._write(inode, offset, content[: len(content) // 2])
             raise
         self._write(inode, offset, content)
+        if self._one_pass:  # the last byte makes a file what it should be, whether or not it is closed
+            self.finished.setdefault(path, set()).add(bytes(self.contents[inode]))
         return len(content)
 
     def start_writeback(self, descriptor: int, offset: int, size_bytes: int) -> None:
@@ -224,6 +231,8 @@ class Disk(FileSystem):
 
     def rename(self, source: Path, target: Path) -> None:
         self._enter("rename")
+        if self._one_pass:
+            raise _error(errno.ENOSYS, source)
         folder, name = self._parent(source)
         new_folder, new_name = self._parent(target)
         if name not in self.folders[folder]:

@@ -120,8 +120,15 @@ def _slots(edits: Edits, folder: Path) -> None:
     raise Violation("a failed write is not reported")
 
 
+def _killed_in_one_pass(edits: Edits, folder: Path) -> None:
+    subject = load_subject(edits)
+    for seed in range(60):
+        check_end(runs.record(runs.KILLED_IN_ONE_PASS, subject, seed), subject)
+
+
 CHECKS: dict[str, Callable[[Edits, Path], None]] = {
     **{name: functools.partial(_crashes, name) for name in runs.NAMES},
+    runs.KILLED_IN_ONE_PASS: _killed_in_one_pass,
     "disk that forgets": functools.partial(_forgetful, orderly=False),
     "disk that forgets, in order": functools.partial(_forgetful, orderly=True),
     "flipped bits, cut and moved files": lambda edits, folder: check_rot(load_subject(edits), every=7) and None,
@@ -282,6 +289,11 @@ MUTATIONS: Sequence[Mutation] = (
         "            return Snapshot(")),
     _in_store("no abandoned snapshots", "resumed, later forgotten", (
         " or step <= left_at\n", " or True\n")),
+    _in_validation("size of a file in one pass, compared before it is called damaged", runs.KILLED_IN_ONE_PASS, (
+        "if _is_unfinished(error) else error", "if False else error")),
+    _in_commit("header before the data of a file in one pass", runs.KILLED_IN_ONE_PASS, (
+        "            write_fully(self.files, descriptor, sums.encoded(stamp), 0)\n            for",
+        "            write_fully(self.files, descriptor, bytes(header.data_begin), 0)\n            for")),
     _in_removal("fsync of ROOT before snapshots are called hidden", "thinned", (
         '                self._sync_root("hidden', '                0 and self._sync_root("hidden')),
     _in_removal("fsync of ROOT between hiding and unlinking", "killed while thinning", (

@@ -303,6 +303,7 @@ _PLANS = {
     "three writer threads": _Plan(_threads),
     "ranks that start together": _Plan(_ranks_that_start_together, world_size=2),
     "killed and started again": _Plan(_killed),
+    "killed in one pass": _Plan(_killed, {"one_pass": True}),
     "thinned": _Plan(_thinned, num_failures=2),
     "thinned by two at once": _Plan(_thinned_by_two, {"turns_to_look": True}, world_size=2),
     "pinned meanwhile": _Plan(_pinned_meanwhile, {"turns_to_look": True}, world_size=2),
@@ -333,7 +334,9 @@ _PLANS = {
     "twins without renameat2": _Plan(_twins, {"replaces_only": True}, num_failures=1),
 }
 
-NAMES = tuple(_PLANS)
+KILLED_IN_ONE_PASS = "killed in one pass"
+NAMES = tuple(name for name in _PLANS if name != KILLED_IN_ONE_PASS)
+"""Runs after which a machine may stop. Files that are written in one pass are as safe then as their file system."""
 KILLED, KILLED_THINNING = "killed and started again", "killed while thinning"
 KILLED_BY_FILES = "killed while thinning file by file"
 KILLS = {KILLED: range(32), KILLED_THINNING: range(4, 18), KILLED_BY_FILES: range(4, 24)}

@@ -75,6 +75,8 @@ def load_subject(edits: Edits | None = None) -> Subject:
     processes = Processes(random=lambda size_bytes: f"{next(names):0{2 * size_bytes}x}")
     removal.secrets = SimpleNamespace(token_hex=processes.random)
     commit.temporary_name, removal.writer_state = processes.temporary_name, processes.writer_state
+    moments = itertools.count(1)
+    commit.time = SimpleNamespace(time_ns=lambda: next(moments))
     removal.time = SimpleNamespace(time=lambda: NOW)
     validation = modules["snapshots.validation"]
     validation.decode_header = _cached(validation.decode_header)

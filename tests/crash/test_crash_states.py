@@ -73,6 +73,15 @@ def test_in_no_order_of_calls_is_a_pinned_or_a_new_snapshot_lost(subject, name):
         check_end(record(name, subject, seed), subject)
 
 
+def test_killed_writer_in_one_pass_leaves_whole_files_or_none_that_are_listed(subject):
+    incomplete = 0
+    for seed in range(60):
+        recording = record(runs.KILLED_IN_ONE_PASS, subject, seed)
+        check_end(recording, subject)
+        incomplete += len(subject.store.SnapshotStore(runs.ROOT, files=recording.disk).incomplete())
+    assert incomplete > 5  # files that were cut
+
+
 def test_tens_of_thousands_of_disks_were_checked(tallies):
     if tallies.keys() != set(RUNS):
         pytest.skip("only after all the tests above")
