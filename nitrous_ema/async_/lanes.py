@@ -10,7 +10,8 @@ events. Its Python code runs on the caller's thread and only queues work. Both l
 Which work waits for which on an accelerator, and by which event:
 
 LANE-1  Averaging reads parameters after what the  _ready    test_update_reads_the_weights_of_its_own_step
-    caller has queued before.
+    caller has queued before update(); so does a   _deferred test_deferred_update_is_ordered_whoever_asks_for_it
+    stash, on whichever stream it is made.
 LANE-2  The caller writes parameters after         _read     test_optimizer_does_not_write_what_is_still_read
     averaging has read them; it does not wait for            test_optimizer_does_not_wait_for_a_snapshot_copy
     work that reads no parameters.
@@ -19,8 +20,9 @@ LANE-3  A readback reads averages after the last   _done     test_snapshot_holds
 LANE-4  Averages are written after the readback    marks     test_next_update_waits_for_the_snapshot_copy
     of their range has read them.
 LANE-5  The caller reads averages after the last   _done     test_averages_can_be_read_at_any_time
-    update wrote them, and the next update writes  _ready
-    them after that read.
+    update wrote them, and the next update writes  _ready    test_averages_can_be_read_on_another_stream
+    them after what was queued since on the streams
+    where they were read.
 LANE-6  Averaging reads stashed parameters after   _stashed  test_stashed_parameters_are_averaged_after_the_copy
     they were stashed, and parameters are written            test_parameters_are_written_after_they_were_stashed
     after they were stashed, on whichever streams
@@ -99,6 +101,9 @@ class ThreadLane:
     def stash(self, work: Work) -> None:
         """Run the work now: on the CPU the caller's earlier work is done when it calls."""
         work()
+
+    def order_deferred(self) -> None:
+        """Do nothing: on the CPU the caller's earlier work is done when it calls."""
 
     def order_writer(self) -> None:
         """Block until all queued work so far that reads parameters is done; work queued behind it is not waited for."""
@@ -211,15 +216,19 @@ class AcceleratorLane:
         self._read = torch.Event(device)  # recorded after the last averaging work that reads parameters
         self._stashed = torch.Event(device)  # recorded after the caller has last stashed parameters
         self._done = torch.Event(device)  # recorded after the last averaging work
+        self._deferred = torch.Event(device)  # recorded after what the caller had queued at the last deferred update
         # Waits for events that were never recorded are left out: they would wait for nothing.
-        self._has_read = self._has_stashed = self._has_run = False
+        self._has_read = self._has_stashed = self._has_run = self._has_deferred = False
+        self._readers: set[torch.Stream] = set()  # where averages may have been read since the last averaging work
 
     def enqueue_write(self, work: Work, *, reads_parameters: bool = True, abandon: Work | None = None) -> None:
         """Queue averaging work on the side stream."""
         # For two reasons: the work reads parameters that the caller has written (LANE-1), and writes averages that the
         # caller may be reading (LANE-5).
-        self._ready.record(_current_stream(self._device))
-        self._update_stream.wait_event(self._ready)
+        for stream in {_current_stream(self._device), *self._readers}:
+            self._ready.record(stream)
+            self._update_stream.wait_event(self._ready)
+        self._readers.clear()
         try:
             with _entered(self._update_stream):
                 attempt(work, abandon)
@@ -255,10 +264,23 @@ class AcceleratorLane:
             # The last stash may have been made on another stream. After this wait the event, recorded below, stands for
             # both stashes.
             caller.wait_event(self._stashed)
+        if self._has_deferred:
+            # The parameters may have been written on another stream, which the caller has left since update().
+            caller.wait_event(self._deferred)
         work()
         self._stashed.record(caller)
         self._has_stashed = True
         self._update_stream.wait_event(self._stashed)
+
+    def order_deferred(self) -> None:
+        """Order later work and stashes, on the device, after what the caller has queued so far."""
+        caller = _current_stream(self._device)
+        if self._has_deferred:
+            # As in stash(): the event, recorded below, then stands for all updates that were deferred.
+            caller.wait_event(self._deferred)
+        self._deferred.record(caller)
+        self._has_deferred = True
+        self._update_stream.wait_event(self._deferred)
 
     def order_writer(self) -> None:
         """Make the caller's current stream wait, on the device, until parameters were read; the host does not wait."""
@@ -271,8 +293,10 @@ class AcceleratorLane:
 
     def order_reader(self) -> None:
         """Make the caller's current stream wait, on the device, for all averaging so far; the host does not wait."""
+        caller = _current_stream(self._device)
+        self._readers.add(caller)
         if self._has_run:
-            _current_stream(self._device).wait_event(self._done)
+            caller.wait_event(self._done)
 
     def is_capturing(self) -> bool:
         """Return whether the current stream is being captured into a graph; False if the backend has no graphs."""

@@ -180,6 +180,7 @@ class DeferredUpdates:
             self._lane.enqueue_write(partial(_run, placed.step, sources, weights, None, flag))
             return
         # Also where no readback is in flight any more: updates that are deferred come first (DEFER-2).
+        self._lane.order_deferred()
         self._deferred.append(_DeferredUpdate(placed, sources, weights, flag, set(range(len(placed.step.batches)))))
         self._enqueue_unblocked(readbacks)
 

@@ -174,9 +174,10 @@ class UpdateDispatcher:
 
     def order_readers(self) -> None:
         """Order the caller's next use of the averages after every update so far."""
-        self.flush_deferred()  # order_reader() covers queued work only
-        for lane in self.lanes():
-            lane.order_reader()
+        with self._lock:
+            self.flush_deferred()  # order_reader() covers queued work only
+            for lane in self.lanes():
+                lane.order_reader()
 
     def is_capturing(self) -> bool:
         """Return whether the caller's work is now being captured into a graph."""

@@ -30,6 +30,9 @@ class InlineLane:
         """Run the work now."""
         work()
 
+    def order_deferred(self) -> None:
+        """Do nothing: this lane runs all work where the caller is."""
+
     def order_writer(self) -> None:
         """Do nothing: no work of this lane is ever pending."""
 

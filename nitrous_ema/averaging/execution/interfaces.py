@@ -73,11 +73,17 @@ class Lane(Protocol):
         Later ``enqueue_write`` and ``order_writer`` calls are ordered after it.
         """
 
+    def order_deferred(self) -> None:
+        """Order work and stashes that are queued later after everything that the caller has queued so far.
+
+        The caller may be elsewhere then, and need not be ordered after what it has queued here.
+        """
+
     def order_writer(self) -> None:
         """Order the caller's next use of the parameters after all work queued so far that reads them."""
 
     def order_reader(self) -> None:
-        """Order the caller's next use of the averages after every ``enqueue_write`` so far."""
+        """Order the caller's next use of the averages between every ``enqueue_write`` so far and the next one."""
 
     def is_capturing(self) -> bool:
         """Return whether the caller's work is now being captured into a graph, to be replayed later."""

@@ -352,6 +352,24 @@ def _read_state(loop: Loop) -> None:
         loop.seen[f"{key} after step {loop.step}"] = value
 
 
+def _elsewhere(loop: Loop, use: Callable[[Loop], None]) -> None:
+    """Use the averages on another stream than the trainer's, with no wait between the two streams."""
+    before = torch.accelerator.current_stream() if loop.on_accelerator else None
+    if before is not None:
+        torch.accelerator.set_stream(torch.Stream(device=loop.device))
+    use(loop)
+    if before is not None:
+        torch.accelerator.set_stream(before)
+
+
+def _read_late_state_elsewhere(loop: Loop) -> None:
+    """Read the averages when the copies that an update was deferred for have just ended."""
+    if loop.step in (2, 4):
+        if loop.on_accelerator:
+            _end_copies(loop)
+        _elsewhere(loop, _read_state)
+
+
 def _flush_in_the_middle(loop: Loop) -> None:
     if loop.step == 2:
         laggy.release_copies()
@@ -432,6 +450,9 @@ THEN: dict[str, Callable[[Loop], None]] = {
     "cast ema_model": partial(_use_held_model, change=lambda module: module.bfloat16()),
     "average_parameters": _use_swapped_model,
     "state_dict": _read_state,
+    "state_dict elsewhere": partial(_elsewhere, use=_read_state),
+    "late state_dict elsewhere": _read_late_state_elsewhere,
+    "checkpoint elsewhere": partial(_elsewhere, use=lambda loop: _checkpoint(loop)),
     "flush": _flush_in_the_middle,
     "copy to the model": _copy_to_model,
     "grow a buffer": _grow_buffer,

@@ -81,6 +81,27 @@ LINES: dict[str, Line] = {
         (("if reads_parameters:", "if True:"),),
         {**HELD, **MANUAL, "then": "checkpoint", "max_pending": 6},
     ),
+    "deferred update does not wait for the trainer": Line(
+        "LANE-1",
+        LANES,
+        "AcceleratorLane.order_deferred",
+        (("self._update_stream.wait_event(self._deferred)", "pass"),),
+        {"hold": [[1, 3], []], "then": "late state_dict elsewhere"},
+    ),
+    "parameters stashed before they are written": Line(
+        "LANE-1",
+        LANES,
+        "AcceleratorLane.stash",
+        (("caller.wait_event(self._deferred)", "pass"),),
+        {**HELD, **MANUAL, "then": "checkpoint elsewhere", "max_pending": 6},
+    ),
+    "averages overwritten while another stream reads them": Line(
+        "LANE-5",
+        LANES,
+        "AcceleratorLane.enqueue_write",
+        (("*self._readers", ""),),
+        {"then": "state_dict elsewhere"},
+    ),
     "snapshot copied before the update": Line(
         "LANE-3", LANES, "AcceleratorLane.enqueue_read", (("self._copy_stream.wait_event(self._done)", "pass"),)
     ),
@@ -95,7 +116,7 @@ LINES: dict[str, Line] = {
         "LANE-5",
         LANES,
         "AcceleratorLane.order_reader",
-        (("_current_stream(self._device).wait_event(self._done)", "pass"),),
+        (("caller.wait_event(self._done)", "pass"),),
         {"then": "ema_model"},
     ),
     "forward of a held module before the update": Line(

@@ -175,6 +175,9 @@ CASES = {
     "snapshots": {**MANUAL, "then": "checkpoint"},
     "load": {**MANUAL, "then": "load other values"},
     "read": {"then": "state_dict"},
+    "read elsewhere": {"then": "state_dict elsewhere"},
+    "deferred, then elsewhere": {**HELD, **MANUAL, "then": "checkpoint elsewhere", "max_pending": 6},
+    "late, then elsewhere": {"hold": [[1, 3], []], "then": "late state_dict elsewhere"},
     "long copy": HELD,
     "stashed": {**MANUAL, "writes": "two streams between copies"},
     "stashed on another stream": {**HELD, "writes": "two streams"},
@@ -216,6 +219,17 @@ def test_next_update_waits_for_the_snapshot_copy(wrong):
 @pytest.mark.slow
 def test_averages_can_be_read_at_any_time(wrong):
     assert wrong["read"] == []
+
+
+@pytest.mark.slow
+def test_averages_can_be_read_on_another_stream(wrong):
+    assert wrong["read elsewhere"] == []
+
+
+@pytest.mark.slow
+def test_deferred_update_is_ordered_whoever_asks_for_it(wrong):
+    assert wrong["deferred, then elsewhere"] == []
+    assert wrong["late, then elsewhere"] == []
 
 
 @pytest.mark.slow
