@@ -244,8 +244,8 @@ def _fill(
     """Queue the readbacks of one device. Runs on its lane."""
     if slot.count is not None:
         slot.num_skipped.copy_(slot.count, non_blocking=pool.is_pinned)
-    for span, page in zip(pool.spans, slot.pages, strict=True):
-        copier.copy(pending.flat_buffers, span, page, non_blocking=pool.is_pinned)
+    for index in pool.order:
+        copier.copy(pending.flat_buffers, pool.spans[index], slot.pages[index], non_blocking=pool.is_pinned)
         # The mark comes before the kernel that lets other copies run. Behind the kernel, everything that holds up the
         # kernel would also delay the mark.
         copies.record()
@@ -304,9 +304,9 @@ def _write(slot: Slot, retaining_writer: RetainingWriter) -> None:
 
 def _pages(slot: Slot) -> Iterator[memoryview]:
     """Yield the pages in order, each after its readbacks have finished."""
-    for index, page in enumerate(slot.pages):
+    for number, page in zip(slot.numbers, slot.pages, strict=True):
         for copies in slot.copies.values():
-            copies.wait_for_page(index)
+            copies.wait_for_page(number)
         yield page.numpy().data
 
 

@@ -62,7 +62,8 @@ class AsyncPostHocEMA(PostHocEMA):
         scratch: The most device memory, per device, in bytes or as in ``"4GiB"``, for stashed parameters: parameters
             that the optimizer writes while a snapshot's copy to the host still reads their averages. The memory is
             allocated when first needed, if copying a snapshot takes longer than a training step, and then held. None:
-            as much as the parameters take. Where the memory does not suffice, the optimizer waits for the copy.
+            as much as the parameters take, and up to 96 MiB more. Where the memory does not suffice, the optimizer
+            waits for the copy.
         offload: ``"host"`` stores the averages in host memory and averages there, in a thread. No device memory is used
             for them, but pinned host memory for two more copies of the parameters, in their own types. Each update
             copies the parameters to the host, and the next optimizer step waits for that copy. Choose ``update_every``

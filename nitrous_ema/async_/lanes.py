@@ -102,6 +102,10 @@ class ThreadLane:
         """Run the work now: on the CPU the caller's earlier work is done when it calls."""
         work()
 
+    def allocate(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """Return new memory."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
     def order_deferred(self) -> None:
         """Do nothing: on the CPU the caller's earlier work is done when it calls."""
 
@@ -196,7 +200,7 @@ def _error_of(work: Work, abandon: Work | None, *, failed: bool) -> BaseExceptio
 
 
 class AcceleratorLane:
-    """A side stream for averaging and a second one for readbacks, on one device.
+    """A side stream for averaging, a second one for readbacks, and a third one for memory, on one device.
 
     Two streams, because a readback may take longer than several steps: on a common stream it would hold up the next
     update, and through it the optimizer.
@@ -209,6 +213,7 @@ class AcceleratorLane:
         self._device = device
         self._update_stream = torch.Stream(device=device)
         self._copy_stream = torch.Stream(device=device)
+        self._memory_stream = torch.Stream(device=device)
         # Made once and recorded again and again: making events in the training loop would stall on the driver's lock.
         # A stream that already waits for an event is not affected when the event is recorded again (CUDA's contract;
         # tests/support/laggy/contract.py states it for the fake device).
@@ -267,10 +272,24 @@ class AcceleratorLane:
         if self._has_deferred:
             # The parameters may have been written on another stream, which the caller has left since update().
             caller.wait_event(self._deferred)
-        work()
+        with _entered(caller):  # makes the lane's device current, too
+            work()
         self._stashed.record(caller)
         self._has_stashed = True
         self._update_stream.wait_event(self._stashed)
+
+    def allocate(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """Return new memory from the pool of a stream on which no work runs.
+
+        Memory of the caller's stream would be a block that the trainer is about to use again. Memory of the other two
+        streams may still be used by queued work.
+        """
+        with _entered(self._memory_stream):
+            memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            self._ready.record(self._memory_stream)
+        # torch hands out 32 streams in turn: this one may be a stream of the trainer's, with work of its own.
+        _current_stream(self._device).wait_event(self._ready)
+        return memory
 
     def order_deferred(self) -> None:
         """Order later work and stashes, on the device, after what the caller has queued so far."""

@@ -7,6 +7,10 @@ and allocated once. A slot has one owner at a time, so its pages need no lock. T
 waiting, with one mark per page and device: the writer can write the first pages while later pages are still being
 copied, and an update can average the ranges whose pages have been copied.
 
+A file has one profile after the other, but an update moves all profiles of a range. Readbacks are therefore queued by
+range: the first page of each profile, then the second of each. Otherwise no range would come free in the first half of
+a readback of two profiles.
+
 torch's allocator of pinned memory rounds every size up to a power of two (ATen/core/CachingHostAllocator.h). Where
 memory is pinned, a chunk whose size is not a power of two (the last chunk of a section) is therefore cut into several
 pages of such sizes.
@@ -33,6 +37,8 @@ STAGE-6  Marks are made once and recorded again for each          test_slot_is_n
     later copies after its copies.)
 STAGE-7  Readbacks that were not queued yet have not finished,    test_copies_have_not_finished_before_they_are_queued
     and readbacks of a snapshot that has left its slot have.      test_copies_of_a_slot_that_was_left_stay_finished
+STAGE-8  A range of the averages is read back in all profiles     test_readbacks_are_queued_range_by_range
+    before the next range is.                                     test_six_late_steps_fit_in_the_default_scratch
 
 Longer than 300 lines: slots and the copies into them change state together.
 """
@@ -57,42 +63,53 @@ _SMALLEST_BYTES = 4096  # pinned memory comes in pages of the system, of at leas
 
 
 class StagingCopies:
-    """The readbacks of one snapshot from one device: one per page, queued and finished in the order of the pages.
+    """The readbacks of one snapshot from one device: one per page, numbered and finished in the order of queueing.
 
     Called from several threads: threads that train, threads that step optimizers, and writers.
 
     Args:
-        marks: One per page; this object records them again.
+        marks: One per readback; this object records them again.
     """
 
     def __init__(self, marks: Sequence[Mark]) -> None:
         self._marks = marks
         self._lock = threading.Lock()
-        self._num_queued = 0  # pages whose readback is queued; guarded by _lock
-        self._num_finished = 0  # pages whose readback is known to have finished; only grows; guarded by _lock
+        self._num_queued = 0  # guarded by _lock
+        self._num_finished = 0  # readbacks that are known to have finished; only grows; guarded by _lock
 
     def record(self) -> None:
-        """Note that the readback into the next page is queued where the caller's work runs now."""
+        """Note that the next readback is queued where the caller's work runs now."""
         with self._lock:
             self._marks[self._num_queued].record()
             self._num_queued += 1
 
-    def wait_for_page(self, page: int) -> None:
-        """Block until a page is filled."""
+    def wait_for_page(self, number: int) -> None:
+        """Block until the page of a readback is filled."""
         # Without the lock: the wait may be long, and threads that train must be able to poll meanwhile. The writer has
         # the slot only after all marks were recorded.
-        self._marks[page].wait_on_host()
+        self._marks[number].wait_on_host()
 
-    def wait_on_device(self, first: int, last: int) -> None:
-        """Order the work queued next after the readbacks into pages ``[first, last)``."""
+    def wait_on_device(self, last: int) -> None:
+        """Order the work queued next after all readbacks before ``last``."""
         with self._lock:
-            # Finished pages must be left out: after end() their marks may already belong to the slot's next snapshot.
-            first = max(first, self._num_finished)
-            for mark in self._marks[first:last]:
-                mark.wait_on_device()
+            # Finished readbacks must be left out: after end() the marks may already belong to the slot's next snapshot.
+            if last > self._num_finished:
+                self._marks[last - 1].wait_on_device()
+
+    def num_finished(self) -> int:
+        """Return how many readbacks the host knows to have finished."""
+        low, high, step = self._num_finished, self._num_queued, 1
+        # In most calls the next readback has not finished, and nothing else is queried. Otherwise in strides.
+        while low < high:
+            last = min(low + step, high)
+            if self.have_finished(last):
+                low, step = last, 2 * step
+            else:
+                high, step = last - 1, 1
+        return low
 
     def have_finished(self, last: int) -> bool:
-        """Return whether the host knows that the readbacks into all pages before ``last`` have finished."""
+        """Return whether the host knows that all readbacks before ``last`` have finished."""
         with self._lock:
             # Readbacks finish in order, so the last mark stands for all. A mark that was not recorded for this snapshot
             # reports that it is reached, and must not be queried.
@@ -116,27 +133,34 @@ class SlotReadbacks:
 
     Args:
         begins: Where each page begins in the file's data.
+        numbers: The number of each page's readback.
         copies: The readbacks of each slot.
     """
 
-    def __init__(self, begins: Sequence[int], copies: Sequence[StagingCopies]) -> None:
-        self._begins = begins
+    def __init__(self, begins: Sequence[int], numbers: Sequence[int], copies: Sequence[StagingCopies]) -> None:
+        self._begins, self._numbers = begins, numbers
         self._copies = copies
+
+    @property
+    def num_finished(self) -> int:
+        """How many readbacks have finished in every slot, as far as the host knows."""
+        return min(copies.num_finished() for copies in self._copies)
 
     def wait_on_device(self, begin: int, end: int) -> None:
         """Order the work queued next after the readbacks of ``[begin, end)`` of the file's data."""
-        first, last = self._pages(begin, end)
+        last = self._last(begin, end)
         for copies in self._copies:
-            copies.wait_on_device(first, last)
+            copies.wait_on_device(last)
 
     def have_finished(self, begin: int, end: int) -> bool:
         """Return whether the host knows that the readbacks of ``[begin, end)`` have finished."""
-        _, last = self._pages(begin, end)
+        last = self._last(begin, end)
         return all(copies.have_finished(last) for copies in self._copies)
 
-    def _pages(self, begin: int, end: int) -> tuple[int, int]:
-        """Return the first page with bytes of a range, and the page after its last."""
-        return max(bisect_right(self._begins, begin) - 1, 0), bisect_left(self._begins, end)
+    def _last(self, begin: int, end: int) -> int:
+        """Return the number after that of the last readback into a page with bytes of a range."""
+        pages = slice(max(bisect_right(self._begins, begin) - 1, 0), bisect_left(self._begins, end))
+        return max(self._numbers[pages], default=-1) + 1
 
 
 class SlotState(Enum):
@@ -151,10 +175,12 @@ class SlotState(Enum):
 class Slot:
     """Host memory of one snapshot."""
 
-    pages: list[Tensor]  # uint8; touched only by the owner
+    pages: list[Tensor]  # uint8, in the order of the file; touched only by the owner
+    numbers: Sequence[int]  # per page, the number of its readback
     num_skipped: Tensor  # int64: updates that were skipped before the snapshot; filled before the first page
     count: Tensor | None = None  # the same on the device of the averages; made when first needed
-    marks: dict[torch.device, list[Mark]] = field(default_factory=dict)  # per page; made by the training thread, once
+    # Per readback; made by the training thread, once.
+    marks: dict[torch.device, list[Mark]] = field(default_factory=dict)
     copies: dict[torch.device, StagingCopies] = field(default_factory=dict)  # of the snapshot that it carries
     state: SlotState = SlotState.FREE  # guarded by SlotPool._lock
     pending: PendingSnapshot | None = None  # the snapshot that it carries; set by the training thread
@@ -179,11 +205,24 @@ class SlotPool:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self.is_pinned = pin
-        self.spans = page_spans(layout, pin)
-        """Where the pages of each slot lie in the file's data, in order."""
-        self._begins = [span.begin for span in self.spans]
+        self._place(layout, page_spans(layout, pin))
         counts = _page(8 * num_slots, pin).zero_().view(torch.int64)
-        self._slots = [Slot([_page(end - begin, pin) for begin, end in self.spans], count) for count in counts]
+        self._slots = [
+            Slot([_page(end - begin, pin) for begin, end in self.spans], self._numbers, count) for count in counts
+        ]
+
+    def _place(self, layout: Layout, spans: Sequence[Span]) -> None:
+        self.spans = spans
+        """Where the pages of each slot lie in the file's data, in order."""
+        self._begins = [span.begin for span in spans]
+        sections = [section.begin for section in layout.sections]
+        # A page's place in its section: that of the same averages is the same in each profile.
+        places = [begin - sections[bisect_right(sections, begin) - 1] for begin in self._begins]
+        self.order = sorted(range(len(spans)), key=places.__getitem__)
+        """The pages in the order of their readbacks."""
+        self._numbers = [0] * len(spans)
+        for number, page in enumerate(self.order):
+            self._numbers[page] = number
 
     def resize(self, layout: Layout) -> None:
         """Give every slot pages for another layout. All slots are free.
@@ -203,9 +242,9 @@ class SlotPool:
             ]
             for slot in self._slots
         ]
-        self.spans, self._begins = spans, [span.begin for span in spans]
+        self._place(layout, spans)
         for slot, its_pages in zip(self._slots, pages, strict=True):
-            slot.pages, slot.marks = its_pages, {}
+            slot.pages, slot.numbers, slot.marks = its_pages, self._numbers, {}
 
     def claim(self, timeout_seconds: float | None) -> Slot | None:
         """Return a free slot, which becomes FILLING; None if no slot became free in time (0: do not wait)."""
@@ -279,7 +318,7 @@ class SlotPool:
             copies = [slot.copies[device] for slot in self._busy() if device in slot.copies]
         # Outside the lock: this queries the driver, and writers need the lock to free their slots.
         copies = [each for each in copies if not each.all_have_finished()]
-        return SlotReadbacks(self._begins, copies) if copies else None
+        return SlotReadbacks(self._begins, self._numbers, copies) if copies else None
 
     def num_busy(self) -> int:
         """Return the number of snapshots in flight."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from nitrous_ema.averaging.execution.inline import attempt
 
 BATCHES = 3
@@ -35,12 +37,16 @@ class NotingMark:
 
     def __init__(self):
         self.reached = True
+        self.waits = 0
 
     def record(self):
         self.reached = False
 
     def wait_on_host(self):
         pass
+
+    def wait_on_device(self):
+        self.waits += 1
 
     def is_reached(self):
         return self.reached
@@ -61,6 +67,9 @@ class NotingLane:
     def stash(self, work):
         work()
         self.log.append("stashed")
+
+    def allocate(self, num_bytes, device):
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
     def order_deferred(self):
         pass

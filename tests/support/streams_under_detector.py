@@ -60,6 +60,8 @@ class Streams:
             accelerator=SimpleNamespace(current_stream=lambda device: self.current, set_stream=self._set_stream),
             get_device_module=lambda device: SimpleNamespace(Event=lambda **options: Event(self)),
             no_grad=torch.no_grad,
+            empty=torch.empty,
+            uint8=torch.uint8,
         )
         with ExitStack() as patches:
             patches.enter_context(mock.patch.object(lanes, "torch", made_here))

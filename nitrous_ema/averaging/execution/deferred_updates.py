@@ -20,18 +20,24 @@ DEFER-4  The lane itself waits for readbacks only when a caller      test_nothin
     asks for the averages, or when the pool is used up. Until that   test_updates_after_a_forced_wait_are_stashed_too
     wait is over nothing else is queued behind it, where it would
     hold up the optimizer as well.
-DEFER-5  A block is written again only after it was read, as far     test_stash_is_not_written_while_it_is_read
-    as the host knows.
+DEFER-5  A block is written again only after it was read: as far     test_stash_is_not_written_while_it_is_read
+    as the host knows, or behind a wait on the device.               test_last_block_is_used_again_behind_a_wait
 DEFER-6  The pool stays within its limit; beyond it the trainer      test_trainer_waits_where_the_stash_is_used_up
-    waits for the readback, and nothing is lost.
+    waits for the readback, and nothing is lost. Memory that the     test_refused_memory_is_asked_for_once
+    device did not have is not asked for again.
+DEFER-7  A batch is averaged once, wherever Ctrl-C strikes a hook:   test_interrupt_averages_nothing_twice
+    it leaves the table in the same work that averages it. Where     test_interrupt_inside_the_averaging_is_known
+    that work was interrupted itself, the averages are refused.
+DEFER-8  Where no readback has finished since the last call, a call  test_hook_with_nothing_to_do_costs_one_query
+    visits no batch: optimizers may step once per parameter.
 
 Longer than 300 lines: what may be queued, stashed or forced is one table of states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -69,11 +75,13 @@ class StashPool:
     """Device memory for stashed parameters; allocated when first needed, then held for as long as the pool lives.
 
     Args:
+        lane: Allocates the memory.
         device: Where the memory is.
         limit_bytes: The most that is ever held.
     """
 
-    def __init__(self, device: torch.device, limit_bytes: int) -> None:
+    def __init__(self, lane: Lane, device: torch.device, limit_bytes: int) -> None:
+        self._lane = lane
         self.device = device
         self.limit_bytes = limit_bytes
         self._blocks: list[StashBlock] = []
@@ -83,24 +91,37 @@ class StashPool:
         """Bytes that are held."""
         return sum(block.memory.numel() for block in self._blocks)
 
-    def take(self, num_bytes: int, make_mark: Callable[[], Mark]) -> StashBlock | None:
-        """Return a block of at least ``num_bytes``; None if the limit or the device's memory does not allow it."""
+    def take(self, num_bytes: int, *, may_wait: bool) -> StashBlock | None:
+        """Return a block of at least ``num_bytes``; None if the limit or the device's memory does not allow it.
+
+        Args:
+            num_bytes: The bytes.
+            may_wait: Whether the current stream may be made to wait until a block was read.
+        """
         free = [block for block in self._blocks if not block.is_taken and block.memory.numel() >= num_bytes]
-        # A block whose last read is still queued is passed over. To wait for that read would hold up the trainer's
-        # stream, on which the block is written.
-        block = next((block for block in sorted(free, key=_size) if block.read.is_reached()), None)
-        if block is None:
-            if self.num_bytes + num_bytes > self.limit_bytes:
-                return None
-            try:
-                memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
-            except torch.OutOfMemoryError:
-                # Not an error: the trainer waits for the readback instead, as where the limit is reached.
-                return None
-            block = StashBlock(memory, make_mark())
-            self._blocks.append(block)
-        block.is_taken = True
+        free.sort(key=_size)
+        # A block whose last read is still queued is passed over while there are others. To wait for that read holds up
+        # the trainer's stream, on which the block is written, until the lane has averaged from it.
+        block = next((block for block in free if block.read.is_reached()), None) or self._allocate(num_bytes)
+        if block is None and free and may_wait:
+            block = free[0]
+            block.read.wait_on_device()
+        if block is not None:
+            block.is_taken = True
         return block
+
+    def _allocate(self, num_bytes: int) -> StashBlock | None:
+        if self.num_bytes + num_bytes > self.limit_bytes:
+            return None
+        try:
+            memory = self._lane.allocate(num_bytes, self.device)
+        except torch.OutOfMemoryError:
+            # Not an error: the trainer waits for the readback instead, as where the limit is reached. Each refusal
+            # empties the cache of torch's allocator, so the pool never asks for more again.
+            self.limit_bytes = self.num_bytes
+            return None
+        self._blocks.append(StashBlock(memory, self._lane.mark()))
+        return self._blocks[-1]
 
 
 @dataclass(slots=True, eq=False)
@@ -111,12 +132,12 @@ class _DeferredUpdate:
     sources: Any
     weights: Sequence[float]
     flag: UpdateFlag | None
-    live: set[int]  # batches whose parameters are still in the model (LIVE)
-    # Per batch whose parameters were stashed (STASHED): what the step's stash() returned, and the block.
-    stashed: dict[int, tuple[Any, StashBlock]] = field(default_factory=dict)
+    # Per batch, in order: None while its parameters are in the model (LIVE); then what the step's stash() returned, and
+    # the block (STASHED). One table, so that Ctrl-C never finds a batch in both states, nor in none.
+    batches: dict[int, tuple[Any, StashBlock] | None]
 
-    def batches(self) -> list[int]:
-        return sorted([*self.live, *self.stashed])
+    def live(self, among: Iterable[int]) -> list[int]:
+        return [batch for batch in among if self.batches[batch] is None]
 
 
 class DeferredUpdates:
@@ -135,8 +156,11 @@ class DeferredUpdates:
         self._lane = lane
         self._readbacks_in_flight = readbacks_in_flight
         self.stash_pool = stash_pool
-        self._flag_pool = StashPool(stash_pool.device, _FLAGS_BYTES)
+        self._flag_pool = StashPool(lane, stash_pool.device, _FLAGS_BYTES)
         self._deferred: list[_DeferredUpdate] = []  # the oldest first
+        self._has_live = False  # whether parameters of any batch may still be in the model
+        self._num_finished: int | None = None  # readbacks at the last visit of all batches; None: visit them again
+        self._is_averaging = False  # also after an error in the averaging
         self._forced: Mark | None = None  # recorded after the last work that makes the lane wait for readbacks
         self.num_held_up = 0
         """How often the pool did not suffice, so that the trainer had to wait."""
@@ -145,6 +169,11 @@ class DeferredUpdates:
     def has_deferred(self) -> bool:
         """Whether any batch is still to be averaged."""
         return bool(self._deferred)
+
+    def take_interrupted(self) -> bool:
+        """Return whether a batch was left half averaged since the last call, so that the averages are invalid."""
+        was_averaging, self._is_averaging = self._is_averaging, False
+        return was_averaging
 
     def enqueue_check(self, tensors: Sequence[Tensor], num_skipped: Tensor) -> UpdateFlag:
         """Queue the check whether an update is skipped, before its batches; return its flag.
@@ -156,7 +185,7 @@ class DeferredUpdates:
         flag = UpdateFlag()
         # Behind a forced wait the optimizer would wait for the readbacks, too (DEFER-4). The caller's stream computes
         # the flag then, and the lane takes it over.
-        block = self._flag_pool.take(1, self._lane.mark) if self._is_forced() else None
+        block = self._flag_pool.take(1, may_wait=False) if self._is_forced() else None
         if block is None:
             self._lane.enqueue_write(partial(check, flag, tensors, num_skipped))
         else:
@@ -181,7 +210,8 @@ class DeferredUpdates:
             return
         # Also where no readback is in flight any more: updates that are deferred come first (DEFER-2).
         self._lane.order_deferred()
-        self._deferred.append(_DeferredUpdate(placed, sources, weights, flag, set(range(len(placed.step.batches)))))
+        self._deferred.append(_DeferredUpdate(placed, sources, weights, flag, dict.fromkeys(range(len(placed.spans)))))
+        self._has_live, self._num_finished = True, None
         self._enqueue_unblocked(readbacks)
 
     def stash_live(self) -> None:
@@ -189,11 +219,12 @@ class DeferredUpdates:
         readbacks = self._readbacks_in_flight()
         # First, because a batch that can be averaged now need not be stashed.
         self._enqueue_unblocked(readbacks)
-        if self._has_live():
+        if self._has_live and any(deferred.live(deferred.batches) for deferred in self._deferred):
             self._lane.stash(self._stash_batches)
-        if self._has_live():  # the pool did not suffice for these
-            self.num_held_up += 1
-            self._force(readbacks)
+            if any(deferred.live(deferred.batches) for deferred in self._deferred):  # the pool did not suffice
+                self.num_held_up += 1
+                self._force(readbacks)
+        self._has_live = False
 
     def flush(self) -> None:
         """Queue everything that is deferred; the lane waits for the readbacks in its way, the optimizer does not."""
@@ -209,10 +240,13 @@ class DeferredUpdates:
             # The lane is waiting for readbacks. Reads of live parameters queued behind that wait would make the
             # optimizer wait for the readbacks too (DEFER-4).
             return
+        num_finished = None if readbacks is None else readbacks.num_finished
+        if num_finished is not None and num_finished == self._num_finished:
+            return  # DEFER-8
         blocked: set[tuple[PlacedStep, int]] = set()
         for deferred in self._deferred:
             free = []
-            for batch in deferred.batches():
+            for batch in deferred.batches:
                 key = deferred.placed, batch
                 # A batch of a later update must not overtake an earlier one, even if the readbacks finish between the
                 # two polls: once blocked, a batch is blocked for all later updates of this pass.
@@ -220,45 +254,60 @@ class DeferredUpdates:
                     blocked.add(key)
                 else:
                     free.append(batch)
-            live = [batch for batch in free if batch in deferred.live]
+            live = deferred.live(free)
+            stashed = [batch for batch in free if deferred.batches[batch] is not None]
             if live:
-                self._lane.enqueue_write(
-                    partial(_run, deferred.placed.step, deferred.sources, deferred.weights, live, deferred.flag)
-                )
-                deferred.live.difference_update(live)
-            stashed = [deferred.stashed.pop(batch) for batch in free if batch in deferred.stashed]
+                self._lane.enqueue_write(partial(self._average, deferred, live))
             if stashed:
                 # Reads the pool only, so no optimizer has to wait for it.
-                self._lane.enqueue_write(
-                    partial(_run_stashed, deferred.placed.step, stashed, deferred.weights, deferred.flag),
-                    reads_parameters=False,
-                )
-        self._deferred = [deferred for deferred in self._deferred if deferred.live or deferred.stashed]
+                self._lane.enqueue_write(partial(self._average, deferred, stashed), reads_parameters=False)
+        self._deferred = [deferred for deferred in self._deferred if deferred.batches]
+        self._num_finished = num_finished
 
     def _is_forced(self) -> bool:
         """Return whether the lane may still be waiting for readbacks."""
         return self._forced is not None and not self._forced.is_reached()
 
-    def _has_live(self) -> bool:
-        return any(deferred.live for deferred in self._deferred)
+    def _average(self, update: _DeferredUpdate, batches: Sequence[int]) -> None:
+        """Average batches, all live or all stashed, on the lane; they leave the table (DEFER-7)."""
+        self._is_averaging = True
+        stashed = [update.batches.pop(batch) for batch in batches]
+        step, weights, flag = update.placed.step, update.weights, update.flag
+        if stashed[0] is None:
+            _run(step, update.sources, weights, batches, flag)
+        else:
+            _run_stashed(step, [each for each in stashed if each is not None], weights, flag)
+        self._is_averaging = False
 
     def _stash_batches(self) -> None:
         """Copy live batches into the pool, the oldest update first, until the pool is used up."""
+        # Behind a forced wait the last read of a block waits for readbacks, and the optimizer would wait with it.
+        may_wait = not self._is_forced()
         for deferred in self._deferred:
-            for batch in sorted(deferred.live):
-                block = self.stash_pool.take(deferred.placed.step.stash_bytes(batch), self._lane.mark)
+            step = deferred.placed.step
+            for batch in deferred.live(deferred.batches):
+                block = self.stash_pool.take(step.stash_bytes(batch), may_wait=may_wait)
                 if block is None:
                     return
-                deferred.stashed[batch] = deferred.placed.step.stash(deferred.sources, batch, block.memory), block
-                deferred.live.discard(batch)
+                deferred.batches[batch] = step.stash(deferred.sources, batch, block.memory), block
 
     def _force(self, readbacks: ReadbacksInFlight | None) -> None:
         """Queue every deferred update, preceded by waits, on the device, for the readbacks of its ranges."""
-        forced, self._deferred = self._deferred, []
         self._forced = self._forced or self._lane.mark()
-        for update in forced:
-            work = partial(_run_after_readbacks, update, readbacks, self._forced)
-            self._lane.enqueue_write(work, reads_parameters=bool(update.live))
+        for update in self._deferred:
+            work = partial(self._average_after_readbacks, update, readbacks, self._forced)
+            self._lane.enqueue_write(work, reads_parameters=bool(update.live(update.batches)))
+        self._deferred = []
+
+    def _average_after_readbacks(
+        self, update: _DeferredUpdate, readbacks: ReadbacksInFlight | None, done: Mark
+    ) -> None:
+        for batch in list(update.batches):
+            for span in update.placed.spans[batch]:
+                if readbacks is not None:
+                    readbacks.wait_on_device(span.begin, span.end)
+            self._average(update, [batch])
+        done.record()
 
 
 def _have_finished(readbacks: ReadbacksInFlight | None, spans: Sequence[Span]) -> bool:
@@ -278,7 +327,7 @@ def _take_over(flag: UpdateFlag, block: StashBlock, num_skipped: Tensor) -> None
 
 
 def _run(
-    step: AveragingStep, sources: Any, weights: Sequence[float], batches: list[int] | None, flag: UpdateFlag | None
+    step: AveragingStep, sources: Any, weights: Sequence[float], batches: Sequence[int] | None, flag: UpdateFlag | None
 ) -> None:
     step.run(sources, weights, batches, allowed(flag))
 
@@ -295,18 +344,6 @@ def _run_stashed(
         # block unused while it is being read.
         block.read.record()
         block.is_taken = False
-
-
-def _run_after_readbacks(update: _DeferredUpdate, readbacks: ReadbacksInFlight | None, done: Mark) -> None:
-    for batch in update.batches():
-        for span in update.placed.spans[batch]:
-            if readbacks is not None:
-                readbacks.wait_on_device(span.begin, span.end)
-        if batch in update.live:
-            _run(update.placed.step, update.sources, update.weights, [batch], update.flag)
-        else:
-            _run_stashed(update.placed.step, [update.stashed[batch]], update.weights, update.flag)
-    done.record()
 
 
 def _size(block: StashBlock) -> int:

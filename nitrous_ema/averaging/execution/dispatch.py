@@ -38,6 +38,8 @@ from nitrous_ema.averaging.kernels.fused_step import step_for
 from nitrous_ema.errors import NitrousError
 from nitrous_ema.snapshots.layout import Layout, Span
 
+_BATCHES_BEYOND = 3
+
 Ranges = Callable[[int, int], Iterator[Span]]
 """Given the first and last element of a batch, the ranges of the file's data where it lies."""
 
@@ -75,7 +77,7 @@ class UpdateDispatcher:
         self._offloaded: dict[tuple[PlacedStep, torch.device], Offload] = {}
         # Guards every use of _deferred_updates, because optimizers may step on other threads than the trainer's.
         self._lock = threading.RLock()
-        self._error: Exception | None = None  # of an optimizer's hook, which must not raise; guarded by _lock
+        self._error: BaseException | None = None  # of an optimizer's hook, which must not raise; guarded by _lock
         self._caller_copies = CallerSideCopies()
         self._last_live: Mapping[str, Tensor] | None = None
         self._read_live: Mapping[str, Tensor] = {}  # aliases of _last_live, which hold its storages (DISPATCH-1)
@@ -153,16 +155,23 @@ class UpdateDispatcher:
     def order_writers(self) -> None:
         """Order the caller's next use of the parameters after every read of them so far.
 
-        Never raises, because optimizers' hooks call it: ``take_error`` returns what went wrong.
+        Raises no Exception, because optimizers' hooks call it: ``take_error`` returns what went wrong. Ctrl-C is
+        raised; where it struck the averaging itself, the averages are invalid, and ``take_error`` returns it too.
         """
         with self._lock:
             # Before order_writer(), which then orders the caller after the stashes and after forced averaging as well.
+            late = self._with_deferred()
             try:
-                for deferred in self._with_deferred():
+                for deferred in late:
                     with neutral_modes():
                         deferred.stash_live()
-            except Exception as error:
-                self._error = self._error or error
+            except BaseException as error:
+                # A list: the mark of each of them is to be taken.
+                was_interrupted = True in [deferred.take_interrupted() for deferred in late]
+                if was_interrupted or isinstance(error, Exception):
+                    self._error = self._error or error
+                if not isinstance(error, Exception):
+                    raise
             for lane in self.lanes():
                 lane.order_writer()
 
@@ -308,23 +317,27 @@ class UpdateDispatcher:
 
     def _deferred_updates_of(self, device: torch.device) -> DeferredUpdates:
         if device not in self._deferred_updates:
-            limit_bytes = self._parameter_bytes(device) if self._scratch_bytes is None else self._scratch_bytes
+            limit_bytes = self._default_scratch_bytes(device) if self._scratch_bytes is None else self._scratch_bytes
             # Not a bound method: a reference to this object would make a cycle, and averages of a dropped EMA would
             # stay in device memory until the garbage collector runs.
             readbacks = partial(_readbacks_in_flight, self.sinks, device)
-            self._deferred_updates[device] = DeferredUpdates(
-                self.lane(device), readbacks, StashPool(device, limit_bytes)
-            )
+            lane = self.lane(device)
+            self._deferred_updates[device] = DeferredUpdates(lane, readbacks, StashPool(lane, device, limit_bytes))
         return self._deferred_updates[device]
 
     def _with_deferred(self) -> list[DeferredUpdates]:
         return [deferred for deferred in self._deferred_updates.values() if deferred.has_deferred]
 
-    def _parameter_bytes(self, device: torch.device) -> int:
-        """Return the bytes of one stash of all tensors that are averaged or copied on a device."""
+    def _default_scratch_bytes(self, device: torch.device) -> int:
+        """Return the bytes of one stash of all tensors that are averaged or copied on a device, and some batches more.
+
+        A copy of six steps needs one stash if it comes to the end of a batch at each step. It does not: then each of
+        the up to three updates that are deferred at once takes a whole batch where it needs a part of one.
+        """
         steps = [placed.step for group, placed in self._steps if group.device == device]
         steps += [placed.step for copies, placed in self._copy_steps if copies.device == device]
-        return sum(step.stash_bytes(batch) for step in steps for batch in range(len(step.batches)))
+        sizes = [step.stash_bytes(batch) for step in steps for batch in range(len(step.batches))]
+        return sum(sizes) + _BATCHES_BEYOND * max(sizes, default=0)
 
 
 def _readbacks_in_flight(sinks: Sequence[SnapshotSink], device: torch.device) -> ReadbacksInFlight | None:

@@ -30,6 +30,10 @@ class InlineLane:
         """Run the work now."""
         work()
 
+    def allocate(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """Return new memory."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
     def order_deferred(self) -> None:
         """Do nothing: this lane runs all work where the caller is."""
 

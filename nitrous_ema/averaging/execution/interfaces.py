@@ -73,6 +73,9 @@ class Lane(Protocol):
         Later ``enqueue_write`` and ``order_writer`` calls are ordered after it.
         """
 
+    def allocate(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """Return new memory on the lane's device for ``stash``: uint8, of the lane's own, none of the caller's."""
+
     def order_deferred(self) -> None:
         """Order work and stashes that are queued later after everything that the caller has queued so far.
 
@@ -111,6 +114,10 @@ class PendingSnapshot:
 
 class ReadbacksInFlight(Protocol):
     """Device-to-host copies of snapshots that may still be reading averages of one device."""
+
+    @property
+    def num_finished(self) -> int:
+        """How many of them the host knows to have finished. While it stays, so does every ``have_finished``."""
 
     def wait_on_device(self, begin: int, end: int) -> None:
         """Order the work queued next on the current stream after the readbacks of ``[begin, end)``.

@@ -192,7 +192,11 @@ LINES: dict[str, Line] = {
         HALF,
     ),
     "forced wait without an end": Line(
-        "DEFER-4", DEFERRED, "_run_after_readbacks", (("    done.record()", "    pass"),), HALF
+        "DEFER-4",
+        DEFERRED,
+        "DeferredUpdates._average_after_readbacks",
+        (("        done.record()", "        pass"),),
+        HALF,
     ),
     "averages read while updates are deferred": Line(
         "DEFER-4",
@@ -218,7 +222,7 @@ LINES: dict[str, Line] = {
         "SKIP-2",
         DEFERRED,
         "DeferredUpdates.enqueue_check",
-        (("self._flag_pool.take(1, self._lane.mark) if self._is_forced() else None", "None"),),
+        (("self._flag_pool.take(1, may_wait=False) if self._is_forced() else None", "None"),),
         {**HALF, **SKIPPED, "bad": [4]},
     ),
     "flag not computed before the batches": Line(
@@ -232,12 +236,16 @@ LINES: dict[str, Line] = {
         "DEFER-6", DEFERRED, "DeferredUpdates.stash_live", (("self._force(readbacks)", "pass"),), {**HELD, "scratch": 0}
     ),
     "forced averaging does not wait for the readbacks": Line(
-        "STAGE-5", STAGING, "StagingCopies.wait_on_device", (("mark.wait_on_device()", "pass"),), {"scratch": 0}
+        "STAGE-5",
+        STAGING,
+        "StagingCopies.wait_on_device",
+        (("self._marks[last - 1].wait_on_device()", "pass"),),
+        {"scratch": 0},
     ),
     "readbacks count as finished when they are queued": Line(
         "STAGE-5", STAGING, "StagingCopies.have_finished", (("self._marks[last - 1].is_reached()", "True"),)
     ),
-    "pages read before they are copied": Line("STAGE-2", WRITER, "_pages", (("copies.wait_for_page(index)", "pass"),)),
+    "pages read before they are copied": Line("STAGE-2", WRITER, "_pages", (("copies.wait_for_page(number)", "pass"),)),
     "staging chunk written while it is copied": Line(
         "READBACK-3",
         READBACK,

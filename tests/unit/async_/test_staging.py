@@ -321,22 +321,23 @@ def test_copies_of_a_slot_that_was_left_stay_finished(pool):
 def test_write_waits_for_the_copies_of_its_range_only(layout):
     log = []
     chunks = layout.chunks
+    numbers = [*range(0, len(chunks), 2), *range(1, len(chunks), 2)]
     flight = SlotReadbacks(
-        [begin for begin, _ in chunks], [logged_copies(len(chunks), slot, log)[0] for slot in range(2)]
+        [begin for begin, _ in chunks], numbers, [logged_copies(len(chunks), slot, log)[0] for slot in range(2)]
     )
-    for chunk, (begin, end) in enumerate(chunks):
+    for number, (begin, end) in zip(numbers, chunks, strict=True):
         log.clear()
         flight.wait_on_device(begin, end)
-        assert sorted(log) == [("order", (0, chunk)), ("order", (1, chunk))]
+        assert sorted(log) == [("order", (0, number)), ("order", (1, number))]
     log.clear()
     flight.wait_on_device(chunks[1].end - 1, chunks[3].begin + 1)
-    assert sorted({chunk for _, (_, chunk) in log}) == [1, 2, 3]
+    assert {number for _, (_, number) in log} == {max(numbers[1:4])}  # readbacks finish in order
 
 
 def test_a_range_is_free_when_all_slots_have_copied_it(layout):
     chunks = layout.chunks
     both = [logged_copies(len(chunks), slot) for slot in range(2)]
-    flight = SlotReadbacks([begin for begin, _ in chunks], [copies for copies, _ in both])
+    flight = SlotReadbacks([begin for begin, _ in chunks], range(len(chunks)), [copies for copies, _ in both])
     for chunk, (begin, end) in enumerate(chunks):
         for _, marks in both:
             assert not flight.have_finished(begin, end)
@@ -355,10 +356,32 @@ def test_finished_copies_are_not_queried_again():
     assert log == [("query", (0, 49))]  # readbacks finish in order
     for last in range(51):
         assert copies.have_finished(last)
-    copies.wait_on_device(0, 50)
+    copies.wait_on_device(50)
     assert log == [("query", (0, 49))]
-    copies.wait_on_device(40, 52)
-    assert log[1:] == [("order", (0, 50)), ("order", (0, 51))]
+    copies.wait_on_device(52)
+    assert log[1:] == [("order", (0, 51))]
+
+
+def test_readbacks_are_queued_range_by_range(pool, layout):
+    first, second, copied = layout.sections
+    begins = [pool.spans[page].begin for page in pool.order]
+    places = [begin - max(section.begin for section in layout.sections if section.begin <= begin) for begin in begins]
+    assert sorted(begins) == [span.begin for span in pool.spans]
+    assert begins[:3] == [first.begin, second.begin, copied.begin]
+    assert places == sorted(places)
+
+
+def test_number_of_finished_readbacks_takes_one_query_where_none_has_finished():
+    copies, marks = logged_copies(100, log=(log := []))
+    log.clear()
+    assert copies.num_finished() == 0
+    assert len(log) == 1
+    for finished in (1, 7, 60, 99, 100):
+        for mark in marks[:finished]:
+            mark.gate.open()
+        log.clear()
+        assert copies.num_finished() == finished
+        assert len(log) < 20
 
 
 def test_threads_that_query_at_once_get_right_answers():

@@ -25,6 +25,10 @@ class NotingReadbacks:
     def wait_on_device(self, begin, end):
         self.log.append(f"wait for readback {begin // 10}")
 
+    @property
+    def num_finished(self):
+        return len(self.finished)
+
     def have_finished(self, begin, end):
         return begin // 10 in self.finished
 
@@ -37,7 +41,7 @@ class Rig:
         self.readbacks = NotingReadbacks(self.log, finished)
         self.lane = NotingLane(self.log)
         self.placed = PlacedStep(NotingStep(self.log), [[Span(*batch)] for batch in NotingStep.batches])
-        self.deferred = DeferredUpdates(self.lane, lambda: self.readbacks, StashPool(CPU, limit_bytes))
+        self.deferred = DeferredUpdates(self.lane, lambda: self.readbacks, StashPool(self.lane, CPU, limit_bytes))
 
     def update(self, name):
         self.deferred.enqueue_update(self.placed, name, (0.5,))
@@ -179,16 +183,91 @@ def test_trainer_waits_where_the_stash_is_used_up():
     assert rig.deferred.stash_pool.num_bytes == STASH_BYTES
 
 
-def test_no_memory_for_a_stash_is_not_an_error(monkeypatch):
-    def no_memory(*sizes, **options):
+def test_last_block_is_used_again_behind_a_wait():
+    rig = Rig(limit_bytes=BATCHES * STASH_BYTES)
+    rig.update("a")
+    rig.deferred.stash_live()
+    rig.readbacks.finished |= {0, 1, 2}
+    rig.update("b")  # averages a from the stash, as far as the host knows not yet
+    rig.readbacks.finished.clear()
+    rig.update("c")
+    rig.deferred.stash_live()
+    assert [mark.waits for mark in rig.lane.marks] == [1, 1, 1]
+    assert rig.deferred.num_held_up == 0
+
+
+def test_refused_memory_is_asked_for_once():
+    asked = []
+
+    def no_memory(num_bytes, device):
+        asked.append(num_bytes)
         raise torch.OutOfMemoryError("simulated")
 
     rig = Rig()
+    rig.lane.allocate = no_memory
+    for late in range(1, 4):
+        rig.update("a")
+        rig.deferred.stash_live()
+        assert "stash a0" not in rig.taken()
+        assert rig.deferred.num_held_up == late  # not an error
+        for mark in rig.lane.marks:
+            mark.reached = True
+    assert asked == [STASH_BYTES]
+
+
+def test_hook_with_nothing_to_do_costs_one_query():
+    rig = Rig(finished={0})
     rig.update("a")
-    monkeypatch.setattr(torch, "empty", no_memory)
     rig.deferred.stash_live()
-    assert "stash a0" not in rig.taken()
-    assert rig.deferred.num_held_up == 1
+    rig.readbacks.have_finished = None  # would be called for a batch
+    rig.deferred.stash_live()
+    del rig.readbacks.have_finished
+    rig.taken()
+    rig.readbacks.finished |= {1}
+    rig.deferred.stash_live()
+    assert rig.taken() == ["average stashed a1"]
+
+
+def interrupt_after(rig, name):
+    """Make a call of the lane raise KeyboardInterrupt when its work is queued, once."""
+    call = getattr(rig.lane, name)
+
+    def interrupted(*arguments, **options):
+        setattr(rig.lane, name, call)
+        call(*arguments, **options)
+        raise KeyboardInterrupt
+
+    setattr(rig.lane, name, interrupted)
+
+
+@pytest.mark.parametrize("step", ["stash_live", "flush"])
+@pytest.mark.parametrize("call", ["enqueue_write", "stash"])
+def test_interrupt_averages_nothing_twice(call, step):
+    rig = Rig(finished={0})
+    rig.update("a")
+    rig.readbacks.finished.add(1)
+    interrupt_after(rig, call)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(rig.deferred, step)()
+    assert not rig.deferred.take_interrupted()
+    rig.deferred.flush()
+    log = [entry for entry in rig.taken() if entry.startswith(("average", "stash a"))]
+    assert log == ["average a0", "average a1", "stash a2", "average stashed a2"]
+
+
+def test_interrupt_inside_the_averaging_is_known():
+    rig = Rig()
+    rig.update("a")
+    rig.readbacks.finished |= {0, 1, 2}
+
+    def run(*arguments):
+        raise KeyboardInterrupt
+
+    rig.placed.step.run = run
+    with pytest.raises(KeyboardInterrupt):
+        rig.deferred.stash_live()
+    assert rig.deferred.take_interrupted()
+    assert not rig.deferred.take_interrupted()
 
 
 # Updates that are skipped
