@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch.nn import Module
@@ -30,6 +30,9 @@ from nitrous_ema.snapshots.layout import Layout
 from nitrous_ema.snapshots.retention import RetainingWriter
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.synthesis.worker.launch import launch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _FEW_ELEMENTS = 1 << 16  # on the CPU, averaging so few elements takes less time than handing them to a thread
 
@@ -101,6 +104,7 @@ class AsyncPostHocEMA(PostHocEMA):
         move_ema_to_online_device: bool = False,
         step_size_correction: StepSizeCorrection = "exact",
         on_nonfinite: OnNonFinite = "warn",
+        process_group: ProcessGroup | Literal["self"] | None = None,
         read: ReadMode = "auto",
         max_pending: int = 2,
         on_full: Literal["wait", "skip", "raise"] = "wait",
@@ -129,6 +133,7 @@ class AsyncPostHocEMA(PostHocEMA):
             move_ema_to_online_device=move_ema_to_online_device,
             step_size_correction=step_size_correction,
             on_nonfinite=on_nonfinite,
+            process_group=process_group,
             read=read,
             max_pending=max_pending,
             on_full=on_full,

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -27,6 +27,9 @@ from nitrous_ema.averaging.model.tracking import TrackingPolicy
 from nitrous_ema.averaging.schedule import StepSizeCorrection
 from nitrous_ema.posthoc.keep_rules import Keep, KeepRule, keep_rule
 from nitrous_ema.profile import checked_lengths, gamma_to_sigma_rel, sigma_rel_to_gamma
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 DEFAULT_SIGMA_RELS = (0.05, 0.10)
 
@@ -82,6 +85,9 @@ class EMAConfig(TrackingPolicy):
     on_nonfinite: OnNonFinite = "warn"
     """Warn of values in a snapshot that are not finite, or raise an error at the next call, once per run; or skip each
     update with a tensor that is not finite, and warn as well."""
+    process_group: ProcessGroup | Literal["self"] | None = None
+    """The ranks that hold the model, of which the first one writes: a group, ``"self"`` for this rank alone, or None
+    for the group of a ``DistributedDataParallel`` around the model, else all ranks."""
     profiles: Profiles = field(init=False)
     """The profiles that ``sigma_rels`` or ``gammas`` describe."""
 

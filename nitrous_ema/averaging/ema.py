@@ -8,12 +8,13 @@ Longer than 300 lines: it is mostly what users read, arguments and docstrings of
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn import Module
@@ -24,11 +25,12 @@ from nitrous_ema.averaging.averaged_module import AveragedModule
 from nitrous_ema.averaging.base import EMABase
 from nitrous_ema.averaging.config import Background, EMAConfig, OnNonFinite
 from nitrous_ema.averaging.engine import AveragingEngine
-from nitrous_ema.averaging.execution.inline import InlineSnapshotSink
+from nitrous_ema.averaging.execution.inline import InlineSnapshotSink, SilentSnapshotSink
 from nitrous_ema.averaging.execution.interfaces import SnapshotSink
 from nitrous_ema.averaging.execution.torch_modes import neutral_modes
 from nitrous_ema.averaging.fill_average import check_records, copy_missing, fill_average
-from nitrous_ema.averaging.model.tracking import BufferPolicy, NameFilter
+from nitrous_ema.averaging.model.ranks import find_ranks, join
+from nitrous_ema.averaging.model.tracking import BufferPolicy, NameFilter, check_module
 from nitrous_ema.averaging.positional import refuse_length_by_position
 from nitrous_ema.averaging.restore import resized_shapes, restore
 from nitrous_ema.averaging.resumable_run import resumable_run_warning
@@ -42,6 +44,9 @@ from nitrous_ema.snapshots.retention import RetainingWriter
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis import DEFAULT_TOLERANCE, plan_from_store
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Template = Module | Callable[[], Module]
 
@@ -228,6 +233,9 @@ class PostHocEMA(EMABase):
             at the end of the update() that has written the snapshot, or at the next call. ``"skip"`` warns as well, and
             skips each update for which an averaged tensor is not finite: averages and copied tensors stay, and the
             update counts as applied. All tensors must be on one device.
+        process_group: The ranks of ``torch.distributed`` that hold the model. Each averages, and the first one writes
+            the snapshots. None: the group of a ``DistributedDataParallel`` around the model, else all ranks; or a
+            group; or ``"self"``, if this rank trains a model of its own.
 
     Raises:
         ValueError: An argument is outside its range, a filter matches no tensor, or ``keep`` has no space for 3
@@ -263,6 +271,7 @@ class PostHocEMA(EMABase):
         move_ema_to_online_device: bool = False,
         step_size_correction: StepSizeCorrection = "exact",
         on_nonfinite: OnNonFinite = "warn",
+        process_group: ProcessGroup | Literal["self"] | None = None,
     ) -> None:
         config = EMAConfig(
             sigma_rels=sigma_rels,
@@ -283,6 +292,7 @@ class PostHocEMA(EMABase):
             move_ema_to_online_device=move_ema_to_online_device,
             step_size_correction=step_size_correction,
             on_nonfinite=on_nonfinite,
+            process_group=process_group,
         )
         self._start(model, config, ema_model, lambda writer, layout: InlineSnapshotSink(writer))
 
@@ -297,6 +307,8 @@ class PostHocEMA(EMABase):
         *,
         background: Background | None = None,
     ) -> None:
+        check_module(model)
+        ranks = find_ranks(model, config.process_group, Path(config.checkpoint_folder))
         engine = AveragingEngine(model, config, background=background)
         super().__init__(engine)
         self._store = SnapshotStore(config.checkpoint_folder)
@@ -304,17 +316,26 @@ class PostHocEMA(EMABase):
             self._store, config.retention_rule, raises_nonfinite=config.on_nonfinite == "raise"
         )
         try:
-            self._retaining_writer.check(engine.flat_buffers.layout, engine.run_lineage.first_stamp())
-            self._store.prepare()
-            self._retaining_writer.check_disk_space(engine.flat_buffers.layout, engine.run_lineage.first_stamp())
-            # Slots that are allocated in inference mode could not be written outside of it.
-            with neutral_modes():
-                sink = make_sink(self._retaining_writer, engine.flat_buffers.layout)
-            engine.attach(
-                sink,
-                find_resumable_run=partial(_resumable_run_warning, self._retaining_writer),
-                on_begin=self._retaining_writer.begin,
-            )
+            layout = engine.flat_buffers.layout
+            self._retaining_writer.check(layout, engine.run_lineage.first_stamp())
+            engine.run_lineage.run = run = join(ranks, engine.run_lineage.run, _agreed_settings(config, layout))
+            if ranks.is_writer:
+                if len(ranks.members) > 1 and self._store.files.exists(self._store.root) and run in self._store.runs():
+                    raise NitrousError(
+                        f"{self._store.root} already has snapshots of run {run}, which this run would be: the store of "
+                        "torch.distributed still has the keys of an earlier start. Start the job with a new store."
+                    )
+                self._store.prepare()
+                self._retaining_writer.check_disk_space(layout, engine.run_lineage.first_stamp())
+                # Slots that are allocated in inference mode could not be written outside of it.
+                with neutral_modes():
+                    sink = make_sink(self._retaining_writer, layout)
+                find = partial(_resumable_run_warning, self._retaining_writer)
+                engine.attach(sink, find_resumable_run=find, on_begin=self._retaining_writer.begin, ranks=ranks)
+            else:
+                engine.attach(
+                    SilentSnapshotSink(ranks.check_writer), on_begin=self._retaining_writer.begin, ranks=ranks
+                )
         except BaseException:
             engine.close()  # the exception's traceback would keep the engine alive, with its hooks and threads
             raise
@@ -351,7 +372,8 @@ class PostHocEMA(EMABase):
     def checkpoint_folder(self, folder: str | os.PathLike[str]) -> None:
         self._engine.check_open("the assignment of checkpoint_folder")
         store = SnapshotStore(local_path("checkpoint_folder", folder))
-        store.prepare()
+        if self._engine.ranks.is_writer:
+            store.prepare()
         self.flush()
         self._engine.reconfigure(checkpoint_folder=store.root)
         self._store = store
@@ -389,7 +411,7 @@ class PostHocEMA(EMABase):
             SnapshotNotFound: There is no snapshot of that step; the message names the nearest ones.
             SnapshotError: The note could not be written.
         """
-        if self._engine.is_inherited:
+        if self._engine.is_inherited or not self._engine.ranks.is_writer:
             return
         self._engine.check_failures("pin()")
         step = _checked(step)
@@ -417,7 +439,7 @@ class PostHocEMA(EMABase):
         pinned_step = _checked(step)
         if pinned_step is None:
             raise TypeError(f"step is {step!r}; expected the step of a pinned snapshot.")
-        if self._engine.is_inherited:
+        if self._engine.is_inherited or not self._engine.ranks.is_writer:
             return
         self._engine.check_failures("unpin()")
         for run, left_at in self._engine.run_lineage.lineage:
@@ -462,6 +484,12 @@ class PostHocEMA(EMABase):
             run = self.run
         try:
             snapshot = self._store.get(step, run)
+            # Another rank may see a newer snapshot by now. All restore that of the first rank to come here.
+            chosen_step, chosen_run = json.loads(
+                engine.ranks.first("restored snapshot", json.dumps([snapshot.step, snapshot.run]))
+            )
+            if (chosen_step, chosen_run) != (snapshot.step, snapshot.run):
+                snapshot = self._store.get(chosen_step, chosen_run)
             with neutral_modes():
                 warnings = restore(engine, snapshot)
         except SnapshotUnreadable as error:
@@ -523,7 +551,8 @@ class PostHocEMA(EMABase):
         try:
             self._engine.close(timeout)
         finally:  # the engine may be closed although it raised: a failed write is raised after the end
-            if was_open and not self._engine.is_open and self._engine.run_lineage.written:
+            has_written = self._engine.run_lineage.written and self._engine.ranks.is_writer
+            if was_open and not self._engine.is_open and has_written:
                 self._note_end()
 
     def _note_end(self) -> None:
@@ -672,7 +701,7 @@ class PostHocEMA(EMABase):
         )
         if IMPORTED not in newest.stamp.trainer or not same or first > self.step:
             return
-        self._engine.run_lineage.continue_from(newest.stamp.lineage, self.step)
+        self._engine.continue_run(newest.stamp.lineage, self.step)
         warn(
             f"The loaded state names no run, as states of nitrous-ema 0.0.1 do not. {self._store.root} holds run "
             f"{newest.run}, which was imported from snapshots of the same profiles and tensors, so this run continues "
@@ -692,6 +721,18 @@ def _checked(step: Any, *, nearest: bool = False) -> Any:
         near = ", or 'nearest:1234'" if nearest else ""
         raise TypeError(f"step is {step!r}; expected the step of a snapshot (an integer){near}.")
     return int(step)
+
+
+def _agreed_settings(config: EMAConfig, layout: Layout) -> dict[str, Any]:
+    """Return what must be equal on all ranks that hold a model, in values that JSON can hold."""
+    return {
+        "the model's tensors or profiles": layout.sha256,
+        "checkpoint_dtype": str(config.checkpoint_dtype),
+        "checkpoint_every_num_steps": config.checkpoint_every_num_steps,
+        "update_every": config.update_every,
+        "step_size_correction": config.step_size_correction,
+        "on_nonfinite": config.on_nonfinite,
+    }
 
 
 def _resumable_run_warning(writer: RetainingWriter, run: str) -> str | None:

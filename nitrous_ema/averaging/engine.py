@@ -52,6 +52,7 @@ from nitrous_ema.averaging.execution.write_guard import WriteGuard, fence_all, i
 from nitrous_ema.averaging.kernels.flat_buffers import FlatBuffers, snapshot_layout
 from nitrous_ema.averaging.lineage import RunLineage
 from nitrous_ema.averaging.model.live_tensors import LiveTensors, hold_averages
+from nitrous_ema.averaging.model.ranks import ALONE, Ranks
 from nitrous_ema.averaging.model.tracking import TrackedTensor, track, unwrap, writable_view, write
 from nitrous_ema.averaging.schedule import Schedule, Time
 from nitrous_ema.averaging.shutdown import DrainRequest, shut_down
@@ -119,6 +120,8 @@ class AveragingEngine:
         self.saved_versions: dict[int, int] = {}
         """Version counters of averages, by ``id``, when they were last part of a state_dict()."""
         self._on_begin: Callable[[], str] = lambda: ""
+        self.ranks = ALONE
+        self._has_compared_ranks = False
         self.drain_request = DrainRequest()
         self.drain_timeout_seconds: float | None = None
         """How long a requested drain may take; None waits as long as it takes."""
@@ -135,6 +138,7 @@ class AveragingEngine:
         sink: SnapshotSink,
         find_resumable_run: Callable[[str], str | None] = lambda run: None,
         on_begin: Callable[[], str] = lambda: "",
+        ranks: Ranks = ALONE,
     ) -> None:
         """Set the sink of snapshots. An engine without a sink takes no snapshots.
 
@@ -144,7 +148,10 @@ class AveragingEngine:
                 Returns a warning about a run that could have been resumed, or None.
             on_begin: Called when a run begins: at its first update(), or when a state has been loaded. Returns the id
                 of the newest run that has snapshots already, or "".
+            ranks: The ranks that hold the model.
         """
+        self.ranks = ranks
+        self.run_lineage.agree = partial(ranks.first, "later run")
         self._dispatch.sinks.append(sink)
         self._find_resumable_run, self._on_begin = find_resumable_run, on_begin
 
@@ -191,6 +198,8 @@ class AveragingEngine:
             if self.guard is not None:
                 self.guard.before_update()
             live = self._live()
+        if not self._has_compared_ranks:
+            self._compare_ranks(live)
         if self.run_lineage.is_fresh:
             self._begin()
         weights = self.schedule.advance(t_delta)  # ENGINE-1: every check that may refuse the update precedes this line
@@ -477,6 +486,15 @@ class AveragingEngine:
         self._mark_written()
 
     # ---- inside
+
+    def _compare_ranks(self, live: Mapping[str, Tensor] | None) -> None:
+        """Check, at the first update() that averages, that the ranks hold one model."""
+        self.ranks.check_initialized()
+        if live is not None:
+            self._has_compared_ranks = True
+            self.ranks.compare_weights(
+                [(each.name, live[each.name]) for each in self.flat_buffers.averaged if each.is_parameter]
+            )
 
     def _begin(self) -> None:
         """Warn, at the first update() of a run that continues no other, of a run that could have been resumed."""

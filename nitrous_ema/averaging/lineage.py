@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from functools import cache
@@ -30,6 +30,8 @@ class RunLineage:
 
     def __init__(self) -> None:
         self.run = new_run_id()
+        self.agree: Callable[[str], str] = lambda run: run
+        """Returns the id that all ranks of the model take, given the one that this rank would take."""
         self.ancestors: Lineage = ()
         self.written: set[int] = set()
         self.is_fresh = True
@@ -65,9 +67,13 @@ class RunLineage:
         return [list(link) for link in self.lineage]
 
     def begin_after(self, newest: str) -> None:
-        """Take a name that is newer than that of another run, unless this run has written snapshots under its name."""
+        """Take a name that is newer than that of another run, unless this run has written snapshots under its name.
+
+        All ranks of the model take the same name, whatever they have found in the folder.
+        """
         if newest > self.run and not self.written:
             self.run = _run_after(newest)
+        self.run = self.agree(self.run)
 
     def continue_from(self, lineage: Sequence[Sequence[Any]], step: int) -> None:
         """Continue a state of another run, or an earlier state of this run.

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nitrous_ema import SnapshotStore
 from nitrous_ema.search.results import ResultsFile
@@ -41,6 +42,22 @@ def test_evaluation_follows_a_training_up_to_its_last_snapshot(tmp_path):
         run_example("follow_training.py", *options, "--attach", warned="default") == lines[-1:]
     )  # nothing is evaluated again
     assert (tmp_path / "sweep.jsonl").read_bytes() == before
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_ranks_of_ddp_print_the_same_and_write_one_run(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "examples" / "ddp.py"), str(tmp_path / "s")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    printed = dict(re.findall(r"rank (\d): ([\d.]+)", done.stdout))
+    assert printed.keys() == {"0", "1"}
+    assert printed["0"] == printed["1"]
+    store = SnapshotStore(tmp_path / "s")
+    (run,) = store.runs()
+    assert store.is_closed(run)
+    assert [each.step for each in store.snapshots()] == list(range(20, 401, 20))
 
 
 @pytest.mark.slow

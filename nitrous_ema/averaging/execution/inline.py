@@ -88,6 +88,48 @@ class ReachedMark:
         return True
 
 
+class SilentSnapshotSink:
+    """Writes nothing, on a rank whose averages another rank writes. The same steps count as taken.
+
+    Args:
+        check_writer: Raises an error if the other rank has no EMA.
+    """
+
+    def __init__(self, check_writer: Callable[[], None]) -> None:
+        self._check_writer = check_writer
+        self._num_taken = 0
+
+    def take_snapshot(self, pending: PendingSnapshot, lane: Callable[[torch.device], Lane]) -> bool:
+        """Return True. At the second snapshot the other rank, which may be slower, should have an EMA as well."""
+        self._num_taken += 1
+        if self._num_taken == 2:
+            self._check_writer()
+        return True
+
+    def resize(self, layout: Layout) -> None:
+        """Do nothing."""
+
+    def has_lost(self, step: int) -> bool:
+        """Return False."""
+        return False
+
+    def readbacks_in_flight(self, device: torch.device) -> None:
+        """Return None: nothing is copied."""
+
+    def stats(self) -> WriteStats:
+        """Return counters of no snapshot."""
+        return WriteStats()
+
+    def raise_failures(self) -> None:
+        """Do nothing."""
+
+    def flush(self, timeout_seconds: float | None = None) -> None:
+        """Do nothing."""
+
+    def close(self, timeout_seconds: float | None = None) -> None:
+        """Do nothing."""
+
+
 class InlineSnapshotSink:
     """Writes each snapshot before it returns, through one page of pageable memory.
 

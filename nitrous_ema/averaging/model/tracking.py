@@ -189,11 +189,15 @@ class _Found:
 
 def unwrap(model: Module) -> Module:
     """Return the model inside the outermost wrapper modules; wrappers of submodules stay."""
-    inner = _wrapped(model)
-    while inner is not None:
+    return list(wrappers(model))[-1]
+
+
+def wrappers(model: Module) -> Iterator[Module]:
+    """Yield the outermost wrapper modules of a model, and the model itself last."""
+    yield model
+    while (inner := _wrapped(model)) is not None:
         model = inner[1]
-        inner = _wrapped(model)
-    return model
+        yield model
 
 
 def canonical_tensors(model: Module, *, persistent_only: bool = True) -> dict[str, Tensor]:
