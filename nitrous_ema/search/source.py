@@ -55,7 +55,7 @@ class SnapshotSource:
             )
         if not isinstance(self.snapshots, SnapshotStore):
             return ""
-        names = map(parse_folder_name, self.snapshots.files.list(self.snapshots.root))
+        names = map(parse_folder_name, self.snapshots.names())
         later = [step for step, run in filter(None, names) if run == newest.run and step > newest.step]
         if not set(later) - {*self.exclude}:
             return ""

@@ -15,11 +15,12 @@ import errno
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from nitrous_ema._base.arguments import format_bytes, pluralize
 from nitrous_ema.errors import SnapshotError, warn
-from nitrous_ema.snapshots.filesystem import NO_SPACE, FileSystem, reason
+from nitrous_ema.snapshots.filesystem import NO_SPACE, FileSystem, reason, repeated
 from nitrous_ema.snapshots.names import parse_folder_name
 
 _log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def check_disk_space(root: Path, files: FileSystem, snapshot_bytes: int, most_sn
         most_snapshots: How many snapshots ``keep`` allows on disk at once; None if it sets no bound.
 
     Raises:
-        SnapshotError: Not even one snapshot fits.
+        SnapshotError: Not even one snapshot fits, or the folder cannot be listed.
     """
     free_bytes = DiskSpace(root, files).free_bytes()
     if free_bytes is None:
@@ -103,14 +104,24 @@ def check_disk_space(root: Path, files: FileSystem, snapshot_bytes: int, most_sn
     facts = f"{root}: a snapshot needs {format_bytes(snapshot_bytes)}, and {format_bytes(free_bytes)} are free"
     if not fitting:
         raise SnapshotError(f"{facts}: not even one fits. {_REMEDY}", path=root)
-    existing = sum(parse_folder_name(name) is not None for name in files.list(root))
     if most_snapshots is None and fitting < _FEW:
         warn(f"{facts}: there is space for {pluralize(fitting, 'snapshot')}, and keep= sets no bound. {_REMEDY}")
-    elif most_snapshots is not None and fitting + existing < most_snapshots:
+    elif most_snapshots is not None and fitting < most_snapshots:
+        existing = _num_snapshots(root, files)
+        if fitting + existing >= most_snapshots:
+            return
         warn(
             f"{facts}: there is space for {fitting} more snapshots in addition to the {existing} already in the "
             f"folder, but keep= allows {most_snapshots}. {_REMEDY}"
         )
+
+
+def _num_snapshots(root: Path, files: FileSystem) -> int:
+    try:
+        names = repeated(partial(files.list, root), files.wait)
+    except OSError as error:
+        raise SnapshotError(f"{root} cannot be listed: {explained(error, root)}", path=root) from error
+    return sum(parse_folder_name(name) is not None for name in names)
 
 
 def explained(error: OSError, path: Path) -> str:

@@ -240,7 +240,7 @@ class RetainingWriter:
             self._lineage = lineage
             return
         # Other processes may have dropped snapshots. One listing of names shows it; no header has to be read again.
-        existing = frozenset(listed_folders(self.store.files.list(self.store.root)))
+        existing = frozenset(listed_folders(self.store.names()))
         kept = [*self._kept_snapshots, new] if new is not None else self._kept_snapshots
         self._kept_snapshots = [snapshot for snapshot in kept if (snapshot.step, snapshot.run) in existing]
 
@@ -351,7 +351,7 @@ def _droppable_history(store: SnapshotStore, lineage: Lineage) -> list[Snapshot]
     snapshots after the step at which this history left it. (A run that was killed and resumed from an earlier step was
     not closed.)
     """
-    names = store.files.list(store.root)
+    names = store.names()
     # In ascending order, so that a later step of a run replaces the earlier ones in the dictionary.
     last_step = {run: step for step, run in sorted(listed_folders(names))}
     finished = [

@@ -162,7 +162,7 @@ class SnapshotStore:
 
     def _legacy_hint(self) -> str:
         """Return the end of a message for a folder that holds legacy files only; "" for any other folder."""
-        if not any(parse_legacy_file_name(name) for name in self.files.list(self.root)):
+        if not any(parse_legacy_file_name(name) for name in self.names()):
             return ""
         return (
             ", but {profile}.{step}.pt files of nitrous-ema 0.0.1 or ema-pytorch. Name the profiles that they track: "
@@ -180,7 +180,7 @@ class SnapshotStore:
         Raises:
             SnapshotNotFound: There is no such folder.
         """
-        files = sum(parse_legacy_file_name(name) is not None for name in self._root_names())
+        files = sum(parse_legacy_file_name(name) is not None for name in self.names())
         if not files:
             return ""
         return (
@@ -320,7 +320,24 @@ class SnapshotStore:
 
     def notes(self) -> list[Path]:
         """Return the notes on runs that are closed, and on snapshots that are pinned or hidden, by name."""
-        return [self.root / name for name in sorted(self._root_names()) if is_note_name(name)]
+        return [self.root / name for name in sorted(self.names()) if is_note_name(name)]
+
+    def names(self) -> list[str]:
+        """Return the names in the folder, in no particular order.
+
+        Raises:
+            SnapshotNotFound: There is no such folder.
+            SnapshotError: The folder cannot be listed.
+        """
+        try:
+            return repeated(functools.partial(self.files.list, self.root), self.files.wait)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            message = f"{self.root} is not a folder of snapshots: {error.strerror}{self.location_hint()}."
+            raise SnapshotNotFound(message, path=self.root, nearest=()) from error
+        except OSError as error:
+            raise SnapshotError(
+                f"{self.root} cannot be listed: {explained(error, self.root)}", path=self.root
+            ) from error
 
     def free_bytes(self) -> int | None:
         """Return the bytes that may still be written to the folder's disk.
@@ -377,7 +394,7 @@ class SnapshotStore:
 
     def pins(self) -> frozenset[tuple[int, str]]:
         """Return step and run of all pinned snapshots."""
-        return self._remover.pins(self._root_names())
+        return self._remover.pins(self.names())
 
     def hide(self, snapshots: Iterable[Snapshot]) -> int:
         """Hide snapshots from every listing, durably; their bytes stay on disk until ``remove_hidden``.
@@ -439,21 +456,10 @@ class SnapshotStore:
             except FolderGone as error:
                 gone.add(error.folder)
 
-    def _root_names(self) -> list[str]:
-        try:
-            return repeated(functools.partial(self.files.list, self.root), self.files.wait)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            message = f"{self.root} is not a folder of snapshots: {error.strerror}{self.location_hint()}."
-            raise SnapshotNotFound(message, path=self.root, nearest=()) from error
-        except OSError as error:
-            raise SnapshotError(
-                f"{self.root} cannot be listed: {explained(error, self.root)}", path=self.root
-            ) from error
-
     def _folders(self) -> _Folders:
         """Return the folders that have a snapshot's name and are not hidden, by run and step."""
         folders: _Folders = {}
-        for step, run in listed_folders(self._root_names()):
+        for step, run in listed_folders(self.names()):
             folders.setdefault(run, {})[step] = self.root / folder_name(step, run)
         return folders
 

@@ -176,8 +176,8 @@ class RunFollower:
         """Return the names in the folder, and those of the rank files in folders that are not listed yet."""
         files, root = self.snapshots.store.files, self.snapshots.store.root
         names: set[str] = set()
-        with suppress(FileNotFoundError, NotADirectoryError):
-            names.update(repeated(partial(files.list, root), files.wait))
+        with suppress(SnapshotNotFound):
+            names.update(self.snapshots.store.names())
         listed = {each.paths[0].parent.name for each in self.snapshots.listed}
         # A snapshot is committed by the name of its file, so the names of folders alone would not show the commit.
         for name in [name for name in names if name not in listed and parse_folder_name(name)]:

@@ -136,12 +136,12 @@ class StoredSnapshots:
 
     def steps(self) -> set[int]:
         """Return the steps of all snapshot folders, including incomplete snapshots."""
-        names = map(parse_folder_name, self.store.files.list(self.store.root))
+        names = map(parse_folder_name, self.store.names())
         return {known[0] for known in names if known}
 
     def unrelated_runs(self) -> list[str]:
         """Return the runs in the folder that are not part of the listed lineage."""
-        runs = {known[1] for name in self.store.files.list(self.store.root) if (known := parse_folder_name(name))}
+        runs = {known[1] for name in self.store.names() if (known := parse_folder_name(name))}
         # Names are enough if all runs are related. Otherwise the store has to open every file.
         if runs <= dict(self.lineage).keys():
             return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import re
@@ -92,6 +93,29 @@ def test_disk_that_does_not_report_its_free_space_is_not_checked(store, caplog):
     caplog.set_level(logging.INFO, "nitrous_ema.snapshots.disk_space")
     check(store(None), 4 * MIB, 1000)
     assert "does not report its free space" in caplog.text
+
+
+@pytest.mark.parametrize("failures", [1, 4])
+def test_folder_that_cannot_be_listed_is_named(tmp_path, failures):
+    class Failing(FreeSpace):
+        left = failures
+
+        def list(self, path):
+            self.left -= 1
+            if self.left >= 0:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return super().list(path)
+
+        def wait(self, seconds):
+            pass
+
+    check = functools.partial(check_disk_space, tmp_path, Failing(3 * MIB), MIB, 5)
+    if failures == 1:
+        with pytest.warns(NitrousWarning, match="space for 3 more"):
+            check()
+    else:
+        with pytest.raises(SnapshotError, match=f"{tmp_path} cannot be listed: Stale file handle"):
+            check()
 
 
 @pytest.mark.parametrize("make", [PostHocEMA, AsyncPostHocEMA])
