@@ -18,9 +18,9 @@ import zlib
 from collections.abc import Iterable, Mapping
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
-from nitrous_ema.snapshots.bounded_json import brief
+from nitrous_ema.snapshots.bounded_json import MAX_HEADER_BYTES, brief
 from nitrous_ema.snapshots.filesystem import open_regular, size_of
 from nitrous_ema.snapshots.names import INCOMPLETE_COPY
 
@@ -62,6 +62,27 @@ def load_torch_file(path: Path) -> Any:
         raise ValueError(f"torch cannot load it ({type(error).__name__}: {brief(first_line)})") from error
 
 
+class _BoundedFile:
+    """A file of which no single read takes more memory than the largest header may have.
+
+    ``zipfile`` reads the directory of an archive at once, with the size that the archive claims for it.
+    """
+
+    def __init__(self, file: BufferedReader) -> None:
+        self._file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        if size > MAX_HEADER_BYTES:
+            raise ValueError(f"its directory, or a member, claims {size} bytes")
+        return self._file.read(size)
+
+
+def open_archive(file: BufferedReader) -> zipfile.ZipFile:
+    """Open the archive in a file. A directory of more than MAX_HEADER_BYTES bytes raises ValueError."""
+    return zipfile.ZipFile(cast("IO[bytes]", _BoundedFile(file)))
+
+
 def verify_archive(path: Path) -> None:
     """Read all of a file that ``load_torch_file`` accepts, and compare every member with its checksum.
 
@@ -71,7 +92,7 @@ def verify_archive(path: Path) -> None:
     """
     with open_regular(path) as file:
         try:
-            with zipfile.ZipFile(file) as archive:
+            with open_archive(file) as archive:
                 for member in archive.infolist():
                     _read(archive, member)
         except OSError:
@@ -167,7 +188,7 @@ def _check_archive(file: BufferedReader) -> None:
     torch stores members uncompressed. Uncompressed members that neither overlap nor exceed the file cannot make a small
     file claim a large memory.
     """
-    with zipfile.ZipFile(file) as archive:
+    with open_archive(file) as archive:
         members = archive.infolist()
         names = {member.filename for member in members}
         # Of two members with one name, zipfile and torch may read different ones.
@@ -185,6 +206,8 @@ def _check_archive(file: BufferedReader) -> None:
             end = member.header_offset + member.file_size
             # Numbers are read and verified later, while synthesis reads them: then they come from the disk once.
             if "/data/" not in member.filename:
+                if member.file_size > MAX_HEADER_BYTES:  # torch reads it whole
+                    raise ValueError(f"{member.filename!r} claims {member.file_size} bytes")
                 _read(archive, member)
         if end > size_of(file):
             raise ValueError("its members are longer than the file")
@@ -201,7 +224,7 @@ _NO_MEMBER = _Member(-1, 0)
 def _members_by_offset(file: BufferedReader) -> dict[int, _Member]:
     """Return the members of an archive by the offset at which their bytes begin in the file."""
     found = {}
-    with zipfile.ZipFile(file) as archive:
+    with open_archive(file) as archive:
         members = archive.infolist()
     for member in members:
         # The directory has the offset of the local header, whose length varies: torch aligns the numbers with its extra

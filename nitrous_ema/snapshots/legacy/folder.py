@@ -43,6 +43,7 @@ from nitrous_ema.snapshots.torch_archive import (
     Checksums,
     load_torch_file,
     locate_storages,
+    open_archive,
     plain_tensor,
     verify_storage,
 )
@@ -213,7 +214,7 @@ class LegacySnapshot:
         """
         digest = hashlib.sha256()
         for path in self.paths:
-            with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            with open_regular(path) as file, open_archive(file) as archive:
                 for member in archive.infolist():
                     digest.update(f"{member.filename}\n{member.file_size}\n{member.CRC}\n".encode())
         return digest.hexdigest()[:32]

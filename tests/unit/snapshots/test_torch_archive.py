@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 
@@ -105,3 +106,24 @@ def test_lazily_conjugated_numbers_are_computed(tmp_path):
     torch.save({"a": torch.tensor([1 + 2j]).conj()}, tmp_path / "x.pt")
     plain = plain_tensor(load_torch_file(tmp_path / "x.pt")["a"], file_bytes=10**4)
     assert torch.equal(torch.view_as_real(plain), torch.tensor([[1.0, -2.0]]))
+
+
+def test_directory_that_claims_more_memory_than_a_header_is_not_read(path):
+    """A sparse file may have room for any directory that its last bytes claim."""
+    claimed, end = 200_000_000, bytearray(path.read_bytes()[-22:])
+    end[12:16] = claimed.to_bytes(4, "little")  # the size of the directory
+    with path.open("r+b") as file:
+        file.truncate(claimed + 10**6)
+        file.seek(0, os.SEEK_END)
+        file.write(end)
+    with pytest.raises(ValueError, match=f"claims {claimed} bytes"):
+        load_torch_file(path)
+
+
+def test_pickle_larger_than_a_header_is_not_read(path):
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("x/large", b"")
+        archive.getinfo("x/large").file_size = archive.getinfo("x/large").compress_size = 200_000_000
+        archive.fp.truncate(archive.fp.tell() + 200_000_000)
+    with pytest.raises(ValueError, match="'x/large' claims 200000000 bytes"):
+        load_torch_file(path)
