@@ -26,9 +26,11 @@ def resumable_run_warning(store: SnapshotStore, run: str) -> str | None:
         return None
     if newest.run == run:
         return None
+    # Not always this one: the other may have written its first snapshot since, or have the last name that there is.
+    selected = "this one as soon as it has a snapshot" if run > newest.run else newest.run
     return (
         f"This run, {run}, begins anew in {store.root}, where run {newest.run} has snapshots up to step "
         f"{newest.step}. To continue run {newest.run} instead, call ema.load_state_dict(...) with your saved state, or "
         "ema.restore(), before the first update(). The two runs are never mixed: readers select the newest run, which "
-        "is this one as soon as it has a snapshot; pass run= to select the other."
+        f"is {selected}; pass run= to select the other."
     )

@@ -11,6 +11,7 @@ import pytest
 
 from nitrous_ema import KarrasEMA, NitrousWarning, SnapshotStore
 from nitrous_ema.averaging import lineage
+from nitrous_ema.averaging.resumable_run import resumable_run_warning
 from nitrous_ema.snapshots.names import new_run_id
 from tests.support.fakes import TIMEOUT_SECONDS
 from tests.support.models import Net
@@ -84,6 +85,15 @@ def test_warning_that_is_an_error_counts_nothing(make):
     second.restore()
     second.update()
     assert second.step == 4
+
+
+def test_warning_names_the_run_that_readers_select(make):
+    first = make(Net())
+    train(first, range(1, 4))
+    first.checkpoint()
+    older, newer = "20000101T000000.000000-00000000", "29990101T000000.000000-00000000"
+    assert f"select the newest run, which is {first.run};" in resumable_run_warning(first.snapshots, older)
+    assert "the newest run, which is this one as soon" in resumable_run_warning(first.snapshots, newer)
 
 
 @pytest.mark.parametrize("trouble", ["damaged", "cannot be listed"])
