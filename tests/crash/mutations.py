@@ -310,7 +310,7 @@ MUTATIONS: Sequence[Mutation] = (
     _in_removal("a pin is noted before the snapshot is looked for", "pinned meanwhile", (
         _NOTE_FIRST, ""), (_LOOK, _LOOK_THEN_NOTE)),
     _in_removal("one rename decides whether a snapshot is removed or comes back", "pinned meanwhile", (
-        "(own := self._claim(folder))", "(own := folder)")),
+        "claimed += self._claim(folder)", "claimed += [folder]")),
     _in_removal("a note hides a snapshot before its files are unlinked one by one", runs.KILLED_BY_FILES, (
         "            self._committer.write_note(self.root / dropped_note_name(snapshot.step, snapshot.run))\n",
         "            self._remove(folder)\n")),
