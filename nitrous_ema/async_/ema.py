@@ -200,6 +200,6 @@ def make_lane(device: torch.device) -> Lane:
         return ThreadLane()
     try:
         return AcceleratorLane(device)
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
         warn(f"{device} has no streams and events for background work ({error}); averaging runs inside update().")
         return InlineLane()

@@ -7,7 +7,7 @@ it in C++), so this module calls the driver directly. The relaxed mode still for
 capture; the package's events never are.
 
 CAPTURE-1  A thread sets the mode once, before its first wait    test_thread_is_relaxed_once_before_it_waits
-    for an event.
+    for an event or its first query of one.                      test_thread_is_relaxed_before_it_queries
 CAPTURE-2  Where the driver has no such call, nothing else       test_driver_without_the_call_is_left_alone
     changes.
 """

@@ -28,7 +28,8 @@ LANE-6  Averaging reads stashed parameters after   _stashed  test_stashed_parame
     after they were stashed, on whichever streams
     either happens.
 LANE-7  The current stream and the current device            test_current_stream_and_device_are_left_alone
-    stay the same for the caller.
+    stay the same for the caller, and threads of             test_writers_wait_on_the_device_of_the_averages
+    the package touch no device but the lane's.
 
 The current stream is looked up at every call, because users run under other streams. Streams and events live as long as
 the lane. Every tensor that queued work uses is held until the work is done, or outlives it, so no ``record_stream`` is
@@ -225,6 +226,7 @@ class AcceleratorLane:
         # Waits for events that were never recorded are left out: they would wait for nothing.
         self._has_read = self._has_stashed = self._has_run = self._has_deferred = False
         self._readers: set[torch.Stream] = set()  # where averages may have been read since the last averaging work
+        self._probe()
 
     def enqueue_write(self, work: Work, *, reads_parameters: bool = True, abandon: Work | None = None) -> None:
         """Queue averaging work on the side stream."""
@@ -327,6 +329,17 @@ class AcceleratorLane:
         """Return a mark backed by an event that a host thread can wait for without spinning."""
         return _DeviceMark(self._device)
 
+    def _probe(self) -> None:
+        """Make every call that drain() and the marks make: some backends have streams without some of them (MPS)."""
+        mark = self.mark()
+        with _entered(self._copy_stream):
+            mark.record()
+            mark.wait_on_device()
+        mark.is_reached()
+        mark.wait_on_host()
+        self.drain()
+        self.drain(_POLL_SECONDS)
+
     def take_error(self) -> BaseException | None:
         """Return None: work is queued by the caller's own call, which raises."""
         return None
@@ -356,7 +369,7 @@ class _DeviceMark:
         # take a core from the trainer. Such an event is another structure than torch.Event, and torch does not check
         # that a generic stream is given a generic event (torch/csrc/Stream.cpp, torch/csrc/cuda/Event.cpp). The event
         # is therefore recorded and waited for on the current stream only, and never passed to a stream.
-        self._may_be_captured = device.type == "cuda"
+        self._device = device
         event_class: Callable[..., Any] = torch.get_device_module(device).Event
         try:
             self._event = event_class(enable_timing=False, blocking=True)
@@ -373,15 +386,24 @@ class _DeviceMark:
 
     def wait_on_host(self) -> None:
         """Block this thread until the mark is reached; other threads run meanwhile."""
-        # Only the package's own threads enter the relaxed mode. In a trainer's thread it would allow forbidden calls
-        # during that thread's own captures.
-        if self._may_be_captured and isinstance(threading.current_thread(), BackgroundThread):
-            let_others_capture()
+        self._prepare_thread()
         self._event.synchronize()
 
     def is_reached(self) -> bool:
         """Query the driver, without a wait."""
+        self._prepare_thread()
         return bool(self._event.query())
+
+    def _prepare_thread(self) -> None:
+        if not isinstance(threading.current_thread(), BackgroundThread):
+            return
+        # Only the package's own threads enter the relaxed mode. In a trainer's thread it would allow forbidden calls
+        # during that thread's own captures.
+        if self._device.type == "cuda":
+            let_others_capture()
+        # A new thread's device is 0, and the driver would make a context there, of hundreds of MB: in each process of a
+        # node that trains on a device per process.
+        _set_device_index(self._device.index)
 
 
 def _never() -> bool:
@@ -405,10 +427,13 @@ def _entered(stream: torch.Stream) -> Iterator[None]:
         yield
     finally:
         torch.accelerator.set_stream(before)
-        _set_device_index(device)
+        _restore_device_index(device)
 
 
 # The names of torch 2.6 are deprecated since 2.8.
 _SUFFIX = "index" if hasattr(torch.accelerator, "current_device_index") else "idx"
 _device_index: Callable[[], int] = getattr(torch.accelerator, f"current_device_{_SUFFIX}")
 _set_device_index: Callable[[int], None] = getattr(torch.accelerator, f"set_device_{_SUFFIX}")
+# Restored only where the device has a context already. A thread that has chosen no device is on device 0, which may be
+# another process's. So does ``with torch.accelerator.device_index(...)``, which older releases of torch lack.
+_restore_device_index: Callable[[int], Any] = getattr(torch._C, "_accelerator_maybeExchangeDevice", _set_device_index)

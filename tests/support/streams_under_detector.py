@@ -67,6 +67,7 @@ class Streams:
             patches.enter_context(mock.patch.object(lanes, "torch", made_here))
             patches.enter_context(mock.patch.object(lanes, "_device_index", return_value=0))
             patches.enter_context(mock.patch.object(lanes, "_set_device_index"))
+            patches.enter_context(mock.patch.object(lanes, "_restore_device_index"))
             patches.enter_context(mock.patch.object(race_detector.Span, "of", _span))
             patches.enter_context(_Declared(self))
             yield
@@ -88,6 +89,10 @@ class Stream:
 
     def synchronize(self) -> None:
         self.lane.synchronize()
+
+    def query(self) -> bool:
+        self.lane.synchronize()
+        return True
 
 
 class Event:

@@ -32,6 +32,7 @@ def driver(monkeypatch):
     driver = Driver()
     monkeypatch.setattr(ctypes, "CDLL", driver.load)
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(lanes, "_set_device_index", lambda index: None)
     return driver
 
 
@@ -47,7 +48,7 @@ def mark_of(driver, device_type):
             return True
 
     mark = object.__new__(lanes._DeviceMark)
-    mark._event, mark._may_be_captured = Event(), device_type == "cuda"
+    mark._event, mark._device = Event(), torch.device(device_type, 1)
     return mark
 
 
@@ -61,6 +62,13 @@ def test_thread_is_relaxed_once_before_it_waits(driver):
     mark = mark_of(driver, "cuda")
     on(BackgroundThread, lambda: (mark.wait_on_host(), mark.wait_on_host()))
     assert driver.log == ["libcuda.so.1", graph_capture._RELAXED, "wait", "wait"]
+
+
+def test_thread_is_relaxed_before_it_queries(driver):
+    """A file may fail before its first page: then the first call is a query."""
+    mark = mark_of(driver, "cuda")
+    on(BackgroundThread, mark.is_reached)
+    assert driver.log == ["libcuda.so.1", graph_capture._RELAXED, "query"]
 
 
 def test_threads_of_the_trainer_are_left_alone(driver):

@@ -5,15 +5,20 @@ from __future__ import annotations
 import gc
 import tempfile
 import threading
+import warnings
 import weakref
+from contextlib import ExitStack, nullcontext
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 
 from nitrous_ema.async_ import lanes
 from nitrous_ema.async_.lanes import ThreadLane
+from nitrous_ema.averaging.execution.background_thread import BackgroundThread
 from tests.support.fakes import TIMEOUT_SECONDS, Gate, averages_of, background_threads, make_gradients, make_model
+from tests.support.laggy import device as laggy
 from tests.support.laggy.cases import HELD, MANUAL
 from tests.support.laggy.loops import train
 from tests.support.laggy.runner import SCHEDULES, assert_right_on_laggy, run_on_laggy
@@ -256,8 +261,9 @@ def current_after_each_call(device):
         if device != "cpu":
             torch.accelerator.set_stream(torch.Stream(device=f"{device}:1"))
             torch.accelerator.set_stream(torch.Stream(device=f"{device}:0"))
-        ema = make_ema(model, folder)
-        found = []
+        # The constructor is the first call that enters the lane's streams.
+        before, ema = current(device), make_ema(model, folder)
+        found = [] if current(device) == before else ["the constructor"]
         for of_step in make_gradients(3, model):
             for parameter, gradient in zip(model.parameters(), of_step, strict=True):
                 parameter.grad = gradient
@@ -284,3 +290,76 @@ def current(device):
 @pytest.mark.slow
 def test_current_stream_and_device_are_left_alone():
     assert_right_on_laggy(current_after_each_call, schedules=["eager", "lazy", "random:0", "random:1"])
+
+
+def current_without(device, line):
+    with mock.patch.object(lanes, line) if device != "cpu" else nullcontext():
+        return current_after_each_call(device)
+
+
+def test_device_that_is_not_restored_is_noticed():
+    (outcome,) = run_on_laggy(current_without, cases=[{"line": "_restore_device_index"}], schedules=["eager"])
+    assert (outcome.verdict, "changed by" in outcome.detail) == ("different", True)
+
+
+def devices_of_writers(device):
+    """Take a snapshot of a model on the second device; its file fails before the first page, and another does not."""
+    found = set()
+
+    def note(call):
+        def noted(event):
+            if isinstance(threading.current_thread(), BackgroundThread):
+                found.add(torch.accelerator.current_device_index())
+            return call(event)
+
+        return noted
+
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        if device != "cpu":
+            for name in ("query", "synchronize"):
+                patch = mock.patch.object(laggy.Event, name, note(getattr(laggy.Event, name)))
+                stack.enter_context(patch)
+        ema = make_ema(make_model("plain", f"{device}:1" if device != "cpu" else device), folder)
+        ema.update()
+        ema.checkpoint()
+        ema.close()
+    return {"devices": found - {1}, "any": bool(found) or device == "cpu"}
+
+
+def test_writers_wait_on_the_device_of_the_averages():
+    assert_right_on_laggy(devices_of_writers, schedules=["eager", "lazy"])
+
+
+def without_calls(device, *names):
+    class Stream(torch.Stream):
+        pass
+
+    def refuse(self):
+        raise NotImplementedError("simulated")
+
+    for name in names:
+        setattr(Stream, name, refuse)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with mock.patch.object(torch, "Stream", Stream):
+            model = make_model("plain", device)
+            ema = make_ema(model, folder)
+            ema.update()
+            ema.flush()
+            ema.close()
+    return {"warned": device == "cpu" or any("no streams and events" in str(each.message) for each in warned)}
+
+
+def without_query(device):
+    return without_calls(device, "query")
+
+
+def without_synchronize(device):
+    return without_calls(device, "synchronize")
+
+
+@pytest.mark.parametrize("scenario", [without_query, without_synchronize])
+def test_backend_whose_streams_lack_a_call_averages_inside_update(scenario):
+    """As MPS, whose streams can be neither queried nor waited for."""
+    assert_right_on_laggy(scenario, schedules=["eager"])
