@@ -190,6 +190,9 @@ class BackgroundSnapshotSink:
             self._sealed.put(None)
         for thread in self._threads:
             thread.join(remaining_seconds())
+        if not unwritten and not any(thread.is_alive() for thread in self._threads):
+            self._pool.free()
+            self._copiers.clear()
         # Logged, not raised: close() also runs at interpreter exit, where no caller is left.
         while not self._failures.empty():
             _log.error("snapshot write failed after the last call that could report it: %s", self._failures.get())

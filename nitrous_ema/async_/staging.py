@@ -312,6 +312,11 @@ class SlotPool:
             wait_for(self._changed, lambda: not self._busy(), timeout_seconds)
             return [slot.pending.stamp.step for slot in self._busy() if slot.pending is not None]
 
+    def free(self) -> None:
+        """Free the memory of all slots, which are free and are not claimed any more."""
+        with self._lock:
+            self._slots = []
+
     def readbacks_in_flight(self, device: torch.device) -> SlotReadbacks | None:
         """Return the readbacks that may still be reading averages on a device; None if there are no such readbacks."""
         with self._lock:

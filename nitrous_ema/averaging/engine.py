@@ -131,7 +131,10 @@ class AveragingEngine:
         self.copy_from_model()
         remove_hooks = install_hooks(self.guard, unwrap(model)) if self.guard is not None else _nothing
         # Its arguments must not refer to this object, which would then never be freed (ENGINE-5).
-        self._finalizer = weakref.finalize(self, shut_down, self._dispatch, self.guard, remove_hooks, self._process)
+        timeout = None if background is None else background.config.wait_timeout
+        self._finalizer = weakref.finalize(
+            self, shut_down, self._dispatch, self.guard, remove_hooks, self._process, timeout
+        )
 
     def attach(
         self,

@@ -77,6 +77,7 @@ class UpdateDispatcher:
         self._offloaded: dict[tuple[PlacedStep, torch.device], Offload] = {}
         # Guards every use of _deferred_updates, because optimizers may step on other threads than the trainer's.
         self._lock = threading.RLock()
+        self._num_held_up_before = 0  # by what release() has let go of
         self._error: BaseException | None = None  # of an optimizer's hook, which must not raise; guarded by _lock
         self._caller_copies = CallerSideCopies()
         self._last_live: Mapping[str, Tensor] | None = None
@@ -152,6 +153,16 @@ class UpdateDispatcher:
             # read="copied" no hook orders writers after that copy, so the caller is ordered after it here.
             self.order_writers()  # after the copies to the host
 
+    def release(self) -> None:
+        """Let go of the parameters, and of all memory but the averages. No work is queued any more, nor will be."""
+        with self._lock:
+            self._num_held_up_before = self.num_held_up
+            self._last_live, self._read_live, self._copied_for = None, {}, None
+            self._steps, self._copy_steps, self._counting = [], [], None  # they hold views of the parameters
+            self._caller_copies = CallerSideCopies()
+            self._deferred_updates.clear()
+            self._offloaded.clear()
+
     def order_writers(self) -> None:
         """Order the caller's next use of the parameters after every read of them so far.
 
@@ -206,7 +217,8 @@ class UpdateDispatcher:
     def num_held_up(self) -> int:
         """How often the trainer had to wait, for a readback or for averaging in host memory."""
         of_deferred = sum(deferred.num_held_up for deferred in self._deferred_updates.values())
-        return of_deferred + sum(offload.num_held_up for offload in self._offloaded.values())
+        of_offloaded = sum(offload.num_held_up for offload in self._offloaded.values())
+        return self._num_held_up_before + of_deferred + of_offloaded
 
     def lanes(self) -> list[Lane]:
         """Return the lanes that were made so far."""
