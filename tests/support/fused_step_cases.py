@@ -199,15 +199,16 @@ def parameters_are_found_again_when_their_storage_was_replaced():
 
 
 class _Uploads(TorchFunctionMode):
-    """A log of the uploads of tables to the device: on which stream, and whether the host waited."""
+    """A log of the tables that are made on the device: on which stream, and whether the host waited."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[object, bool]] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.to and args[0].dtype == torch.int64:
-            self.seen.append((torch.cpu.current_stream(), not (kwargs or {}).get("non_blocking", False)))
+        if func in (Tensor.to, torch.add) and args[0].dtype == torch.int64:
+            waits = func is Tensor.to and not (kwargs or {}).get("non_blocking", False)
+            self.seen.append((torch.cpu.current_stream(), waits))
         return func(*args, **(kwargs or {}))
 
 
@@ -243,6 +244,20 @@ def stashed_parameters_are_found_from_the_stream_that_averages_them():
         with torch.cpu.stream(side):
             step.run_stashed(kept, [0.5, 0.5])
     assert uploads.seen == [(side, False)]
+
+
+def stash_pins_no_memory():
+    pinned: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FusedStep, "_pinned", lambda self, rows: pinned.append(rows) or rows)
+        _, ((group, tensors), *_) = _started()
+        step = FusedStep(group, BATCH)
+        sources = step.sources(tensors)
+        assert len(pinned) == 1
+        for batch in range(len(step.batches)):
+            step.run_stashed(step.stash(sources, batch, _scratch(step.stash_bytes(batch))), [0.5, 0.5])
+        step.run(step.sources(tensors), [0.5, 0.5])
+    assert len(pinned) == 1
 
 
 @contextmanager

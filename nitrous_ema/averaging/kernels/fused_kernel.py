@@ -174,9 +174,14 @@ def row(parameter: Tensor, begin: int, end: int) -> tuple[int, int, int, int, in
         begin: First element in the group.
         end: Last element in the group.
     """
-    address = parameter.data_ptr() - begin * parameter.itemsize
-    width = 2 if address % (_VECTOR_ELEMENTS * parameter.itemsize) == 0 else 1
-    return address, begin, end, SOURCE_DTYPES.index(parameter.dtype), width
+    return row_at(parameter.data_ptr(), parameter.dtype, begin, end)
+
+
+def row_at(place: int, dtype: torch.dtype, begin: int, end: int) -> tuple[int, int, int, int, int]:
+    """Return the row of a tensor at an address, or at a place relative to an address that is a multiple of 16."""
+    address = place - begin * dtype.itemsize
+    width = 2 if address % (_VECTOR_ELEMENTS * dtype.itemsize) == 0 else 1
+    return address, begin, end, SOURCE_DTYPES.index(dtype), width
 
 
 def table(rows: Sequence[tuple[int, int, int, int, int]]) -> Tensor:

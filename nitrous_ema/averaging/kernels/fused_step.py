@@ -11,10 +11,14 @@ FUSED-1  New addresses are copied to the device from pinned   nothing_waits_for_
          not wait.
 FUSED-2  A table is read only on the stream that uploaded     tables_stay_on_their_stream
          it, so that the allocator may reuse its memory once  stashed_parameters_are_found_from_the_stream_
-         it is dropped; ``stash`` uploads nothing.             that_averages_them
+         it is dropped; ``stash`` makes no table.              that_averages_them
 FUSED-3  Stashed parameters give the bits of ``run``.         stashed_parameters_give_the_bits_of_run
 
 The tests are cases of ``test_fused_step.py``, in ``tests/support/fused_step_cases.py``.
+
+FUSED-4  Memory is pinned at construction, and where a         stash_pins_no_memory
+         parameter's storage was replaced; not for a stash,
+         whose rows differ by the address of the scratch only.
 
 The pinned memory may be dropped at once as well: torch does not reuse it before the copy has run (events of the caching
 host allocator, recorded by ``copy_``: ATen/native/cuda/Copy.cu and ATen/core/CachingHostAllocator.h). The caller that
@@ -28,13 +32,14 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from nitrous_ema.averaging.kernels.copied_step import ALIGNED_BYTES, aligned
-from nitrous_ema.averaging.kernels.flat_buffers import Group, memory_order
+from nitrous_ema.averaging.kernels.flat_buffers import Group
 from nitrous_ema.averaging.kernels.foreach_step import AveragingStep, ForeachStep, are_same
 from nitrous_ema.errors import warn
 
@@ -56,9 +61,21 @@ class _FusedStash:
     """Stashed parameters of a batch."""
 
     batch: int
-    rows: Tensor
-    """The kernel's table of the batch's tensors, on the host; pinned as that of ``_Addresses``."""
     scratch: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """Neighbours in the scratch of a stash, of one type."""
+
+    begin: int
+    """First byte."""
+    end: int
+    dtype: torch.dtype
+    sizes: list[int]
+    """Elements of each tensor, and after each but the last those of the gap behind it."""
+    pieces: list[int]
+    """Which of the batch's pieces are stashed here."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,6 +127,13 @@ class FusedStep:
         blocks = fused_kernel.cut([(tensor.begin, tensor.end) for tensor in group.tensors])
         self._launches = [self._launch_of(blocks, *batch) for batch in self.batches]
         self._blocks = blocks.to(self._device)
+        layouts = [self._layout_of(*arguments) for arguments in zip(self._launches, self.batches, strict=True)]
+        self._runs = [runs for runs, _ in layouts]
+        # On the device from the start: a launch adds the address of its scratch (FUSED-4).
+        rows = fused_kernel.table([row for _, of_batch in layouts for row in of_batch]).to(self._device)
+        self._tables = torch.split(rows, [len(of_batch) for _, of_batch in layouts])
+        self._is_address = torch.tensor([1, 0, 0, 0, 0], dtype=torch.int64, device="cpu").to(self._device)
+        self._read_by_stash: tuple[_Addresses, list[list[Tensor]]] | None = None  # flat views, of every batch
         self._always = torch.ones((), dtype=torch.bool, device=self._device)
 
     def sources(self, tensors: Sequence[Tensor]) -> Any:
@@ -145,20 +169,16 @@ class FusedStep:
         """Copy the parameters of a batch; see ``AveragingStep``."""
         if not isinstance(sources, _Addresses):
             return self._plain.stash(sources, batch, scratch)
-        launch, (low, high) = self._launches[batch], self.batches[batch]
-        views, read, rows, place = [], [], [], 0
-        for index in range(launch.first_tensor, launch.last_tensor):
-            like = self._group.tensors[index]
-            flat = memory_order(sources.tensors[index].detach(), like)
-            begin, end = max(like.begin, low), max(min(like.end, high), low)
-            # The stash is aligned as the average is, so that the kernel can read it in wide accesses.
-            place = aligned(place) + begin * flat.itemsize % ALIGNED_BYTES
-            views.append(scratch[place : place + (end - begin) * flat.itemsize].view(flat.dtype))
-            read.append(flat[begin - like.begin : end - like.begin])
-            rows.append(self._kernel.row(views[-1], begin, end))
-            place += (end - begin) * flat.itemsize
-        torch._foreach_copy_(views, read)
-        return _FusedStash(batch, self._pinned(self._kernel.table(rows)), scratch)
+        if self._read_by_stash is None or self._read_by_stash[0] is not sources:
+            # No view is missing: the kernel reads every tensor as it is.
+            flat = cast("list[list[Tensor]]", self._plain.sources(sources.tensors).flat)
+            self._read_by_stash = sources, flat
+        read = self._read_by_stash[1][batch]
+        for run in self._runs[batch]:
+            # One call for all views: a call for each takes longer on the host than everything else here.
+            views = torch.split(scratch[run.begin : run.end].view(run.dtype), run.sizes)[::2]
+            torch._foreach_copy_(views, [read[piece] for piece in run.pieces])
+        return _FusedStash(batch, scratch)
 
     def run_stashed(self, stashed: Any, weights: Sequence[float], allowed: Tensor | None = None) -> None:
         """Move averages towards stashed parameters; see ``AveragingStep``."""
@@ -168,8 +188,8 @@ class FusedStep:
         allowed = self._always if allowed is None else allowed
         launch = self._launches[stashed.batch]
         with _current(self._device):
-            # Uploaded here and not in stash(): the table must be read on the stream that uploads it (FUSED-2).
-            table = stashed.rows.to(self._device, non_blocking=True)
+            # Made here and not in stash(): the table must be read on the stream that makes it (FUSED-2).
+            table = torch.add(self._tables[stashed.batch], self._is_address, alpha=stashed.scratch.data_ptr())
             blocks = launch.first_block, launch.last_block
             self._kernel.launch(table, self._blocks, launch.first_tensor, *blocks, self._group.flats, weights, allowed)
 
@@ -191,6 +211,35 @@ class FusedStep:
 
     def _pinned(self, rows: Tensor) -> Tensor:
         return rows if self._device.type == "cpu" else rows.pin_memory()
+
+    def _layout_of(
+        self, launch: _Launch, batch: tuple[int, int]
+    ) -> tuple[list[_Run], list[tuple[int, int, int, int, int]]]:
+        """Return where a batch's parameters lie in scratch memory, and the kernel's rows for scratch at address 0."""
+        indices = range(launch.first_tensor, launch.last_tensor)
+        ends = {index: self._ends(index, *batch) for index in indices}
+        rows = dict.fromkeys(indices, (0, 0, 0, 0, 1))  # an empty tensor's row is not read
+        by_dtype: dict[torch.dtype, list[tuple[int, int]]] = {}
+        for piece, index in enumerate(index for index in indices if ends[index][0] < ends[index][1]):
+            dtype = self._group.tensors[index].tracked.dtype
+            by_dtype.setdefault(torch.float32 if dtype.is_complex else dtype, []).append((piece, index))
+        runs, last = [], 0
+        for dtype, members in by_dtype.items():
+            edges: list[int] = []
+            for _, index in members:
+                begin, end = ends[index]
+                # The stash is aligned as the average is, so that the kernel can read it in wide accesses.
+                place = aligned(last) + begin * dtype.itemsize % ALIGNED_BYTES
+                last = place + (end - begin) * dtype.itemsize
+                edges += [place, last]
+                rows[index] = self._kernel.row_at(place, dtype, begin, end)
+            sizes = [(after - before) // dtype.itemsize for before, after in pairwise(edges)]
+            runs.append(_Run(edges[0], last, dtype, sizes, [piece for piece, _ in members]))
+        return runs, list(rows.values())
+
+    def _ends(self, index: int, low: int, high: int) -> tuple[int, int]:
+        like = self._group.tensors[index]
+        return max(like.begin, low), max(min(like.end, high), low)
 
     def _launch_of(self, blocks: Tensor, begin: int, end: int) -> _Launch:
         numbers = blocks[:, 1].contiguous()
