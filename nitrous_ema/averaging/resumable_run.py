@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from nitrous_ema.errors import SnapshotNotFound
+from nitrous_ema.errors import SnapshotError, SnapshotNotFound
 from nitrous_ema.snapshots.store import SnapshotStore
 
 _log = logging.getLogger(__name__)
@@ -21,7 +21,10 @@ def resumable_run_warning(store: SnapshotStore, run: str) -> str | None:
         newest = store.get()
     except SnapshotNotFound:
         return None
-    except Exception:  # a damaged file or a failing disk is no reason to end a training that has just begun
+    except SnapshotError as error:  # such as a run of another user, who has kept others from it
+        _log.warning("%s: the search for runs to resume failed: %s", store.root, error)
+        return None
+    except Exception:  # no reason to end a training that has just begun
         _log.warning("%s: the search for runs to resume failed", store.root, exc_info=True)
         return None
     if newest.run == run:

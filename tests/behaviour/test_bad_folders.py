@@ -80,6 +80,15 @@ def test_training_goes_on_beside_it(bad, kind):
     assert SnapshotStore(bad).get().run == ema.run
 
 
+@pytest.mark.parametrize("kind", BADS)
+def test_training_begins_where_nothing_else_is(tmp_path, monkeypatch, caplog, kind):
+    (tmp_path / "snapshots").mkdir()
+    BADS[kind](tmp_path / "snapshots", monkeypatch)
+    ema = train(tmp_path / "snapshots")
+    assert SnapshotStore(tmp_path / "snapshots").get().run == ema.run
+    assert [record.exc_info for record in caplog.records] == [None] * len(caplog.records)  # one line, no traceback
+
+
 def test_commands_report_it_and_go_on(bad, capsys):
     is_link = (bad / BAD).is_symlink()
 
