@@ -73,7 +73,7 @@ def test_interpreter_ends_beside_work_that_never_ends(tmp_path):
     command = [sys.executable, "-c", NEVER_ENDS, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
     assert "loss is nan" in done.stderr
-    assert "timeout at the end of the EMA: 1 pieces of averaging work are still queued" in done.stderr
+    assert "timeout at the end of the EMA: averaging work is still queued: 1 piece" in done.stderr
 
 
 def test_memory_of_work_that_never_ends_is_held(monkeypatch, tmp_path):
