@@ -81,6 +81,7 @@ class UpdateDispatcher:
         self._error: BaseException | None = None  # of an optimizer's hook, which must not raise; guarded by _lock
         self._caller_copies = CallerSideCopies()
         self._last_live: Mapping[str, Tensor] | None = None
+        self._listed: tuple[list[list[Tensor]], list[list[Tensor]]] | None = None  # by step, of _read_live
         self._read_live: Mapping[str, Tensor] = {}  # aliases of _last_live, which hold its storages (DISPATCH-1)
         self.sinks: list[SnapshotSink] = []
         """Empty or one sink, whose readbacks must not be overtaken by writes of averages."""
@@ -99,6 +100,7 @@ class UpdateDispatcher:
         # Of an update's steps in host memory this one counts it if it is skipped.
         self._counting = next((placed for _, placed in self._steps if placed.step.batches), None)
         self._offloaded.clear()
+        self._listed = None
         self._copied_for: tuple[Mapping[str, Tensor], bool] | None = None  # the arguments that _copied belongs to
         self._copied: Sequence[str] = ()
         self._copy_devices: Mapping[str, torch.device] = {}  # the device of each tensor's caller-side copy
@@ -135,6 +137,7 @@ class UpdateDispatcher:
             # Aliases, because p.data = ... puts another storage into the same Parameter object: to hold the object
             # would not hold the storage.
             self._last_live, self._read_live = live, {name: tensor.detach() for name, tensor in live.items()}
+            self._listed = None
         copied = self._copied_names(live, copy_all)
         read = self._read_live
         if copied or self._caller_copies.are_held:
@@ -142,11 +145,10 @@ class UpdateDispatcher:
             read = {**read, **self._caller_copies.take(to_copy, self._copy_devices, self.order_writers)}
         with self._lock:
             flag = self._enqueue_check(read) if may_skip else None
-            for group, placed in self._steps:
-                tensors = [read[tensor.tracked.name] for tensor in group.tensors]
+            of_steps, of_copies = self._tensors_of_steps(read)
+            for (group, placed), tensors in zip(self._steps, of_steps, strict=True):
                 self._enqueue(group.device, placed, tensors, weights, flag, may_count=placed is self._counting)
-            for copies, placed in self._copy_steps:
-                tensors = [read[tracked.name] for tracked, _, _ in copies.tensors]
+            for (copies, placed), tensors in zip(self._copy_steps, of_copies, strict=True):
                 self._enqueue(copies.device, placed, tensors, weights, flag)
         if copy_all and self._offloaded:
             # With offload="host" parameters are copied straight to the host, not on the device first. With
@@ -157,7 +159,7 @@ class UpdateDispatcher:
         """Let go of the parameters, and of all memory but the averages. No work is queued any more, nor will be."""
         with self._lock:
             self._num_held_up_before = self.num_held_up
-            self._last_live, self._read_live, self._copied_for = None, {}, None
+            self._last_live, self._read_live, self._copied_for, self._listed = None, {}, None, None
             self._steps, self._copy_steps, self._counting = [], [], None  # they hold views of the parameters
             self._caller_copies = CallerSideCopies()
             self._deferred_updates.clear()
@@ -253,6 +255,17 @@ class UpdateDispatcher:
                 pending.append(str(error))
         if pending:
             raise TimeoutError(f"after {timeout_seconds} seconds: {' '.join(pending)}")
+
+    def _tensors_of_steps(self, read: Mapping[str, Tensor]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        """Return the tensors that each step reads, listed anew only for other tensors."""
+        if read is self._read_live and self._listed is not None:
+            return self._listed
+        listed = (
+            [[read[tensor.tracked.name] for tensor in group.tensors] for group, _ in self._steps],
+            [[read[tracked.name] for tracked, _, _ in copies.tensors] for copies, _ in self._copy_steps],
+        )
+        self._listed = listed if read is self._read_live else None
+        return listed
 
     def _copied_names(self, live: Mapping[str, Tensor], copy_all: bool) -> Sequence[str]:
         """Return the names of the tensors to copy where the caller's work runs.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, groupby
 
 from torch import Tensor
 from torch.nn import Module
@@ -52,9 +53,15 @@ class LiveTensors:
     def __init__(self, model: Module, tracked: Sequence[TrackedTensor]) -> None:
         self._structure = StructureCheck(model, tracked)
         self._tracked = [tensor for tensor in tracked if tensor.role != "skipped"]
+        # Neighbours of one dictionary together, so that their lookups run in C.
+        by_holder = groupby(self._tracked, lambda tensor: (id(tensor.holder), tensor.is_parameter))
         self._places = [
-            (tensor.holder.__dict__, "_parameters" if tensor.is_parameter else "_buffers", tensor.attribute)
-            for tensor in self._tracked
+            (
+                first.holder.__dict__,
+                "_parameters" if first.is_parameter else "_buffers",
+                [tensor.attribute for tensor in (first, *others)],
+            )
+            for _, (first, *others) in by_holder
         ]
         self._frozen = [tensor for tensor in tracked if tensor.is_frozen]
         self._found: list[Tensor] = []
@@ -72,7 +79,9 @@ class LiveTensors:
         self._warn_of_trained()
         check_gathered(self._tracked[0].holder)  # Megatron hooks every submodule, so one module is enough
         # Dictionaries instead of getattr: a thousand attribute lookups on modules take a millisecond.
-        found = [holder[kind].get(attribute) for holder, kind, attribute in self._places]
+        found = list(
+            chain.from_iterable(map(holder[kind].get, attributes) for holder, kind, attributes in self._places)
+        )
         if self._are_known(found):
             return self._by_name
         self._found = [tensor.live() for tensor in self._tracked]
