@@ -7,7 +7,7 @@ import tempfile
 import threading
 import warnings
 import weakref
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from unittest import mock
 
@@ -17,6 +17,7 @@ import torch
 from nitrous_ema.async_ import lanes
 from nitrous_ema.async_.lanes import ThreadLane
 from nitrous_ema.averaging.execution.background_thread import BackgroundThread
+from nitrous_ema.averaging.execution.inline import InlineLane
 from tests.support.fakes import TIMEOUT_SECONDS, Gate, averages_of, background_threads, make_gradients, make_model
 from tests.support.laggy import device as laggy
 from tests.support.laggy.cases import HELD, MANUAL
@@ -363,3 +364,79 @@ def without_synchronize(device):
 def test_backend_whose_streams_lack_a_call_averages_inside_update(scenario):
     """As MPS, whose streams can be neither queried nor waited for."""
     assert_right_on_laggy(scenario, schedules=["eager"])
+
+
+# One lane alone, on the laggy device.
+
+
+def lane_and_values(device):
+    """Return a lane and two tensors of ones, written where the caller is."""
+    lane = lanes.AcceleratorLane(torch.device(device, 0)) if device != "cpu" else InlineLane()
+    return lane, *(torch.ones(64, device=device) for _ in range(2))
+
+
+@contextmanager
+def on_a_stream(device):
+    if device == "cpu":
+        yield
+        return
+    home, other = torch.accelerator.current_stream(), torch.Stream(device=device)
+    other.wait_stream(home)
+    torch.accelerator.set_stream(other)
+    yield
+    torch.accelerator.set_stream(home)
+
+
+def stashes_on_two_streams(device):
+    lane, *values = lane_and_values(device)
+    stashed = [torch.zeros_like(value) for value in values]
+    for stash, value in zip(stashed, values, strict=True):
+        with on_a_stream(device):
+            lane.stash(partial(stash.copy_, value))
+    lane.order_writer()
+    for value in values:
+        value.fill_(7)
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return dict(enumerate(stashed))
+
+
+def work_that_fails_in_the_middle(device):
+    lane, average, _ = lane_and_values(device)
+
+    def fail():
+        average.add_(1)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        lane.enqueue_write(fail)
+    lane.order_reader()
+    return {"average": average.clone()}
+
+
+def drained(device, first, timeout):
+    """Drain work of both streams; the later one does not wait for the earlier one where that reads."""
+    lane, average, copy = lane_and_values(device)
+    calls = [lambda: lane.enqueue_write(lambda: average.add_(1)), lambda: lane.enqueue_read(copy.zero_, nothing)]
+    for call in calls if first == "write" else calls[::-1]:
+        call()
+    lane.drain(timeout)
+    streams = [] if device == "cpu" else [lane._update_stream, lane._copy_stream]
+    return {"unfinished": [index for index, stream in enumerate(streams) if not stream.query()]}
+
+
+def flags_of_marks(device):
+    return {"block": device == "cpu" or lanes._DeviceMark(torch.device(device, 0))._event.blocking}
+
+
+@pytest.mark.parametrize(
+    ("scenario", "cases"),
+    [
+        (stashes_on_two_streams, [{}]),
+        (work_that_fails_in_the_middle, [{}]),
+        (drained, [{"first": first, "timeout": end} for first in ("write", "read") for end in (None, TIMEOUT_SECONDS)]),
+        (flags_of_marks, [{}]),
+    ],
+)
+def test_lane_alone(scenario, cases):
+    assert_right_on_laggy(scenario, cases=cases, schedules=SCHEDULES[:12])

@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from nitrous_ema import AsyncPostHocEMA, NitrousError, PostHocEMA
-from nitrous_ema.averaging.kernels.flat_buffers import FlatBuffers
+from nitrous_ema.averaging.execution.dispatch import UpdateDispatcher
+from nitrous_ema.averaging.execution.inline import InlineLane
+from nitrous_ema.averaging.kernels.flat_buffers import FlatBuffers, snapshot_layout
+from nitrous_ema.averaging.model.tracking import TrackingPolicy, track
 from tests.support.fakes import TIMEOUT_SECONDS, Gate
 
 
@@ -103,3 +106,77 @@ def test_averages_are_freed_with_the_ema_without_a_garbage_collection(tmp_path, 
         assert [each() for each in averages] == [None, None]
     finally:
         gc.enable()
+
+
+class Noting(InlineLane):
+    """A lane that notes, for each call, whether it came without the dispatcher's lock or in the caller's modes."""
+
+    def __init__(self):
+        self.lock, self.wrong, self.calls = None, [], set()
+
+    def note(self, call, *, runs=False):
+        self.calls.add(call)
+        if not self.lock.depth:
+            self.wrong.append(f"{call} without the lock")
+        if runs and torch.is_inference_mode_enabled():
+            self.wrong.append(f"{call} in inference mode")
+
+    def enqueue_write(self, work, **options):
+        self.note("enqueue_write", runs=True)
+        super().enqueue_write(work, **options)
+
+    def stash(self, work):
+        self.note("stash", runs=True)
+        super().stash(work)
+
+    def order_writer(self):
+        self.note("order_writer")
+
+    def order_reader(self):
+        self.note("order_reader")
+
+
+class Depth:
+    """A lock that knows how often it is held."""
+
+    depth = 0
+
+    def __enter__(self):
+        self.depth += 1
+
+    def __exit__(self, *_):
+        self.depth -= 1
+
+
+class Unfinished:
+    """A sink whose readbacks never finish."""
+
+    num_finished = 0
+
+    def readbacks_in_flight(self, device):
+        return self
+
+    def have_finished(self, begin, end):
+        return False
+
+    def wait_on_device(self, begin, end):
+        pass
+
+
+@pytest.mark.parametrize("call", ["order_writers", "flush_deferred", "order_readers"])
+def test_lanes_are_called_under_the_lock_and_in_neutral_modes(call):
+    """Optimizers step on other threads, and call from within the modes of their caller."""
+    model, lane = nn.Linear(3, 2), Noting()
+    tracked = track(model, TrackingPolicy())
+    flat_buffers = FlatBuffers(tracked, snapshot_layout(tracked, (5.0,), (0.1,), torch.float32))
+    dispatch = UpdateDispatcher(flat_buffers, lambda device: lane, reads_later=True)
+    dispatch._lock = lane.lock = Depth()
+    with torch.no_grad():
+        dispatch.queue(dict(model.named_parameters()), (1.0,), copy_all=False)
+        dispatch.sinks.append(Unfinished())
+        dispatch.queue(dict(model.named_parameters()), (0.5,), copy_all=False)
+    lane.calls.clear()
+    with torch.inference_mode():
+        getattr(dispatch, call)()
+    assert "stash" in lane.calls
+    assert lane.wrong == []
