@@ -1,4 +1,9 @@
-"""Memory has the size that the docs state, to the byte, on the device and on the host, and does not grow."""
+"""Memory has the size that the docs state, to the byte, on the device and on the host, and does not grow.
+
+Not run on a device yet. What may fail on a first run though the library is right: byte counts assume that torch's
+allocators round device memory up to 512 bytes and pinned memory to powers of two, and that no library of CUDA's
+allocates between two counts (cuBLAS makes its workspace at the first product of a stream).
+"""
 
 from __future__ import annotations
 

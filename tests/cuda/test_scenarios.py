@@ -1,5 +1,9 @@
 """The scenarios of the laggy device on a real device: the same bits in the background as inline, with any late party.
 
+Not run on a device yet. What may fail on a first run though the library is right: a line that is left out is noticed
+only where stale memory has other bytes. A slot's pinned pages are filled between two snapshots, but memory of torch's
+pinned allocator that another test has freed may hold the right bytes by chance.
+
 The reference is ``PostHocEMA`` on the same device, whose kernels may round differently from the CPU's. Each late party
 opens one or more of the races wide, with a kernel that does nothing for a while:
 

@@ -1,4 +1,10 @@
-"""A trace of training: averaging runs beside forward and backward, and the training thread waits for nothing."""
+"""A trace of training: averaging runs beside forward and backward, and the training thread waits for nothing.
+
+Not run on a device yet. What may fail on a first run though the library is right: two kernels overlap only where the
+first one leaves room on the device. The averaging kernel for two profiles takes 122 registers a thread (compiled
+without a device), so a device that one kernel of the trainer's fills shows no overlap. CUDA loads a kernel at its first
+launch, which may wait for the device: the steps before the trace have to launch every kernel once.
+"""
 
 from __future__ import annotations
 
