@@ -165,10 +165,14 @@ class KarrasEMA(EMABase):
 
         Raises:
             UncopyableModelError: The model cannot be copied; pass ``ema_model`` at construction.
-            NitrousError: A parameter of the module was replaced by another one.
+            NitrousError: A parameter of the module was replaced by another one; or the model's own code failed.
             NitrousError: The averages are swapped into the model, or averaging failed.
         """
-        return self._averaged_module.module()
+        try:
+            return self._averaged_module.module()
+        except AttributeError as error:
+            # torch's modules would replace it by "no attribute 'ema_model'", which hides what failed.
+            raise NitrousError(f"ema_model could not be made: {error}") from error
 
     def eval(self) -> Any:
         """Return ``ema_model``, which is always in eval mode (as in nitrous-ema 0.0.1)."""

@@ -177,7 +177,7 @@ class Schedule:
                 f"t_delta is {t_delta!r}; expected a number. Pass t_delta.item(), or better the number from which the "
                 "tensor was made: item() waits for the device."
             )
-        if not _is_time(t_delta):
+        if isinstance(t_delta, bool) or not _is_time(t_delta):
             raise ValueError(
                 f"t_delta is {t_delta!r}: training time must move forward. Pass the steps, images or tokens since the "
                 "last update() (a positive, finite number)."

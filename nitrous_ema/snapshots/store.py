@@ -76,6 +76,9 @@ class SnapshotStore:
         self._committer = Committer(self.root, self.files, reclaim=lambda: self.remove_hidden())
         self._remover = SnapshotRemover(self._committer)
 
+    def __repr__(self) -> str:
+        return f"SnapshotStore({str(self.root)!r})"
+
     def remembering(self) -> SnapshotStore:
         """Return a store of the same folder that reads each header once, for one report on the folder.
 
@@ -152,8 +155,8 @@ class SnapshotStore:
             what = "holds no snapshot to read" + ("" if folders else self._legacy_hint() or self.location_hint())
         else:
             elsewhere = [other for other in sorted(folders) if step in folders[other] and other not in dict(lineage)]
-            other_runs = f"; run {', '.join(elsewhere)} has that step (choose with run=)" if elsewhere else ""
-            steps = f"{' and '.join(map(str, nearest))} (choose with step=)" if nearest else "none"
+            other_runs = f"; run {', '.join(elsewhere)} has that step (choose with run=, or --run)" if elsewhere else ""
+            steps = f"{' and '.join(map(str, nearest))} (choose with step=, or --step)" if nearest else "none"
             of_run = f" of run {lineage[-1][0]}" if lineage else ""
             what = f"has no snapshot of step {step}{of_run}; nearest steps there: {steps}{other_runs}"
             what += "" if folders else self._legacy_hint() or self.location_hint()

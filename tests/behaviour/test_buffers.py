@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils import spectral_norm as old_spectral_norm
 
 from nitrous_ema import AsyncPostHocEMA, KarrasEMA, PostHocEMA, load_average
@@ -105,6 +105,59 @@ def test_averaging_leaves_the_vectors_of_the_online_model_alone(tmp_path):
         assert not torch.equal(ema.ema_models[0].ema_model.old.weight_u, before)
         ema.ema_models[0].ema_model(torch.zeros(2, 16))
         assert torch.equal(model.old.weight_u, before)
+
+
+class Noisy(nn.Module):
+    """A parametrization that draws random numbers in training."""
+
+    def forward(self, weight):
+        return weight + torch.randn_like(weight) if self.training else 2 * weight
+
+
+def stacked() -> nn.Sequential:
+    """Layers whose spectral norm comes after another parametrization, or after another spectral norm."""
+    layers = [nn.Linear(16, 8), nn.Linear(8, 8), nn.Linear(8, 6)]
+    parametrize.register_parametrization(layers[0], "weight", Noisy())
+    parametrizations.weight_norm(layers[1])  # of two tensors
+    for layer in (*layers, layers[2]):
+        parametrizations.spectral_norm(layer)
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("cls", [PostHocEMA, AsyncPostHocEMA])
+@pytest.mark.parametrize("make", [Clamped, stacked])
+def test_evaluation_leaves_vectors_and_random_numbers_as_they_were(make, cls, tmp_path):
+    """In train mode a call of a spectral norm moves its vectors on, and the training that follows would differ."""
+    model = make()
+    with cls(model, update_every=1, checkpoint_every_num_steps=30, checkpoint_folder=tmp_path / "ema") as ema:
+        train(model, ema)
+        before, random = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+        with ema.average_parameters(0):
+            pass
+        assert ema.ema_models[0].ema_model is not None
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert torch.equal(torch.get_rng_state(), random)
+        assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("cls", [PostHocEMA, AsyncPostHocEMA])
+def test_norm_after_other_parametrizations_is_1(cls, tmp_path):
+    torch.manual_seed(0)
+    model = stacked()
+
+    def largest(module: nn.Module) -> list[float]:
+        module.eval()
+        return [torch.linalg.svdvals(layer.weight.detach().double())[0].item() for layer in module]
+
+    with cls(
+        model, (0.1, 0.25), update_every=1, checkpoint_every_num_steps=10, checkpoint_folder=tmp_path / "e"
+    ) as ema:
+        train(model, ema, steps=40)
+        assert largest(ema.ema_models[1].ema_model) == pytest.approx([1, 1, 1], abs=1e-3)
+        with ema.average_parameters(1):
+            assert largest(model) == pytest.approx([1, 1, 1], abs=1e-3)
+        ema.flush(TIMEOUT_SECONDS)
+        assert largest(ema.synthesize_ema_model(sigma_rel=0.2).ema_model) == pytest.approx([1, 1, 1], abs=1e-3)
 
 
 class Cached(nn.Module):

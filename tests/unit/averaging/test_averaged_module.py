@@ -484,3 +484,16 @@ def test_changed_model_is_refused_by_the_next_update_and_nothing_counts(replace)
     with pytest.raises(UntrackableModelError, match=r"'head.weight'"):
         ema.update()
     assert ema.step == 3
+
+
+def test_attribute_error_of_the_models_own_code_is_reported(tmp_path):
+    """torch's modules replace an AttributeError inside a property by one about the property itself."""
+
+    class Broken(nn.Linear):
+        def __setstate__(self, state):
+            raise AttributeError("'Broken' object has no attribute 'cache'")
+
+    ema = PostHocEMA(Broken(2, 2), checkpoint_folder=tmp_path, update_every=1)
+    ema.update()
+    with pytest.raises(NitrousError, match="cache"):
+        _ = ema.ema_models[0].ema_model

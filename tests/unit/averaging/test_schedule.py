@@ -97,7 +97,7 @@ def test_uncorrected_weights_warn_with_the_length_that_they_give():
     assert f"{sigma_rel:.3f} becomes {width:.3f}" in str(caught[0].message)
 
 
-@pytest.mark.parametrize("t_delta", [0, -1, math.nan, math.inf, "1", None, 1 + 0j])
+@pytest.mark.parametrize("t_delta", [0, -1, math.nan, math.inf, "1", None, 1 + 0j, True])
 def test_time_that_does_not_move_forward_is_refused_and_nothing_counts(t_delta):
     schedule = Schedule([GAMMA], 1, "exact")
     schedule.advance(1)

@@ -95,6 +95,10 @@ def test_nearest_complete_snapshot_is_chosen(store):
         store.get("nearest:10", exclude=[10, 20, 40])
 
 
+def test_repr_of_a_store_names_its_folder(tmp_path):
+    assert repr(SnapshotStore(tmp_path / "s")) == f"SnapshotStore({str(tmp_path / 's')!r})"
+
+
 def test_repr_of_a_snapshot_is_one_short_line(store):
     commit(store, 20)
     text = repr(store.get())
@@ -181,7 +185,7 @@ def test_abandoned_future_is_not_mixed_in(store):
         commit(store, step, A)
     commit(store, 25, B, ((A, 20), (B, None)))
     with pytest.raises(
-        SnapshotNotFound, match=r"no snapshot of step 30.*nearest steps there: 25 \(choose with step=\)"
+        SnapshotNotFound, match=r"no snapshot of step 30.*nearest steps there: 25 \(choose with step=, or --step\)"
     ) as caught:
         store.get(30)
     assert caught.value.nearest == (25,)
