@@ -98,8 +98,9 @@ def measure(work: str, folder: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # forgets the most so far
     before, began = most_kib(), time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        call()
+        kept = call()  # an EMA that is dropped would be closed, and its history pruned, within the time
     print(json.dumps([time.perf_counter() - began, most_kib() - before]))
+    del kept
 
 
 # ---- the works; each imports what it needs, then returns what is timed
@@ -131,7 +132,7 @@ def resuming(root: Path, _: Path) -> Callable[[], object]:
     model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleDict(blocks)})
     last = len(list(root.glob("step-*")))
 
-    def call() -> None:
+    def call() -> AsyncPostHocEMA:
         ema = AsyncPostHocEMA(
             model,
             SIGMA_RELS,
@@ -144,6 +145,7 @@ def resuming(root: Path, _: Path) -> Callable[[], object]:
         ema.update()
         while not ema.stats().snapshots:
             time.sleep(0.001)
+        return ema
 
     return call
 
