@@ -1,4 +1,4 @@
-"""Threads that the system may refuse to start."""
+"""Threads and processes that the system may refuse to start."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nitrous_ema.errors import NitrousError
+
+LIMIT_REMEDY = "Raise the limit (`ulimit -u`, or pids.max of the container), or end other processes."
+"""What the user can do where the system starts no more threads or processes."""
 
 
 @contextmanager
@@ -20,6 +23,5 @@ def thread_errors() -> Iterator[None]:
         if "start new thread" not in str(error):
             raise
         raise NitrousError(
-            "A thread could not be started: the system's limit of threads or memory is reached. Raise the limit "
-            "(`ulimit -u`, or pids.max of the container), or end other processes."
+            f"A thread could not be started: the system's limit of threads or memory is reached. {LIMIT_REMEDY}"
         ) from error

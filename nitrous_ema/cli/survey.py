@@ -15,9 +15,9 @@ from nitrous_ema.snapshots.legacy.folder import files_by_step
 from nitrous_ema.snapshots.names import (
     closed_note_name,
     dropped_note_name,
+    is_one_pass_name,
     parse_folder_name,
     pin_note_name,
-    without_one_pass,
 )
 from nitrous_ema.snapshots.nonfinite import nonfinite_averages
 from nitrous_ema.snapshots.snapshot import Listing, Snapshot
@@ -43,6 +43,7 @@ def survey(store: SnapshotStore, run: str | None = None) -> dict[str, Any]:
     for examined in store.examine_runs():
         damaged |= {str(error.path): str(error) for error in examined.damaged}
         runs.append(_described_run(store, examined, listing.lineage, pins))
+    hidden = store.hidden()
     return {
         "folder": str(store.root),
         "run": listing.lineage[-1][0] if listing.lineage else None,
@@ -52,8 +53,8 @@ def survey(store: SnapshotStore, run: str | None = None) -> dict[str, Any]:
         "temporary": [
             {"path": str(each.path), "bytes": each.bytes, "writer": each.writer} for each in store.temporary()
         ],
-        "hidden": [{"path": str(path), "bytes": _bytes_in(store.files, path)} for path in store.hidden()],
-        "notes": _notes(store, runs),
+        "hidden": [{"path": str(path), "bytes": _bytes_in(store.files, path)} for path in hidden],
+        "notes": _notes(store, runs, hidden),
         "disk": _disk(store, listing.snapshots[-1] if listing.snapshots else None),
     }
 
@@ -130,11 +131,11 @@ def _role(run: str, lineage: Lineage, selected: Lineage) -> str:
     return "branch" if any(name in names for name, _ in lineage) else "unrelated"
 
 
-def _notes(store: SnapshotStore, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _notes(store: SnapshotStore, runs: list[dict[str, Any]], hidden: Sequence[Path]) -> list[dict[str, Any]]:
     """Return the folder's marker files; one without its snapshot or run is ``stray``."""
     existing = {closed_note_name(each["run"]) for each in runs}
     existing |= {pin_note_name(snapshot["step"], each["run"]) for each in runs for snapshot in each["snapshots"]}
-    existing |= {dropped_note_name(*known) for path in store.hidden() if (known := parse_folder_name(path.name))}
+    existing |= {dropped_note_name(*known) for path in hidden if (known := parse_folder_name(path.name))}
     return [{"path": str(note), "stray": note.name not in existing} for note in store.notes()]
 
 
@@ -151,7 +152,7 @@ def _bytes_in(files: FileSystem, folder: Path) -> int:
 
 def _disk(store: SnapshotStore, last: Snapshot | None) -> dict[str, Any]:
     free, size = store.free_bytes(), last.bytes if last else None
-    is_in_one_pass = last is not None and any(without_one_pass(path.name) != path.name for path in last.paths)
+    is_in_one_pass = last is not None and any(is_one_pass_name(path.name) for path in last.paths)
     fit = None if free is None or size is None else free // size
     return {
         "free_bytes": free,

@@ -70,7 +70,9 @@ def _described(store: SnapshotStore) -> dict[str, Any]:
 
 
 def _more_chunks(count: int) -> str:
-    return f" {count} more of its chunks are damaged." if count > 1 else " Another of its chunks is damaged." * count
+    if count == 0:
+        return ""
+    return f" {count} more of its chunks are damaged." if count > 1 else " Another of its chunks is damaged."
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

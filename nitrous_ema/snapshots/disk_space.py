@@ -15,12 +15,11 @@ import errno
 import logging
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from nitrous_ema._base.arguments import format_bytes, pluralize
 from nitrous_ema.errors import SnapshotError, warn
-from nitrous_ema.snapshots.filesystem import NO_SPACE, FileSystem, reason, repeated
+from nitrous_ema.snapshots.filesystem import NO_SPACE, FileSystem, reason
 from nitrous_ema.snapshots.names import parse_folder_name
 
 _log = logging.getLogger(__name__)
@@ -80,7 +79,9 @@ class DiskSpace:
             _log.warning("%s is full, and dropped snapshots could not be removed: %s", self._root, error)
 
 
-def check_disk_space(root: Path, files: FileSystem, snapshot_bytes: int, most_snapshots: int | None) -> None:
+def check_disk_space(
+    root: Path, files: FileSystem, names: Callable[[], list[str]], snapshot_bytes: int, most_snapshots: int | None
+) -> None:
     """Check before training how many snapshots fit on the disk; warn if fewer fit than the run will write.
 
     Nothing is checked where the file system does not report its free space.
@@ -89,11 +90,12 @@ def check_disk_space(root: Path, files: FileSystem, snapshot_bytes: int, most_sn
         root: The snapshot folder, which exists. With a bound from ``keep``, the snapshots in it count as free space,
             since the rule drops them as new ones are written.
         files: The file system.
+        names: Returns the names in the folder; called only if they matter.
         snapshot_bytes: Bytes of one snapshot, on the disk of this process.
         most_snapshots: How many snapshots ``keep`` allows on disk at once; None if it sets no bound.
 
     Raises:
-        SnapshotError: Not even one snapshot fits, or the folder cannot be listed.
+        SnapshotError: Not even one snapshot fits, or ``names`` raises it.
     """
     free_bytes = DiskSpace(root, files).free_bytes()
     if free_bytes is None:
@@ -107,21 +109,13 @@ def check_disk_space(root: Path, files: FileSystem, snapshot_bytes: int, most_sn
     if most_snapshots is None and fitting < _FEW:
         warn(f"{facts}: there is space for {pluralize(fitting, 'snapshot')}, and keep= sets no bound. {_REMEDY}")
     elif most_snapshots is not None and fitting < most_snapshots:
-        existing = _num_snapshots(root, files)
+        existing = sum(parse_folder_name(name) is not None for name in names())
         if fitting + existing >= most_snapshots:
             return
         warn(
             f"{facts}: there is space for {fitting} more snapshots in addition to the {existing} already in the "
             f"folder, but keep= allows {most_snapshots}. {_REMEDY}"
         )
-
-
-def _num_snapshots(root: Path, files: FileSystem) -> int:
-    try:
-        names = repeated(partial(files.list, root), files.wait)
-    except OSError as error:
-        raise SnapshotError(f"{root} cannot be listed: {explained(error, root)}", path=root) from error
-    return sum(parse_folder_name(name) is not None for name in names)
 
 
 def explained(error: OSError, path: Path) -> str:

@@ -161,6 +161,16 @@ def without_one_pass(name: str) -> str:
     return found[1] + found[2] if found else name
 
 
+def is_one_pass_name(name: str) -> bool:
+    """Return whether a name is that of a file which was written in one pass."""
+    return without_one_pass(name) != name
+
+
+def is_snapshot_file_name(name: str) -> bool:
+    """Return whether a name is that of one of a snapshot's files, however it was written."""
+    return parse_rank_file_name(without_one_pass(name)) is not None or is_merged_file_name(name)
+
+
 def is_merged_file_name(name: str) -> bool:
     """Return whether a name is that of a file which was merged from several snapshots."""
     return _MERGED_FILE.fullmatch(name) is not None

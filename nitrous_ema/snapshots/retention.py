@@ -110,7 +110,8 @@ class RetainingWriter:
     def check_disk_space(self, layout: Layout, stamp: Stamp) -> None:
         """Check how many snapshots of this size fit on the disk; see ``check_disk_space``, which raises and warns."""
         snapshot_bytes = header_bytes(layout, stamp) + layout.data_bytes
-        check_disk_space(self.store.root, self.store.files, snapshot_bytes, self._rule.most_snapshots(snapshot_bytes))
+        store, most = self.store, self._rule.most_snapshots(snapshot_bytes)
+        check_disk_space(store.root, store.files, store.names, snapshot_bytes, most)
 
     def begin(self) -> str:
         """Begin a run: what other runs write from now on, they write while this one lives.

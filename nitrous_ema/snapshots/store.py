@@ -37,13 +37,11 @@ from nitrous_ema.snapshots.names import (
     closed_note_name,
     exclusion_hint,
     folder_name,
-    is_merged_file_name,
     is_note_name,
+    is_snapshot_file_name,
     listed_folders,
     parse_folder_name,
     parse_legacy_file_name,
-    parse_rank_file_name,
-    without_one_pass,
 )
 from nitrous_ema.snapshots.removal import SnapshotRemover
 from nitrous_ema.snapshots.snapshot import Incomplete, Listing, Snapshot, TemporaryFile, VerificationFailure
@@ -272,7 +270,7 @@ class SnapshotStore:
                 failures.append(VerificationFailure(folder, error.step or 0, None, str(error)))
                 continue
             for name in sorted(names):
-                if parse_rank_file_name(without_one_pass(name)) or is_merged_file_name(name):
+                if is_snapshot_file_name(name):
                     failures += self._inspector.verify_file(folder / name)
         return failures
 

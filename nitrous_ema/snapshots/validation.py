@@ -29,6 +29,7 @@ from nitrous_ema.snapshots.names import (
     folder_name,
     hidden_name,
     is_merged_file_name,
+    is_one_pass_name,
     parse_folder_name,
     parse_rank_file_name,
     pin_note_name,
@@ -287,7 +288,7 @@ class RememberingInspector(FolderInspector):
 
 def _is_unfinished(error: SnapshotError) -> bool:
     """Return whether a file is still being written in one pass, or was left by a writer that died (COMMIT-6)."""
-    return isinstance(error.__cause__, ShortFile) and without_one_pass(error.path.name) != error.path.name
+    return isinstance(error.__cause__, ShortFile) and is_one_pass_name(error.path.name)
 
 
 def _missing_files(ranks: dict[int, dict[int, str]]) -> str:

@@ -6,11 +6,9 @@ from pathlib import Path
 
 from nitrous_ema.snapshots.filesystem import FileSystem
 from nitrous_ema.snapshots.names import (
-    is_merged_file_name,
+    is_snapshot_file_name,
     parse_folder_name,
     parse_legacy_file_name,
-    parse_rank_file_name,
-    without_one_pass,
 )
 
 _MOST_LISTED = 100  # folders inside the given one; a home directory has many
@@ -26,7 +24,7 @@ def right_folder(files: FileSystem, root: Path) -> str:
     """
     if parse_folder_name(root.name):
         return f"This is the folder of a single snapshot: give the snapshot folder, {root.parent}."
-    if parse_folder_name(root.parent.name) and _is_snapshot_file(root.name):
+    if parse_folder_name(root.parent.name) and is_snapshot_file_name(root.name):
         return f"This is a file of a single snapshot: give the snapshot folder, {root.parent.parent}."
     names = [name for name in _names_in(files, root) if not name.startswith(".")]
     if any(map(_is_ours, names)):
@@ -48,7 +46,3 @@ def _names_in(files: FileSystem, folder: Path) -> list[str]:
 
 def _is_ours(name: str) -> bool:
     return parse_folder_name(name) is not None or parse_legacy_file_name(name) is not None
-
-
-def _is_snapshot_file(name: str) -> bool:
-    return parse_rank_file_name(without_one_pass(name)) is not None or is_merged_file_name(name)

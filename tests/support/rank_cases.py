@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +172,7 @@ def resume(rank: int, name: str, folder: Path, how: str) -> list[tuple[str, tupl
 
 def restore_at_different_times(rank: int, folder: Path) -> int:
     """A snapshot is written between the restore of rank 0 and that of the others."""
-    ema = make("PostHocEMA", model := nn.Linear(2, 2, bias=False), folder)
+    ema = make("PostHocEMA", nn.Linear(2, 2, bias=False), folder)
     layout = layout_of([record("weight", (2, 2))])
     run = "20260101T000000.000000-00000001"
     if rank == 0:
@@ -182,7 +184,6 @@ def restore_at_different_times(rank: int, folder: Path) -> int:
         write_snapshot(folder, layout, 6, [torch.zeros(4).numpy()] * 2, run=run)
     dist.barrier()
     restored = ema.restore() if restored is None else restored
-    assert model is not None
     ema.close()
     return restored
 
@@ -202,16 +203,22 @@ def in_a_group(rank: int, name: str, folder: Path, members: list[int]) -> str | 
     return f"{ema.run} {ema.stats().snapshots}"
 
 
-def start_again(rank: int, folder: Path, start: str) -> str:
-    """Construct an EMA as in a process that torchrun has started again: with the same store and no memory."""
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = start
+@contextmanager
+def started_by_torchrun(start: str) -> Iterator[None]:
+    """Be a process that torchrun has started again: with the same store and no memory."""
     numbers = dict(ranks_module._numbers)
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = start
     try:
         ranks_module._numbers.clear()
-        ema = make("PostHocEMA", net(), folder)
+        yield
     finally:
         ranks_module._numbers.update(numbers)
         del os.environ["TORCHELASTIC_RESTART_COUNT"]
+
+
+def start_again(rank: int, folder: Path, start: str) -> str:
+    with started_by_torchrun(start):
+        ema = make("PostHocEMA", net(), folder)
     dist.barrier()
     for _ in range(2):
         ema.update()
@@ -224,21 +231,11 @@ def start_again(rank: int, folder: Path, start: str) -> str:
 def start_again_with_old_keys(rank: int, folder: Path) -> str:
     if rank == 0:
         try:
-            start_again_alone(folder)
+            with started_by_torchrun("1"):
+                make("PostHocEMA", net(), folder)
         except NitrousError as error:
             return str(error)
     return ""
-
-
-def start_again_alone(folder: Path) -> None:
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
-    numbers = dict(ranks_module._numbers)
-    ranks_module._numbers.clear()
-    try:
-        make("PostHocEMA", net(), folder)
-    finally:
-        ranks_module._numbers.update(numbers)
-        del os.environ["TORCHELASTIC_RESTART_COUNT"]
 
 
 def collectives(rank: int, name: str, folder: Path) -> tuple[int, int]:

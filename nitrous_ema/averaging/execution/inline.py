@@ -1,4 +1,4 @@
-"""The simplest lane and the simplest sink: both run everything immediately, on the calling thread."""
+"""The simplest lane, and the sinks of snapshots that have nothing in flight: they run on the calling thread."""
 
 from __future__ import annotations
 
@@ -88,7 +88,27 @@ class ReachedMark:
         return True
 
 
-class SilentSnapshotSink:
+class _NothingInFlight:
+    """The methods of a sink that has done everything when ``take_snapshot`` returns."""
+
+    def resize(self, layout: Layout) -> None:
+        """Do nothing: no memory is held between snapshots."""
+
+    def has_lost(self, step: int) -> bool:
+        """Return False: ``take_snapshot`` raises by itself."""
+        return False
+
+    def readbacks_in_flight(self, device: torch.device) -> None:
+        """Return None: all copies have finished."""
+
+    def flush(self, timeout_seconds: float | None = None) -> None:
+        """Do nothing: no snapshot is ever pending."""
+
+    def close(self, timeout_seconds: float | None = None) -> None:
+        """Do nothing: the sink has no threads."""
+
+
+class SilentSnapshotSink(_NothingInFlight):
     """Writes nothing, on a rank whose averages another rank writes. The same steps count as taken.
 
     Args:
@@ -106,31 +126,15 @@ class SilentSnapshotSink:
             self._check_writer()
         return True
 
-    def resize(self, layout: Layout) -> None:
-        """Do nothing."""
-
-    def has_lost(self, step: int) -> bool:
-        """Return False."""
-        return False
-
-    def readbacks_in_flight(self, device: torch.device) -> None:
-        """Return None: nothing is copied."""
-
     def stats(self) -> WriteStats:
         """Return counters of no snapshot."""
         return WriteStats()
 
     def raise_failures(self) -> None:
-        """Do nothing."""
-
-    def flush(self, timeout_seconds: float | None = None) -> None:
-        """Do nothing."""
-
-    def close(self, timeout_seconds: float | None = None) -> None:
-        """Do nothing."""
+        """Do nothing: nothing is written."""
 
 
-class InlineSnapshotSink:
+class InlineSnapshotSink(_NothingInFlight):
     """Writes each snapshot before it returns, through one page of pageable memory.
 
     Args:
@@ -168,16 +172,6 @@ class InlineSnapshotSink:
         self._retaining_writer.note_skipped(pending.stamp.step, int(pending.flat_buffers.num_skipped))
         return True
 
-    def resize(self, layout: Layout) -> None:
-        """Do nothing: each snapshot gets a page of its own."""
-
-    def has_lost(self, step: int) -> bool:
-        """Return False: ``take_snapshot`` raises by itself."""
-        return False
-
-    def readbacks_in_flight(self, device: torch.device) -> None:
-        """Return None: all copies have finished when ``take_snapshot`` returns."""
-
     def stats(self) -> WriteStats:
         """Return the counters; no snapshot is ever pending."""
         return self._ledger.read()
@@ -185,9 +179,3 @@ class InlineSnapshotSink:
     def raise_failures(self) -> None:
         """Warn of files that could not be dropped; a failed write was raised by ``take_snapshot``."""
         self._retaining_writer.report_failures()
-
-    def flush(self, timeout_seconds: float | None = None) -> None:
-        """Do nothing: no snapshot is ever pending."""
-
-    def close(self, timeout_seconds: float | None = None) -> None:
-        """Do nothing: this sink has no resources."""

@@ -45,10 +45,11 @@ class CopiedTensorsStep:
         """Store the present values of the tensors."""
         if is_refused(allowed):
             return
-        before = self._flat.clone() if allowed is not None and allowed.device.type != "cpu" else None
+        selected = on_device(allowed)
+        before = self._flat if selected is None else self._flat.clone()
         copy_each(self._stored, sources)
-        if before is not None and allowed is not None:
-            torch.where(allowed, self._flat, before, out=self._flat)
+        if selected is not None:
+            torch.where(selected, self._flat, before, out=self._flat)
 
     def stash_bytes(self, batch: int) -> int:
         """Return the bytes of scratch that ``stash`` needs."""
@@ -71,6 +72,11 @@ class CopiedTensorsStep:
 def is_refused(allowed: Tensor | None) -> bool:
     """Return whether an update is skipped, as far as the host can know it without a wait: if its flag is on the CPU."""
     return allowed is not None and allowed.device.type == "cpu" and not allowed
+
+
+def on_device(allowed: Tensor | None) -> Tensor | None:
+    """Return the flag of an update where only the device knows whether it is skipped; elsewhere None."""
+    return None if allowed is None or allowed.device.type == "cpu" else allowed
 
 
 def aligned(num_bytes: int) -> int:

@@ -13,12 +13,11 @@ FUSED-2  A table is read only on the stream that uploaded     tables_stay_on_the
          it, so that the allocator may reuse its memory once  stashed_parameters_are_found_from_the_stream_
          it is dropped; ``stash`` makes no table.              that_averages_them
 FUSED-3  Stashed parameters give the bits of ``run``.         stashed_parameters_give_the_bits_of_run
-
-The tests are cases of ``test_fused_step.py``, in ``tests/support/fused_step_cases.py``.
-
-FUSED-4  Memory is pinned at construction, and where a         stash_pins_no_memory
+FUSED-4  Memory is pinned at construction, and where a        stash_pins_no_memory
          parameter's storage was replaced; not for a stash,
          whose rows differ by the address of the scratch only.
+
+The tests are cases of ``test_fused_step.py``, in ``tests/support/fused_step_cases.py``.
 
 The pinned memory may be dropped at once as well: torch does not reuse it before the copy has run (events of the caching
 host allocator, recorded by ``copy_``: ATen/native/cuda/Copy.cu and ATen/core/CachingHostAllocator.h). The caller that

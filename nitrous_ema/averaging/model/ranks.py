@@ -188,7 +188,7 @@ def join(ranks: Ranks, run: str, settings: Mapping[str, Any]) -> str:
             )
     if ranks.is_writer:
         ranks.announce_writer()
-    elif ranks.members != (ranks.rank,):
+    else:
         _log.info("rank %d averages; rank %d writes the snapshots", ranks.rank, ranks.members[0])
     return str(agreed)
 
@@ -234,15 +234,7 @@ def _sample(tensor: Tensor) -> str:
     """Return a few values of a tensor, the first and the last among them, as text that is equal for equal bits."""
     if not tensor.numel():
         return ""
-    places = torch.linspace(0, tensor.numel() - 1, min(tensor.numel(), _COMPARED_VALUES)).long().tolist()
+    places = torch.linspace(0, tensor.numel() - 1, min(tensor.numel(), _COMPARED_VALUES)).long()
     # By coordinates: a flat view of a tensor that is not contiguous would be a copy.
-    values = [tensor.detach()[_coordinates(place, tensor.shape)] for place in places]
-    return torch.stack(values).to("cpu", torch.float64).numpy().tobytes().hex()
-
-
-def _coordinates(place: int, shape: Sequence[int]) -> tuple[int, ...]:
-    found = []
-    for size in reversed(shape):
-        place, coordinate = divmod(place, size)
-        found.append(coordinate)
-    return tuple(reversed(found))
+    values = tensor.detach()[torch.unravel_index(places, tensor.shape)]
+    return values.to("cpu", torch.float64).numpy().tobytes().hex()

@@ -24,7 +24,7 @@ from typing import Literal
 
 from nitrous_ema.errors import SnapshotNotFound
 from nitrous_ema.snapshots.filesystem import repeated
-from nitrous_ema.snapshots.names import parse_folder_name, parse_rank_file_name, without_one_pass
+from nitrous_ema.snapshots.names import is_one_pass_name, parse_folder_name, parse_rank_file_name
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.wrong_folder import right_folder
 from nitrous_ema.synthesis.worker.inputs import StoredSnapshots
@@ -191,7 +191,7 @@ class RunFollower:
         store = self.snapshots.store
         found = [f"{folder}/{file}" for file in inside if parse_rank_file_name(file)]
         for file in inside:
-            if without_one_pass(file) != file:  # committed by its size
+            if is_one_pass_name(file):  # committed by its size
                 found.append(f"{folder}/{file} {store.files.lstat(store.root / folder / file).st_size}")
         return found
 

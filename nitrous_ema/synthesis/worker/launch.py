@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nitrous_ema._base.arguments import check_sequence
 from nitrous_ema._base.paths import local_path
+from nitrous_ema._base.threads import LIMIT_REMEDY
 from nitrous_ema.errors import NitrousError
 from nitrous_ema.synthesis.worker.job import Job, ProgressCallback
 from nitrous_ema.synthesis.worker.output_names import absolute
@@ -183,7 +184,4 @@ def _start(command: Sequence[str]) -> subprocess.Popen[str]:
             errors="replace",
         )
     except BlockingIOError as error:  # EAGAIN of fork()
-        raise NitrousError(
-            f"The synthesis process could not be started: {error.strerror}. Raise the system's limit of processes "
-            "(`ulimit -u`, or pids.max of the container), or end other processes."
-        ) from error
+        raise NitrousError(f"The synthesis process could not be started: {error.strerror}. {LIMIT_REMEDY}") from error

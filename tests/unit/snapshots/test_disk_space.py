@@ -36,7 +36,7 @@ class FreeSpace(FileSystem):
 
 
 def check(store, snapshot_bytes, most_snapshots):
-    check_disk_space(store.root, store.files, snapshot_bytes, most_snapshots)
+    check_disk_space(store.root, store.files, store.names, snapshot_bytes, most_snapshots)
 
 
 @pytest.fixture
@@ -109,7 +109,8 @@ def test_folder_that_cannot_be_listed_is_named(tmp_path, failures):
         def wait(self, seconds):
             pass
 
-    check = functools.partial(check_disk_space, tmp_path, Failing(3 * MIB), MIB, 5)
+    store = SnapshotStore(tmp_path, files=Failing(3 * MIB))
+    check = functools.partial(check_disk_space, store.root, store.files, store.names, MIB, 5)
     if failures == 1:
         with pytest.warns(NitrousWarning, match="space for 3 more"):
             check()
