@@ -31,7 +31,7 @@ from nitrous_ema.errors import SnapshotMismatch
 from nitrous_ema.snapshots.header import Stamp
 from nitrous_ema.snapshots.layout import TensorRecord
 from nitrous_ema.snapshots.nonfinite import nonfinite_text
-from nitrous_ema.snapshots.readable_snapshot import StoredSnapshotView, stored_snapshot_view
+from nitrous_ema.snapshots.readable_snapshot import SnapshotView, stored_snapshot_view
 from nitrous_ema.snapshots.reading import OpenFiles, Source
 from nitrous_ema.snapshots.snapshot import Snapshot
 
@@ -202,7 +202,7 @@ class _Section:
             position = move.end
 
 
-def _sections(flat_buffers: FlatBuffers, view: StoredSnapshotView) -> Iterator[_Section]:
+def _sections(flat_buffers: FlatBuffers, view: SnapshotView) -> Iterator[_Section]:
     averaged = [record.name for record in view.records if record.role == "averaged"]
     found = dict(zip(averaged, view.average_spans, strict=True))
     places = zip(flat_buffers.layout.averaged, flat_buffers.layout.average_spans, strict=True)

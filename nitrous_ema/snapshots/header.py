@@ -18,8 +18,8 @@ the file: other tensors' records, sections or fields of the layout. ``requires``
 version that reads it, and a reader that does not know the feature refuses the file by this name.
 
 HEADER-1  The size of a header is known before its numbers are: it    test_header_size_is_known_before_its_numbers_are
-    depends on layout, lineage and trainer only. So data is written
-    first.
+    depends on layout, offsets, lineage and trainer only. So data
+    is written first.
 HEADER-2  There is one byte string for each (layout, stamp,           test_header_of_version_1_has_exactly_these_bytes
     checksums). The reader encodes the decoded values again and
     compares: overlapping offsets and duplicate names cannot pass.
@@ -96,6 +96,9 @@ class Stamp:
     """Rank that wrote this file, ``0 <= rank < world_size``."""
     world_size: int = 1
     """Number of ranks, and of files of the snapshot."""
+    offsets: tuple[tuple[int, ...], ...] | None = None
+    """Of each record that has a part, in their order: index in the whole tensor at which the part begins. None if no
+    record has a part."""
     trainer: Mapping[str, str | int | float] = field(default_factory=dict)
     """The process that wrote the snapshot: host, pid, process start time."""
     created_ns: int = field(default_factory=time.time_ns)
@@ -133,7 +136,18 @@ class ShortFile(ValueError):
 
 
 # All other fields before the layout are optional fields of a newer version.
-_KNOWN_FIELDS = {each.name for each in fields(Stamp)} | {"header_crc32", "format_version", "nonfinite", "crc32"}
+_KNOWN_FIELDS = {each.name for each in fields(Stamp)} | {
+    "header_crc32",
+    "format_version",
+    "requires",
+    "nonfinite",
+    "crc32",
+}
+
+BOXES = "boxes"
+"""Feature of files that have only parts of tensors."""
+FEATURES = {BOXES: "1.0.0"}
+"""What ``requires`` may name: features, with the first version of this library that reads them."""
 
 
 class NonFinite(NamedTuple):
@@ -164,7 +178,8 @@ class Header:
 def header_bytes(layout: Layout, stamp: Stamp) -> int:
     """Return the size of a header with its 8 length bytes and its padding: the position of the data in the file.
 
-    The size depends on layout, lineage and trainer only, so that data can be written before its checksums are known.
+    The size depends on layout, offsets, lineage and trainer only, so that data can be written before its checksums are
+    known.
 
     Raises:
         ValueError: The header would be larger than safetensors readers accept.
@@ -174,9 +189,10 @@ def header_bytes(layout: Layout, stamp: Stamp) -> int:
     lists_bytes = len(layout.chunks) * len("4294967295,") + len(layout.gammas) * len(
         "[9223372036854775807,4294967295],"
     )
-    fixed_bytes = len(_opening_json(_stamp_metadata(stamp, (), ()) | widest)) + len(layout.header_json)
+    fixed_bytes = len(_opening_json(_stamp_metadata(layout, stamp, (), ()) | widest)) + len(layout.header_json)
     size_bytes = 8 + fixed_bytes + lists_bytes
-    num_values = layout.num_values + len(layout.chunks) + 2 * len(layout.gammas)
+    num_offsets = sum(map(len, stamp.offsets or ()))
+    num_values = layout.num_values + num_offsets + len(layout.chunks) + 2 * len(layout.gammas)
     if size_bytes > MAX_HEADER_BYTES - ALIGNMENT_BYTES or num_values > MAX_HEADER_VALUES:
         raise ValueError(
             f"{len(layout.entries)} tensors in {len(layout.chunks)} chunks need a header of {size_bytes} bytes; "
@@ -197,12 +213,13 @@ def encode_header(
         nonfinite: For each average its values that are not finite, or None; None for the whole if that is not known.
 
     Raises:
-        ValueError: Not one checksum per chunk, or a header beyond what readers accept.
+        ValueError: Not one checksum per chunk, parts outside of their tensors, or a header beyond what readers accept.
     """
+    _check_offsets(layout, stamp.offsets)
     if len(crc32) != len(layout.chunks):
         raise ValueError(f"{len(crc32)} checksums; the layout has {len(layout.chunks)} chunks")
     size_bytes = header_bytes(layout, stamp)
-    body = _opening_json(_stamp_metadata(stamp, crc32, nonfinite)) + layout.header_json
+    body = _opening_json(_stamp_metadata(layout, stamp, crc32, nonfinite)) + layout.header_json
     unsigned = (size_bytes - 8).to_bytes(8, "little") + body.ljust(size_bytes - 8)
     return unsigned[:_CRC_BEGIN] + b"%08x" % zlib.crc32(unsigned) + unsigned[_CRC_BEGIN + 8 :]
 
@@ -292,7 +309,7 @@ def _decode(blob: bytes, path: Path, file_bytes: int) -> Header:
     stamp, chunk_crcs, nonfinite = _decode_stamp(text[8:split], layout)
     # The metadata is compared as encoded with zeros for the checksum, whose right value was verified above.
     unsigned = text[8:_CRC_BEGIN] + _UNSIGNED + text[crc_end:split]
-    encoded = _opening_json(_stamp_metadata(stamp, chunk_crcs, nonfinite))
+    encoded = _opening_json(_stamp_metadata(layout, stamp, chunk_crcs, nonfinite))
     if encoded != unsigned or len(chunk_crcs) != len(layout.chunks):
         raise ValueError("it is not in canonical form (duplicate, unexpected or missing values)")
     # The amount of padding is part of the one encoding too (HEADER-2). A newer library may have kept space for the
@@ -322,8 +339,10 @@ def _check_supported(blob: bytes, crc_end: int, path: Path) -> None:
         needed = parse_header_json(json.loads(found[1]))
         if type(needed) is not dict or not needed or not all(type(since) is str for since in needed.values()):
             raise ValueError("its field requires is not an object of features and versions")
-        features = (f"`{brief(name)}`, from nitrous_ema {brief(since)} on" for name, since in needed.items())
-        raise _unsupported(path, tuple(needed), " and ".join(features))
+        unknown = {name: since for name, since in needed.items() if name not in FEATURES}
+        if unknown:
+            features = (f"`{brief(name)}`, from nitrous_ema {brief(since)} on" for name, since in unknown.items())
+            raise _unsupported(path, tuple(unknown), " and ".join(features))
 
 
 def _unsupported(path: Path, requires: tuple[str, ...], features: str) -> SnapshotUnsupported:
@@ -338,8 +357,9 @@ def _unsupported(path: Path, requires: tuple[str, ...], features: str) -> Snapsh
     )
 
 
-# Snapshots of a run share these bytes: 2000 of them with 2000 tensors each list in seconds instead of a minute.
-@functools.lru_cache(maxsize=4)
+# Snapshots of a run share these bytes: 2000 of them with 2000 tensors each list in seconds instead of a minute. Ranks
+# with parts of equal shapes share them too.
+@functools.lru_cache(maxsize=16)
 def _decode_layout(header_json: bytes) -> Layout:
     text = b'{"__metadata__":{' + header_json[1:]
     metadata = _parse_part(text)[1]  # drops the entries of all tensors, which are large, before the layout is built
@@ -363,9 +383,18 @@ def _decode_layout(header_json: bytes) -> Layout:
     return layout
 
 
-def _record(keys: list[str], dtype: str, role: Role, persistent: bool, shape: list[int]) -> TensorRecord:
-    name = keys[0] if keys else ""
-    return TensorRecord(name=name, keys=tuple(keys), dtype=dtype, shape=tuple(shape), role=role, persistent=persistent)
+def _record(
+    keys: list[str], dtype: str, role: Role, persistent: bool, shape: list[int], part: list[int] | None = None
+) -> TensorRecord:
+    return TensorRecord(
+        name=keys[0] if keys else "",
+        keys=tuple(keys),
+        dtype=dtype,
+        shape=tuple(shape),
+        role=role,
+        persistent=persistent,
+        part=None if part is None else tuple(part),
+    )
 
 
 def _decode_stamp(
@@ -381,11 +410,13 @@ def _decode_stamp(
         lineage=_decode_lineage(metadata["lineage"]),
         rank=int(metadata["rank"]),
         world_size=int(metadata["world_size"]),
+        offsets=_decode_offsets(metadata["offsets"]) if "offsets" in metadata else None,
         trainer=parse_header_json(metadata["trainer"]),
         created_ns=int(metadata["created_ns"]),
         library_version=metadata["library_version"],
         unknown={name: text for name, text in metadata.items() if name not in _KNOWN_FIELDS},
     )
+    _check_offsets(layout, stamp.offsets)
     crc32 = tuple(parse_header_json(metadata["crc32"]))
     if not is_tuple_of(crc32, int) or not all(0 <= value < 2**32 for value in crc32):
         raise ValueError("its field crc32 is not a list of 32-bit unsigned integers")
@@ -397,6 +428,33 @@ def _decode_stamp(
 @functools.lru_cache(maxsize=16)
 def _decode_lineage(text: str) -> Lineage:
     return tuple(tuple(link) for link in parse_header_json(text))
+
+
+# One object for all snapshots of a rank: the offsets of thousands of tensors are large.
+@functools.lru_cache(maxsize=16)
+def _decode_offsets(text: str) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, parse_header_json(text)))
+
+
+def _check_offsets(layout: Layout, offsets: tuple[tuple[int, ...], ...] | None) -> None:
+    """Raise ValueError unless there is one offset for each part, inside of its tensor."""
+    parts = [record for record in layout.records if record.part is not None]
+    if (offsets is None) != (not parts) or (offsets is not None and len(offsets) != len(parts)):
+        found = "no" if offsets is None else len(offsets)
+        raise ValueError(f"{found} offsets; expected one for each of {len(parts)} tensors with a part")
+    for record, offset in zip(parts, offsets or (), strict=True):
+        part = record.part or ()
+        if (
+            not is_tuple_of(offset, int)
+            or len(offset) != len(part)
+            or not all(
+                0 <= begin <= whole - size for begin, whole, size in zip(offset, record.shape, part, strict=True)
+            )
+        ):
+            raise ValueError(
+                f"the part of {record.name!r} begins at {reprlib.repr(offset)}; expected a position at which "
+                f"{reprlib.repr(part)} fits into {reprlib.repr(record.shape)}"
+            )
 
 
 @functools.lru_cache(maxsize=16)
@@ -420,11 +478,15 @@ def _decode_nonfinite(text: str, layout: Layout) -> tuple[NonFinite | None, ...]
     return found
 
 
-def _stamp_metadata(stamp: Stamp, crc32: Sequence[int], nonfinite: Sequence[NonFinite | None] | None) -> dict[str, str]:
+def _stamp_metadata(
+    layout: Layout, stamp: Stamp, crc32: Sequence[int], nonfinite: Sequence[NonFinite | None] | None
+) -> dict[str, str]:
+    requires = [BOXES] if layout.is_sharded else []
     # The order of these fields is part of the format: header_crc32 has a fixed position (HEADER-3).
     metadata = {
         "header_crc32": _UNSIGNED.decode(),
         "format_version": repr(FORMAT_VERSION),
+        **({"requires": json_text({name: FEATURES[name] for name in requires})} if requires else {}),
         "library_version": stamp.library_version,
         "step": repr(stamp.step),
         "t": repr(stamp.t),
@@ -439,6 +501,8 @@ def _stamp_metadata(stamp: Stamp, crc32: Sequence[int], nonfinite: Sequence[NonF
     optional = dict(stamp.unknown)
     if nonfinite is not None:
         optional["nonfinite"] = json_text([each and list(each) for each in nonfinite])
+    if stamp.offsets is not None:
+        optional["offsets"] = json_text(stamp.offsets)
     return metadata | dict(sorted(optional.items())) | {"crc32": json_text(list(crc32))}
 
 

@@ -17,13 +17,16 @@ import hashlib
 import math
 import reprlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from nitrous_ema._base.dtypes import AVERAGEABLE, DTYPE_BYTES, STORED_DTYPES
 from nitrous_ema.snapshots.bounded_json import check_encodable, json_bytes, json_text
 
 CHUNK_BYTES = 16 * 2**20
+"""Chunk size where one rank writes."""
+PART_CHUNK_BYTES = 2**20
+"""Chunk size where several ranks write: readers of parts must read whole chunks to verify them."""
 MAX_CHUNKS = 2**17  # 2 TiB of data in chunks of CHUNK_BYTES
 MAX_GAMMA = 1e9  # a length of a billionth of the training time; products of some larger gammas overflow float64
 
@@ -58,11 +61,13 @@ class TensorRecord:
     dtype: str
     """The model's own type, as a safetensors code; free text if the tensor is skipped."""
     shape: tuple[int, ...]
-    """The model's own shape."""
+    """The model's own shape: of the whole tensor."""
     role: Role
     """``averaged`` tensors are in every profile's section, ``copied`` ones once, ``skipped`` ones nowhere."""
     persistent: bool = True
     """False for a buffer that ``state_dict()`` leaves out."""
+    part: tuple[int, ...] | None = None
+    """Shape of the part that this file has of the tensor; None if the file has all of it."""
 
     def __post_init__(self) -> None:
         if not is_tuple_of(self.keys, str) or not self.keys or "" in self.keys or self.name != self.keys[0]:
@@ -85,11 +90,23 @@ class TensorRecord:
                 f"{self.name!r} has dtype {self.dtype}; only floating-point tensors are averaged, use role 'copied'"
             )
         check_encodable((self.dtype,))
+        # A part as large as the tensor would be a second encoding of None (HEADER-2).
+        if self.part is not None and (
+            not is_tuple_of(self.part, int)
+            or len(self.part) != len(self.shape)
+            or not all(0 <= part <= whole for part, whole in zip(self.part, self.shape, strict=True))
+            or self.part == self.shape
+        ):
+            raise ValueError(
+                f"part of {self.name!r} is {reprlib.repr(self.part)}; expected a smaller shape than "
+                f"{reprlib.repr(self.shape)}, or None"
+            )
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape in the file: complex numbers are pairs, along a last axis of their own."""
-        return (*self.shape, 2) if self.dtype == "C64" else self.shape
+        shape = self.shape if self.part is None else self.part
+        return (*shape, 2) if self.dtype == "C64" else shape
 
     @property
     def stored_elements(self) -> int:
@@ -174,6 +191,15 @@ class Layout:
         return _back_to_back((record.stored_elements * _copied_item_bytes(record) for record in self.copied), first)
 
     @functools.cached_property
+    def copied_places(self) -> dict[str, Span]:
+        """For each of ``copied``, by name: its range in bytes, from the start of the section of copied tensors."""
+        begin = self.sections[-1].begin
+        return {
+            record.name: Span(span.begin - begin, span.end - begin)
+            for record, span in zip(self.copied, self.copied_spans, strict=True)
+        }
+
+    @functools.cached_property
     def padding_bytes(self) -> int:
         """Zeros at the start of the section of copied tensors, to align its first tensor; fewer than 8.
 
@@ -230,12 +256,24 @@ class Layout:
         return tuple(entries)
 
     @functools.cached_property
+    def is_sharded(self) -> bool:
+        """Whether the file has only a part of some tensor."""
+        return any(record.part is not None for record in self.records)
+
+    @functools.cached_property
+    def whole(self) -> Layout:
+        """The layout of the same tensors in one file."""
+        if not self.is_sharded:
+            return self
+        return replace(self, records=tuple(replace(record, part=None) for record in self.records))
+
+    @functools.cached_property
     def sha256(self) -> str:
-        """Digest of tensors, profiles and stored type: equal for the snapshots of one run.
+        """Digest of tensors, profiles and stored type: equal for the snapshots of one run, on any number of ranks.
 
         The chunk size is left out, because it only concerns how the bytes are checked.
         """
-        metadata = {name: value for name, value in self._metadata.items() if name != "chunk_bytes"}
+        metadata = {name: value for name, value in self.whole._metadata.items() if name != "chunk_bytes"}
         return hashlib.sha256(json_bytes(metadata)).hexdigest()
 
     @functools.cached_property
@@ -258,7 +296,9 @@ class Layout:
 
     @functools.cached_property
     def _metadata(self) -> dict[str, str]:
-        records = [(r.keys, r.dtype, r.role, r.persistent, r.shape) for r in self.records]
+        records: list[tuple[Any, ...]] = [(r.keys, r.dtype, r.role, r.persistent, r.shape) for r in self.records]
+        if self.is_sharded:
+            records = [(*values, record.part) for values, record in zip(records, self.records, strict=True)]
         return {
             "gammas": json_text(self.gammas),
             "sigma_rels": json_text(self.sigma_rels),

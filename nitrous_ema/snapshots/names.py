@@ -13,6 +13,7 @@ A parser accepts exactly the names that its counterpart writes, so that no two n
 
 from __future__ import annotations
 
+import functools
 import re
 import secrets
 from collections.abc import Collection
@@ -148,6 +149,25 @@ def parse_rank_file_name(name: str) -> tuple[int, int] | None:
     if not found or rank_file_name(int(found[1]), int(found[2])) != name or int(found[1]) >= int(found[2]):
         return None
     return int(found[1]), int(found[2])
+
+
+@functools.lru_cache(maxsize=16)
+def rank_file_names(world_size: int) -> tuple[str, ...]:
+    """Return the names of all files of a snapshot that several ranks wrote, in the order of the ranks."""
+    return tuple(rank_file_name(rank, world_size) for rank in range(world_size))
+
+
+def all_rank_files(names: Collection[str]) -> tuple[str, ...] | None:
+    """Return the files of a snapshot in the order of their ranks, if these names are those of all of its files.
+
+    None does not mean that they are not: files written in one pass are looked for by ``FolderInspector.examine``. Here
+    no name but one is parsed, since a listing may have hundreds of thousands of them.
+    """
+    world_size = next((parsed[1] for parsed in map(parse_rank_file_name, names) if parsed), 0)
+    if not 0 < world_size <= len(names):  # a forged name may state a billion ranks
+        return None
+    expected = rank_file_names(world_size)
+    return expected if set(names).issuperset(expected) else None
 
 
 def one_pass_file_name(rank: int, world_size: int, now_ns: int) -> str:

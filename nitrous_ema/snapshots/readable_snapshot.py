@@ -1,7 +1,8 @@
 """Snapshots as synthesis reads them: tensors, profiles and flat sources, whatever the format on disk.
 
-``SnapshotView`` is the interface: ``StoredSnapshotView`` implements it for snapshots of this version, and
-``LegacySnapshot`` (in ``legacy.folder``) for files of nitrous-ema 0.0.1 and ema-pytorch.
+``SnapshotView`` is the interface: ``StoredSnapshotView`` implements it for snapshots of one rank,
+``ShardedSnapshotView`` (in ``sharded``) for those of several ranks, and ``LegacySnapshot`` (in ``legacy.folder``) for
+files of nitrous-ema 0.0.1 and ema-pytorch.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from nitrous_ema._base.arguments import pluralize
-from nitrous_ema.errors import SnapshotError
 from nitrous_ema.snapshots.header import Lineage
-from nitrous_ema.snapshots.layout import Layout, TensorRecord
+from nitrous_ema.snapshots.layout import TensorRecord
 from nitrous_ema.snapshots.nonfinite import NonFiniteAverage, nonfinite_averages
-from nitrous_ema.snapshots.reading import FileSource, Source
+from nitrous_ema.snapshots.reading import Source, file_sections
+from nitrous_ema.snapshots.sharded import ShardedSnapshotView
 from nitrous_ema.snapshots.snapshot import Snapshot
 
 _Signature = list[tuple[str, tuple[int, ...], bool]]  # name, shape, and whether the tensor is complex
@@ -97,20 +98,12 @@ class StoredSnapshotView:
     copied_spans: Mapping[str, tuple[int, int]]
 
 
-def stored_snapshot_view(snapshot: Snapshot) -> StoredSnapshotView:
-    """Return the view of a committed snapshot.
-
-    Raises:
-        SnapshotError: Several ranks wrote the snapshot, each its own part of the model; this version cannot read it.
-    """
+def stored_snapshot_view(snapshot: Snapshot) -> StoredSnapshotView | ShardedSnapshotView:
+    """Return the view of a committed snapshot, whether one rank or several wrote it."""
     if snapshot.stamp.world_size != 1:
-        raise SnapshotError(
-            f"{snapshot.paths[0].parent} was written by {snapshot.stamp.world_size} ranks, each with its own part of "
-            "the model; this version reads only snapshots that one rank has written.",
-            path=snapshot.paths[0].parent,
-        )
+        return ShardedSnapshotView(snapshot)
     layout = snapshot.layout
-    sources = _sources(snapshot)
+    sources = file_sections(snapshot.path, snapshot.headers[0])
     profiles = len(layout.gammas)
     return StoredSnapshotView(
         step=snapshot.step,
@@ -118,14 +111,14 @@ def stored_snapshot_view(snapshot: Snapshot) -> StoredSnapshotView:
         t_first=snapshot.stamp.t_first,
         run=snapshot.run,
         lineage=snapshot.stamp.lineage,
-        path=snapshot.paths[0],
+        path=snapshot.path,
         records=layout.records,
         average_spans=layout.average_spans,
         gammas=layout.gammas,
         averages=sources[:profiles],
         nonfinite=nonfinite_averages(snapshot.headers[0]),
         copied=sources[profiles] if len(sources) > profiles else None,
-        copied_spans=_copied_spans(layout),
+        copied_spans=layout.copied_places,
     )
 
 
@@ -162,37 +155,6 @@ def with_same_tensors(target: _Listed, snapshots: Sequence[_Snapshot]) -> tuple[
         f"Left out {pluralize(len(others), 'snapshot')} with other tensors than step {target.step}. In the last one, "
         f"of step {last.step}, {difference[id(last.records)]}."
     )
-
-
-def _sources(snapshot: Snapshot) -> list[Source]:
-    """Return one source per section of the file: the profiles, then the copied tensors if there are any."""
-    layout, checksums = snapshot.layout, snapshot.headers[0].crc32
-    sources: list[Source] = []
-    # No chunk lies across two sections, so each section has consecutive checksums of its own.
-    first_chunk = 0
-    for section, (begin, end) in enumerate(layout.sections):
-        num_chunks = -(-(end - begin) // layout.chunk_bytes)
-        source = FileSource(
-            path=snapshot.paths[0],
-            begin=snapshot.data_begin + begin,
-            num_bytes=end - begin,
-            dtype=layout.checkpoint_dtype if section < len(layout.gammas) else "U8",
-            chunk_bytes=layout.chunk_bytes,
-            crc32=tuple(checksums[first_chunk : first_chunk + num_chunks]),
-            first_chunk=first_chunk,
-        )
-        sources.append(source)
-        first_chunk += num_chunks
-    return sources
-
-
-def _copied_spans(layout: Layout) -> dict[str, tuple[int, int]]:
-    """Return the range of each copied tensor in bytes, by name, counted from the start of the copied section."""
-    section_begin = layout.sections[-1].begin
-    return {
-        record.name: (begin - section_begin, end - section_begin)
-        for record, (begin, end) in zip(layout.copied, layout.copied_spans, strict=True)
-    }
 
 
 def _signature(snapshot: _Listed) -> _Signature:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -29,11 +30,12 @@ from nitrous_ema._base.dtypes import DTYPE_BYTES
 from nitrous_ema.errors import SnapshotError, SnapshotNotFound
 from nitrous_ema.snapshots.disk_space import explained
 from nitrous_ema.snapshots.filesystem import UNAVAILABLE, FileSystem, read_fully, repeated
+from nitrous_ema.snapshots.header import Header
 from nitrous_ema.snapshots.names import candidate_paths, damaged, unreadable
 
 _MAX_OPEN_FILES = 128  # of the 1024 that a process usually may open; further files are opened for each read
 _PIECE_BYTES = 1 << 19  # checksummed while it is still in the core's cache
-_HELD_OF_CHUNK_BYTES = 64  # of which the checksum's integer and its place in a tuple take 40
+_HELD_OF_CHUNK_BYTES = 8  # of which the checksum takes 4
 _AHEAD_BYTES = 1 << 20  # of each file, requested from the system before they are read
 
 
@@ -45,6 +47,9 @@ class Reader(Protocol):
 
     def read_at(self, begin: int, out: memoryview) -> None:
         """Fill ``out`` with the bytes from position ``begin`` on; any thread, each byte once."""
+
+    def finish(self) -> None:
+        """Verify what was read, as far as this needs bytes that were not asked for. Once, after the last read."""
 
 
 class Source(Protocol):
@@ -151,7 +156,7 @@ class FileSource:
     """Stored type, as a safetensors code."""
     chunk_bytes: int
     """Length of a chunk; the last one may be shorter."""
-    crc32: tuple[int, ...]
+    crc32: Sequence[int]
     """One checksum per chunk."""
     first_chunk: int
     """Index of the first chunk in the file, for messages."""
@@ -164,6 +169,29 @@ class FileSource:
     def reader(self, files: OpenFiles) -> Reader:
         """Return a reader at the first byte."""
         return _CheckedReader(self, files)
+
+
+def file_sections(path: Path, header: Header) -> list[FileSource]:
+    """Return one source per section of a file: the profiles, then the copied tensors if there are any."""
+    layout = header.layout
+    sources = []
+    # No chunk lies across two sections, so each section has consecutive checksums of its own.
+    first_chunk = 0
+    for section, (begin, end) in enumerate(layout.sections):
+        num_chunks = -(-(end - begin) // layout.chunk_bytes)
+        sources.append(
+            FileSource(
+                path=path,
+                begin=header.data_begin + begin,
+                num_bytes=end - begin,
+                dtype=layout.checkpoint_dtype if section < len(layout.gammas) else "U8",
+                chunk_bytes=layout.chunk_bytes,
+                crc32=array("I", header.crc32[first_chunk : first_chunk + num_chunks]),
+                first_chunk=first_chunk,
+            )
+        )
+        first_chunk += num_chunks
+    return sources
 
 
 def element_bytes(source: Source) -> int:
@@ -244,6 +272,14 @@ class _CheckedReader:
             self._check(begin, piece)
             begin, out = begin + len(piece), out[len(piece) :]
 
+    def finish(self) -> None:
+        """Read the rest of the chunks that were read in part, which completes their checksums."""
+        for chunk, running in sorted(self._sums.items()):
+            begin = chunk * self._source.chunk_bytes
+            end = min(begin + self._source.chunk_bytes, self._source.num_bytes)
+            for gap_begin, gap_end in running.gaps(end - begin):
+                self.read_at(begin + gap_begin, memoryview(bytearray(gap_end - gap_begin)))
+
     def _check(self, begin: int, piece: memoryview) -> None:
         source = self._source
         while piece:
@@ -277,6 +313,13 @@ class _ChunkChecksum:
         while (part := self.early.pop(self.num_bytes, None)) is not None:
             self.crc = combine_crc32(self.crc, part[1], part[0])
             self.num_bytes += part[0]
+
+    def gaps(self, chunk_bytes: int) -> list[tuple[int, int]]:
+        """Return the ranges of the chunk that were not added."""
+        parts = [(begin, begin + num_bytes) for begin, (num_bytes, _) in sorted(self.early.items())]
+        ends = [self.num_bytes, *(end for _, end in parts)]
+        begins = [*(begin for begin, _ in parts), chunk_bytes]
+        return [(end, begin) for end, begin in zip(ends, begins, strict=True) if end < begin]
 
 
 @functools.lru_cache(maxsize=64)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 from nitrous_ema._base.arguments import format_bytes, pluralize
 from nitrous_ema._base.processes import ProcessState, process_state
@@ -13,14 +15,44 @@ from nitrous_ema.snapshots.header import Header, Lineage, Stamp
 from nitrous_ema.snapshots.layout import Layout, TensorRecord
 
 
+@dataclass(frozen=True, slots=True)
+class RankFiles(Sequence[Path]):
+    """The files of several ranks, in their order.
+
+    A path is made when it is used: a listing of 500 snapshots of 256 ranks would make 128 000.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> RankFiles: ...
+
+    def __getitem__(self, index: int | slice) -> Path | RankFiles:
+        if isinstance(index, slice):
+            return RankFiles(self.folder, self.names[index])
+        return self.folder / self.names[index]
+
+
+def rank_files(folder: Path, names: tuple[str, ...]) -> Sequence[Path]:
+    """Return the paths of a snapshot's files."""
+    return (folder / names[0],) if len(names) == 1 else RankFiles(folder, names)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Snapshot:
-    """A committed snapshot: the paths and headers with which any part of it can be read."""
+    """A committed snapshot: its files, and the header of the first one. ``sharded`` reads those of the other ranks."""
 
-    paths: tuple[Path, ...]
+    paths: Sequence[Path]
     """One file per rank. A snapshot that ``write`` returned has only the file of the writing rank."""
     headers: tuple[Header, ...]
-    """The header of each of these files."""
+    """The header of the first file. Of files that a newer version merged, the header of each."""
 
     @property
     def stamp(self) -> Stamp:
@@ -29,7 +61,7 @@ class Snapshot:
 
     @property
     def layout(self) -> Layout:
-        """Tensors and profiles, and their positions in the data."""
+        """Tensors and profiles, and their positions in the data of the first file."""
         return self.headers[0].layout
 
     @property
@@ -63,7 +95,7 @@ class Snapshot:
 
     @property
     def is_finite(self) -> bool:
-        """Whether no average has a value that is not finite, as far as the files record it."""
+        """Whether no average has a value that is not finite, as far as the first file records it."""
         return not any(any(header.nonfinite or ()) for header in self.headers)
 
     @property
@@ -73,8 +105,8 @@ class Snapshot:
 
     @property
     def bytes(self) -> int:
-        """Size of all files of the snapshot."""
-        return sum(header.file_bytes for header in self.headers)
+        """Size of all files. For several ranks it is an upper bound, since the first rank has the largest parts."""
+        return self.headers[0].file_bytes * len(self.paths)
 
     def __repr__(self) -> str:
         lengths = ", ".join(f"{length:g}" for length in self.layout.sigma_rels)

@@ -14,7 +14,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -44,6 +44,7 @@ from nitrous_ema.snapshots.names import (
     parse_legacy_file_name,
 )
 from nitrous_ema.snapshots.removal import SnapshotRemover
+from nitrous_ema.snapshots.sharded import compare_replicas
 from nitrous_ema.snapshots.snapshot import Incomplete, Listing, Snapshot, TemporaryFile, VerificationFailure
 from nitrous_ema.snapshots.validation import FolderGone, FolderInspector, RememberingInspector
 from nitrous_ema.snapshots.wrong_folder import right_folder
@@ -257,7 +258,8 @@ class SnapshotStore:
 
         Returns:
             The failures: one for a file that cannot be read or whose header is wrong, else one for each chunk whose
-            checksum is wrong. Empty if all files are whole.
+            checksum is wrong. For a snapshot of several ranks also where their files contradict each other. Empty if
+            all files are whole.
 
         Raises:
             SnapshotNotFound: There is no such folder.
@@ -272,7 +274,17 @@ class SnapshotStore:
             for name in sorted(names):
                 if is_snapshot_file_name(name):
                     failures += self._inspector.verify_file(folder / name)
+            failures += self._verify_ranks(folder)
         return failures
+
+    def _verify_ranks(self, folder: Path) -> Iterator[VerificationFailure]:
+        """Compare the files of several ranks with one another."""
+        with contextlib.suppress(FolderGone):
+            examined = self._inspector.examine(folder)
+            if isinstance(examined, Snapshot) and len(examined.paths) > 1:
+                with contextlib.suppress(SnapshotUnreadable):  # each file was verified alone
+                    for path, what in compare_replicas(examined, self.files):
+                        yield VerificationFailure(path, examined.step, None, what)
 
     # Writing
 

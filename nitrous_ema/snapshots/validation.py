@@ -12,17 +12,17 @@ import errno
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nitrous_ema.errors import SnapshotError, SnapshotUnreadable
-from nitrous_ema.snapshots.bounded_json import brief
 from nitrous_ema.snapshots.disk_space import explained
 from nitrous_ema.snapshots.filesystem import UNAVAILABLE, FileSystem, read_fully, reason, repeated
 from nitrous_ema.snapshots.header import Header, ShortFile, decode_header, header_end
 from nitrous_ema.snapshots.names import (
+    all_rank_files,
     candidate_paths,
     damaged,
     dropped_note_name,
@@ -37,7 +37,7 @@ from nitrous_ema.snapshots.names import (
     unreadable,
     without_one_pass,
 )
-from nitrous_ema.snapshots.snapshot import Incomplete, Snapshot, VerificationFailure
+from nitrous_ema.snapshots.snapshot import Incomplete, Snapshot, VerificationFailure, rank_files
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -98,40 +98,36 @@ class FolderInspector:
         # Twice: between listing the names and opening a file, another process may have removed the folder, or hidden
         # and restored it. The second listing distinguishes the two.
         for _ in range(2):
-            ranks: dict[int, dict[int, str]] = {}
             try:
                 names, is_listed = self.names(folder)
             except SnapshotUnreadable as error:
                 return error
-            # In ascending order, so that of several files of a rank that were written in one pass the newest is left.
-            for name in sorted(names):
-                if parsed := parse_rank_file_name(without_one_pass(name)):
-                    ranks.setdefault(parsed[1], {})[parsed[0]] = name
-            complete = [world_size for world_size in sorted(ranks) if len(ranks[world_size]) == world_size]
-            if not complete and not is_listed:
+            committed = all_rank_files(names) or self._committed(names)
+            if not committed and not is_listed:
                 raise FolderGone(folder)
-            # A newer version of the library may have left only files that it merged; their headers name what they need.
-            committed = (
-                [ranks[complete[0]][rank] for rank in range(complete[0])]
-                if complete
-                else sorted(filter(is_merged_file_name, names))
-            )
             if not committed:
                 if self._is_being_removed(folder):
                     raise FolderGone(folder)
-                return Incomplete(folder, _missing_files(ranks))
-            paths = tuple(folder / name for name in committed)
+                return Incomplete(folder, _missing_files(_ranks(names)))
             try:
-                headers = tuple(map(self.read_header, paths))
+                headers = tuple(self.read_header(folder / name) for name in _read_at_listing(committed))
             except FileNotFoundError:
                 continue
             except SnapshotUnreadable as error:
                 return Incomplete(folder, f"a file is not complete: {error}") if _is_unfinished(error) else error
-            disagreement = _disagreement(headers)
-            return Incomplete(folder, disagreement) if disagreement else Snapshot(paths=paths, headers=headers)
+            return Snapshot(paths=rank_files(folder, committed), headers=headers[:1])
         if self._is_being_removed(folder):
             raise FolderGone(folder)
         return Incomplete(folder, "its files were removed while it was read")
+
+    def _committed(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the files of the snapshot that a folder with these names holds; empty if one is missing."""
+        ranks = _ranks(names)
+        complete = [world_size for world_size in sorted(ranks) if len(ranks[world_size]) == world_size]
+        if complete:
+            return tuple(ranks[complete[0]][rank] for rank in range(complete[0]))
+        # A newer version of the library may have left only files that it merged; their headers name what they need.
+        return tuple(sorted(filter(is_merged_file_name, names)))
 
     def _is_being_removed(self, folder: Path) -> bool:
         """Return whether a folder that was listed is gone, or a note hides it whose removal has unlinked files."""
@@ -291,6 +287,21 @@ def _is_unfinished(error: SnapshotError) -> bool:
     return isinstance(error.__cause__, ShortFile) and is_one_pass_name(error.path.name)
 
 
+def _read_at_listing(names: Sequence[str]) -> list[str]:
+    """Return the files whose headers a listing reads: the first, and those whose names do not state they are whole."""
+    return [*names[:1], *filter(is_one_pass_name, names[1:])]
+
+
+def _ranks(names: Sequence[str]) -> dict[int, dict[int, str]]:
+    """Return the names of finished files by number of ranks and rank."""
+    ranks: dict[int, dict[int, str]] = {}
+    # In ascending order, so that of several files of a rank that were written in one pass the newest is left.
+    for name in sorted(names):
+        if parsed := parse_rank_file_name(without_one_pass(name)):
+            ranks.setdefault(parsed[1], {})[parsed[0]] = name
+    return ranks
+
+
 def _missing_files(ranks: dict[int, dict[int, str]]) -> str:
     if not ranks:
         return "it holds no finished file"
@@ -298,20 +309,3 @@ def _missing_files(ranks: dict[int, dict[int, str]]) -> str:
     world_size = max(ranks, key=lambda size: len(ranks[size]))
     first = next(rank for rank in range(world_size) if rank not in ranks[world_size])
     return f"it holds {len(ranks[world_size])} of {world_size} files; {rank_file_name(first, world_size)} is missing"
-
-
-def _disagreement(headers: tuple[Header, ...]) -> str | None:
-    """Return the first field in which the files of several ranks contradict each other, or None.
-
-    Step, run and number of ranks need no comparison, because they are part of the names of folder and files.
-    """
-    first = headers[0]
-    for rank, other in enumerate(headers):
-        facts = [("layout", other.layout.sha256, first.layout.sha256)]
-        facts += [
-            (name, getattr(other.stamp, name), getattr(first.stamp, name)) for name in ("t", "t_first", "lineage")
-        ]
-        for name, found, expected in facts:
-            if found != expected:
-                return f"ranks 0 and {rank} disagree on {name}: {brief(str(expected))} and {brief(str(found))}"
-    return None

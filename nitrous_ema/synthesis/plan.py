@@ -29,6 +29,7 @@ from nitrous_ema.snapshots.readable_snapshot import (
     with_same_tensors,
 )
 from nitrous_ema.snapshots.reading import Source
+from nitrous_ema.snapshots.sharded import ShardedSnapshotView
 from nitrous_ema.snapshots.snapshot import Snapshot
 from nitrous_ema.snapshots.store import SnapshotStore
 from nitrous_ema.synthesis.requested_lengths import lengths_of
@@ -206,7 +207,7 @@ def _select(
             [view.t for view in views], [view.gammas for view in views], target.t, gammas, tolerance=tolerance
         )
 
-    if isinstance(target, StoredSnapshotView):
+    if isinstance(target, (StoredSnapshotView, ShardedSnapshotView)):
         same, note = with_same_tensors(target, candidates)
         return same, note, choose(same)
     # The tensors of a legacy snapshot are read from its files, and thousands of files take minutes. So the chosen ones
@@ -286,7 +287,7 @@ def plan_at(
 
     Raises:
         ValueError, TypeError, SnapshotMismatch: As plan_synthesis().
-        SnapshotError: A snapshot was written by several ranks.
+        SnapshotUnreadable: A file of a snapshot of several ranks has a wrong header.
     """
     plan = plan_synthesis(
         [stored_snapshot_view(snapshot) for snapshot in snapshots if snapshot.t <= target.t],

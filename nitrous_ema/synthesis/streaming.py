@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from nitrous_ema._base.arguments import pluralize
 from nitrous_ema._base.dtypes import DTYPE_BYTES
 from nitrous_ema._base.threads import thread_errors
+from nitrous_ema.snapshots.pieces import ShardedSource, source_paths
 from nitrous_ema.snapshots.reading import OpenFiles, element_bytes
 from nitrous_ema.synthesis.blas_threads import one_thread_per_product
 from nitrous_ema.synthesis.float_conversion import widen
@@ -120,7 +121,7 @@ def stream(
     total, done = sum(block.num_elements for block in blocks) * row_bytes, 0
     with (
         one_thread_per_product(),
-        OpenFiles(column.source.path for column in plan.columns) as files,
+        OpenFiles(path for column in plan.columns for path in source_paths(column.source)) as files,
         ThreadPoolExecutor(sizes.threads, thread_name_prefix="synthesis") as pool,
     ):
         engine = _Engine(plan, sizes, files, accumulate, None if on_calling_thread else consumer)
@@ -141,6 +142,7 @@ def stream(
                 done += block.num_elements * row_bytes
                 if progress is not None:
                     progress(done, total)
+            engine.finish()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)  # threads must not read from the files, which close next
 
@@ -163,13 +165,14 @@ def stream_copied(plan: Plan, take: Callable[[int, memoryview], None]) -> None:
     # that is longer by the padding, no number of up to 8 bytes lies across two pieces.
     first_piece = _COPY_BYTES + min((begin for begin, _ in plan.target.copied_spans.values()), default=0) % 8
     buffer = memoryview(bytearray(first_piece))
-    with OpenFiles([source.path]) as files:
+    with OpenFiles(source_paths(source)) as files:
         reader = source.reader(files)
         begin, end = 0, min(first_piece, source.num_bytes)
         while begin < end:
             reader.read_into(buffer[: end - begin])
             take(begin, buffer[: end - begin])
             begin, end = end, min(end + _COPY_BYTES, source.num_bytes)
+        reader.finish()
 
 
 def engine_sizes(
@@ -235,7 +238,9 @@ def _fixed_bytes(plan: Plan) -> int:
     keys = [key for record in plan.target.records for key in record.keys]
     named = _TENSOR_BYTES + profiles * _PROFILE_BYTES
     names = len(keys) * named + _NAME_COPIES * (1 + profiles) * sum(map(len, keys))
-    return _FIXED_BYTES + names + sum(source.held_bytes for source in sources)
+    # Columns of one run share their table of pieces.
+    shared = {id(each.pieces): each.pieces.held_bytes for each in sources if isinstance(each, ShardedSource)}
+    return _FIXED_BYTES + names + sum(source.held_bytes for source in sources) + sum(shared.values())
 
 
 def _workspace_bytes(plan: Plan, outputs: int, accumulate: Accumulate) -> tuple[int, int]:
@@ -318,6 +323,12 @@ class _Engine:
         self._free_workspaces: SimpleQueue[_Workspace] = SimpleQueue()
         for _ in range(sizes.threads):
             self._free_workspaces.put(_Workspace(plan, sizes, accumulate))
+
+    def finish(self) -> None:
+        """Verify what the blocks have read of chunks that they have not read whole."""
+        for columns, _, _ in self._groups:
+            for _, reader in columns:
+                reader.finish()
 
     def compute(self, block: _Block) -> list[_Tile]:
         """Read a block and compute its tiles. Pass them to the consumer, or return them if there is no consumer."""

@@ -71,7 +71,7 @@ def test_the_reader_on_the_page_of_the_file_format_reads_a_snapshot(tmp_path):
     path = write_snapshot(tmp_path, layout, 7, averages, {"n": np.array([5, 6]).tobytes()}, run=run_id()).paths[0]
     fields, tensors = reader["read_snapshot"](path)
     described = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))))
-    assert set(fields) | {"requires", "nonfinite"} == described
+    assert set(fields) | {"requires", "nonfinite", "offsets"} == described
     assert {name: each.tolist() for name, each in tensors.items() if name != "padding"} == {
         "ema0.w": [0, 1, 2],
         "ema0.b": [3],
@@ -86,7 +86,7 @@ def test_the_reader_on_the_page_of_the_file_format_reads_a_snapshot(tmp_path):
     with pytest.raises(ValueError, match="the header is damaged"):
         reader["read_snapshot"](path)
     damage(path, at=0.1)
-    need(path, boxes="1.2")
+    need(path, columns="1.2")
     with pytest.raises(ValueError, match="a newer nitrous_ema is needed"):
         reader["read_snapshot"](path)
 

@@ -264,7 +264,8 @@ def _expect_right_readers(store: object, truth: _Truth, recording: Recording) ->
         found = [(each.step, each.run) for each in store.snapshots(run)]
         _expect(f"snapshots({run!r})", found, _history(truth, recording, run))
     for snapshot in snapshots:
-        for path, header in zip(snapshot.paths, snapshot.headers, strict=True):
+        for path in snapshot.paths:
+            header = store._inspector.read_header(path)
             _expect("the size", header.file_bytes, len(truth.files[str(path)]))
             own = (header.stamp.step, header.stamp.t, header.stamp.run, header.stamp.lineage)
             _expect("the stamp", own, (snapshot.step, snapshot.step, snapshot.run, recording.lineages[snapshot.run]))
@@ -374,8 +375,10 @@ def check_trace(recording: Recording) -> None:
             raise Violation(f"{recording.name}: a file on which a call failed got its final name")
     if recording.disk.open:
         raise Violation(f"{recording.name}: descriptors were left open: {recording.disk.open}")
-    if recording.disk.hurt:
-        raise Violation(f"{recording.name}: an open file was removed: {recording.disk.hurt}")
+    # A note has no bytes: one process may remove it, with its snapshot, before the one that made it has closed it.
+    hurt = [path for path in recording.disk.hurt if not path.rpartition("/")[2].startswith("dropped-")]
+    if hurt:
+        raise Violation(f"{recording.name}: an open file was removed: {hurt}")
     before = {path for path, _ in recording.start.walk()}
     left = [
         path
@@ -485,17 +488,17 @@ def _rotten(whole: bytes, chance: random.Random, every: int) -> Iterator[bytes]:
 
 
 def check_disagreement(subject: Subject) -> None:
-    """Check that the files of two ranks with different times do not make a snapshot."""
+    """Check that two ranks with different times are noticed, although a listing reads the first header only."""
     disk = Disk()
     player = Player(subject, disk, 2)
     player.prepare()
     facts = {"step": 10, "run": runs.A, "lineage": runs.LINEAGES[runs.A], "world_size": 2, "t_first": 1}
     for rank in (0, 1):
-        stamp = subject.header.Stamp(rank=rank, t=10 + rank, **facts)
+        stamp = subject.header.Stamp(rank=rank, t=10 + rank, offsets=runs.offsets(rank, 2), **facts)
         bytes_ = runs.content(player.layout.data_bytes, 10, runs.A, rank)
         player.store.write(player.layout, stamp, lambda data=bytes_: [data[b:e] for b, e in player.layout.chunks])
-    _expect("snapshots()", player.store.snapshots(), [])
-    _expect("the number of incomplete snapshots", len(player.store.incomplete()), 1)
+    _expect("the number of snapshots", len(player.store.snapshots()), 1)
+    _expect("the number of failures that verify() finds", len(player.store.verify()), 1)
 
 
 def check_taken_name(subject: Subject, folder: Path) -> None:

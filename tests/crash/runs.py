@@ -50,7 +50,7 @@ class Player:
     def __init__(self, subject: Subject, disk: Disk, world_size: int = 1, lineages: Mapping = LINEAGES) -> None:
         self.subject, self.disk, self.world_size, self.lineages = subject, disk, world_size, lineages
         self.store = subject.store.SnapshotStore(ROOT, files=disk)
-        self.layout = layout(subject)
+        self.layout = layout(subject, world_size)
         self.failures: list[SnapshotError] = []
         subject.processes.start()
 
@@ -75,6 +75,7 @@ class Player:
             lineage=self.lineages[run],
             rank=rank,
             world_size=self.world_size,
+            offsets=offsets(rank, self.world_size),
             trainer={"host": "here", "pid": 1},
             created_ns=variant,
         )
@@ -133,13 +134,27 @@ def content(size_bytes: int, step: int, run: str, rank: int, variant: int = 0) -
     return hashlib.shake_128(f"{step} {run} {rank} {variant}".encode()).digest(size_bytes)
 
 
-def layout(subject: Subject) -> object:
-    """Return a layout of two profiles of 100 numbers and a counter: 824 bytes in three chunks, 4920 with the header."""
+def offsets(rank: int, world_size: int) -> tuple[tuple[int, ...], ...] | None:
+    """Return where the parts of a rank begin, in the order of the tensors of ``layout``."""
+    return None if world_size == 1 else ((10 * rank, 0), (3 * rank,))
+
+
+def layout(subject: Subject, world_size: int = 1) -> object:
+    """Return a layout of two profiles of 100 numbers and a counter: 824 bytes in three chunks, 4920 with the header.
+
+    Several ranks have as many numbers each, as parts of larger tensors.
+    """
     record = subject.header.TensorRecord
+
+    def part(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        return None if world_size == 1 else shape
+
     return subject.header.Layout(
         records=(
-            record(name="w", keys=("w",), dtype="F32", shape=(10, 10), role="averaged"),
-            record(name="n", keys=("n",), dtype="I64", shape=(3,), role="copied"),
+            record(
+                name="w", keys=("w",), dtype="F32", shape=(10 * world_size, 10), role="averaged", part=part((10, 10))
+            ),
+            record(name="n", keys=("n",), dtype="I64", shape=(3 * world_size,), role="copied", part=part((3,))),
         ),
         gammas=(6.94, 16.97),
         sigma_rels=(0.10, 0.05),
@@ -223,7 +238,11 @@ def _pinned_meanwhile(player: Player, seed: int) -> None:
     """A pin that comes too late for hide() may fail, or bring the snapshot back."""
     _write_all(player, 10, 20)
     remove, look = player.store.remove_hidden, player.store.get
-    works = (lambda: [look(), look(), player.pin(10)], lambda: [player.hide(10), remove()], lambda: [look(), remove()])
+    works = (
+        lambda: [*(look() for _ in range(4)), player.pin(10)],
+        lambda: [player.hide(10), remove()],
+        lambda: [look(), look(), remove()],
+    )
     _together(player, seed, *works)
     remove()
     player.failures.clear()  # hide() may refuse

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from nitrous_ema.profile import sigma_rel_to_gamma
+from nitrous_ema.snapshots.boxes import Box
 from nitrous_ema.snapshots.header import Stamp
 from nitrous_ema.snapshots.layout import Layout, TensorRecord
 from nitrous_ema.snapshots.names import new_run_id
@@ -80,6 +82,75 @@ def write_snapshot(
     )
     root.mkdir(exist_ok=True)
     return SnapshotStore(root).write(layout, stamp, lambda: [data[begin:end] for begin, end in layout.chunks])
+
+
+def write_sharded(
+    root: Path,
+    layout: Layout,
+    step: int,
+    averages: Sequence[np.ndarray],
+    copied: Mapping[str, bytes] | None = None,
+    *,
+    boxes: Mapping[str, Sequence[Box]],
+    run: str,
+    stamps: Sequence[Mapping[str, object]] | None = None,
+    **fields: object,
+) -> list[Path]:
+    """Write a snapshot of which each rank has a part: the numbers of ``write_snapshot``, cut out with numpy.
+
+    Args:
+        boxes: For each tensor the box of each rank; a tensor that is not named is whole in every file.
+        stamps: Fields in which the ranks' stamps differ.
+        fields: Fields of all stamps.
+    """
+    world_size = len(next(iter(boxes.values())))
+    paths = []
+    for rank in range(world_size):
+        cuts = {name: of_ranks[rank] for name, of_ranks in boxes.items()}
+        records = [
+            replace(each, part=None if cut.shape == each.shape else cut.shape)
+            for each in layout.records
+            for cut in [cuts.get(each.name, Box((0,) * len(each.shape), each.shape))]
+        ]
+        own = replace(layout, records=tuple(records))
+        offsets = tuple(cuts[each.name].offset for each in records if each.part is not None)
+        stamp = {
+            "step": step,
+            "t": step,
+            "t_first": 1,
+            "run": run,
+            "lineage": ((run, None),),
+            "rank": rank,
+            "world_size": world_size,
+            "offsets": offsets or None,
+            **fields,
+            **(stamps[rank] if stamps else {}),
+        }
+        sections = []
+        for average in averages:
+            parts = [
+                _cut(average[begin:end].reshape(each.stored_shape), cuts.get(each.name))
+                for each, (begin, end) in zip(layout.averaged, layout.average_spans, strict=True)
+            ]
+            sections.append(b"".join(stored(part, layout.checkpoint_dtype) for part in parts))
+        if layout.copied:
+            whole = {
+                each.name: np.frombuffer(copied[each.name], np.uint8).reshape(*each.stored_shape, -1)
+                for each in layout.copied
+            }
+            parts = [_cut(whole[each.name], cuts.get(each.name)).tobytes() for each in own.copied]
+            sections.append(bytes(own.padding_bytes) + b"".join(parts))
+        data = memoryview(b"".join(sections))
+        root.mkdir(exist_ok=True)
+        chunks = [data[begin:end] for begin, end in own.chunks]
+        paths.append(SnapshotStore(root).write(own, Stamp(**stamp), lambda chunks=chunks: chunks).path)
+    return paths
+
+
+def _cut(whole: np.ndarray, box: Box | None) -> np.ndarray:
+    if box is None:
+        return whole
+    return whole[tuple(slice(begin, begin + size) for begin, size in zip(*box, strict=True))]
 
 
 def random_averages(layout: Layout, seed: int = 0) -> Callable[[int], list[np.ndarray]]:

@@ -369,11 +369,11 @@ def test_damaged_member_is_refused_until_it_is_excluded(folder, capsys):
 
 def test_folder_with_a_snapshot_of_a_newer_version_is_refused(folder, capsys):
     """What a newer version keeps in the folder may depend on the snapshots that this version would drop."""
-    need(snapshot_file(folder, 30), boxes="1.2")
+    need(snapshot_file(folder, 30), columns="1.2")
     before = content(folder)
     assert cli.main(["prune", str(folder), "--keep", "3"]) == 4
     err = " ".join(capsys.readouterr().err.split())
-    assert "needs `boxes`, from nitrous_ema 1.2 on" in err
+    assert "needs `columns`, from nitrous_ema 1.2 on" in err
     assert "Nothing was changed." in err
     assert content(folder) == before
 

@@ -278,8 +278,8 @@ def forged_texts():
     yield "metadata twice", text[:-1] + b',"__metadata__":{}}'
     yield "fact twice", text.replace(b'"step":"1000"', b'"step":"1000","step":"1000"')
     yield "foreign fact", text.replace(b'"step":"1000"', b'"step":"1000","note":"x"')
-    yield "requires misplaced", with_field(text, b'"requires":"{\\"boxes\\":\\"1.2\\"}"', before=b',"step"')
-    for requires in (b'"{}"', b'"[]"', b'"x"', b'"{\\"boxes\\":12}"', b'"\\ud800"'):
+    yield "requires misplaced", with_field(text, b'"requires":"{\\"columns\\":\\"1.2\\"}"', before=b',"step"')
+    for requires in (b'"{}"', b'"[]"', b'"x"', b'"{\\"columns\\":12}"', b'"\\ud800"'):
         yield f"requires {requires!r}", with_field(text, b'"requires":' + requires, before=b',"library_version"')
     yield "optional field that is no text", with_field(text, b'"note":1', before=b',"crc32"')
     yield "optional fields out of order", with_field(text, b'"zoo":"","note":""', before=b',"crc32"')
@@ -348,7 +348,7 @@ def test_unknown_optional_field_is_ignored(size):
 @pytest.mark.parametrize(
     ("requires", "message"),
     [
-        (b'"{\\"boxes\\":\\"1.2\\"}"', "needs `boxes`, from nitrous_ema 1.2 on; this is nitrous_ema"),
+        (b'"{\\"columns\\":\\"1.2\\"}"', "needs `columns`, from nitrous_ema 1.2 on; this is nitrous_ema"),
         (b'"{\\"a\\":\\"2.0\\",\\"b\\":\\"3\\"}"', "needs `a`, from nitrous_ema 2.0 on and `b`, from nitrous_ema 3 on"),
     ],
 )
@@ -436,3 +436,77 @@ def test_layout_is_decoded_once_for_all_snapshots_of_a_run():
     first, second = (decode(file_of(layout, stamp(step=step, t=step))[0]) for step in (1, 2))
     assert first.layout is second.layout
     assert (first.stamp.step, second.stamp.step) == (1, 2)
+
+
+# Parts of tensors
+
+
+def part_layout(part=(2, 3), **more):
+    return layout_of(dataclasses.replace(record(shape=(4, 3)), part=part), record("b", shape=(2,)), **more)
+
+
+def test_header_of_a_part_has_exactly_these_fields():
+    """A sixth item in each record, the offsets, and the feature that an older library refuses by name."""
+    layout = part_layout()
+    text = parts(encode_header(layout, stamp(offsets=((2, 0),)), [0] * len(layout.chunks)))
+    facts = json.loads(text)["__metadata__"]
+    assert json.loads(facts["tensors"]) == [
+        [["a"], "F32", "averaged", True, [4, 3], [2, 3]],
+        [["b"], "F32", "averaged", True, [2], None],
+    ]
+    assert (facts["offsets"], facts["requires"]) == ("[[2,0]]", '{"boxes":"1.0.0"}')
+    names = list(facts)
+    assert names[:3] == ["header_crc32", "format_version", "requires"]
+    assert names[names.index("trainer") + 1 :][:2] == ["offsets", "crc32"]
+    assert json.loads(text)["ema0.a"]["shape"] == [2, 3]
+    whole = layout_of(record(shape=(4, 3)), record("b", shape=(2,)))
+    assert (layout.sha256, layout.whole) == (whole.sha256, whole), "the digest is that of the whole tensors"
+    assert "requires" not in json.loads(parts(encode_header(whole, stamp(), [0] * len(whole.chunks))))["__metadata__"]
+
+
+def test_parts_are_decoded_as_they_were_encoded():
+    layout = part_layout()
+    stamped = stamp(offsets=((1, 0),), rank=1, world_size=3)
+    content, _ = file_of(layout, stamped)
+    path = PATH.with_name(rank_file_name(1, 3))
+    found = decode_header(content, path=path, file_bytes=len(content))
+    assert (found.layout, found.stamp) == (layout, stamped)
+
+
+@pytest.mark.parametrize("part", [(4, 3), (5, 3), (2,), (-1, 3), (True, 3), [2, 3]])
+def test_impossible_part_is_refused(part):
+    with pytest.raises(ValueError, match="part of 'a' is"):
+        part_layout(part)
+
+
+@pytest.mark.parametrize("offsets", [None, (), ((0, 0), (0, 0)), ((3, 0),), ((-1, 0),), ((0,),), ((0, 1),)])
+def test_offsets_that_no_part_has_are_refused(offsets):
+    layout = part_layout()
+    with pytest.raises(ValueError, match=r"offsets; expected one for each of 1|the part of 'a' begins at"):
+        encode_header(layout, stamp(offsets=offsets), [0] * len(layout.chunks))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"offsets":"[[2,0]]"', b'"offsets":"[[3,0]]"'),
+        (b'"offsets":"[[2,0]]"', b'"offsets":"[[2,0],[0]]"'),
+        (b'"offsets":"[[2,0]]"', b'"offsets":"[[2,false]]"'),
+        (b'"offsets":"[[2,0]]"', b'"offsets":"7"'),
+        (b'"offsets":"[[2,0]]",', b""),
+        (b',"requires":"{\\"boxes\\":\\"1.0.0\\"}"', b""),
+        (b',"requires":"{\\"boxes\\":\\"1.0.0\\"}"', b',"requires":"{\\"boxes\\":\\"1.0.1\\"}"'),
+        (b"[4,3],[2,3]]", b"[4,3],[4,3]]"),
+        (b"[4,3],[2,3]]", b"[4,3],[2,9]]"),
+        (b"[4,3],[2,3]]", b"[4,3]]"),
+        (b"[2],null]", b"[2]]"),
+    ],
+)
+def test_forged_parts_are_damage(old, new):
+    layout = part_layout()
+    content, _ = file_of(layout, stamp(offsets=((2, 0),)))
+    text = parts(content)
+    assert old in text
+    begin = int.from_bytes(content[:8], "little") + 8
+    with pytest.raises(SnapshotDamaged):
+        decode(sign(text.replace(old, new), begin) + content[begin:])

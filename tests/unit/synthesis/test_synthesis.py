@@ -20,7 +20,6 @@ from nitrous_ema.averaging.model.tracking import track
 from nitrous_ema.errors import (
     NitrousError,
     SnapshotDamaged,
-    SnapshotError,
     SnapshotMismatch,
     SnapshotNotFound,
 )
@@ -221,18 +220,6 @@ def test_different_stored_types_in_one_history_are_summed(tmp_path):
     result = synthesize(tmp_path, sigma_rels=[0.08], dtype=np.float64)
     expected = weighted_sums(tmp_path, result.plan.gammas, 400)["w"][0]
     np.testing.assert_allclose(result.flats[0], expected, atol=1e-13)
-
-
-def test_snapshot_of_several_ranks_is_refused(tmp_path):
-    layout, run = plain_layout(8), run_id()
-    store = SnapshotStore(tmp_path)
-    from nitrous_ema.snapshots.header import Stamp
-
-    for rank in range(2):
-        stamp = Stamp(step=5, t=5, t_first=1, run=run, lineage=((run, None),), rank=rank, world_size=2)
-        store.write(layout, stamp, lambda: [bytes(end - begin) for begin, end in layout.chunks])
-    with pytest.raises(SnapshotError, match="written by 2 ranks"):
-        synthesize(tmp_path, sigma_rels=LENGTHS)
 
 
 # Damage
